@@ -1,0 +1,86 @@
+"""Lung nodules: a CT sub-volume (or a slice) read together with the patient's record; findings, malignancy, report.
+
+    python train.py --config configs/medical.py                  generated cases; about ? minutes on 2 CPU cores
+    python train.py --config configs/medical.py:smoke            the same in small, about a minute
+
+Expected on the generated test cases (never seen, other seed): presence AUC ?, malignancy AUC ? of a possible ?.
+
+Real data, by path (docs/data.md says how a folder looks):
+
+    python train.py --config configs/medical.py:luna16_fpr_2d --data.path DIR    nodule candidates, one slice each
+    python train.py --config configs/medical.py:lidc_3d --data.path DIR          reader's ratings of nodules in 3-D
+"""
+
+from r1jax.config import (
+    Config,
+    DataConfig,
+    DecoderConfig,
+    ModelConfig,
+    TaskConfig,
+    TrainConfig,
+    VisionConfig,
+)
+from r1jax.errors import UserError
+
+
+def get_config(*, smoke: bool = False, luna16_fpr_2d: bool = False, lidc_3d: bool = False) -> Config:
+    """Returns the experiment; at most one variant can be chosen."""
+    if smoke + luna16_fpr_2d + lidc_3d > 1:
+        raise UserError("configs/medical.py: smoke, luna16_fpr_2d and lidc_3d exclude each other; choose one.")
+    if smoke:
+        return _smoke()
+    if luna16_fpr_2d:
+        return _luna16_fpr_2d()
+    if lidc_3d:
+        return _lidc_3d()
+    return Config()
+
+
+def _smoke() -> Config:
+    return Config(
+        name="medical-smoke",
+        workdir="runs/medical-smoke",
+        model=ModelConfig(
+            decoder=DecoderConfig(
+                hidden_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                q_lora_rank=16,
+                kv_lora_rank=16,
+                intermediate_size=64,
+                moe_intermediate_size=32,
+            ),
+            volume=VisionConfig(widths=(8, 16, 32)),
+        ),
+        data=DataConfig(train_cases=128, val_cases=32, test_cases=64),
+        train=TrainConfig(steps=20, batch_size=8, warmup_steps=5, ema=0.9, log_every=5, eval_every=10, save_every=10),
+    )
+
+
+def _luna16_fpr_2d() -> Config:
+    return Config(
+        name="luna16_fpr_2d",
+        workdir="runs/luna16_fpr_2d",
+        model=ModelConfig(
+            modalities=("image",),
+            image=VisionConfig(size=(48, 48), widths=(32, 64, 128), blocks=(2, 2, 2)),
+        ),
+        task=TaskConfig(fields=("nodule_present",), modality_dropout=0.0, augment="affine", views=8, text_weight=0.0),
+        data=DataConfig(path="data/luna16_fpr_2d", split="val"),
+        train=TrainConfig(steps=3000, batch_size=128, warmup_steps=200, ema=0.999, eval_every=500, save_every=500),
+    )
+
+
+def _lidc_3d() -> Config:
+    ratings = ("texture", "margin", "spiculation", "lobulation", "sphericity", "subtlety", "malignancy_rating")
+    return Config(
+        name="lidc_3d",
+        workdir="runs/lidc_3d",
+        model=ModelConfig(
+            modalities=("volume",),
+            volume=VisionConfig(size=(48, 48, 48), widths=(16, 32, 64), blocks=(1, 1, 1)),
+        ),
+        task=TaskConfig(fields=ratings, modality_dropout=0.0, augment="affine", views=8, text_weight=0.0),
+        data=DataConfig(path="data/lidc_3d_134", split="val"),
+        train=TrainConfig(steps=600, batch_size=16, warmup_steps=50, eval_every=100, save_every=100),
+    )

@@ -1,0 +1,343 @@
+"""Typed configuration: what can be set, its defaults, and what it may be."""
+
+import math
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from r1jax.errors import UserError
+from r1jax.fields import Bounds, build, leaves, to_dict
+
+Count = Annotated[int, Bounds("of at least 1", 1)]
+Natural = Annotated[int, Bounds("of at least 0", 0)]
+Seed = Annotated[int, Bounds("from 0 to 4294967295", 0, 2**32)]  # JAX's keys drop higher bits
+Positive = Annotated[float, Bounds("above 0", math.ulp(0.0))]
+Weight = Annotated[float, Bounds("of at least 0", 0.0)]
+Share = Annotated[float, Bounds("of at least 0 and below 1", 0.0, 1.0)]
+
+Modality = Literal["volume", "image", "table", "text"]
+Platform = Literal["auto", "cpu", "cuda"]
+Split = Literal["train", "val", "test", "all"]
+
+
+@dataclass(frozen=True)
+class YarnConfig:
+    """YaRN context extension of RoPE; `factor` 1 turns it off (names of Hugging Face's `rope_scaling`)."""
+
+    factor: Annotated[float, Bounds("of at least 1", 1.0)] = 1.0
+    original_max_position_embeddings: Count = 4096
+    beta_fast: Positive = 32.0
+    beta_slow: Positive = 1.0
+    mscale: Weight = 1.0
+    mscale_all_dim: Weight = 1.0
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """DeepSeek-V3 decoder; the fields are those of Hugging Face's `DeepseekV3Config`."""
+
+    vocab_size: Count = 512
+    hidden_size: Count = 96
+    num_hidden_layers: Count = 3
+    num_attention_heads: Count = 4
+    q_lora_rank: Count | None = 48
+    """Rank of the query compression; None projects queries directly (V2-Lite)."""
+    kv_lora_rank: Count = 32
+    qk_nope_head_dim: Count = 16
+    qk_rope_head_dim: Count = 8
+    v_head_dim: Count = 16
+    intermediate_size: Count = 256
+    """Width of the dense feed-forward layers."""
+    moe_intermediate_size: Count = 64
+    n_routed_experts: Count = 8
+    n_shared_experts: Natural = 1
+    num_experts_per_tok: Count = 2
+    n_group: Count = 4
+    topk_group: Count = 2
+    norm_topk_prob: bool = True
+    routed_scaling_factor: Positive = 2.5
+    scoring_func: Literal["sigmoid", "softmax"] = "sigmoid"
+    first_k_dense_replace: Natural = 1
+    """The first layers with a dense feed-forward instead of experts."""
+    num_nextn_predict_layers: Annotated[int, Bounds("of 0 or 1", 0, 2)] = 1
+    """Depth of multi-token prediction; 0 leaves the MTP module out."""
+    rms_norm_eps: Positive = 1e-6
+    rope_theta: Positive = 10000.0
+    rope_interleave: bool = True
+    rope_scaling: YarnConfig = field(default_factory=YarnConfig)
+    initializer_range: Positive = 0.02
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """Convolutional encoder of an image (2 sizes) or a CT sub-volume (3 sizes)."""
+
+    size: tuple[Count, ...] = (32, 32, 32)
+    """Voxels read, in array order (z, y, x) or (y, x); larger inputs are cropped about the centre."""
+    stem_stride: Count = 2
+    widths: tuple[Count, ...] = (16, 32, 64)
+    """Channels of each stage; between stages the resolution halves."""
+    blocks: tuple[Count, ...] = (1, 1, 1)
+    """Residual blocks of each stage."""
+    layers: Natural = 1
+    """Bidirectional transformer layers over the last stage's cells."""
+    num_attention_heads: Count = 4
+
+
+@dataclass(frozen=True)
+class TableConfig:
+    """Bidirectional encoder of record fields, one token a field; missing fields have their own embedding."""
+
+    layers: Natural = 1
+    frequencies: Count = 8
+    """Periodic features of each numeric value."""
+    num_attention_heads: Count = 4
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Encoders, decoder and dropout; heads and field counts come from the task."""
+
+    modalities: tuple[Modality, ...] = ("volume", "table", "text")
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    volume: VisionConfig = field(default_factory=VisionConfig)
+    image: VisionConfig = field(default_factory=lambda: VisionConfig(size=(48, 48)))
+    table: TableConfig = field(default_factory=TableConfig)
+    text_tokens: Count = 96
+    """Longest text in tokens; longer text is cut."""
+    dropout: Share = 0.1
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: fp32 weights and optimizer, bf16 matmuls, fp32 router, softmax, norms and losses."""
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """What is learned from a case, and with which weights."""
+
+    name: Literal["medical"] = "medical"
+    fields: tuple[str, ...] = ()
+    """Findings to learn; empty means every field of the task's schema."""
+    label_smoothing: Share = 0.02
+    modality_dropout: Annotated[float, Bounds("from 0 to 0.5", 0.0, math.nextafter(0.5, 1.0))] = 0.25
+    """Chance that a training case hides its images, and as large a chance that it hides its record."""
+    augment: Literal["none", "flips", "affine"] = "flips"
+    """flips: mirror and rotate by quarter turns; affine: also shift, scale, turn and change contrast."""
+    views: Annotated[int, Bounds("from 1 to 8", 1, 9)] = 1
+    """Mirrored or turned views averaged at evaluation (1 to 8)."""
+    text_weight: Weight = 0.1
+    """Weight of next-token prediction on the record's text; 0 leaves it out."""
+    mtp_weight: Weight = 0.3
+    """Weight of the multi-token prediction loss within it (DeepSeek-V3, section 4.2)."""
+    balance_weight: Weight = 1e-4
+    """Weight of the sequence-wise balance loss (DeepSeek-V3, equation 17)."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where cases come from."""
+
+    path: str | None = None
+    """Folder of cases (docs/data.md); none uses the embedded synthetic generator."""
+    split: Split = "test"
+    """Part that eval.py scores."""
+    train_cases: Count = 4096
+    val_cases: Count = 512
+    test_cases: Count = 2048
+    fold: Natural | None = None
+    """Hold out this fold for validation instead of the folder's own split."""
+    folds: Annotated[int, Bounds("of at least 2", 2)] = 5
+    seed: Seed = 0
+    """Seed of the generator and of the order of cases."""
+    threads: Count = 2
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """When things happen."""
+
+    steps: Count = 800
+    """Optimizer steps of the whole run, those before a resume included."""
+    batch_size: Count = 32
+    learning_rate: Positive = 2e-3
+    final_learning_rate: Weight = 2e-5
+    warmup_steps: Natural = 50
+    weight_decay: Weight = 0.05
+    b1: Share = 0.9
+    b2: Share = 0.95
+    clip_norm: Positive = 1.0
+    ema: Share = 0.99
+    """Decay of the weight average that is evaluated and served; 0 evaluates the raw weights."""
+    router_bias_rate: Weight = 1e-3
+    """Step of the bias-only load balancing (gamma of DeepSeek-V3)."""
+    log_every: Count = 10
+    eval_every: Count = 200
+    save_every: Count = 100
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; -1 takes what is left."""
+
+    data: Annotated[int, Bounds("of at least 1, or -1", -1)] = -1
+    fsdp: Annotated[int, Bounds("of at least 1, or -1", -1)] = 1
+
+
+@dataclass(frozen=True)
+class Config:
+    """One experiment."""
+
+    name: str = "medical"
+    workdir: str = "runs/medical"
+    """Folder of checkpoints, metrics and reports; running the same command again goes on from it."""
+    platform: Platform = "auto"
+    """cuda refuses to start without a GPU instead of falling back to the CPU."""
+    seed: Seed = 0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+
+@dataclass(frozen=True)
+class EvalData:
+    """Which cases to score, where they are not those that the checkpoint was trained beside."""
+
+    path: str | None = None
+    """Folder of cases (docs/data.md); none takes the data of the checkpoint's own config."""
+    split: Split | None = None
+    """Part of the data; none takes the config's `data.split`."""
+
+
+@dataclass(frozen=True)
+class EvalArguments:
+    """What eval.py is told."""
+
+    checkpoint: str
+    """Run folder, its checkpoints folder, or one checkpoint; must be given."""
+    data: EvalData = field(default_factory=EvalData)
+    output: str | None = None
+    """Folder of the results; none writes `eval/` beside the checkpoints."""
+    platform: Platform = "auto"
+    """cuda refuses to start without a GPU instead of falling back to the CPU."""
+    batch_size: Count = 64
+    resamples: Count = 500
+    """Bootstrap resamples of each interval."""
+    pictures: Natural = 12
+    """Cases drawn on the HTML page."""
+    language: Literal["en", "zh"] = "en"
+    """Language of the structured reports' texts."""
+
+
+def from_dict(values: Any, source: str = "config") -> Config:
+    """Builds a config from what `to_dict` gave, and accepts nothing else.
+
+    Args:
+      values: Nested dicts, for example the content of a checkpoint's config.json.
+      source: File that the values came from, for error messages.
+
+    Returns:
+      The config, of hashable values only.
+
+    Raises:
+      UserError: A key is unknown or missing, or a value does not fit its field.
+    """
+    return build(Config, values, source)
+
+
+def differences(a: Config, b: Config) -> list[tuple[str, Any, Any]]:
+    """Compares two configs field by field.
+
+    Args:
+      a: One config.
+      b: The other.
+
+    Returns:
+      (dotted field, value in a, value in b) wherever they differ, in the order of the fields.
+    """
+    pairs = ((name, operator.attrgetter(name)(a), operator.attrgetter(name)(b)) for name in leaves(Config))
+    return [pair for pair in pairs if pair[1] != pair[2]]
+
+
+def validate(config: Config) -> None:
+    """Refuses values that cannot work, before anything is built from them.
+
+    Args:
+      config: Any config, also one whose values have the wrong type.
+
+    Raises:
+      UserError: Names the field, its value and what is possible.
+    """
+    config = from_dict(to_dict(config))
+    for holds, name, rule in _relations(config):
+        if not holds:
+            raise UserError(f"config: {name} is {operator.attrgetter(name)(config)!r}, but it must be {rule}.")
+
+
+def _relations(config: Config) -> Iterator[tuple[bool, str, str]]:
+    """Yields (does it hold, field, what it must be) for each rule that ties fields; later ones rely on earlier ones."""
+    for name in ("name", "workdir"):
+        yield bool(getattr(config, name).strip()), name, "a name, not empty"
+    yield from _decoder_relations(config.model.decoder)
+    yield from _encoder_relations(config.model)
+    data, train, mesh = config.data, config.train, config.mesh
+    yield data.path is None or bool(data.path.strip()), "data.path", "a folder, or None for generated cases"
+    yield data.fold is None or data.fold < data.folds, "data.fold", f"below data.folds ({data.folds})"
+    yield train.warmup_steps < train.steps, "train.warmup_steps", f"below train.steps ({train.steps})"
+    yield (
+        train.final_learning_rate <= train.learning_rate,
+        "train.final_learning_rate",
+        f"at most train.learning_rate ({train.learning_rate})",
+    )
+    for name in ("data", "fsdp"):
+        yield getattr(mesh, name) != 0, f"mesh.{name}", "a number of devices of at least 1, or -1"
+    yield mesh.data > 0 or mesh.fsdp > 0, "mesh.fsdp", "a number of devices: only one axis can take what is left"
+
+
+def _decoder_relations(decoder: DecoderConfig) -> Iterator[tuple[bool, str, str]]:
+    """Yields the decoder's rules; DeepSeek-V3's group limit scores a group by its two best experts."""
+    experts, groups, kept = decoder.n_routed_experts, decoder.n_group, decoder.topk_group
+    model = "model.decoder."
+    yield decoder.qk_rope_head_dim % 2 == 0, model + "qk_rope_head_dim", "even: RoPE turns channels in pairs"
+    yield (
+        decoder.first_k_dense_replace <= decoder.num_hidden_layers,
+        model + "first_k_dense_replace",
+        f"at most num_hidden_layers ({decoder.num_hidden_layers})",
+    )
+    yield experts % groups == 0, model + "n_routed_experts", f"a multiple of n_group ({groups})"
+    yield (
+        groups == 1 or experts >= 2 * groups or decoder.scoring_func == "softmax",
+        model + "n_group",
+        f"at most half of n_routed_experts ({experts}): a group is scored by its two best experts",
+    )
+    yield kept <= groups, model + "topk_group", f"at most n_group ({groups})"
+    reach = kept * (experts // groups)
+    yield (
+        decoder.num_experts_per_tok <= reach,
+        model + "num_experts_per_tok",
+        f"at most the {reach} experts of topk_group ({kept}) groups",
+    )
+
+
+def _encoder_relations(model: ModelConfig) -> Iterator[tuple[bool, str, str]]:
+    """Yields the encoders' rules."""
+    kinds = model.modalities
+    yield len(kinds) == len(set(kinds)), "model.modalities", "a list that names each modality once"
+    yield bool(set(kinds) - {"text"}), "model.modalities", "at least one modality besides text"
+    for name, rank, axes in (("volume", 3, "(z, y, x)"), ("image", 2, "(y, x)")):
+        group, vision = f"model.{name}", getattr(model, name)
+        yield len(vision.size) == rank, f"{group}.size", f"{rank} sizes, {axes}"
+        yield len(vision.widths) > 0, f"{group}.widths", "the width of at least one stage"
+        stages = len(vision.widths)
+        yield len(vision.blocks) == stages, f"{group}.blocks", f"as long as {group}.widths ({stages})"
+        cell = vision.stem_stride * 2 ** (stages - 1)
+        yield all(n % cell == 0 for n in vision.size), f"{group}.size", f"multiples of {cell}, the cells of its stages"
+        yield _heads(f"{group}.num_attention_heads", vision, vision.widths[-1], f"the last of {group}.widths")
+    yield _heads("model.table.num_attention_heads", model.table, model.decoder.hidden_size, "model.decoder.hidden_size")
+
+
+def _heads(name: str, encoder: VisionConfig | TableConfig, width: int, origin: str) -> tuple[bool, str, str]:
+    """States that attention heads share the width evenly; without layers nothing is shared."""
+    even = encoder.layers == 0 or width % encoder.num_attention_heads == 0
+    return even, name, f"a divisor of {origin} ({width})"

@@ -1,0 +1,1 @@
+"""Where cases come from: sources, their storage and the input pipeline."""

@@ -1,0 +1,1 @@
+"""What is computed: Flax Linen modules without mesh, I/O or optimizer."""

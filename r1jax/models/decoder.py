@@ -1,0 +1,135 @@
+"""The DeepSeek-V3 decoder: causal, blind to modality, with multi-token prediction (DeepSeek-V3, section 2)."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from r1jax.config import DecoderConfig
+from r1jax.models.attention import MLA
+from r1jax.models.layers import MLP, Linear, RMSNorm
+from r1jax.models.moe import MoE, RouterStats
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm MLA and feed-forward, dense or mixture of experts."""
+
+    config: DecoderConfig
+    dtype: DTypeLike
+    dropout: float
+    dense: bool
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], valid: Bool[Array, "B T"], *, train: bool
+    ) -> tuple[Float[Array, "B T D"], RouterStats | None]:
+        c = self.config
+        drop = nn.Dropout(self.dropout, deterministic=not train)
+        normed = RMSNorm(c.rms_norm_eps, name="input_layernorm")(x)
+        x = x + drop(MLA(c, self.dtype, name="self_attn")(normed, positions, valid))
+        normed = RMSNorm(c.rms_norm_eps, name="post_attention_layernorm")(x)
+        if self.dense:
+            y, stats = MLP(c.intermediate_size, self.dtype, c.initializer_range, name="mlp")(normed), None
+        else:
+            y, stats = MoE(c, self.dtype, name="mlp")(normed, valid)
+        return x + drop(y), stats
+
+
+class MTP(nn.Module):
+    """One depth of multi-token prediction: from h_i and token i+1 to a state that predicts token i+2 (equation 21)."""
+
+    config: DecoderConfig
+    dtype: DTypeLike
+    dropout: float
+
+    @nn.compact
+    def __call__(
+        self,
+        hidden: Float[Array, "B T D"],
+        next_embedding: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        valid: Bool[Array, "B T"],
+        *,
+        train: bool,
+    ) -> tuple[Float[Array, "B T D"], RouterStats]:
+        c = self.config
+        # The paper writes [h; emb]; the published weights are for [emb; h].
+        pair = [RMSNorm(c.rms_norm_eps, name="enorm")(next_embedding), RMSNorm(c.rms_norm_eps, name="hnorm")(hidden)]
+        eh_proj = Linear(c.hidden_size, self.dtype, init_std=c.initializer_range, name="eh_proj")
+        layer = DecoderLayer(c, self.dtype, self.dropout, dense=False, name="layer")
+        x, stats = layer(eh_proj(jnp.concatenate(pair, axis=-1)), positions, valid, train=train)
+        assert stats is not None
+        return RMSNorm(c.rms_norm_eps, name="shared_head_norm")(x), stats
+
+
+class Decoder(nn.Module):
+    """Token embedding, layers, final norm, language head and MTP; the caller places the embeddings."""
+
+    config: DecoderConfig
+    dtype: DTypeLike = jnp.float32
+    dropout: float = 0.0
+
+    def setup(self) -> None:
+        c = self.config
+        init = nn.initializers.normal(c.initializer_range)
+        self.embed_tokens = self.param("embed_tokens", init, (c.vocab_size, c.hidden_size), jnp.float32)
+        self.layers = [
+            DecoderLayer(c, self.dtype, self.dropout, dense=i < c.first_k_dense_replace)
+            for i in range(c.num_hidden_layers)
+        ]
+        self.norm = RMSNorm(c.rms_norm_eps)
+        self.lm_head = Linear(c.vocab_size, self.dtype, init_std=c.initializer_range)
+        if c.num_nextn_predict_layers:
+            self.mtp = MTP(c, self.dtype, self.dropout)
+
+    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Embeds tokens in the compute dtype."""
+        return self.embed_tokens[tokens].astype(self.dtype)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], valid: Bool[Array, "B T"], *, train: bool
+    ) -> tuple[Float[Array, "B T D"], tuple[RouterStats, ...]]:
+        """Runs the layers.
+
+        Args:
+          x: Embeddings of modality tokens, text and queries, in one sequence.
+          positions: Position of each token for RoPE.
+          valid: Tokens that exist; others are neither seen nor counted.
+          train: Whether dropout is on.
+
+        Returns:
+          Hidden states after the final norm, and the statistics of each mixture layer.
+        """
+        stats = []
+        for layer in self.layers:
+            x, layer_stats = layer(x, positions, valid, train=train)
+            if layer_stats is not None:
+                stats.append(layer_stats)
+        return self.norm(x), tuple(stats)
+
+    def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Next-token logits in fp32; main model and MTP share this head."""
+        return self.lm_head(hidden).astype(jnp.float32)
+
+    def predict_second(
+        self,
+        hidden: Float[Array, "B T D"],
+        next_tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        valid: Bool[Array, "B T"],
+        *,
+        train: bool,
+    ) -> tuple[Float[Array, "B T D"], RouterStats]:
+        """MTP states that, through `logits`, predict the token after next.
+
+        Args:
+          hidden: Output of `__call__`, after the final norm.
+          next_tokens: Token i+1 at place i.
+          positions: Positions of the tokens i.
+          valid: Places that exist.
+          train: Whether dropout is on.
+
+        Returns:
+          MTP states and the statistics of its mixture layer.
+        """
+        return self.mtp(hidden, self.embed(next_tokens), positions, valid, train=train)

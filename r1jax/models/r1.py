@@ -1,0 +1,120 @@
+"""R1: encoders of each modality, the DeepSeek-V3 decoder over their tokens and the text, heads at query tokens."""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from r1jax.config import ModelConfig
+from r1jax.models.decoder import Decoder
+from r1jax.models.layers import Linear
+from r1jax.models.moe import RouterStats
+from r1jax.models.table import TableEncoder
+from r1jax.models.vision import VisionEncoder
+
+
+class Inputs(NamedTuple):
+    """One batch as the model reads it; a modality that the model lacks is None, one that a case lacks is not valid."""
+
+    volume: Float[Array, "B Z Y X"] | None = None
+    volume_spacing: Float[Array, "B 3"] | None = None
+    has_volume: Bool[Array, " B"] | None = None
+    image: Float[Array, "B Y X"] | None = None
+    image_spacing: Float[Array, "B 2"] | None = None
+    has_image: Bool[Array, " B"] | None = None
+    table: Float[Array, "B F"] | None = None
+    has_table: Bool[Array, " B"] | None = None
+    text: Int[Array, "B T"] | None = None
+    text_valid: Bool[Array, "B T"] | None = None
+
+
+class Output(NamedTuple):
+    """Everything that the model says of a batch."""
+
+    heads: dict[str, Float[Array, "B _"]]
+    """Raw numbers of each head, fp32."""
+    router: tuple[RouterStats, ...]
+    """One entry for each mixture layer, the MTP module's last if it ran."""
+    text_logits: Float[Array, "B T V"] | None
+    """Next-token logits at the text positions, if asked for."""
+    mtp_logits: Float[Array, "B S V"] | None
+    """Logits of the token after next, for the first T - 1 text positions, if asked for."""
+
+
+class R1(nn.Module):
+    """Modality tokens, then text, then one query token a head; the decoder is causal, so queries see everything."""
+
+    config: ModelConfig
+    heads: tuple[tuple[str, int], ...]
+    """Name and width of each head."""
+
+    def setup(self) -> None:
+        c = self.config
+        self.dtype = jnp.bfloat16 if c.precision == "bf16" else jnp.float32
+        width = c.decoder.hidden_size
+        self.decoder = Decoder(c.decoder, self.dtype, c.dropout)
+        if "volume" in c.modalities:
+            self.volume = VisionEncoder(c.volume, width, self.dtype, c.dropout)
+        if "image" in c.modalities:
+            self.image = VisionEncoder(c.image, width, self.dtype, c.dropout)
+        if "table" in c.modalities:
+            self.table = TableEncoder(c.table, width, self.dtype, c.dropout)
+        self.queries = self.param("queries", nn.initializers.normal(1.0), (len(self.heads), width), jnp.float32)
+        self.head = {name: Linear(size, jnp.float32, bias=True) for name, size in self.heads}
+
+    def encode(self, inputs: Inputs, *, train: bool) -> tuple[Float[Array, "B M D"], Bool[Array, "B M"]]:
+        """Tokens of all modalities but text, and which of them exist."""
+        tokens, valid = [], []
+
+        def add(encoded: Float[Array, "B m D"], has: Bool[Array, " B"]) -> None:
+            tokens.append(encoded)
+            valid.append(jnp.broadcast_to(has[:, None], encoded.shape[:2]))
+
+        if inputs.volume is not None:
+            add(self.volume(inputs.volume, inputs.volume_spacing, train=train), inputs.has_volume)
+        if inputs.image is not None:
+            add(self.image(inputs.image, inputs.image_spacing, train=train), inputs.has_image)
+        if inputs.table is not None:
+            add(self.table(inputs.table, train=train), inputs.has_table)
+        return jnp.concatenate(tokens, axis=1), jnp.concatenate(valid, axis=1)
+
+    def __call__(self, inputs: Inputs, *, train: bool = False, language: bool = False) -> Output:
+        """Reads a batch.
+
+        Args:
+          inputs: The batch; its modalities are those of the config.
+          train: Whether dropout is on (needs the rng `dropout`).
+          language: Whether to compute the logits of the text and of MTP.
+
+        Returns:
+          Heads, router statistics and, if asked for, logits.
+        """
+        x, valid = self.encode(inputs, train=train)
+        first = x.shape[1]
+        if inputs.text is not None:
+            x = jnp.concatenate([x, self.decoder.embed(inputs.text)], axis=1)
+            valid = jnp.concatenate([valid, inputs.text_valid], axis=1)
+        batch, queries = x.shape[0], self.queries.shape[0]
+        asked = jnp.broadcast_to(self.queries.astype(x.dtype)[None], (batch, queries, x.shape[-1]))
+        x = jnp.concatenate([x, asked], axis=1)
+        valid = jnp.concatenate([valid, jnp.ones((batch, queries), bool)], axis=1)
+        # Positions count what exists, so that a missing modality and padding shift nothing.
+        positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
+        hidden, router = self.decoder(x, positions, valid, train=train)
+        last = hidden[:, -queries:].astype(jnp.float32)
+        heads = {name: self.head[name](last[:, i]) for i, (name, _) in enumerate(self.heads)}
+        text_logits = mtp_logits = None
+        if language and inputs.text is not None:
+            text = slice(first, first + inputs.text.shape[1])
+            text_logits = self.decoder.logits(hidden[:, text])
+            if self.config.decoder.num_nextn_predict_layers:
+                states, stats = self.decoder.predict_second(
+                    hidden[:, text][:, :-1],
+                    inputs.text[:, 1:],
+                    positions[:, text][:, :-1],
+                    inputs.text_valid[:, 1:],
+                    train=train,
+                )
+                mtp_logits, router = self.decoder.logits(states), (*router, stats)
+        return Output(heads, router, text_logits, mtp_logits)

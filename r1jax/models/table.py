@@ -1,0 +1,48 @@
+"""Encoder of record fields: one token a field, periodic features of its value (Gorishniy et al. 2022)."""
+
+import math
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from r1jax.config import TableConfig
+from r1jax.models.layers import EncoderLayer, Linear, RMSNorm
+
+
+class TableEncoder(nn.Module):
+    """Tokens of decoder width from standardised values; a missing value has an embedding of its own."""
+
+    config: TableConfig
+    features: int
+    dtype: DTypeLike = jnp.float32
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, values: Float[Array, "B F"], *, train: bool) -> Float[Array, "B F D"]:
+        """Encodes a batch.
+
+        Args:
+          values: Standardised fields, NaN where missing.
+          train: Whether dropout is on.
+
+        Returns:
+          One token a field.
+        """
+        c, fields = self.config, values.shape[1]
+        missing = jnp.isnan(values)
+        known = jnp.where(missing, 0.0, values)[..., None]
+        start = 0.1 * 2.0 ** jnp.arange(c.frequencies)
+        frequency = self.param("frequency", lambda _, shape: jnp.broadcast_to(start, shape), (fields, c.frequencies))
+        angle = 2 * math.pi * known * frequency[None]
+        parts = [known, jnp.sin(angle), jnp.cos(angle), jnp.ones_like(known)]
+        x = jnp.concatenate(parts, axis=-1).astype(self.dtype)
+        init = nn.initializers.normal(x.shape[-1] ** -0.5)
+        weight = self.param("weight", init, (fields, self.features, x.shape[-1]), jnp.float32)
+        absent = self.param("missing", nn.initializers.normal(1.0), (fields, self.features), jnp.float32)
+        x = jnp.einsum("BFI,FOI->BFO", x, weight.astype(self.dtype))
+        x = jnp.where(missing[..., None], jnp.broadcast_to(absent.astype(self.dtype)[None], x.shape), x)
+        for i in range(c.layers):
+            x = EncoderLayer(c.num_attention_heads, self.dtype, self.dropout, name=f"layers_{i}")(x, train=train)
+        return Linear(self.features, self.dtype, name="projection")(RMSNorm(name="final_norm")(x))

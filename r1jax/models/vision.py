@@ -1,0 +1,106 @@
+"""Convolutional encoder of 2-D images and CT sub-volumes, ending in tokens of decoder width.
+
+A sub-volume is convolved in plane and then through plane, R(2+1)D (Tran et al. 2018): CT is sampled differently
+along z, the two steps cost 12 C^2 a voxel instead of 27 C^2, and in-plane convolutions are fast on CPU and GPU.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from r1jax.config import VisionConfig
+from r1jax.models.layers import EncoderLayer, Linear, RMSNorm
+
+
+class PlaneConv(nn.Module):
+    """3x3 convolution over the last two spatial axes; leading axes are batch."""
+
+    features: int
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B Y X C"]) -> Float[Array, "*B Y X F"]:
+        shape = (3, 3, x.shape[-1], self.features)
+        weight = self.param("weight", nn.initializers.he_normal(), shape, jnp.float32)
+        flat = x.reshape(-1, *x.shape[-3:]).astype(self.dtype)
+        dims = ("NHWC", "HWIO", "NHWC")
+        y = jax.lax.conv_general_dilated(flat, weight.astype(self.dtype), (1, 1), "SAME", dimension_numbers=dims)
+        return y.reshape(*x.shape[:-1], self.features)
+
+
+class ThroughConv(nn.Module):
+    """3-tap convolution along z, as one matmul over the joined neighbours."""
+
+    features: int
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B Z Y X C"]) -> Float[Array, "B Z Y X F"]:
+        padded = jnp.pad(x, ((0, 0), (1, 1), (0, 0), (0, 0), (0, 0)))
+        taps = [padded[:, i : i + x.shape[1]] for i in range(3)]
+        return Linear(self.features, self.dtype, init_std=(2 / (3 * x.shape[-1])) ** 0.5)(jnp.concatenate(taps, -1))
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x)))))): both in plane for images, in plane then through plane for volumes."""
+
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        width = x.shape[-1]
+        second = ThroughConv if x.ndim == 5 else PlaneConv
+        y = PlaneConv(width, self.dtype, name="first")(nn.silu(RMSNorm(name="first_norm")(x)))
+        y = second(width, self.dtype, name="second")(nn.silu(RMSNorm(name="second_norm")(y)))
+        return x + y
+
+
+def space_to_depth(x: Float[Array, "..."], stride: int) -> Float[Array, "..."]:
+    """Moves each stride^rank cell block of [B, *space, C] into channels: [B, *space/stride, stride^rank C]."""
+    batch, *space, channels = x.shape
+    split = [n for size in space for n in (size // stride, stride)]
+    rank = len(space)
+    x = x.reshape(batch, *split, channels)
+    x = x.transpose(0, *range(1, 2 * rank, 2), *range(2, 2 * rank + 1, 2), 2 * rank + 1)
+    return x.reshape(batch, *[size // stride for size in space], stride**rank * channels)
+
+
+class VisionEncoder(nn.Module):
+    """Stem, residual stages with patch merging between them, bidirectional layers, projection to decoder width."""
+
+    config: VisionConfig
+    features: int
+    dtype: DTypeLike = jnp.float32
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B *space"], spacing: Float[Array, "B rank"], *, train: bool
+    ) -> Float[Array, "B M D"]:
+        """Encodes a batch.
+
+        Args:
+          x: Windowed intensities, about -1..1, of the configured size.
+          spacing: Edge lengths of a voxel in mm; sizes in mm cannot be read from voxels alone.
+          train: Whether dropout is on.
+
+        Returns:
+          One token for each cell of the last stage.
+        """
+        c = self.config
+        x = space_to_depth(x[..., None], c.stem_stride)
+        for stage, (width, blocks) in enumerate(zip(c.widths, c.blocks, strict=True)):
+            if stage:
+                x = space_to_depth(x, 2)
+            x = Linear(width, self.dtype, name=f"merge_{stage}")(x)
+            for block in range(blocks):
+                x = ResidualBlock(self.dtype, name=f"stage_{stage}_block_{block}")(x)
+        x = RMSNorm(name="norm")(x.reshape(x.shape[0], -1, x.shape[-1]))
+        place = self.param("position", nn.initializers.normal(0.02), x.shape[1:], jnp.float32)
+        size = Linear(x.shape[-1], self.dtype, bias=True, name="spacing")(jnp.log(spacing))
+        x = x + jnp.broadcast_to(place.astype(self.dtype)[None], x.shape) + jnp.broadcast_to(size[:, None], x.shape)
+        for i in range(c.layers):
+            x = EncoderLayer(c.num_attention_heads, self.dtype, self.dropout, name=f"layers_{i}")(x, train=train)
+        return Linear(self.features, self.dtype, name="projection")(RMSNorm(name="final_norm")(x))

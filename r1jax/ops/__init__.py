@@ -1,0 +1,1 @@
+"""Numerics: functions of arrays, each fast path beside its reference."""

@@ -1,0 +1,1 @@
+"""What leaves the system: reports as JSON and XML."""

@@ -1,0 +1,5 @@
+"""The tasks by the name that a config gives."""
+
+from r1jax.tasks.medical.task import Medical
+
+TASKS = {"medical": Medical}

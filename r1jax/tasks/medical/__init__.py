@@ -1,0 +1,1 @@
+"""Chest CT with a patient record: findings of a nodule and its malignancy."""

@@ -1,0 +1,94 @@
+"""Losses and predictions of the findings; an unknown target (NaN) weighs nothing."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from r1jax.config import TaskConfig
+from r1jax.models.r1 import Inputs, Output
+from r1jax.ops.losses import binary_cross_entropy, cross_entropy, huber, weighted_mean
+from r1jax.tasks.medical.schema import FINDING
+
+WEIGHTS = {"binary": 1.0, "rating": 0.5, "length": 1.0, "vector": 1.0}
+CENTER_UNIT_MM = 10.0
+"""Offsets are learned in this unit, and lengths as the logarithm of their ratio to it, so that errors are of order one."""
+
+
+def finding_loss(
+    name: str, raw: Float[Array, "B _"], target: Float[Array, "B ..."], smoothing: float
+) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
+    """Loss of one finding for each case, and 1 where its target is known."""
+    unknown = jnp.isnan(target)
+    known = jnp.where(unknown, 1.0, target)
+    match FINDING[name].kind:
+        case "binary":
+            loss = binary_cross_entropy(raw[:, 0], known, smoothing=smoothing)
+        case "rating":
+            loss = cross_entropy(raw, known.astype(jnp.int32) - 1, smoothing=smoothing)
+        case "length":
+            loss = huber(raw[:, 0] - jnp.log(known / CENTER_UNIT_MM))
+        case "vector":
+            loss = jnp.mean(huber(raw - known / CENTER_UNIT_MM), axis=-1)
+            unknown = jnp.any(unknown, axis=-1)
+    return loss, 1.0 - unknown.astype(jnp.float32)
+
+
+def language_loss(output: Output, inputs: Inputs, mtp_weight: float) -> Float[Array, ""]:
+    """Mean next-token loss of the text, plus the weighted loss of MTP (DeepSeek-V3, equation 24)."""
+    valid = inputs.text_valid.astype(jnp.float32)
+    loss = weighted_mean(cross_entropy(output.text_logits[:, :-1], inputs.text[:, 1:]), valid[:, 1:])
+    if output.mtp_logits is not None:
+        second = cross_entropy(output.mtp_logits[:, :-1], inputs.text[:, 2:])
+        loss = loss + mtp_weight * weighted_mean(second, valid[:, 2:])
+    return loss
+
+
+def total_loss(
+    output: Output, inputs: Inputs, targets: dict[str, Array], config: TaskConfig
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """Weighted sum of all losses.
+
+    Args:
+      output: Of the model.
+      inputs: What it read.
+      targets: Findings, NaN where unknown.
+      config: Weights and smoothing.
+
+    Returns:
+      Scalar loss, and its parts before their weights.
+    """
+    total, parts = jnp.zeros(()), {}
+    for name, target in targets.items():
+        loss, weight = finding_loss(name, output.heads[name], target, config.label_smoothing)
+        parts[name] = weighted_mean(loss, weight)
+        total = total + WEIGHTS[FINDING[name].kind] * parts[name]
+    if output.text_logits is not None:
+        parts["text"] = language_loss(output, inputs, config.mtp_weight)
+        total = total + config.text_weight * parts["text"]
+    if output.router:
+        parts["balance"] = jnp.mean(jnp.stack([stats.balance_loss for stats in output.router]))
+        total = total + config.balance_weight * parts["balance"]
+    return total, parts
+
+
+def predictions(heads: dict[str, Float[Array, "B _"]]) -> dict[str, Array]:
+    """Turns raw head outputs into what is reported.
+
+    Args:
+      heads: Raw outputs, a finding each.
+
+    Returns:
+      Probabilities [B] of binary findings, probabilities [B, levels] of ratings, mm for lengths [B] and vectors [B, 3].
+    """
+    result = {}
+    for name, raw in heads.items():
+        match FINDING[name].kind:
+            case "binary":
+                result[name] = jax.nn.sigmoid(raw[:, 0])
+            case "rating":
+                result[name] = jax.nn.softmax(raw, axis=-1)
+            case "length":
+                result[name] = CENTER_UNIT_MM * jnp.exp(raw[:, 0])
+            case "vector":
+                result[name] = CENTER_UNIT_MM * raw
+    return result

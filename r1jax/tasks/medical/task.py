@@ -1,0 +1,195 @@
+"""The medical task: from a case to inputs, loss, predictions and figures."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+from r1jax.config import Config
+from r1jax.data.folder import FolderCases
+from r1jax.data.source import Source
+from r1jax.data.synthetic import SyntheticCases
+from r1jax.data.tokenizer import VOCAB_SIZE
+from r1jax.errors import UserError, nearest
+from r1jax.models.r1 import Inputs, Output
+from r1jax.tasks.medical import batch as b
+from r1jax.tasks.medical.figures import OPERATING_SPECIFICITY
+from r1jax.tasks.medical.loss import predictions, total_loss
+from r1jax.tasks.medical.schema import FINDING, FINDINGS
+from r1jax.tasks.metrics import operating_point, quadratic_kappa, roc_auc
+
+MODES = {
+    "both": {"hide_images": False, "hide_record": False},
+    "image_only": {"hide_images": False, "hide_record": True},
+    "record_only": {"hide_images": True, "hide_record": False},
+}
+"""What of a case the model is shown."""
+
+
+class Medical:
+    """What a case is, which heads it needs, how outputs become loss, predictions and a score."""
+
+    def __init__(self, config: Config) -> None:
+        """Checks the fields against the schema.
+
+        Args:
+          config: Model, task and data.
+
+        Raises:
+          UserError: An unknown finding, or a vocabulary that is too small for the tokenizer.
+        """
+        names = config.task.fields or tuple(finding.name for finding in FINDINGS)
+        for name in names:
+            if name not in FINDING:
+                raise UserError(f"task.fields names {name!r}, which is no finding{nearest(name, FINDING)}")
+        if "text" in config.model.modalities and config.model.decoder.vocab_size < VOCAB_SIZE:
+            raise UserError(
+                f"model.decoder.vocab_size is {config.model.decoder.vocab_size}, but the byte-level tokenizer "
+                f"has {VOCAB_SIZE} tokens; set it to at least that"
+            )
+        self.config = config
+        self.fields = names
+        self.heads = tuple((name, FINDING[name].width) for name in names)
+        self.language = "text" in config.model.modalities and config.task.text_weight > 0
+
+    def source(self, split: str) -> Source:
+        """Opens the cases of `train`, `val`, `test` or `all`.
+
+        Raises:
+          UserError: The folder does not give what the model reads.
+        """
+        data = self.config.data
+        if data.path is None:
+            sizes = {"train": data.train_cases, "val": data.val_cases, "test": data.test_cases}
+            if split not in sizes:
+                raise UserError(f"data.split is {split!r}, but the synthetic data has {', '.join(sizes)}")
+            source = SyntheticCases(data.seed, sizes[split], split, self.config.model.volume.size)
+        else:
+            source = FolderCases.open(data.path, split, fold=data.fold, folds=data.folds, seed=data.seed)
+        missing = [m for m in self.config.model.modalities if m not in source.modalities]
+        if missing and not source.modalities & set(self.config.model.modalities):
+            raise UserError(
+                f"{data.path or 'the synthetic data'} has {', '.join(sorted(source.modalities))}, but the model reads "
+                f"{', '.join(self.config.model.modalities)}: choose a config or checkpoint for this kind of data"
+            )
+        return source
+
+    def collate(self, raw: dict[str, Any]) -> dict[str, np.ndarray]:
+        """Turns a source's batch into a flat dict of arrays."""
+        return b.collate(raw, self.config, self.fields)
+
+    def prepare(
+        self, batch: dict[str, Array], key: PRNGKeyArray | None = None
+    ) -> tuple[Inputs, dict[str, Float[Array, "B ..."]]]:
+        """Windows, crops and, with a key, augments a batch and hides modalities; runs on the device.
+
+        Args:
+          batch: From `collate`.
+          key: Randomness of training; None at evaluation.
+
+        Returns:
+          What the model reads, and the targets.
+        """
+        config, targets = self.config, {k.removeprefix("target."): v for k, v in batch.items() if "target." in k}
+        arrays = {k: v for k, v in batch.items() if "target." not in k}
+        for name in b.PICTURES:
+            if name in arrays:
+                x, spacing = b.window(arrays[name]), arrays[f"{name}_spacing"]
+                if key is not None and config.task.augment != "none":
+                    name_key = jax.random.fold_in(key, b.PICTURES.index(name))
+                    x, spacing, targets = b.augment(name_key, x, spacing, targets, config.task.augment)
+                arrays[name], arrays[f"{name}_spacing"] = b.fit(x, getattr(config.model, name).size), spacing
+        inputs = Inputs(**arrays)
+        if key is not None and config.task.modality_dropout > 0:
+            both = b.has_pictures(inputs) & b.has_record(inputs)
+            draw = jax.random.uniform(jax.random.fold_in(key, len(b.PICTURES)), (len(next(iter(batch.values()))),))
+            rate = config.task.modality_dropout
+            inputs = b.hide(inputs, both & (draw < rate), both & (draw > 1 - rate))
+        return inputs, targets
+
+    def loss(
+        self, output: Output, inputs: Inputs, targets: dict[str, Float[Array, "B ..."]]
+    ) -> tuple[Float[Array, ""], dict[str, Array]]:
+        """Scalar loss and its parts."""
+        return total_loss(output, inputs, targets, self.config.task)
+
+    def show(self, inputs: Inputs, mode: dict[str, Bool[Array, ""]]) -> Inputs:
+        """Hides what the mode (an entry of `MODES`) does not show."""
+        if len(self.modes()) == 1:
+            return inputs
+        everyone = jnp.ones_like(b.has_pictures(inputs))
+        return b.hide(inputs, everyone & mode["hide_images"], everyone & mode["hide_record"])
+
+    def modes(self) -> tuple[str, ...]:
+        """What can be shown: with pictures and a record, also each alone."""
+        reads, pictures = set(self.config.model.modalities), set(b.PICTURES)
+        return tuple(MODES) if reads & pictures and reads - pictures else ("both",)
+
+    def views(self, inputs: Inputs) -> list[tuple[Inputs, Any]]:
+        """The orientations to average at evaluation, each with what turns an offset back."""
+        result = []
+        for index in range(self.config.task.views):
+            turned, undo = inputs, lambda vector: vector
+            for name in b.PICTURES:
+                x = getattr(inputs, name)
+                if x is None:
+                    continue
+                flips, transpose = b.view_of(index, x.shape[0], x.ndim - 1)
+                spacing = b.swap_in_plane(getattr(inputs, f"{name}_spacing"), transpose)
+                turned = turned._replace(**{name: b.orient(x, flips, transpose), f"{name}_spacing": spacing})
+                if name == "volume":
+                    undo = lambda vector, f=flips, t=transpose: b.unorient_vector(vector, f, t)  # noqa: E731
+            result.append((turned, undo))
+        return result
+
+    def predict(self, heads: dict[str, Float[Array, "B _"]]) -> dict[str, Array]:
+        """Probabilities and millimetres from raw head outputs."""
+        return predictions(heads)
+
+    def figures(self, predicted: dict[str, np.ndarray], targets: dict[str, np.ndarray]) -> dict[str, float]:
+        """Cheap figures for the validation during training.
+
+        Args:
+          predicted: From `predict`, all cases.
+          targets: Findings, NaN where unknown.
+
+        Returns:
+          `auc.<finding>` and `kappa.<finding>`.
+        """
+        figures: dict[str, float] = {}
+        for name in self.fields:
+            target, kind = targets[name], FINDING[name].kind
+            if kind not in ("binary", "rating"):
+                continue
+            known = ~np.isnan(target)
+            if kind == "binary" and 0 < target[known].sum() < known.sum():
+                figures[f"auc.{name}"] = float(roc_auc(target[known], predicted[name][known]))
+            elif kind == "rating" and np.unique(target[known]).size > 1:
+                levels = np.argmax(predicted[name][known], axis=1) + 1
+                figures[f"kappa.{name}"] = float(quadratic_kappa(target[known], levels))
+        return figures
+
+    def operating_points(
+        self, predicted: dict[str, np.ndarray], targets: dict[str, np.ndarray]
+    ) -> dict[str, dict[str, float]]:
+        """Threshold of each binary finding for the specificity `OPERATING_SPECIFICITY`, and what it reaches here.
+
+        Args:
+          predicted: From `predict`, all validation cases.
+          targets: Findings, NaN where unknown.
+
+        Returns:
+          By finding: threshold, sensitivity, specificity, n_positive, n_negative; without findings of one class only.
+        """
+        points = {}
+        for name in self.fields:
+            target = targets[name]
+            known = ~np.isnan(target) if FINDING[name].kind == "binary" else np.zeros(0, bool)
+            positive = int(target[known].sum()) if known.any() else 0
+            if 0 < positive < known.sum():
+                point = operating_point(target[known], predicted[name][known], OPERATING_SPECIFICITY)
+                counts = {"n_positive": positive, "n_negative": int(known.sum()) - positive}
+                points[name] = point._asdict() | counts
+        return points

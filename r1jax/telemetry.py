@@ -1,0 +1,97 @@
+"""What a run says while it goes: metrics.jsonl, TensorBoard, and one progress view."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from tensorboardX import SummaryWriter
+
+PLAIN_INTERVAL_S = 15.0
+
+
+class Telemetry:
+    """Writes figures of a run to files and shows how far it is."""
+
+    def __init__(self, workdir: Path, *, steps: int, start: int, batch_size: int) -> None:
+        """Opens the files; rows after `start`, which a killed run had written, are dropped.
+
+        Args:
+          workdir: Run folder.
+          steps: Steps of the whole run.
+          start: Steps done already.
+          batch_size: Cases a step.
+        """
+        self.steps, self.start, self.batch_size = steps, start, batch_size
+        path = workdir / "metrics.jsonl"
+        rows = path.read_text().splitlines() if path.exists() else []
+        path.write_text("".join(row + "\n" for row in rows if _step_of(row) <= start))
+        self.file = path.open("a", buffering=1)
+        self.board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
+        self.console = Console(stderr=True)
+        self.began = self.spoke = time.perf_counter()
+        self.progress = Progress(
+            TextColumn("step"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}"),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self.bar = self.progress.add_task("", total=steps, completed=start)
+        self.progress.start()
+
+    def log(self, step: int, figures: dict[str, float]) -> None:
+        """Appends one row to metrics.jsonl and the same figures to TensorBoard.
+
+        Args:
+          step: Steps done.
+          figures: Name to number.
+        """
+        self.file.write(json.dumps({"step": step, **figures}) + "\n")
+        for name, value in figures.items():
+            self.board.add_scalar(name.replace(".", "/", 1), value, step)
+
+    def advance(self, step: int, note: str) -> None:
+        """Moves the progress view; a log file gets a plain line now and then instead.
+
+        Args:
+          step: Steps done.
+          note: A few words, such as the loss.
+        """
+        now = time.perf_counter()
+        rate = (step - self.start) / (now - self.began)
+        text = f"{rate * self.batch_size:.0f} examples/s  {note}"
+        self.progress.update(self.bar, completed=step, description=text)
+        if self.progress.disable and (now - self.spoke > PLAIN_INTERVAL_S or step == self.steps):
+            self.spoke = now
+            left = (self.steps - step) / rate
+            self.say(f"step {step}/{self.steps}  {int(left // 60)}:{int(left % 60):02d} left  {text}")
+
+    def say(self, text: str) -> None:
+        """Prints a line above the progress view."""
+        if self.progress.disable:
+            print(text, file=sys.stderr, flush=True)
+        else:
+            self.progress.console.print(text, markup=False, highlight=False)
+
+    def close(self) -> None:
+        """Flushes the files and ends the view."""
+        self.progress.stop()
+        self.board.close()
+        self.file.close()
+
+
+def _step_of(row: str) -> float:
+    """Step of a metrics row; a row that a crash cut short is never kept."""
+    try:
+        content: Any = json.loads(row)
+    except json.JSONDecodeError:
+        return float("inf")
+    return content["step"]

@@ -1,0 +1,1 @@
+"""When things happen: state, optimizer, compiled step, loop, checkpoints."""

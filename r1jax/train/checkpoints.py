@@ -1,0 +1,216 @@
+"""Checkpoints that are complete or absent: written aside, sealed with a SHA-256 manifest, then renamed into place.
+
+checkpoints/00000200/{state/, config.json, meta.json, manifest.json}. Orbax stores the arrays but no checksum of them,
+so a flipped bit would be read back unnoticed; the manifest is verified before every restore.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from r1jax.config import Config, differences, from_dict
+from r1jax.errors import UserError
+from r1jax.fields import to_json
+
+MANIFEST = "manifest.json"
+FREE_TO_CHANGE = ("workdir", "platform", "train.log_every", "data.threads", "data.path", "data.split", "mesh.")
+"""Fields that may differ when a run goes on: they change no number (data is compared by its fingerprint)."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A sealed checkpoint on disk."""
+
+    path: Path
+
+    @property
+    def step(self) -> int:
+        """Steps done when it was written."""
+        return int(self.path.name)
+
+    def config(self) -> Config:
+        """The config it was trained with."""
+        return from_dict(_read_json(self.path / "config.json"), str(self.path / "config.json"))
+
+    def meta(self) -> dict[str, Any]:
+        """Validation figures, operating points, data and versions."""
+        return _read_json(self.path / "meta.json")
+
+    def digest(self) -> str:
+        """SHA-256 (hex) of the manifest, and so of every byte of the checkpoint."""
+        return hashlib.sha256((self.path / MANIFEST).read_bytes()).hexdigest()
+
+    def verify(self) -> None:
+        """Compares every file with the manifest.
+
+        Raises:
+          UserError: A file is missing, truncated or altered.
+        """
+        manifest = _read_json(self.path / MANIFEST)
+        for name, expected in manifest.items():
+            file = self.path / name
+            if not file.is_file():
+                raise UserError(f"checkpoint {self.path} is damaged: {name} is missing; use another checkpoint")
+            if _sha256(file) != expected:
+                raise UserError(
+                    f"checkpoint {self.path} is damaged: {name} is not what was written (truncated or altered); "
+                    "use another checkpoint"
+                )
+
+    def restore(self, abstract: Any) -> Any:
+        """Verifies and reads the state.
+
+        Args:
+          abstract: Tree of `jax.ShapeDtypeStruct` with shardings, of the shapes that the config gives.
+
+        Returns:
+          The state, on the devices of the shardings.
+
+        Raises:
+          UserError: The checkpoint is damaged.
+        """
+        self.verify()
+        with ocp.StandardCheckpointer() as checkpointer:
+            return checkpointer.restore(self.path / "state", abstract)
+
+
+class CheckpointFolder:
+    """The checkpoints of one run; the newest and the best are kept."""
+
+    def __init__(self, path: Path) -> None:
+        """Names the folder; it need not exist.
+
+        Args:
+          path: Usually workdir/checkpoints.
+        """
+        self.path = path
+
+    def all(self) -> list[Checkpoint]:
+        """Sealed checkpoints, oldest first; what a killed writer left is not among them."""
+        found = [p for p in self.path.glob("[0-9]*") if p.name.isdigit()] if self.path.is_dir() else []
+        return [Checkpoint(p) for p in sorted(found, key=lambda p: int(p.name))]
+
+    def best(self) -> Checkpoint | None:
+        """The checkpoint with the highest validation score, the newest where none was scored."""
+        scores = [((c.meta()["validation"] or {}).get("score"), c.step, c) for c in self.all()]
+        scored = [row for row in scores if row[0] is not None]
+        if scored:
+            return max(scored, key=lambda row: row[:2])[2]
+        return self.all()[-1] if self.all() else None
+
+    def save(self, step: int, state: Any, config: Config, meta: dict[str, Any]) -> Checkpoint:
+        """Writes, seals and publishes a checkpoint, then removes what is neither newest nor best.
+
+        Args:
+          step: Steps done; one that exists already is left as it is.
+          state: Tree of arrays.
+          config: The resolved config.
+          meta: JSON-able; "validation" holds the figures or None.
+
+        Returns:
+          The published checkpoint.
+
+        Raises:
+          UserError: The disk is full or the folder cannot be written; earlier checkpoints are untouched.
+        """
+        final = self.path / f"{step:08d}"
+        if final.is_dir():
+            return Checkpoint(final)
+        draft = self.path / f".draft-{step:08d}"
+        try:
+            shutil.rmtree(draft, ignore_errors=True)
+            draft.mkdir(parents=True)
+            with ocp.StandardCheckpointer() as checkpointer:
+                checkpointer.save(draft.absolute() / "state", state)
+            (draft / "config.json").write_text(to_json(config))
+            (draft / "meta.json").write_text(json.dumps(meta, indent=1))
+            files = sorted(p for p in draft.rglob("*") if p.is_file())
+            manifest = {str(p.relative_to(draft)): _sha256(p) for p in files}
+            (draft / MANIFEST).write_text(json.dumps(manifest, indent=1))
+            os.rename(draft, final)
+        except OSError as error:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise UserError(
+                f"checkpoint {final} could not be written ({error.strerror or error}); earlier checkpoints are "
+                "untouched: make room or choose another --workdir, and run the same command again"
+            ) from error
+        self._prune()
+        return Checkpoint(final)
+
+    def _prune(self) -> None:
+        best = self.best()
+        for old in self.all()[:-1]:
+            if best is not None and old.step != best.step:
+                shutil.rmtree(old.path)
+
+    def clear_drafts(self) -> None:
+        """Removes what killed writers left; only the process that holds the run's lock may call it."""
+        for draft in self.path.glob(".draft-*"):
+            shutil.rmtree(draft, ignore_errors=True)
+
+
+def find_checkpoint(path: Path) -> Checkpoint:
+    """Finds the checkpoint that a user means: a run folder, its checkpoints folder, or one checkpoint.
+
+    Args:
+      path: As given on the command line.
+
+    Returns:
+      That checkpoint, or the best one of the run.
+
+    Raises:
+      UserError: There is none.
+    """
+    if not path.exists():
+        raise UserError(f"--checkpoint {path} does not exist: give the folder of a run, for example runs/medical")
+    if (path / MANIFEST).is_file():
+        return Checkpoint(path)
+    if path.name.isdigit() and (path / "state").is_dir():
+        raise UserError(f"checkpoint {path} is damaged: {MANIFEST} is missing; use another checkpoint")
+    for folder in (path / "checkpoints", path):
+        best = CheckpointFolder(folder).best()
+        if best is not None:
+            return best
+    raise UserError(f"--checkpoint {path} holds no checkpoint: train first, or give the folder of a run")
+
+
+def check_same_run(stored: Config, config: Config, where: Path) -> None:
+    """Refuses to go on with a run that was started with another config.
+
+    Raises:
+      UserError: Names the first field that differs, with both values.
+    """
+    changed = [row for row in differences(stored, config) if not row[0].startswith(FREE_TO_CHANGE)]
+    if changed:
+        name, old, new = changed[0]
+        others = f" (and {len(changed) - 1} more fields)" if len(changed) > 1 else ""
+        raise UserError(
+            f"{where} was trained with {name} {old!r}, but this command says {new!r}{others}: "
+            "choose another --workdir, or delete that folder to start anew"
+        )
+
+
+def abstract_like(state: Any, shardings: Any) -> Any:
+    """Shapes and dtypes of a state with the shardings that it shall have."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: the checkpoint is incomplete; use another one") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({error}): the checkpoint is damaged; use another one") from None

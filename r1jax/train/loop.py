@@ -1,0 +1,109 @@
+"""The loop: step, log, evaluate, save; and the table that closes a run."""
+
+import signal
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from r1jax.config import Config
+from r1jax.data.loader import training_batches
+from r1jax.data.source import Source
+from r1jax.parallel.mesh import batch_sharding
+from r1jax.tasks.medical.task import Medical
+from r1jax.telemetry import Telemetry
+from r1jax.train.evaluation import Evaluator
+from r1jax.train.run import Run, describe
+from r1jax.train.step import TrainState
+
+
+def served(state: TrainState, config: Config) -> Any:
+    """The weights that are evaluated: the average, or the raw ones where averaging is off."""
+    return state.ema if config.train.ema else state.params
+
+
+def fit(
+    config: Config,
+    run: Run,
+    task: Medical,
+    mesh: Mesh,
+    evaluator: Evaluator,
+    step: Any,
+    state: TrainState,
+    source: Source,
+    validation: Source,
+) -> TrainState:
+    """Trains until the last step or a signal; whatever happens, at most `save_every` steps are lost.
+
+    Args:
+      config: The experiment.
+      run: Its open folder.
+      task: Collation and score.
+      mesh: Devices.
+      evaluator: Compiled forward pass.
+      step: Compiled training step; it takes over the memory of the state.
+      state: Where to start.
+      source: Training cases.
+      validation: Cases that choose the best checkpoint and set the operating points.
+
+    Returns:
+      The last state; every point at which it left has been saved.
+    """
+    t, start = config.train, int(state.step)
+    telemetry = Telemetry(run.workdir, steps=t.steps, start=start, batch_size=t.batch_size)
+    batches = training_batches(
+        source, task.collate, batch_size=t.batch_size, seed=config.data.seed, start=start, threads=config.data.threads
+    )
+    made = describe(source)
+    note = ""
+
+    def save(done: int, validated: dict[str, Any] | None) -> None:
+        run.checkpoints.save(done, state, config, {"step": done, "validation": validated, **made})
+
+    try:
+        for done in range(start + 1, t.steps + 1):
+            state, metrics = step(state, jax.device_put(next(batches), batch_sharding(mesh)))
+            if done % t.log_every == 0 or done == t.steps:
+                figures = {k: float(v) for k, v in jax.device_get(metrics).items()}
+                telemetry.log(done, figures)
+                note = f"loss {figures['loss']:.3f}"
+                if not np.isfinite(figures["loss"]):
+                    telemetry.say(f"step {done}: the loss is {figures['loss']}; lower train.learning_rate")
+            telemetry.advance(done, note)
+            if done % t.eval_every == 0 or done == t.steps:
+                validated = validate(config, task, evaluator, served(state, config), validation)
+                reached = validated["figures"]
+                telemetry.log(
+                    done, {f"validation.{mode}.{k}": v for mode, found in reached.items() for k, v in found.items()}
+                )
+                shown = "  ".join(f"{k} {v:.3f}" for k, v in reached["both"].items() if k.startswith("auc"))
+                telemetry.say(f"step {done}: validation score {validated['score']:.3f}  {shown}")
+                save(done, validated)
+            elif done % t.save_every == 0:
+                save(done, None)
+            if run.stop:
+                save(done, None)
+                name = signal.Signals(run.stop[0]).name
+                telemetry.say(f"{name}: saved at step {done}; the same command goes on from there")
+                break
+    finally:
+        batches.close()
+        telemetry.close()
+    return state
+
+
+def validate(config: Config, task: Medical, evaluator: Evaluator, params: Any, validation: Source) -> dict[str, Any]:
+    """Scores weights on the validation cases and sets the operating points.
+
+    Returns:
+      "score" (mean AUC, or mean kappa where no finding is binary; None where nothing can be judged), "figures" and "operating_points" by mode, JSON-able.
+    """
+    predicted, targets, _ = evaluator.predict(
+        params, validation, batch_size=config.train.batch_size, modes=task.modes()
+    )
+    figures = {mode: task.figures(found, targets) for mode, found in predicted.items()}
+    points = {mode: task.operating_points(found, targets) for mode, found in predicted.items()}
+    judged = [v for k, v in figures["both"].items() if k.startswith("auc.")] or list(figures["both"].values())
+    score = float(np.mean(judged)) if judged else None
+    return {"score": score, "figures": figures, "operating_points": points, "cases": len(validation)}

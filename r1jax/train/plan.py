@@ -1,0 +1,67 @@
+"""What a run would take, from the compiled program, before it starts (`train.py --dry-run`)."""
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from r1jax.config import Config
+from r1jax.data.source import Source
+from r1jax.models.r1 import R1
+from r1jax.parallel.mesh import shard_tree
+from r1jax.tasks.medical.task import Medical
+from r1jax.train.step import Batch, compile_step, init_state
+
+
+def example_batch(source: Source, task: Medical, batch_size: int) -> Batch:
+    """A collated batch of the run's shapes, made of the first case alone.
+
+    Args:
+      source: Training cases.
+      task: Collation.
+      batch_size: Cases a step.
+
+    Returns:
+      The batch.
+    """
+    one = task.collate(source.read_batch(np.zeros(1, np.int64)))
+    return {k: np.repeat(v, batch_size, axis=0) for k, v in one.items()}
+
+
+def plan(config: Config, model: R1, task: Medical, mesh: Mesh, batch: Batch) -> str:
+    """Compiles the step ahead of time and says what it takes.
+
+    Args:
+      config: The experiment.
+      model: The model.
+      task: The task.
+      mesh: Devices.
+      batch: Any collated batch.
+
+    Returns:
+      A table: parameters in all and active a token, bytes a device, FLOPs a step as XLA counts them.
+    """
+    state = jax.eval_shape(lambda: init_state(config, model, task, batch))
+    compiled = compile_step(config, model, task, mesh, batch)
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    sharded = jax.tree.map(
+        lambda x, s: int(np.prod(s.shard_shape(x.shape))) * x.dtype.itemsize, state, shard_tree(mesh, state)
+    )
+    parts: dict[str, int] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
+        name = path[0].key
+        parts[name] = parts.get(name, 0) + leaf.size
+    total = sum(parts.values())
+    d = config.model.decoder
+    idle = (d.n_routed_experts - d.num_experts_per_tok) * 3 * d.hidden_size * d.moe_intermediate_size
+    layers = d.num_hidden_layers - d.first_k_dense_replace + d.num_nextn_predict_layers
+    rows = [
+        ("parameters", f"{total:,} ({total - layers * idle:,} active a token)"),
+        *((f"  {name}", f"{count:,}") for name, count in parts.items()),
+        ("mesh", ", ".join(f"{k} {v}" for k, v in mesh.shape.items())),
+        ("state a device", f"{sum(jax.tree.leaves(sharded)) / 2**20:,.1f} MiB"),
+        ("batch, temporaries a device", f"{(memory.temp_size_in_bytes) / 2**20:,.1f} MiB"),
+        ("FLOPs a step and device (XLA's count)", f"{cost.get('flops', float('nan')):,.0f}"),
+        ("FLOPs an example", f"{cost.get('flops', float('nan')) * mesh.size / config.train.batch_size:,.0f}"),
+    ]
+    width = max(len(name) for name, _ in rows) + 2
+    return "\n".join(f"{name:<{width}}{value}" for name, value in rows)

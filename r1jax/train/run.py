@@ -1,0 +1,148 @@
+"""One run in one folder: its lock, its checkpoints, the signals that end it, and where it goes on from."""
+
+import fcntl
+import importlib.metadata
+import platform
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from r1jax import __version__
+from r1jax.config import Config
+from r1jax.data.source import Source
+from r1jax.errors import UserError
+from r1jax.fields import to_json
+from r1jax.models.r1 import R1
+from r1jax.parallel.mesh import shard_tree
+from r1jax.tasks.medical.task import Medical
+from r1jax.train.checkpoints import CheckpointFolder, abstract_like, check_same_run
+from r1jax.train.step import Batch, TrainState, init_state
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+class Run(NamedTuple):
+    """An open run folder."""
+
+    workdir: Path
+    checkpoints: CheckpointFolder
+    stop: list[int]
+    """The signal that asked to stop, once there was one."""
+
+
+@contextmanager
+def open_run(config: Config) -> Iterator[Run]:
+    """Locks the run folder and turns SIGINT and SIGTERM into a wish to stop after the step.
+
+    Args:
+      config: Names the folder.
+
+    Yields:
+      The run.
+
+    Raises:
+      UserError: Another process trains in this folder, or it cannot be written.
+    """
+    workdir = Path(config.workdir)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock = (workdir / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"workdir {workdir} cannot be written ({error.strerror}): choose another --workdir") from error
+    stop: list[int] = []
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another process is training in {workdir}: wait for it or choose another --workdir"
+            ) from None
+        run = Run(workdir, CheckpointFolder(workdir / "checkpoints"), stop)
+        run.checkpoints.clear_drafts()
+
+        def ask_to_stop(number: int, _: Any) -> None:
+            if stop:  # a second Ctrl-C means now
+                raise KeyboardInterrupt
+            stop.append(number)
+
+        before = {s: signal.signal(s, ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield run
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def restore_or_init(
+    config: Config, run: Run, model: R1, task: Medical, mesh: Mesh, source: Source, batch: Batch
+) -> tuple[TrainState, list[str]]:
+    """The state of the newest sound checkpoint, or a fresh one.
+
+    Args:
+      config: The experiment.
+      run: Its folder.
+      model: The model.
+      task: The task.
+      mesh: Devices.
+      source: Training cases; the run must have been started on the same.
+      batch: Any collated batch (shapes).
+
+    Returns:
+      The state on the mesh, and lines to print about where it came from.
+
+    Raises:
+      UserError: The folder's run had another config or other data, or no checkpoint of it is sound.
+    """
+    abstract = jax.eval_shape(lambda: init_state(config, model, task, batch))
+    where = shard_tree(mesh, abstract)
+    kept = run.checkpoints.all()
+    said: list[str] = []
+    for checkpoint in reversed(kept):
+        try:
+            checkpoint.verify()
+        except UserError as error:
+            said.append(f"skipped: {error}")
+            continue
+        check_same_run(checkpoint.config(), config, run.workdir)
+        trained_on = checkpoint.meta()["data"]
+        if trained_on["fingerprint"] != source.fingerprint:
+            raise UserError(
+                f"{run.workdir} was trained on {trained_on['name']!r}, but the data is now {source.name!r} with other "
+                "content: choose another --workdir"
+            )
+        state = checkpoint.restore(abstract_like(abstract, where))
+        return state, [*said, f"goes on from {checkpoint.path}"]
+    if kept:
+        raise UserError(
+            f"{said[0].removeprefix('skipped: ')}; none of the {len(kept)} in {run.workdir} is sound: "
+            "delete them to start anew"
+        )
+    (run.workdir / "config.json").write_text(to_json(config))
+    return jax.jit(lambda: init_state(config, model, task, batch), out_shardings=where)(), said
+
+
+def describe(source: Source) -> dict[str, Any]:
+    """What a checkpoint says about its making: data, versions, command, revision."""
+    try:
+        git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=5)
+        revision = git.stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        revision = "unknown"
+    return {
+        "data": {"name": source.name, "fingerprint": source.fingerprint},
+        "versions": {
+            "r1jax": __version__,
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in PACKAGES},
+        },
+        "device": jax.devices()[0].device_kind,
+        "command": sys.argv,
+        "git": revision,
+    }

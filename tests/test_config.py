@@ -1,0 +1,235 @@
+import json
+import operator
+import re
+from typing import Annotated, get_args, get_origin
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from r1jax.config import (
+    Config,
+    DataConfig,
+    DecoderConfig,
+    EvalArguments,
+    MeshConfig,
+    ModelConfig,
+    TableConfig,
+    TaskConfig,
+    TrainConfig,
+    VisionConfig,
+    differences,
+    from_dict,
+    to_dict,
+    validate,
+)
+from r1jax.errors import UserError
+from r1jax.fields import Bounds, leaves, to_json
+
+LEAVES = leaves(Config)
+
+
+def values(hint) -> st.SearchStrategy:
+    """Values that a field takes."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Annotated and inner[0] is int:
+        return st.integers(inner[1].low, min(inner[1].high, 2**40) - 1)
+    if origin is Annotated:
+        return st.floats(inner[1].low, min(inner[1].high, 1e300), exclude_max=True)
+    if origin is tuple:
+        return st.lists(values(inner[0]), max_size=4).map(tuple)
+    if inner and type(None) in inner:
+        return st.none() | values(inner[0])
+    return {bool: st.booleans(), str: st.text()}[hint] if hint in (bool, str) else st.sampled_from(inner)
+
+
+def nested(values: dict) -> dict:
+    """Nested dicts from values by dotted name."""
+    tree: dict = {}
+    for name, value in values.items():
+        group = tree
+        *path, last = name.split(".")
+        for part in path:
+            group = group.setdefault(part, {})
+        group[last] = value
+    return tree
+
+
+def attributes(config) -> dict:
+    """Values by dotted name."""
+    return {name: operator.attrgetter(name)(config) for name in LEAVES}
+
+
+def unbounded(hint) -> bool:
+    """Whether a field's type has a number without Bounds in it."""
+    if get_origin(hint) is Annotated:
+        return not isinstance(get_args(hint)[1], Bounds)
+    return hint in (int, float) or any(unbounded(part) for part in get_args(hint))
+
+
+def test_every_number_states_its_bounds():
+    assert unbounded(int | None)
+    assert [name for name, hint in (LEAVES | leaves(EvalArguments)).items() if unbounded(hint)] == []
+
+
+def test_defaults_are_valid():
+    validate(Config())
+    for name, hint in LEAVES.items():
+        if get_origin(hint) is Annotated:
+            bounds = get_args(hint)[1]
+            assert bounds.low <= operator.attrgetter(name)(Config()) < bounds.high
+
+
+@settings(max_examples=30)
+@given(st.fixed_dictionaries({name: values(hint) for name, hint in LEAVES.items()}))
+def test_json_round_trip(drawn):
+    config = from_dict(nested(drawn))
+    assert attributes(config) == drawn
+    back = from_dict(json.loads(to_json(config)))
+    assert back == config
+    assert hash(back) == hash(config)
+    assert json.loads(to_json(config)) == to_dict(config)
+    assert differences(config, back) == []
+
+
+@given(st.data())
+def test_differences_name_the_field_that_was_changed(data):
+    before = attributes(Config())
+    name = data.draw(st.sampled_from(sorted(LEAVES)))
+    value = data.draw(values(LEAVES[name]))
+    changed = from_dict(nested(before | {name: value}))
+    assert differences(Config(), changed) == ([(name, before[name], value)] if value != before[name] else [])
+
+
+def test_json_has_one_field_a_line():
+    lines = to_json(Config()).splitlines()
+    assert '      "size": [32, 32, 32],' in lines
+    assert '    "steps": 800,' in lines
+    assert sum(": {" not in line and line.strip(" {},") != "" for line in lines) == len(LEAVES)
+
+
+def test_whole_numbers_become_floats():
+    raw = to_dict(Config())
+    raw["train"]["learning_rate"] = 1
+    rate = from_dict(raw).train.learning_rate
+    assert (rate, type(rate)) == (1.0, float)
+
+
+@pytest.mark.parametrize(
+    ("group", "key", "value", "told"),
+    [
+        (
+            "train",
+            "steps",
+            "200",
+            "run/config.json: train.steps is '200', but it must be a whole number of at least 1.",
+        ),
+        ("train", "steps", 2.0, "train.steps is 2.0"),
+        ("train", "steps", True, "train.steps is True"),
+        ("train", "steps", None, "train.steps is None"),
+        ("train", "steps", 0, "of at least 1"),
+        ("train", "learning_rate", float("nan"), "a number above 0"),
+        ("train", "learning_rate", float("inf"), "a number above 0"),
+        ("train", "learning_rate", 10**400, "a number above 0"),
+        ("train", "ema", 1.0, "at least 0 and below 1"),
+        ("model", "precision", "fp16", "one of fp32, bf16"),
+        ("model", "modalities", ["volume", "sound"], "each item one of volume, image, table, text"),
+        ("model", "modalities", "volume", "a list"),
+        ("model", "decoder", 3, "model.decoder must be a group of fields, not 3"),
+        ("data", "fold", "1", "a whole number of at least 0 or None"),
+        ("data", "seed", 2**32, "from 0 to 4294967295"),
+        ("train", "stps", 1, "unknown field 'train.stps' (did you mean 'steps'?)"),
+    ],
+)
+def test_strict_reading_names_the_field(group, key, value, told):
+    raw = to_dict(Config())
+    raw[group][key] = value
+    with pytest.raises(UserError, match=re.escape(told)) as error:
+        from_dict(raw, "run/config.json")
+    assert str(error.value).startswith("run/config.json: ")
+
+
+def test_missing_field_and_wrong_root_are_named():
+    raw = to_dict(Config())
+    del raw["model"]["decoder"]["rope_scaling"]["factor"]
+    with pytest.raises(UserError, match=re.escape("'model.decoder.rope_scaling.factor' is missing")):
+        from_dict(raw)
+    with pytest.raises(UserError, match=re.escape("run/config.json must be a group of fields, not [1]")):
+        from_dict([1], "run/config.json")
+
+
+def decoder(**changes) -> Config:
+    return Config(model=ModelConfig(decoder=DecoderConfig(**changes)))
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        (decoder(qk_rope_head_dim=7), "model.decoder.qk_rope_head_dim is 7"),
+        (decoder(first_k_dense_replace=4), "first_k_dense_replace is 4, but it must be at most num_hidden_layers (3)"),
+        (decoder(n_routed_experts=10), "n_routed_experts is 10, but it must be a multiple of n_group (4)"),
+        (decoder(n_routed_experts=4), "model.decoder.n_group is 4, but it must be at most half"),
+        (decoder(topk_group=5), "topk_group is 5, but it must be at most n_group (4)"),
+        (decoder(num_experts_per_tok=5), "num_experts_per_tok is 5, but it must be at most the 4 experts"),
+        (
+            decoder(hidden_size=98),
+            "num_attention_heads is 4, but it must be a divisor of model.decoder.hidden_size (98)",
+        ),
+        (Config(model=ModelConfig(modalities=())), "model.modalities is ()"),
+        (Config(model=ModelConfig(modalities=("text",))), "it must be at least one modality besides text"),
+        (Config(model=ModelConfig(modalities=("text", "text"))), "model.modalities is ('text', 'text')"),
+        (Config(model=ModelConfig(volume=VisionConfig(size=(32, 32)))), "model.volume.size is (32, 32)"),
+        (Config(model=ModelConfig(image=VisionConfig())), "model.image.size is (32, 32, 32)"),
+        (
+            Config(model=ModelConfig(image=VisionConfig(size=(36, 32)))),
+            "model.image.size is (36, 32), but it must be mult",
+        ),
+        (Config(model=ModelConfig(volume=VisionConfig(num_attention_heads=3))), "the last of model.volume.widths (64)"),
+        (Config(model=ModelConfig(volume=VisionConfig(blocks=(1,)))), "model.volume.blocks is (1,)"),
+        (Config(model=ModelConfig(volume=VisionConfig(blocks=(), widths=()))), "model.volume.widths is ()"),
+        (Config(model=ModelConfig(table=TableConfig(num_attention_heads=5))), "model.table.num_attention_heads is 5"),
+        (Config(model=ModelConfig(dropout=1.0)), "model.dropout is 1.0"),
+        (Config(task=TaskConfig(views=9)), "task.views is 9, but it must be a whole number from 1 to 8"),
+        (Config(task=TaskConfig(modality_dropout=0.6)), "task.modality_dropout is 0.6"),
+        (Config(data=DataConfig(fold=5)), "data.fold is 5, but it must be below data.folds (5)"),
+        (Config(data=DataConfig(path=" ")), "data.path is ' '"),
+        (Config(train=TrainConfig(batch_size=0)), "train.batch_size is 0"),
+        (Config(train=TrainConfig(steps=50)), "train.warmup_steps is 50, but it must be below train.steps (50)"),
+        (Config(train=TrainConfig(final_learning_rate=0.1)), "train.final_learning_rate is 0.1"),
+        (Config(mesh=MeshConfig(data=0)), "mesh.data is 0"),
+        (Config(mesh=MeshConfig(fsdp=-1)), "mesh.fsdp is -1"),
+        (Config(workdir=""), "workdir is ''"),
+    ],
+)
+def test_impossible_values_are_refused(config, told):
+    with pytest.raises(UserError, match=re.escape(told)):
+        validate(config)
+
+
+def test_rules_that_do_not_apply_are_not_enforced():
+    validate(decoder(n_routed_experts=4, scoring_func="softmax"))
+    validate(Config(model=ModelConfig(volume=VisionConfig(layers=0, num_attention_heads=3))))
+    validate(Config(mesh=MeshConfig(data=2, fsdp=-1)))
+
+
+def test_deepseek_v3_itself_is_valid():
+    # The published config.json of DeepSeek-V3.
+    big = DecoderConfig(
+        vocab_size=129280,
+        hidden_size=7168,
+        num_hidden_layers=61,
+        num_attention_heads=128,
+        q_lora_rank=1536,
+        kv_lora_rank=512,
+        qk_nope_head_dim=128,
+        qk_rope_head_dim=64,
+        v_head_dim=128,
+        intermediate_size=18432,
+        moe_intermediate_size=2048,
+        n_routed_experts=256,
+        num_experts_per_tok=8,
+        n_group=8,
+        topk_group=4,
+        first_k_dense_replace=3,
+    )
+    validate(Config(model=ModelConfig(decoder=big)))

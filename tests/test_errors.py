@@ -1,0 +1,73 @@
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from r1jax.errors import UserError, nearest, run_main
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_nearest_names_the_closest_option():
+    assert nearest("stps", ["steps", "seed"]) == " (did you mean 'steps'?)"
+    assert nearest("qqqq", ["steps", "seed"]) == ""
+    assert nearest("size", ["model.volume.size"], cutoff=0.0) == " (did you mean 'model.volume.size'?)"
+
+
+@pytest.mark.parametrize(("returned", "code"), [(None, 0), (0, 0), (3, 3)])
+def test_exit_code_is_what_main_returns(monkeypatch, returned, code):
+    monkeypatch.setattr(sys, "argv", ["prog", "--a", "1"])
+    seen = []
+
+    def main(arguments: list[str]) -> int | None:
+        seen.extend(arguments)
+        return returned
+
+    with pytest.raises(SystemExit) as left:
+        run_main(main)
+    assert left.value.code == code
+    assert seen == ["--a", "1"]
+
+
+def test_user_error_is_one_line_on_stderr(capsys):
+    def main(arguments: list[str]) -> int | None:
+        raise UserError("the file 'x' is empty.")
+
+    with pytest.raises(SystemExit) as left:
+        run_main(main)
+    assert left.value.code == 2
+    assert capsys.readouterr() == ("", "error: the file 'x' is empty.\n")
+
+
+def test_other_errors_keep_their_traceback():
+    def main(arguments: list[str]) -> int | None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run_main(main)
+
+
+def start(body: str, **pipes) -> subprocess.Popen:
+    """A process of its own that runs `body` as main."""
+    code = f"from r1jax.errors import run_main\ndef main(arguments):\n    {body}\nrun_main(main)"
+    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True, stderr=subprocess.PIPE, **pipes)
+
+
+def test_interrupt_is_quiet():
+    process = start("import time; print('up', flush=True); time.sleep(60)", stdout=subprocess.PIPE)
+    assert process.stdout.readline() == "up\n"
+    process.send_signal(signal.SIGINT)
+    _, complaint = process.communicate(timeout=60)
+    assert (process.returncode, complaint) == (130, "")
+
+
+def test_a_reader_that_left_is_no_crash():
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = start("print('x' * 100_000)", stdout=writer)
+    os.close(writer)
+    _, complaint = process.communicate(timeout=60)
+    assert (process.returncode, complaint) == (141, "")

@@ -1,0 +1,47 @@
+"""Trains an experiment: `python train.py --config configs/medical.py` (`--help` lists every field)."""
+
+import sys
+
+from r1jax.cli import load_config
+from r1jax.errors import run_main
+from r1jax.models.r1 import R1
+from r1jax.parallel.mesh import check_batch, make_mesh
+from r1jax.parallel.platform import start_platform
+from r1jax.tasks.catalog import TASKS
+from r1jax.train.closing import closing_table
+from r1jax.train.evaluation import Evaluator
+from r1jax.train.loop import fit
+from r1jax.train.plan import example_batch, plan
+from r1jax.train.run import open_run, restore_or_init
+from r1jax.train.step import compile_step
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the experiment that the command line names; the same command again goes on where it stopped."""
+    invocation = load_config(arguments)
+    config = invocation.config
+    print(f"{config.name}: {start_platform(config.platform)}", file=sys.stderr)
+    mesh = make_mesh(config.mesh)
+    check_batch(mesh, config.train.batch_size)
+    task = TASKS[config.task.name](config)
+    model = R1(config.model, task.heads)
+    source, validation = task.source("train"), task.source("val")
+    print(f"data: {source.name}, {len(source)} cases; validation {len(validation)}", file=sys.stderr)
+    batch = example_batch(source, task, config.train.batch_size)
+    if invocation.mode == "dry-run":
+        print(plan(config, model, task, mesh, batch))
+        return 0
+    with open_run(config) as run:
+        state, said = restore_or_init(config, run, model, task, mesh, source, batch)
+        print("\n".join([*said, "compiling the step"]), file=sys.stderr)
+        step = compile_step(config, model, task, mesh, batch)
+        evaluator = Evaluator(model, task, mesh)
+        fit(config, run, task, mesh, evaluator, step, state, source, validation)
+        if run.stop:
+            return 128 + run.stop[0]
+        print(closing_table(run, validation))
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)
