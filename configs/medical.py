@@ -33,7 +33,25 @@ def get_config(*, smoke: bool = False, luna16_fpr_2d: bool = False, lidc_3d: boo
         return _luna16_fpr_2d()
     if lidc_3d:
         return _lidc_3d()
-    return Config()
+    return Config(
+        model=ModelConfig(
+            decoder=DecoderConfig(
+                vocab_size=264,
+                hidden_size=64,
+                num_hidden_layers=2,
+                q_lora_rank=32,
+                kv_lora_rank=24,
+                qk_nope_head_dim=12,
+                intermediate_size=160,
+                moe_intermediate_size=48,
+                initializer_range=0.06,
+            ),
+            volume=VisionConfig(stem_stride=4, widths=(32, 64), blocks=(2, 2)),
+            text_tokens=88,
+            dropout=0.05,
+        ),
+        train=TrainConfig(steps=900, learning_rate=3e-3, weight_decay=0.05, eval_every=300, save_every=100),
+    )
 
 
 def _smoke() -> Config:

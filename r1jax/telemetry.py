@@ -32,7 +32,8 @@ class Telemetry:
         self.file = path.open("a", buffering=1)
         self.board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
         self.console = Console(stderr=True)
-        self.began = self.spoke = time.perf_counter()
+        self.began = self.spoke = self.measured = time.perf_counter()
+        self.done = self.measured_at = start
         self.progress = Progress(
             TextColumn("step"),
             BarColumn(),
@@ -66,6 +67,7 @@ class Telemetry:
           note: A few words, such as the loss.
         """
         now = time.perf_counter()
+        self.done = step
         rate = (step - self.start) / (now - self.began)
         text = f"{rate * self.batch_size:.0f} examples/s  {note}"
         self.progress.update(self.bar, completed=step, description=text)
@@ -73,6 +75,18 @@ class Telemetry:
             self.spoke = now
             left = (self.steps - step) / rate
             self.say(f"step {step}/{self.steps}  {int(left // 60)}:{int(left % 60):02d} left  {text}")
+
+    def rate(self) -> float:
+        """Examples a second since the last call or pause, up to the step that is being logged."""
+        now = time.perf_counter()
+        examples = (self.done + 1 - self.measured_at) * self.batch_size
+        speed = examples / (now - self.measured)
+        self.measured, self.measured_at = now, self.done + 1
+        return speed
+
+    def pause(self) -> None:
+        """Leaves the time since the last call out of `rate`: it went into evaluation or saving."""
+        self.measured, self.measured_at = time.perf_counter(), self.done
 
     def say(self, text: str) -> None:
         """Prints a line above the progress view."""

@@ -66,6 +66,7 @@ def fit(
             state, metrics = step(state, jax.device_put(next(batches), batch_sharding(mesh)))
             if done % t.log_every == 0 or done == t.steps:
                 figures = {k: float(v) for k, v in jax.device_get(metrics).items()}
+                figures["examples_per_second"] = telemetry.rate()
                 telemetry.log(done, figures)
                 note = f"loss {figures['loss']:.3f}"
                 if not np.isfinite(figures["loss"]):
@@ -80,8 +81,10 @@ def fit(
                 shown = "  ".join(f"{k} {v:.3f}" for k, v in reached["both"].items() if k.startswith("auc"))
                 telemetry.say(f"step {done}: validation score {validated['score']:.3f}  {shown}")
                 save(done, validated)
+                telemetry.pause()
             elif done % t.save_every == 0:
                 save(done, None)
+                telemetry.pause()
             if run.stop:
                 save(done, None)
                 name = signal.Signals(run.stop[0]).name

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, UInt32
 
 from r1jax.config import Config, DecoderConfig
 from r1jax.models.moe import RouterStats
@@ -16,12 +16,16 @@ from r1jax.tasks.medical.task import Medical
 from r1jax.train.optimizer import BALANCE_BIAS, make_optimizer, schedule
 
 Batch = dict[str, Any]
+BITS = "rbg"
+"""Random bits from one XLA instruction; threefry costs a tenth of the step in dropout."""
 
 
 class TrainState(NamedTuple):
-    """All that a run is; data order and randomness are functions of the seed and `step`."""
+    """All that a run is; the order of cases is a function of its seed and `step`."""
 
     step: Int[Array, ""]
+    key: UInt32[Array, " words"]
+    """Data of the one random key; every use folds it with the step."""
     params: Any
     optimizer: Any
     ema: Any
@@ -41,11 +45,12 @@ def init_state(config: Config, model: R1, task: Medical, batch: Batch) -> TrainS
       State at step 0.
     """
     inputs, _ = task.prepare(batch)
-    # `rbg` bits compile to one instruction a parameter; threefry's unrolled rounds would take half a minute.
-    key = jax.random.key(config.seed, impl="rbg")
+    key = jax.random.key(config.seed, impl=BITS)
     params = model.init({"params": key}, inputs, language=task.language)["params"]
     optimizer = make_optimizer(config.train).init(params)
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer, jax.tree.map(jnp.copy, params))
+    return TrainState(
+        jnp.zeros((), jnp.int32), jax.random.key_data(key), params, optimizer, jax.tree.map(jnp.copy, params)
+    )
 
 
 def balance_routers(params: Any, router: tuple[RouterStats, ...], config: DecoderConfig, rate: float) -> Any:
@@ -87,7 +92,7 @@ def make_step(config: Config, model: R1, task: Medical) -> Any:
     optimizer, rate = make_optimizer(config.train), schedule(config.train)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-        key = jax.random.fold_in(jax.random.key(config.seed, impl="rbg"), state.step)
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key, impl=BITS), state.step)
         augment, dropout = jax.random.split(key)
         inputs, targets = task.prepare(batch, augment)
 
@@ -110,7 +115,7 @@ def make_step(config: Config, model: R1, task: Medical) -> Any:
         metrics |= {"gradient_norm": optax.global_norm(gradients), "learning_rate": jnp.asarray(rate(state.step))}
         for i, stats in enumerate(router):
             metrics[f"router.{i}.violation"] = jnp.max(stats.load) / jnp.maximum(jnp.mean(stats.load), 1e-9) - 1
-        return TrainState(state.step + 1, params, moments, ema), metrics
+        return TrainState(state.step + 1, state.key, params, moments, ema), metrics
 
     return step
 

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from r1jax.data.canvas import point_spread, separable
 from r1jax.data.phantom import Nodule, Scene, draw_scene, nodule_center_mm, render
 
 SHAPE = (32, 32, 32)
@@ -36,6 +37,21 @@ def drawn(scene=CLEAN, nodule=BALL, seed=0, shape=SHAPE):
     """Volume (float) and mask."""
     volume, mask = render(scene, nodule, shape, np.random.default_rng(seed))
     return volume.astype(float), mask
+
+
+def test_separable_applies_a_matrix_to_each_axis():
+    rng = np.random.default_rng(0)
+    volume = rng.standard_normal((4, 5, 6), dtype=np.float32)
+    z, y, x = (rng.standard_normal(shape, dtype=np.float32) for shape in ((7, 4), (8, 5), (9, 6)))
+    expected = np.einsum("abc,za,yb,xc->zyx", volume, z, y, x)
+    np.testing.assert_allclose(separable(volume, (z, y, x)), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_point_spread_is_a_gaussian():
+    rows = point_spread(31, 1.5)
+    offset = np.arange(31) - 15
+    np.testing.assert_allclose(rows.sum(axis=1), 1, rtol=1e-5)
+    assert np.sqrt((rows[15] * offset**2).sum()) == pytest.approx(1.5, rel=0.01)
 
 
 def test_lung_alone_is_lung():

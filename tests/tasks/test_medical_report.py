@@ -21,7 +21,7 @@ from r1jax.serve.structured import from_xml, to_json, to_xml
 from r1jax.tasks.medical.canonical import OperatingPoint, Provenance, Report
 from r1jax.tasks.medical.fhir import to_fhir
 from r1jax.tasks.medical.lung_rads import LIMITS, lung_rads
-from r1jax.tasks.medical.report import build_report
+from r1jax.tasks.medical.report import NO_CT, build_report
 from r1jax.tasks.medical.schema import FINDING, FINDINGS, RECORD_FIELDS
 from r1jax.tasks.medical.wording import SENTENCES, TERMS_ZH
 
@@ -408,6 +408,17 @@ def test_calcification_counts_as_benign_only_where_it_is_sure(
     assert LIMITS in report.conclusion
 
 
+@pytest.mark.parametrize(("missing", "categories"), [(("image",), ()), (("volume", "text"), ()), (("table",), ("4A",))])
+def test_no_lung_rads_without_the_ct(missing: tuple[str, ...], categories: tuple[str, ...]) -> None:
+    report = report_of(full_prediction(), missing=missing)
+    assert report.lung_rads is not None
+    assert report.lung_rads.categories == categories
+    codes = to_fhir(report)["entry"][0]["resource"].get("conclusionCode", [])
+    assert [code["text"].split(" (")[0] for code in codes] == [
+        f"Lung-RADS v2022 category {name}" for name in categories
+    ]
+
+
 def test_lung_rads_reads_the_size_that_is_reported() -> None:
     report = report_of(full_prediction() | {"long_axis_mm": 7.96})
     assert "8.0 mm" in report.conclusion
@@ -472,6 +483,7 @@ def test_both_languages_have_the_same_sentences_and_every_term() -> None:
     terms |= {lung_rads(None, None, present, None).basis for present in (True, False, None)}
     terms |= {
         lung_rads(None, None, True, "central").basis,
+        NO_CT,
         LIMITS,
         POINT.unit,
         POINT.origin,

@@ -66,7 +66,7 @@ def _diagnostic_report(report: Report, results: list[Tree]) -> Tree:
     paragraphs = "".join(f"<p>{escape(line)}</p>" for line in report.conclusion.split("\n"))
     code = _text("CT chest (LOINC code not checked against a terminology server)")
     assessment = report.lung_rads
-    categories = assessment.categories if assessment else ()
+    categories = " or ".join(assessment.categories) if assessment else ""
     tree = {
         "resourceType": "DiagnosticReport",
         "id": _identity(report, "report"),
@@ -79,7 +79,9 @@ def _diagnostic_report(report: Report, results: list[Tree]) -> Tree:
         "issued": report.provenance.created,
         "result": results,
         "conclusion": report.conclusion,
-        "conclusionCode": [_text(f"Lung-RADS v2022 category {category}") for category in categories],
+        "conclusionCode": [_text(f"Lung-RADS v2022 category {categories} (by rule, this sub-volume only)")]
+        if categories
+        else [],
     }
     return {name: value for name, value in tree.items() if value != []}
 

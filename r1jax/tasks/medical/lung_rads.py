@@ -15,8 +15,9 @@ from r1jax.tasks.medical.schema import FINDING
 
 Category = Literal["1", "2", "3", "4A", "4B"]
 LIMITS = (
-    "Sub-volume only, not the whole screening examination; long axis stands for the mean diameter; no earlier CT, so "
-    "neither growth nor new nodules; solid component, airway, juxtapleural, cyst, fat and 4X features are not used."
+    "Sub-volume only, not the whole screening examination; the most likely texture counts; long axis stands for the "
+    "mean diameter; no earlier CT, so neither growth nor new nodules; solid component, airway, juxtapleural, cyst, fat "
+    "and 4X features are not used."
 )
 # LIDC words for complete ("solid"), central, popcorn and concentric-ring ("laminated") calcification.
 BENIGN_CALCIFICATION = frozenset({"popcorn", "laminated", "solid", "central"})

@@ -33,6 +33,7 @@ from r1jax.tasks.medical.schema import FINDING, FINDINGS, RECORD_FIELDS, Finding
 from r1jax.tasks.medical.wording import Language
 
 MODALITIES = ("volume", "image", "table", "text")
+NO_CT = "CT input was missing"
 
 
 def build_report(
@@ -86,7 +87,7 @@ def build_report(
     presence = every.get("nodule_present")
     described = presence is None or (isinstance(presence, BinaryResult) and presence.call == "present")
     findings = tuple(result for name, result in every.items() if described or name == "nodule_present")
-    assessment = _assess(findings)
+    assessment = _assess(findings, missing)
     record = () if table is None or "table" in missing else _record(where, table)
     record_text = "" if "text" in missing else re.sub(f"[{NOT_TEXT}\ud800-\udfff]", "\ufffd", text)
     conclusion = render(
@@ -184,11 +185,13 @@ def _one_decimal(number: float) -> float:
     return round(number, 1) + 0.0  # + 0.0 turns -0.0 into 0.0
 
 
-def _assess(findings: tuple[FindingResult, ...]) -> LungRads | None:
+def _assess(findings: tuple[FindingResult, ...], missing: tuple[str, ...]) -> LungRads | None:
     """Applies the Lung-RADS rule to the reported findings; None where nothing that it reads was predicted."""
     named = {result.name: result for result in findings}
     if not named.keys() & {"nodule_present", "texture", "long_axis_mm"}:
         return None
+    if "volume" in missing or "image" in missing:
+        return LungRads(categories=(), basis=NO_CT)
     presence, texture, size, calcification = (
         named.get(name) for name in ("nodule_present", "texture", "long_axis_mm", "calcification")
     )

@@ -100,13 +100,13 @@ class RecordField:
 
 
 RECORD_FIELDS: tuple[RecordField, ...] = (
-    RecordField("age", "Age", "years", 60.0, 12.0, 0, 120),
-    RecordField("male", "Male sex (1 yes, 0 no)", "1", 0.5, 0.5, 0, 1),
-    RecordField("pack_years", "Smoking", "pack-years", 20.0, 20.0, 0, 300),
-    RecordField("family_history", "Lung cancer in a first-degree relative (1 yes, 0 no)", "1", 0.5, 0.5, 0, 1),
-    RecordField("prior_cancer", "Earlier malignancy (1 yes, 0 no)", "1", 0.5, 0.5, 0, 1),
-    RecordField("emphysema", "Emphysema (1 yes, 0 no)", "1", 0.5, 0.5, 0, 1),
-    RecordField("cea", "Carcinoembryonic antigen", "ng/mL", 4.0, 4.0, 0, 10000),
-    RecordField("crp", "C-reactive protein", "mg/L", 10.0, 20.0, 0, 1000),
-    RecordField("hemoglobin", "Haemoglobin", "g/L", 140.0, 15.0, 10, 260),
+    RecordField("age", "Age", "years", 60.0, 12.0, 0.0, 120.0),
+    RecordField("male", "Male sex (1 yes, 0 no)", "1", 0.5, 0.5, 0.0, 1.0),
+    RecordField("pack_years", "Smoking", "pack-years", 20.0, 20.0, 0.0, 300.0),
+    RecordField("family_history", "Lung cancer in a first-degree relative (1 yes, 0 no)", "1", 0.5, 0.5, 0.0, 1.0),
+    RecordField("prior_cancer", "Earlier malignancy (1 yes, 0 no)", "1", 0.5, 0.5, 0.0, 1.0),
+    RecordField("emphysema", "Emphysema (1 yes, 0 no)", "1", 0.5, 0.5, 0.0, 1.0),
+    RecordField("cea", "Carcinoembryonic antigen", "ng/mL", 4.0, 4.0, 0.0, 10000.0),
+    RecordField("crp", "C-reactive protein", "mg/L", 10.0, 20.0, 0.0, 1000.0),
+    RecordField("hemoglobin", "Haemoglobin", "g/L", 140.0, 15.0, 10.0, 260.0),
 )

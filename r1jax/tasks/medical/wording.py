@@ -131,9 +131,11 @@ TERMS_ZH: dict[str, str] = {
     "part-solid texture and size": "部分实性结节及大小",
     "part-solid texture and size; solid component not measured": "部分实性结节及大小；未测量实性成分",
     "non-solid texture and size": "非实性结节及大小",
-    "Sub-volume only, not the whole screening examination; long axis stands for the mean diameter; no earlier CT, so "
-    "neither growth nor new nodules; solid component, airway, juxtapleural, cyst, fat and 4X features are not used.": (
-        "仅针对子体积，并非整个筛查检查；以长径代替平均直径；没有既往 CT，故不含生长与新发结节；"
+    "CT input was missing": "缺少 CT 输入",
+    "Sub-volume only, not the whole screening examination; the most likely texture counts; long axis stands for the "
+    "mean diameter; no earlier CT, so neither growth nor new nodules; solid component, airway, juxtapleural, cyst, fat "
+    "and 4X features are not used.": (
+        "仅针对子体积，并非整个筛查检查；取最可能的密度等级；以长径代替平均直径；没有既往 CT，故不含生长与新发结节；"
         "未使用实性成分、气道、胸膜旁、囊腔、脂肪及 4X 特征。"
     ),
 }
