@@ -1,7 +1,7 @@
 """Trains the peers of r1jax on luna16_fpr_2d from scratch: ResNet-18, DenseNet-121, a small CNN (torch), and an SVM.
 
-    python -m benchmarks.luna16_peers --data DIR --output peers.json
-    python -m benchmarks.luna16_peers --data DIR --output tiny.json --models cnn3 --epochs 1 --seeds 1 --limit 256
+    python benchmarks/luna16_peers.py --data DIR --output peers.json
+    python benchmarks/luna16_peers.py --data DIR --output tiny.json --models cnn3 --epochs 1 --seeds 1 --limit 256
 
 Same arrays, augmentation (r1jax/tasks/medical/batch.py), epochs, batch and weight average as `configs/medical.py`
 with luna16_fpr_2d. The learning rate and the stem of each network are the best of a grid, chosen with a seed of their
@@ -21,13 +21,10 @@ from pathlib import Path
 import numpy as np
 import scipy.fft
 
-from r1jax.data.folder import FolderCases
-from r1jax.tasks.metrics import (
-    average_precision,
-    roc_auc,
-    sensitivity_at_specificity,
-    specificity_at_sensitivity,
-)
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from r1jax.data.folder import FolderCases  # noqa: E402
+from r1jax.tasks import metrics  # noqa: E402
 
 NETWORKS = ("resnet18", "densenet121", "cnn3")
 ZOOM, SHIFT, GAIN, LIFT = 0.165, 0.08, 0.15, 0.15
@@ -41,10 +38,10 @@ FIGURES = ("auc", "average_precision", "sensitivity_at_specificity_0.973", "spec
 
 def figures(labels: np.ndarray, scores: np.ndarray) -> dict[str, float]:
     values = (
-        roc_auc(labels, scores),
-        average_precision(labels, scores),
-        sensitivity_at_specificity(labels, scores, 0.973).sensitivity,
-        specificity_at_sensitivity(labels, scores, 0.991).specificity,
+        metrics.roc_auc(labels, scores),
+        metrics.average_precision(labels, scores),
+        metrics.sensitivity_at_specificity(labels, scores, 0.973).sensitivity,
+        metrics.specificity_at_sensitivity(labels, scores, 0.991).specificity,
     )
     return dict(zip(FIGURES, values, strict=True))
 
@@ -342,12 +339,15 @@ def environment(args: argparse.Namespace) -> dict:
         import torch
 
         hardware, versions["cuda"] = f"{torch.cuda.get_device_name()}, {hardware}", torch.version.cuda
-    words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
+
+    def bare(word):
+        return Path(word).name if isinstance(word, str | Path) and "/" in str(word) else word
+
     return {
-        "command": " ".join(["python -m benchmarks.luna16_peers", *words]),
+        "command": " ".join([f"python benchmarks/{Path(sys.argv[0]).name}", *map(bare, sys.argv[1:])]),
         "hardware": hardware,
         "versions": versions,
-        "arguments": {k: v for k, v in vars(args).items() if k not in ("data", "output")},
+        "arguments": {k: str(bare(v)) if isinstance(v, Path) else bare(v) for k, v in vars(args).items()},
     }
 
 

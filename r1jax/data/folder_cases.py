@@ -82,7 +82,7 @@ def read_cases(files: Sequence[Path]) -> tuple[Cases, list[str]]:
         ignored += unknown
         for name, column in _align(table, columns, sum(lengths), path).items():
             if name in columns:
-                raise UserError(f"{name} is given by {columns[name].at(0)} and by {column.at(0)}: keep one of them")
+                raise UserError(f"{name} is given by {columns[name].where()} and by {column.where()}: keep one of them")
             columns[name] = column
     return _check(columns, sum(lengths)), list(dict.fromkeys(ignored))
 
@@ -211,7 +211,7 @@ def _targets(columns: dict[str, Column], total: int) -> dict[str, Float32[np.nda
     if column is not None and column.values.dtype.kind in "iuf" and bool((column.values > 1).any()):
         if "malignancy_rating" in known:
             other = known["malignancy_rating"]
-            raise UserError(f"malignancy_rating is given by {other.at(0)} and by {column.at(0)}: keep one of them")
+            raise UserError(f"malignancy_rating is given by {other.where()} and by {column.where()}: keep one of them")
         known["malignancy_rating"] = known.pop("malignancy")
     return {
         finding.name: as_numbers(known[finding.name], finding.name)

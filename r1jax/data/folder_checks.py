@@ -18,8 +18,8 @@ SPLIT_WORDS = {"training": "train", "validation": "val", "valid": "val", "testin
 def as_texts(column: Column) -> list[str]:
     """Turns a column of strings, UTF-8 bytes or whole numbers into stripped strings."""
     values = column.values
-    if values.ndim != 1 or values.dtype.kind not in "USiu":
-        raise UserError(f"{column.at(0)} is {column.shape_text()}: give one string or whole number per case")
+    if values.ndim != 1:
+        raise UserError(f"{column.where()} has shape {list(values.shape)}: give one string or whole number per case")
     texts: list[str] = []
     for row, value in enumerate(values.tolist()):
         try:
@@ -65,8 +65,8 @@ def as_numbers(column: Column, name: str) -> Float32[np.ndarray, "n ..."]:
     """
     values, kind = column.values, FINDING[name].kind if name in FINDING else ""
     shape = (len(values), 3) if kind == "vector" else (len(values),)
-    if values.dtype.kind not in "biuf" or values.shape != shape:
-        raise UserError(f"{column.at(0)} is {column.shape_text()}: numbers of shape {list(shape)} are needed")
+    if values.shape != shape:
+        raise UserError(f"{column.where()} has shape {list(values.shape)}: {list(shape)} is needed")
     values = values.astype(np.float64)
     if name in RECORD:
         field = RECORD[name]
@@ -107,13 +107,10 @@ def as_spacing(column: Column, picture: str, cases: int) -> Float32[np.ndarray, 
     """
     axes, values = RANK[picture] - 1, column.values
     rows = np.atleast_2d(values)
-    if (
-        values.dtype.kind not in "iuf"
-        or rows.ndim != 2
-        or rows.shape[1] not in (axes, 3)
-        or len(rows) not in (1, cases)
-    ):
-        raise UserError(f"{column.at(0)} is {column.shape_text()}: [{axes}] or [n, {axes}] in mm per pixel is needed")
+    if rows.ndim != 2 or rows.shape[1] not in (axes, 3) or len(rows) not in (1, cases):
+        raise UserError(
+            f"{column.where()} has shape {list(values.shape)}: [{axes}] or [n, {axes}] in mm per pixel is needed"
+        )
     rows = rows[:, -axes:].astype(np.float64)
     good = ((rows > 1e-3) & (rows < 1e3)).all(axis=1)
     if not good.all():
@@ -154,7 +151,7 @@ def as_pictures(column: Column, case_ids: list[str]) -> UInt8[np.ndarray, "..."]
     grey = low >= 0 and high <= 1
     if not grey and max(-low, high) < 20:  # e.g. standardised values: as HU they would be a flat grey, silently
         raise UserError(
-            f"array {column.label!r} of {column.parts[0][0]} lies in {low:.4g}..{high:.4g}, neither 0..1 nor Hounsfield"
+            f"{column.where()} lies in {low:.4g}..{high:.4g}, neither 0..1 nor Hounsfield"
             " units: clip it to 0..1 or convert it"
         )
     pictures = np.empty(column.values.shape, np.int16)
@@ -172,8 +169,8 @@ def check_mask(column: Column, shapes: list[tuple[int, ...]]) -> None:
     if not plain and not (shape in packed and column.values.dtype == np.uint8):
         wanted = " or ".join(str([len(column.values), *picture]) for picture in shapes) or "no mask without pictures"
         raise UserError(
-            f"array {column.label!r} of {column.parts[0][0]} is {column.shape_text()}: {wanted}, or those bits packed"
-            " by np.packbits, is needed"
+            f"{column.where()} is {column.values.dtype} of shape {list(column.values.shape)}: {wanted}, or those bits"
+            " packed by np.packbits, is needed"
         )
 
 

@@ -46,9 +46,9 @@ class Column:
             return f"column {self.label!r} in line {self.lines[row]} of {file}"
         return f"array {self.label!r} of {file} at row {row - start}"
 
-    def shape_text(self) -> str:
-        """Says what the column is, for an error message."""
-        return f"{self.values.dtype} of shape {list(self.values.shape)}"
+    def where(self) -> str:
+        """Names the whole column for an error message."""
+        return f"{'array' if self.lines is None else 'column'} {self.label!r} of {self.parts[0][0]}"
 
 
 def bare_name(label: str) -> str | None:
@@ -109,13 +109,17 @@ def _read_array(file: io.BufferedIOBase, label: str, path: Path) -> np.ndarray:
 
 
 def _check_shapes(columns: dict[str, Column], path: Path, ignored: list[str]) -> None:
-    """Refuses pictures of a wrong rank or dtype, and arrays that disagree about the number of cases."""
-    for name, axes in AXES.items():
-        if name not in columns:
+    """Refuses types and ranks that the format does not have, and arrays that disagree about the number of cases."""
+    for name, column in columns.items():
+        values, what = column.values, f"array {column.label!r} of {path}"
+        wanted = "USiu" if name in TEXTS else "biuf"
+        if values.dtype.kind not in wanted:
+            kinds = "strings or whole numbers" if name in TEXTS else "numbers"
+            raise UserError(f"{what} is {values.dtype}: {kinds} are needed")
+        if name not in RANK:
             continue
-        values, what = columns[name].values, f"array {columns[name].label!r} of {path}"
         if values.ndim != RANK[name]:
-            raise UserError(f"{what} has shape {list(values.shape)} where {axes} is needed: reshape it")
+            raise UserError(f"{what} has shape {list(values.shape)} where {AXES[name]} is needed: reshape it")
         if 0 in values.shape[1:]:
             raise UserError(f"{what} has shape {list(values.shape)}, pictures without pixels: write it again")
         if values.dtype.kind != "f" and values.dtype not in (np.uint8, np.int16):

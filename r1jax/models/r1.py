@@ -60,7 +60,7 @@ class R1(nn.Module):
             self.image = VisionEncoder(c.image, width, self.dtype, c.dropout)
         if "table" in c.modalities:
             self.table = TableEncoder(c.table, width, self.dtype, c.dropout)
-        self.queries = self.param("queries", nn.initializers.normal(1.0), (len(self.heads), width), jnp.float32)
+        self.queries = self.param("queries", nn.initializers.normal(0.02), (len(self.heads), width), jnp.float32)
         self.head = {name: Linear(size, jnp.float32, bias=True) for name, size in self.heads}
 
     def encode(self, inputs: Inputs, *, train: bool) -> tuple[Float[Array, "B M D"], Bool[Array, "B M"]]:

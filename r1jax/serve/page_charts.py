@@ -132,26 +132,26 @@ def score_chart(curve: Scores) -> str:
 
 @matplotlib.rc_context(_STYLE)
 def forest_chart(
-    rows: Sequence[tuple[str, dict[str, Estimate], float | None]], label: str, *, low: float, title: str
+    rows: Sequence[tuple[str, dict[str, Estimate], dict[str, float]]], label: str, *, low: float, title: str
 ) -> str:
     """Figures with intervals as dots and whiskers, one row a finding and one dot a mode.
 
     Args:
-      rows: Name, figure by mode, and the best attainable value where it is known.
+      rows: Name, figure by mode, and by mode the best attainable value where it is known.
       label: Axis label.
       low: Left end of the axis; it moves left where an interval needs it.
       title: What the chart is called for those who cannot see it.
     """
-    figure = _blank(0.75 + 0.5 * len(rows))
+    figure = _blank(0.75 + (0.8 if len(rows) < 4 else 0.42) * len(rows))
     axes = figure.subplots()
-    for at, (_, figures, ceiling) in enumerate(rows):
+    for at, (_, figures, ceilings) in enumerate(rows):
         shifts = np.linspace(-0.22, 0.22, len(figures)) if len(figures) > 1 else [0.0]
         for shift, (mode, value) in zip(shifts, figures.items(), strict=True):
             axes.plot([value.low, value.high], [at + shift] * 2, color=COLOR[mode], lw=2.2, alpha=0.55)
             axes.plot(value.value, at + shift, **_dot(mode))
             low = min(low, value.low)
-        if ceiling is not None:
-            axes.plot([ceiling, ceiling], [at - 0.36, at + 0.36], color=INK, lw=1.4, ls=(0, (2, 1)))
+            if mode in ceilings:
+                axes.plot([ceilings[mode]] * 2, [at + shift - 0.1, at + shift + 0.1], color=INK, lw=1.8)
     axes.set(xlabel=label, xlim=(low - 0.01, 1.005), ylim=(len(rows) - 0.5, -0.5))
     axes.set_yticks(range(len(rows)), [name for name, _, _ in rows])
     axes.tick_params(length=0)
@@ -203,7 +203,8 @@ def _svg(figure: Figure, title: str) -> str:
         r"<svg [^>]*?(viewBox=\"[^\"]*\")[^>]*>", rf'<svg \1 role="img" aria-label="{escape(title)}">', text, count=1
     )
     text = re.sub(r" id=\"[\w.]+_\d+\"|font-family: [^;\"]*; ?", "", text)  # ids that nothing refers to
-    text = re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}", text)
+    text = re.sub(r"<[^>]*>", lambda tag: re.sub(r"\d+\.\d{3,}", lambda x: f"{float(x[0]):.2f}", tag[0]), text)
+    text = text.replace("xlink:href", "href")
     for name, literal in _VARIABLES.items():
         text = text.replace(literal, f"var(--{name})")
     return re.sub(r"\s*\n\s*", "\n", text)

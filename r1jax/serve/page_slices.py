@@ -2,6 +2,7 @@
 
 import base64
 from dataclasses import dataclass
+from html import escape
 from io import BytesIO
 
 import matplotlib
@@ -11,8 +12,8 @@ from PIL import Image
 
 LUNG_WINDOW = (-1000.0, 400.0)
 """HU shown from black to white; uint8 pixels are this window already."""
-_SIDE = 192
-"""Pixels of the longer side at most; larger pictures are thinned, so that the page stays small."""
+_SIDE = {2: 256, 3: 128}
+"""Pixels of the longer side at most (image, volume): larger ones are thinned, so that the page stays small."""
 _PLANES = (("axial", 0, "z"), ("coronal", 1, "y"), ("sagittal", 2, "x"))
 
 
@@ -54,9 +55,10 @@ def slices(picture: Picture) -> list[tuple[str, str]]:
     shape, marker = picture.pixels.shape, picture.truth or picture.predicted
     focus = [(size - 1) / 2 for size in shape] if marker is None else marker.center
     at = [int(np.clip(round(center), 0, size - 1)) for center, size in zip(focus, shape, strict=True)]
-    planes = [(name, axis, f"{name}, {letter} {at[axis]}") for name, axis, letter in _PLANES]
     if picture.pixels.ndim == 2:
         planes = [("image", None, "image")]
+    else:
+        planes = [(name, axis, f"{name}, {letter} {at[axis]}") for name, axis, letter in _PLANES]
     heat = None if picture.saliency is None else _normalized(picture.saliency)
     plain, overlaid = [], []
     for name, axis, label in planes:
@@ -75,7 +77,7 @@ def slices(picture: Picture) -> list[tuple[str, str]]:
 
 def _cut(values: Shaped[np.ndarray, "..."], axis: int | None, at: list[int]) -> Shaped[np.ndarray, "rows columns"]:
     plane = values if axis is None else np.take(values, at[axis], axis=axis)
-    step = -(-max(plane.shape) // _SIDE)
+    step = -(-max(plane.shape) // _SIDE[values.ndim])
     return plane[::step, ::step]
 
 
@@ -87,9 +89,9 @@ def _window(pixels: Shaped[np.ndarray, "rows columns"]) -> UInt8[np.ndarray, "ro
 
 
 def _normalized(saliency: Float[np.ndarray, "*sizes"]) -> Float[np.ndarray, "*sizes"]:
-    """Magnitude over its 99.5th percentile, so that single voxels do not hide the rest; 0 to 1."""
+    """Magnitude over its 99.9th percentile, so that single voxels do not hide the rest; 0 to 1."""
     size = np.abs(np.nan_to_num(saliency.astype(np.float64), posinf=0.0, neginf=0.0))
-    top = np.quantile(size, 0.995) or size.max() or 1.0
+    top = np.quantile(size, 0.999) or size.max() or 1.0
     return np.clip(size / top, 0, 1)
 
 
@@ -100,7 +102,7 @@ def _png(values: UInt8[np.ndarray, "rows columns"], palette: str) -> str:
     if palette != "gray":
         colors = (matplotlib.colormaps[palette](np.linspace(0.15, 1, 256))[:, :3] * 255).astype(np.uint8)
         image.putpalette(colors.tobytes())
-        options["transparency"] = (np.linspace(0, 1, 256) ** 0.7 * 200).astype(np.uint8).tobytes()
+        options["transparency"] = (np.clip(np.linspace(-0.1, 1, 256), 0, 1) * 190).astype(np.uint8).tobytes()
     out = BytesIO()
     image.save(out, "PNG", optimize=True, **options)
     return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
@@ -126,4 +128,5 @@ def _svg(width: float, height: float, layers: list[str], marks: list[str], label
     )
     bar, edge = (10 if width > 20 else 1), width * 0.04
     scale = f'<path class="scale" d="M{edge:.2f} {height - edge:.2f}h{bar}"/>'
-    return f'<svg viewBox="0 0 {width:.3f} {height:.3f}" role="img" aria-label="{label}">{images}{"".join(marks)}{scale}</svg>'
+    box = f'viewBox="0 0 {width:.3f} {height:.3f}" role="img" aria-label="{escape(label)}"'
+    return f"<svg {box}>{images}{''.join(marks)}{scale}</svg>"

@@ -70,10 +70,13 @@ def figure_text(figure: dict[str, Any], unit: str) -> tuple[str, str]:
     scale, digits = {"%": (100, 1), "mm": (1, 2), "levels": (1, 2)}.get(unit, (1, 3))
     if figure["value"] is None:
         return "undefined", ""
-    value = f"{figure['value'] * scale:.{digits}f}" + {"1": ""}.get(unit, f" {unit}")
-    if figure["low"] is None:
-        return value, ""
-    return value, f"{figure['low'] * scale:.{digits}f} to {figure['high'] * scale:.{digits}f}"
+    # adding 0 turns a rounded -0.0 into 0.0
+    value, low, high = (
+        "" if figure[key] is None else f"{round(figure[key] * scale, digits) + 0.0:.{digits}f}"
+        for key in ("value", "low", "high")
+    )
+    suffix = "" if unit == "1" else f" {unit}"
+    return value + suffix, f"{low} to {high}" if low else ""
 
 
 def summary_lines(metrics: dict[str, Any]) -> list[str]:
