@@ -44,13 +44,13 @@ def get_config(*, smoke: bool = False, luna16_fpr_2d: bool = False, lidc_3d: boo
                 qk_nope_head_dim=12,
                 intermediate_size=160,
                 moe_intermediate_size=48,
-                initializer_range=0.06,
             ),
-            volume=VisionConfig(stem_stride=4, widths=(32, 64), blocks=(2, 2)),
+            volume=VisionConfig(stem_stride=4, widths=(32, 64), blocks=(2, 2), merge=2),
             text_tokens=88,
             dropout=0.05,
         ),
-        train=TrainConfig(steps=900, learning_rate=3e-3, weight_decay=0.05, eval_every=300, save_every=100),
+        task=TaskConfig(modality_dropout=0.15),
+        train=TrainConfig(steps=900, learning_rate=1e-3, eval_every=300, save_every=100, warmup_steps=100),
     )
 
 

@@ -83,6 +83,8 @@ class VisionConfig:
     layers: Natural = 1
     """Bidirectional transformer layers over the last stage's cells."""
     num_attention_heads: Count = 4
+    merge: Count = 1
+    """Cells along each axis that make one token of the decoder."""
 
 
 @dataclass(frozen=True)
@@ -331,8 +333,8 @@ def _encoder_relations(model: ModelConfig) -> Iterator[tuple[bool, str, str]]:
         yield len(vision.widths) > 0, f"{group}.widths", "the width of at least one stage"
         stages = len(vision.widths)
         yield len(vision.blocks) == stages, f"{group}.blocks", f"as long as {group}.widths ({stages})"
-        cell = vision.stem_stride * 2 ** (stages - 1)
-        yield all(n % cell == 0 for n in vision.size), f"{group}.size", f"multiples of {cell}, the cells of its stages"
+        cell = vision.stem_stride * 2 ** (stages - 1) * vision.merge
+        yield all(n % cell == 0 for n in vision.size), f"{group}.size", f"multiples of {cell}, stem_stride x 2^(stages - 1) x merge"
         yield _heads(f"{group}.num_attention_heads", vision, vision.widths[-1], f"the last of {group}.widths")
     yield _heads("model.table.num_attention_heads", model.table, model.decoder.hidden_size, "model.decoder.hidden_size")
 

@@ -63,13 +63,16 @@ class R1(nn.Module):
         self.queries = self.param("queries", nn.initializers.normal(0.02), (len(self.heads), width), jnp.float32)
         self.head = {name: Linear(size, jnp.float32, bias=True) for name, size in self.heads}
 
-    def encode(self, inputs: Inputs, *, train: bool) -> tuple[Float[Array, "B M D"], Bool[Array, "B M"]]:
-        """Tokens of all modalities but text, and which of them exist."""
-        tokens, valid = [], []
+    def encode(
+        self, inputs: Inputs, *, train: bool
+    ) -> tuple[Float[Array, "B M D"], Bool[Array, "B M"], Float[Array, "B D"]]:
+        """Tokens of all modalities but text, which of them exist, and the sum of the summaries of those."""
+        tokens, valid, summaries = [], [], []
 
-        def add(encoded: Float[Array, "B m D"], has: Bool[Array, " B"]) -> None:
-            tokens.append(encoded)
-            valid.append(jnp.broadcast_to(has[:, None], encoded.shape[:2]))
+        def add(encoded: tuple[Float[Array, "B m D"], Float[Array, "B D"]], has: Bool[Array, " B"]) -> None:
+            tokens.append(encoded[0])
+            valid.append(jnp.broadcast_to(has[:, None], encoded[0].shape[:2]))
+            summaries.append(jnp.where(has[:, None], encoded[1], 0))
 
         if inputs.volume is not None:
             add(self.volume(inputs.volume, inputs.volume_spacing, train=train), inputs.has_volume)
@@ -77,7 +80,7 @@ class R1(nn.Module):
             add(self.image(inputs.image, inputs.image_spacing, train=train), inputs.has_image)
         if inputs.table is not None:
             add(self.table(inputs.table, train=train), inputs.has_table)
-        return jnp.concatenate(tokens, axis=1), jnp.concatenate(valid, axis=1)
+        return jnp.concatenate(tokens, axis=1), jnp.concatenate(valid, axis=1), sum(summaries)
 
     def __call__(self, inputs: Inputs, *, train: bool = False, language: bool = False) -> Output:
         """Reads a batch.
@@ -90,13 +93,14 @@ class R1(nn.Module):
         Returns:
           Heads, router statistics and, if asked for, logits.
         """
-        x, valid = self.encode(inputs, train=train)
+        x, valid, summary = self.encode(inputs, train=train)
         first = x.shape[1]
         if inputs.text is not None:
             x = jnp.concatenate([x, self.decoder.embed(inputs.text)], axis=1)
             valid = jnp.concatenate([valid, inputs.text_valid], axis=1)
         batch, queries = x.shape[0], self.queries.shape[0]
-        asked = jnp.broadcast_to(self.queries.astype(x.dtype)[None], (batch, queries, x.shape[-1]))
+        # Queries start from the summaries: a direct way for gradients, where attention over many tokens dilutes them.
+        asked = jnp.broadcast_to(self.queries.astype(x.dtype)[None], (batch, queries, x.shape[-1])) + summary[:, None]
         x = jnp.concatenate([x, asked], axis=1)
         valid = jnp.concatenate([valid, jnp.ones((batch, queries), bool)], axis=1)
         # Positions count what exists, so that a missing modality and padding shift nothing.

@@ -20,7 +20,9 @@ class TableEncoder(nn.Module):
     dropout: float = 0.0
 
     @nn.compact
-    def __call__(self, values: Float[Array, "B F"], *, train: bool) -> Float[Array, "B F D"]:
+    def __call__(
+        self, values: Float[Array, "B F"], *, train: bool
+    ) -> tuple[Float[Array, "B F D"], Float[Array, "B D"]]:
         """Encodes a batch.
 
         Args:
@@ -28,7 +30,7 @@ class TableEncoder(nn.Module):
           train: Whether dropout is on.
 
         Returns:
-          One token a field.
+          One token a field, and a summary of all fields.
         """
         c, fields = self.config, values.shape[1]
         missing = jnp.isnan(values)
@@ -45,4 +47,6 @@ class TableEncoder(nn.Module):
         x = jnp.where(missing[..., None], jnp.broadcast_to(absent.astype(self.dtype)[None], x.shape), x)
         for i in range(c.layers):
             x = EncoderLayer(c.num_attention_heads, self.dtype, self.dropout, name=f"layers_{i}")(x, train=train)
-        return Linear(self.features, self.dtype, name="projection")(RMSNorm(name="final_norm")(x))
+        x = RMSNorm(name="final_norm")(x)
+        summary = Linear(self.features, self.dtype, name="summary")(x.reshape(x.shape[0], -1))
+        return Linear(self.features, self.dtype, name="projection")(x), summary

@@ -78,7 +78,7 @@ class VisionEncoder(nn.Module):
     @nn.compact
     def __call__(
         self, x: Float[Array, "B *space"], spacing: Float[Array, "B rank"], *, train: bool
-    ) -> Float[Array, "B M D"]:
+    ) -> tuple[Float[Array, "B M D"], Float[Array, "B D"]]:
         """Encodes a batch.
 
         Args:
@@ -87,7 +87,7 @@ class VisionEncoder(nn.Module):
           train: Whether dropout is on.
 
         Returns:
-          One token for each cell of the last stage.
+          One token for each block of `merge`^rank cells of the last stage, and a summary of all cells.
         """
         c = self.config
         x = space_to_depth(x[..., None], c.stem_stride)
@@ -97,10 +97,17 @@ class VisionEncoder(nn.Module):
             x = Linear(width, self.dtype, name=f"merge_{stage}")(x)
             for block in range(blocks):
                 x = ResidualBlock(self.dtype, name=f"stage_{stage}_block_{block}")(x)
+        grid = x.shape[1:-1]
         x = RMSNorm(name="norm")(x.reshape(x.shape[0], -1, x.shape[-1]))
         place = self.param("position", nn.initializers.normal(0.02), x.shape[1:], jnp.float32)
         size = Linear(x.shape[-1], self.dtype, bias=True, name="spacing")(jnp.log(spacing))
         x = x + jnp.broadcast_to(place.astype(self.dtype)[None], x.shape) + jnp.broadcast_to(size[:, None], x.shape)
         for i in range(c.layers):
             x = EncoderLayer(c.num_attention_heads, self.dtype, self.dropout, name=f"layers_{i}")(x, train=train)
-        return Linear(self.features, self.dtype, name="projection")(RMSNorm(name="final_norm")(x))
+        x = RMSNorm(name="final_norm")(x)
+        # The maximum tells whether something is anywhere, the mean how much of it there is.
+        pooled = jnp.concatenate([jnp.max(x, axis=1), jnp.mean(x, axis=1)], axis=-1)
+        summary = Linear(self.features, self.dtype, name="summary")(pooled)
+        cells = space_to_depth(x.reshape(x.shape[0], *grid, -1), c.merge)
+        tokens = Linear(self.features, self.dtype, name="projection")(cells)
+        return tokens.reshape(x.shape[0], -1, self.features), summary

@@ -135,10 +135,11 @@ class CheckpointFolder:
             manifest = {str(p.relative_to(draft)): _sha256(p) for p in files}
             (draft / MANIFEST).write_text(json.dumps(manifest, indent=1))
             os.rename(draft, final)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # TensorStore reports a full disk as ValueError
             shutil.rmtree(draft, ignore_errors=True)
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
             raise UserError(
-                f"checkpoint {final} could not be written ({error.strerror or error}); earlier checkpoints are "
+                f"checkpoint {final} could not be written ({reason}); earlier checkpoints are "
                 "untouched: make room or choose another --workdir, and run the same command again"
             ) from error
         self._prune()
@@ -148,7 +149,21 @@ class CheckpointFolder:
         best = self.best()
         for old in self.all()[:-1]:
             if best is not None and old.step != best.step:
-                shutil.rmtree(old.path)
+                # Renamed first: a kill amid the removal must not leave half a checkpoint under a sound one's name.
+                shutil.rmtree(old.path.rename(self.path / f".draft-{old.path.name}"))
+
+    def set_aside(self, damaged: Checkpoint) -> Path:
+        """Renames a damaged checkpoint, so that its step can be written anew and nobody takes it for the best.
+
+        Args:
+          damaged: One that `verify` refused.
+
+        Returns:
+          Where it lies now.
+        """
+        aside = self.path / f"damaged-{damaged.path.name}"
+        shutil.rmtree(aside, ignore_errors=True)
+        return damaged.path.rename(aside)
 
     def clear_drafts(self) -> None:
         """Removes what killed writers left; only the process that holds the run's lock may call it."""

@@ -1,15 +1,19 @@
 """The table that closes a run: what was learned, beside the best attainable, and where the files are."""
 
 import io
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from r1jax.data.source import Source
 from r1jax.errors import UserError
+from r1jax.tasks.medical.evaluation import MODES
+from r1jax.train.modes import best_attainable, shown_modes
 from r1jax.train.run import Run
 
-LABELS = {"both": "images + record", "image_only": "images only", "record_only": "record only"}
+FIGURES = {"auc": "AUC", "kappa": "quadratic kappa"}
+WIDTH = 100
 
 
 def closing_table(run: Run, validation: Source) -> str:
@@ -20,24 +24,51 @@ def closing_table(run: Run, validation: Source) -> str:
       validation: Cases that were scored; synthetic ones know their ceiling.
 
     Returns:
-      Text of the table and of the paths.
+      Text of the table, at most `WIDTH` wide, and of the paths.
+
+    Raises:
+      UserError: The run has no checkpoint.
     """
-    best, newest = run.checkpoints.best(), run.checkpoints.all()[-1]
+    best = run.checkpoints.best()
     if best is None:
-        raise UserError(f"{run.workdir} holds no checkpoint")
+        raise UserError(f"{run.workdir} holds no checkpoint: train first")
     scored = best.meta()["validation"]
-    ceilings = validation.ceilings() if hasattr(validation, "ceilings") else {}
-    table = Table(title=f"{validation.name}: {scored['cases']} validation cases, step {best.step}")
-    for name in ("figure", "shown", "reached", "best attainable"):
-        table.add_column(name, justify="right" if name in ("reached", "best attainable") else "left")
-    for mode, figures in scored["figures"].items():
-        for name, value in figures.items():
-            ceiling = ceilings.get(mode) if name == "auc.malignancy" else None
-            table.add_row(name, LABELS[mode], f"{value:.3f}", "" if ceiling is None else f"{ceiling:.3f}")
-    out = io.StringIO()
-    Console(file=out, width=110).print(table)
-    return (
-        f"{out.getvalue()}best checkpoint  {best.path}\nlast checkpoint  {newest.path}\n"
-        f"figures          {run.workdir / 'metrics.jsonl'}, {run.workdir / 'tensorboard'}\n"
-        f"next             python eval.py --checkpoint {run.workdir}"
-    )
+    shown = shown_modes(best.config().model.modalities, validation.modalities)
+    lines = []
+    if scored and scored["figures"]:
+        title = f"{validation.name}: {scored['cases']} validation cases, step {best.step}"
+        table = _table(title, scored["figures"], shown, best_attainable(validation))
+        out = io.StringIO()
+        Console(file=out, width=WIDTH).print(table)
+        lines.append(out.getvalue().rstrip("\n"))
+    lines += [
+        f"best checkpoint  {best.path}",
+        f"last checkpoint  {run.checkpoints.all()[-1].path}",
+        f"figures          {run.workdir / 'metrics.jsonl'}, {run.workdir / 'tensorboard'}",
+        f"next             python eval.py --checkpoint {run.workdir}",
+    ]
+    return "\n".join(lines)
+
+
+def _table(
+    title: str, figures: dict[str, dict[str, float]], shown: dict[str, str], ceilings: dict[str, dict[str, float]]
+) -> Table:
+    """One row a finding, one column for each thing that the model was shown."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("validation")
+    for mode in shown.values():
+        table.add_column(MODES[mode], justify="right")
+    if ceilings:
+        table.add_column("best attainable" + (" (same order)" if len(shown) > 1 else ""), justify="right")
+    for name in dict.fromkeys(name for mode in shown for name in figures.get(mode, {})):
+        kind, finding = name.split(".", 1)
+        cells = [_number(figures.get(mode, {}).get(name)) for mode in shown]
+        if ceilings:
+            known = [ceilings.get(mode, {}).get(finding) if kind == "auc" else None for mode in shown.values()]
+            cells.append(" / ".join(map(_number, known)) if any(x is not None for x in known) else "")
+        table.add_row(f"{finding.replace('_', ' ')}: {FIGURES[kind]}", *cells)
+    return table
+
+
+def _number(value: Any) -> str:
+    return "-" if value is None else f"{round(value, 3) + 0.0:.3f}"  # adding 0 turns a rounded -0.0 into 0.0

@@ -102,30 +102,30 @@ def restore_or_init(
     """
     abstract = jax.eval_shape(lambda: init_state(config, model, task, batch))
     where = shard_tree(mesh, abstract)
-    kept = run.checkpoints.all()
-    said: list[str] = []
-    for checkpoint in reversed(kept):
+    sound, damaged = [], []
+    for checkpoint in reversed(run.checkpoints.all()):
         try:
             checkpoint.verify()
+            sound.append(checkpoint)
         except UserError as error:
-            said.append(f"skipped: {error}")
-            continue
-        check_same_run(checkpoint.config(), config, run.workdir)
-        trained_on = checkpoint.meta()["data"]
+            damaged.append((checkpoint, error))
+    if damaged and not sound:
+        raise UserError(
+            f"{damaged[0][1]}; none of the {len(damaged)} in {run.workdir} is sound: delete them to start anew"
+        )
+    if sound:
+        newest = sound[0]
+        check_same_run(newest.config(), config, run.workdir)
+        trained_on = newest.meta()["data"]
         if trained_on["fingerprint"] != source.fingerprint:
             raise UserError(
                 f"{run.workdir} was trained on {trained_on['name']!r}, but the data is now {source.name!r} with other "
                 "content: choose another --workdir"
             )
-        state = checkpoint.restore(abstract_like(abstract, where))
-        return state, [*said, f"goes on from {checkpoint.path}"]
-    if kept:
-        raise UserError(
-            f"{said[0].removeprefix('skipped: ')}; none of the {len(kept)} in {run.workdir} is sound: "
-            "delete them to start anew"
-        )
+        said = [f"skipped: {error}; it is now {run.checkpoints.set_aside(bad)}" for bad, error in damaged]
+        return newest.restore(abstract_like(abstract, where)), [*said, f"goes on from {newest.path}"]
     (run.workdir / "config.json").write_text(to_json(config))
-    return jax.jit(lambda: init_state(config, model, task, batch), out_shardings=where)(), said
+    return jax.jit(lambda: init_state(config, model, task, batch), out_shardings=where)(), []
 
 
 def describe(source: Source) -> dict[str, Any]:

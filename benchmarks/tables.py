@@ -1,0 +1,105 @@
+"""Rewrites the measured tables of benchmarks/README.md from the JSON files in benchmarks/results.
+
+    python benchmarks/tables.py            rewrites what is between the two marker comments
+    python benchmarks/tables.py --check    changes nothing; exit code 1 if the tables are not those of the JSON files
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from benchmarks import lidc, lidc_baselines, luna16_peers  # noqa: E402
+from r1jax.errors import UserError, run_main  # noqa: E402
+
+BEGIN = "<!-- tables: begin (written by benchmarks/tables.py; do not edit by hand) -->"
+END = "<!-- tables: end -->"
+
+
+class Section(NamedTuple):
+    """One heading, the JSON files under it, and what makes a table of each."""
+
+    heading: str
+    files: dict[str, Callable[[dict], str]]
+
+
+def luna16(report: dict) -> str:
+    """r1jax alone: the peers that its file quotes were measured elsewhere, and have a table of their own."""
+    return luna16_peers.table({"r1jax": report["models"]["r1jax"]})
+
+
+SECTIONS = (
+    Section(
+        "luna16_fpr_2d: nodule or not, one slice of a candidate",
+        {"luna16_peers": lambda report: luna16_peers.table(report["models"]), "luna16": luna16},
+    ),
+    Section(
+        "lidc_3d_134: seven ratings of a nodule in 3-D",
+        {"lidc_baselines": lambda report: lidc_baselines.table(report["results"]), "lidc": lidc.table},
+    ),
+)
+
+
+def provenance(name: str, report: dict) -> str:
+    """How a file was made, as the file says."""
+    versions = ", ".join(f"{package} {version}" for package, version in report["versions"].items() if version)
+    parts = [f"[{name}.json](results/{name}.json): `{report['command']}`", report["hardware"], versions]
+    if "seconds" in report:
+        parts.append(f"{report['seconds']:,.0f} s")
+    return "; ".join(parts) + "."
+
+
+def tables(folder: Path) -> str:
+    """All sections; a file that is not there yet is said to be missing."""
+    lines: list[str] = []
+    for heading, files in SECTIONS:
+        lines += [f"### {heading}", ""]
+        for name, table in files.items():
+            path = folder / f"{name}.json"
+            if path.is_file():
+                report = json.loads(path.read_text())
+                lines += [provenance(name, report), "", table(report), ""]
+            else:
+                lines += [f"{name}.json: not measured yet.", ""]
+    return "\n".join(lines)
+
+
+def rewrite(text: str, section: str) -> str:
+    """Puts the section between the markers.
+
+    Raises:
+      UserError: The markers are not there once each and in order.
+    """
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end or BEGIN in rest or END in before + after:
+        raise UserError(f"benchmarks/README.md must hold the lines {BEGIN!r} and {END!r} once each, in this order")
+    return f"{before}{BEGIN}\n\n{section}\n{END}{after}"
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="compare only")
+    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the JSON files")
+    parser.add_argument("--readme", type=Path, default=HERE / "README.md", help="file with the two marker comments")
+    args = parser.parse_args(arguments)
+    known = {name for section in SECTIONS for name in section.files}
+    for path in sorted(args.results.glob("*.json")):
+        if path.stem not in known:
+            print(f"note: no table is made of {path.name}", file=sys.stderr)
+    old = args.readme.read_text("utf-8")
+    new = rewrite(old, tables(args.results))
+    if args.check:
+        print("up to date" if new == old else "out of date: run python benchmarks/tables.py")
+        return int(new != old)
+    args.readme.write_text(new, "utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

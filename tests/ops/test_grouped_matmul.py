@@ -1,0 +1,156 @@
+"""Dispatch to experts: any routing, in value and gradient, against a loop over tokens and plain indexing."""
+
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from r1jax.ops.grouped_matmul import (
+    gather_rows,
+    grouped_matmul,
+    grouped_matmul_reference,
+    plan_dispatch,
+    scatter_rows,
+)
+
+SHAPES = [(1, 1, 1, 1), (3, 2, 4, 4), (5, 3, 4, 2), (7, 1, 3, 4), (9, 2, 8, 3), (6, 4, 4, 8)]  # T, K, E, block
+
+
+@st.composite
+def routings(draw):
+    """Distinct experts of each token; some experts are often left empty, some get everything."""
+    tokens, k, experts, block = draw(st.sampled_from(SHAPES))
+    few = draw(st.integers(k, experts))  # only the first few experts are used
+    rows = [draw(st.permutations(range(few)))[:k] for _ in range(tokens)]
+    return np.array(rows, np.int32), experts, block
+
+
+def routing(name):
+    """Experts [T, K], E, block."""
+    rng = np.random.default_rng(0)
+    anything = np.stack([rng.permutation(6)[:3] for _ in range(11)])
+    return {
+        "any": (anything, 6, 4),
+        "all to one expert": (np.full((9, 1), 2), 5, 4),
+        "empty experts": (np.tile([[1, 6]], (7, 1)), 8, 4),
+        "block larger than all": (anything[:2], 6, 128),
+        "rows fill blocks exactly": (np.tile([[0, 3]], (8, 1)), 4, 4),
+    }[name]
+
+
+NAMES = ["any", "all to one expert", "empty experts", "block larger than all", "rows fill blocks exactly"]
+plan_of = jax.jit(plan_dispatch, static_argnums=1, static_argnames="block")
+
+
+@settings(max_examples=150)
+@given(routings())
+def test_every_choice_has_its_row_and_every_block_its_expert(case):
+    experts, count, block = case
+    plan = jax.tree.map(np.asarray, plan_of(jnp.asarray(experts), count, block=block))
+    tokens, k = experts.shape
+    rows = plan.block_expert.shape[0] * block
+    assert plan.source.shape == plan.choice.shape == (rows,)
+    assert len(set(plan.slot.ravel())) == tokens * k  # no two choices share a row
+    for t in range(tokens):
+        for j in range(k):
+            row = plan.slot[t, j]
+            assert plan.source[row] == t and plan.choice[row] == t * k + j
+            assert plan.block_expert[row // block] == experts[t, j]
+    empty = np.setdiff1d(np.arange(rows), plan.slot.ravel())
+    assert (plan.source[empty] == tokens).all() and (plan.choice[empty] == tokens * k).all()
+    loads = Counter(experts.ravel().tolist())
+    assert plan.counts.tolist() == [loads[e] for e in range(count)]
+    assert plan.block_expert.min() >= 0 and plan.block_expert.max() < count
+
+
+@settings(max_examples=60)
+@given(routings(), st.integers(0, 2**32 - 1))
+def test_product_equals_loop_over_tokens(case, seed):
+    experts, count, block = case
+    rng = np.random.default_rng(seed)
+    x, w = rng.standard_normal((len(experts), 3)), rng.standard_normal((count, 2, 3))
+    out = route_and_multiply(jnp.asarray(x, jnp.float32), jnp.asarray(w, jnp.float32), jnp.asarray(experts), block)
+    expected = [[w[e] @ x[t] for e in chosen] for t, chosen in enumerate(experts)]
+    np.testing.assert_allclose(out, expected, rtol=0, atol=1e-5)
+
+
+@jax.jit(static_argnums=3)
+def route_and_multiply(x, w, experts, block):
+    plan = plan_dispatch(experts, w.shape[0], block=block)
+    return gather_rows(grouped_matmul(scatter_rows(x, plan), w, plan.block_expert), plan)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_product_equals_the_reference_in_value_and_gradient(name):
+    experts, count, block = routing(name)
+    rng = np.random.default_rng(1)
+    plan = plan_dispatch(jnp.asarray(experts, jnp.int32), count, block=block)
+    x = jnp.asarray(rng.standard_normal((plan.source.shape[0], 5)), jnp.float32)
+    w = jnp.asarray(rng.standard_normal((count, 4, 5)), jnp.float32)
+
+    def loss(product, x, w):
+        return jnp.sum(jnp.sin(product(x, w, plan.block_expert)))
+
+    np.testing.assert_allclose(
+        grouped_matmul(x, w, plan.block_expert), grouped_matmul_reference(x, w, plan.block_expert), rtol=0, atol=1e-5
+    )
+    fast = jax.grad(loss, argnums=(1, 2))(grouped_matmul, x, w)
+    slow = jax.grad(loss, argnums=(1, 2))(grouped_matmul_reference, x, w)
+    for a, b in zip(fast, slow, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_of_both_moves_equal_those_of_plain_indexing(name):
+    experts, count, block = routing(name)
+    tokens = len(experts)
+    rng = np.random.default_rng(2)
+    plan = plan_dispatch(jnp.asarray(experts, jnp.int32), count, block=block)
+    x = jnp.asarray(rng.standard_normal((tokens, 5)), jnp.float32)
+    y = jnp.asarray(rng.standard_normal((plan.source.shape[0], 5)), jnp.float32)
+
+    def plain_scatter(x):
+        return jnp.concatenate([x, jnp.zeros((1, 5))])[plan.source]
+
+    def plain_gather(y):
+        return y[plan.slot]
+
+    moves = (
+        (lambda x: scatter_rows(x, plan), plain_scatter, x),
+        (lambda y: gather_rows(y, plan), plain_gather, y),
+    )
+    for ours, plain, rows in moves:
+        out, back = jax.vjp(ours, rows)
+        expected, expected_back = jax.vjp(plain, rows)
+        np.testing.assert_array_equal(out, expected)
+        pull = jnp.asarray(rng.standard_normal(out.shape), jnp.float32)
+        np.testing.assert_allclose(back(pull)[0], expected_back(pull)[0], rtol=0, atol=1e-6)
+
+
+def test_gradient_of_the_whole_way_equals_that_of_the_loop():
+    experts, count, block = routing("any")
+    rng = np.random.default_rng(3)
+    x = jnp.asarray(rng.standard_normal((len(experts), 5)), jnp.float32)
+    w = jnp.asarray(rng.standard_normal((count, 4, 5)), jnp.float32)
+    chosen = jnp.asarray(experts, jnp.int32)
+
+    def fast(x, w):
+        return jnp.sum(jnp.sin(route_and_multiply(x, w, chosen, block)))
+
+    def plain(x, w):
+        return jnp.sum(jnp.sin(jnp.einsum("TD,TKFD->TKF", x, w[chosen])))
+
+    np.testing.assert_allclose(fast(x, w), plain(x, w), rtol=1e-5)
+    for a, b in zip(jax.grad(fast, (0, 1))(x, w), jax.grad(plain, (0, 1))(x, w), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-5)
+
+
+def test_bf16_accumulates_in_fp32():
+    """4096 products of which bf16 sums would lose most: 256 + 1 is 256 in bf16."""
+    x = jnp.ones((1, 4096), jnp.bfloat16)
+    out = grouped_matmul(x, jnp.ones((1, 1, 4096), jnp.bfloat16), jnp.zeros(1, jnp.int32))
+    assert out.dtype == jnp.bfloat16 and out[0, 0] == 4096
