@@ -22,6 +22,7 @@ from benchmarks.luna16_peers import environment  # noqa: E402
 from r1jax.cli import load_config  # noqa: E402
 from r1jax.models.r1 import R1  # noqa: E402
 from r1jax.parallel.mesh import make_mesh, shard_tree  # noqa: E402
+from r1jax.parallel.platform import start_platform  # noqa: E402
 from r1jax.tasks.catalog import TASKS  # noqa: E402
 from r1jax.train.checkpoints import Checkpoint, CheckpointFolder, abstract_like, check_same_run  # noqa: E402
 from r1jax.train.evaluation import Evaluator  # noqa: E402
@@ -55,7 +56,9 @@ def train_run(words: Sequence[str], workdir: Path, resume: bool = False) -> Trai
     note = workdir / FINISHED
     if resume and note.is_file():
         checkpoint = CheckpointFolder(workdir / "checkpoints").all()[-1]
-        check_same_run(checkpoint.config(), load_config(words).config, workdir)
+        config = load_config(words).config
+        check_same_run(checkpoint.config(), config, workdir)
+        start_platform(config.platform)
         return Trained(checkpoint, **json.loads(note.read_text()))
     shutil.rmtree(workdir, ignore_errors=True)
     began = time.perf_counter()

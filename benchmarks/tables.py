@@ -2,6 +2,8 @@
 
     python benchmarks/tables.py            rewrites what is between the two marker comments
     python benchmarks/tables.py --check    changes nothing; exit code 1 if the tables are not those of the JSON files
+
+A file that is not there yet is said to be missing; a JSON file that no table is made of is named on stderr.
 """
 
 import argparse
@@ -55,7 +57,7 @@ def provenance(name: str, report: dict) -> str:
 
 
 def tables(folder: Path) -> str:
-    """All sections; a file that is not there yet is said to be missing."""
+    """All sections in Markdown."""
     lines: list[str] = []
     for heading, files in SECTIONS:
         lines += [f"### {heading}", ""]

@@ -28,7 +28,9 @@ class Telemetry:
         self.steps, self.start, self.batch_size = steps, start, batch_size
         path = workdir / "metrics.jsonl"
         rows = path.read_text().splitlines() if path.exists() else []
-        path.write_text("".join(row + "\n" for row in rows if _step_of(row) <= start))
+        draft = path.with_suffix(".draft")
+        draft.write_text("".join(row + "\n" for row in rows if _step_of(row) <= start))
+        draft.replace(path)  # at once, so that a kill in between loses no row
         self.file = path.open("a", buffering=1)
         self.board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
         self.console = Console(stderr=True)

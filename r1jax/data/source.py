@@ -1,11 +1,12 @@
 """The interface of everything that gives cases by index."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int
 
 
+@runtime_checkable
 class Source(Protocol):
     """Raw cases by index, always the same case for the same index, safe to read from several threads.
 

@@ -25,11 +25,11 @@ def result_folder(path: Path) -> Iterator[Path]:
     Raises:
       UserError: Something else is there, another process writes there, or the disk does not take it.
     """
-    draft, earlier = (path.with_name(f".{path.name}.{kind}") for kind in ("draft", "earlier"))
     try:
+        _refuse_foreign(path)
+        draft, earlier = (path.with_name(f".{path.name}.{kind}") for kind in ("draft", "earlier"))
         if earlier.is_dir() and not path.exists():
             earlier.rename(path)  # a kill came between the two renames below
-        _refuse_foreign(path)
         draft.mkdir(parents=True, exist_ok=True)
         with _locked(draft, path):
             try:

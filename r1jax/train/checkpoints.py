@@ -4,6 +4,7 @@ checkpoints/00000200/{state/, config.json, meta.json, manifest.json}. Orbax stor
 so a flipped bit would be read back unnoticed; the manifest is verified before every restore.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -127,6 +128,9 @@ class CheckpointFolder:
         try:
             shutil.rmtree(draft, ignore_errors=True)
             draft.mkdir(parents=True)
+            needed = sum(x.nbytes for x in jax.tree.leaves(state))
+            if shutil.disk_usage(draft).free < needed:  # asked first: Orbax fails late and with pages of tracebacks
+                raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {needed / 2**20:,.1f} MiB are needed")
             with ocp.StandardCheckpointer() as checkpointer:
                 checkpointer.save(draft.absolute() / "state", state)
             (draft / "config.json").write_text(to_json(config))

@@ -12,7 +12,7 @@ from r1jax.tasks.medical.evaluation import MODES
 from r1jax.train.modes import best_attainable, shown_modes
 from r1jax.train.run import Run
 
-FIGURES = {"auc": "AUC", "kappa": "quadratic kappa"}
+FIGURES = {"auc": "AUC", "kappa": "kappa"}
 WIDTH = 100
 
 
@@ -55,11 +55,11 @@ def _table(
 ) -> Table:
     """One row a finding, one column for each thing that the model was shown."""
     table = Table(title=title, title_justify="left")
-    table.add_column("validation")
+    table.add_column("finding")
     for mode in shown.values():
         table.add_column(MODES[mode], justify="right")
     if ceilings:
-        table.add_column("best attainable" + (" (same order)" if len(shown) > 1 else ""), justify="right")
+        table.add_column("best attainable", justify="right")
     for name in dict.fromkeys(name for mode in shown for name in figures.get(mode, {})):
         kind, finding = name.split(".", 1)
         cells = [_number(figures.get(mode, {}).get(name)) for mode in shown]

@@ -5,17 +5,21 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from r1jax.config import Config
 from r1jax.data.loader import training_batches
 from r1jax.data.source import Source
+from r1jax.errors import UserError
 from r1jax.parallel.mesh import batch_sharding
 from r1jax.tasks.medical.task import Medical
 from r1jax.telemetry import Telemetry
 from r1jax.train.evaluation import Evaluator
 from r1jax.train.run import Run, describe
 from r1jax.train.step import TrainState
+
+NORM = jax.jit(optax.global_norm)
 
 
 def served(state: TrainState, config: Config) -> Any:
@@ -49,8 +53,13 @@ def fit(
 
     Returns:
       The last state; every point at which it left has been saved.
+
+    Raises:
+      UserError: The loss or a weight is no finite number any more, or the disk is full.
     """
     t, start = config.train, int(state.step)
+    if start == t.steps:
+        return state
     telemetry = Telemetry(run.workdir, steps=t.steps, start=start, batch_size=t.batch_size)
     batches = training_batches(
         source, task.collate, batch_size=t.batch_size, seed=config.data.seed, start=start, threads=config.data.threads
@@ -59,18 +68,19 @@ def fit(
     note = ""
 
     def save(done: int, validated: dict[str, Any] | None) -> None:
+        check_finite(done, float(metrics["loss"]), state.params, run)
         run.checkpoints.save(done, state, config, {"step": done, "validation": validated, **made})
 
     try:
         for done in range(start + 1, t.steps + 1):
             state, metrics = step(state, jax.device_put(next(batches), batch_sharding(mesh)))
+            if done % t.log_every == 0 or done % t.eval_every == 0 or done == t.steps:
+                check_finite(done, float(metrics["loss"]), state.params, run)
             if done % t.log_every == 0 or done == t.steps:
                 figures = {k: float(v) for k, v in jax.device_get(metrics).items()}
                 figures["examples_per_second"] = telemetry.rate()
                 telemetry.log(done, figures)
                 note = f"loss {figures['loss']:.3f}"
-                if not np.isfinite(figures["loss"]):
-                    telemetry.say(f"step {done}: the loss is {figures['loss']}; lower train.learning_rate")
             telemetry.advance(done, note)
             if done % t.eval_every == 0 or done == t.steps:
                 validated = validate(config, task, evaluator, served(state, config), validation)
@@ -96,11 +106,34 @@ def fit(
     return state
 
 
+def check_finite(done: int, loss: float, params: Any, run: Run) -> None:
+    """Ends a run that has diverged, before it logs, scores or saves what cannot recover.
+
+    Args:
+      done: Steps done.
+      loss: Of the last step.
+      params: Weights after it.
+      run: Its folder, whose checkpoints stay as they are.
+
+    Raises:
+      UserError: The loss or a weight is NaN or infinite.
+    """
+    norm = float(NORM(params))
+    if not np.isfinite([loss, norm]).all():
+        kept = run.checkpoints.all()
+        raise UserError(
+            f"step {done}: the loss is {loss} and the norm of the weights {norm}, so the training has diverged "
+            f"({f'{kept[-1].path} is untouched' if kept else 'nothing was saved yet'}): "
+            "lower train.learning_rate and choose another --workdir"
+        )
+
+
 def validate(config: Config, task: Medical, evaluator: Evaluator, params: Any, validation: Source) -> dict[str, Any]:
     """Scores weights on the validation cases and sets the operating points.
 
     Returns:
-      "score" (mean AUC, or mean kappa where no finding is binary; None where nothing can be judged), "figures" and "operating_points" by mode, JSON-able.
+      "score" (mean AUC, or mean kappa where no finding is binary; None where nothing can be judged), "figures" and
+      "operating_points" by mode, "cases" (how many there are); JSON-able.
     """
     predicted, targets, _ = evaluator.predict(
         params, validation, batch_size=config.train.batch_size, modes=task.modes()

@@ -88,47 +88,48 @@ def route_and_multiply(x, w, experts, block):
 def test_product_equals_the_reference_in_value_and_gradient(name):
     experts, count, block = routing(name)
     rng = np.random.default_rng(1)
-    plan = plan_dispatch(jnp.asarray(experts, jnp.int32), count, block=block)
+    plan = plan_of(jnp.asarray(experts, jnp.int32), count, block=block)
     x = jnp.asarray(rng.standard_normal((plan.source.shape[0], 5)), jnp.float32)
     w = jnp.asarray(rng.standard_normal((count, 4, 5)), jnp.float32)
 
-    def loss(product, x, w):
-        return jnp.sum(jnp.sin(product(x, w, plan.block_expert)))
+    @jax.jit
+    def both(x, w):
+        results = []
+        for product in (grouped_matmul, grouped_matmul_reference):
+            out, back = jax.vjp(lambda x, w, f=product: f(x, w, plan.block_expert), x, w)
+            results.append((out, *back(jnp.sin(out))))
+        return results
 
-    np.testing.assert_allclose(
-        grouped_matmul(x, w, plan.block_expert), grouped_matmul_reference(x, w, plan.block_expert), rtol=0, atol=1e-5
-    )
-    fast = jax.grad(loss, argnums=(1, 2))(grouped_matmul, x, w)
-    slow = jax.grad(loss, argnums=(1, 2))(grouped_matmul_reference, x, w)
-    for a, b in zip(fast, slow, strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=2e-5)
+    for fast, slow in zip(*both(x, w), strict=True):
+        np.testing.assert_allclose(fast, slow, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_gradients_of_both_moves_equal_those_of_plain_indexing(name):
+def test_both_moves_equal_plain_indexing_in_value_and_gradient(name):
     experts, count, block = routing(name)
-    tokens = len(experts)
     rng = np.random.default_rng(2)
-    plan = plan_dispatch(jnp.asarray(experts, jnp.int32), count, block=block)
-    x = jnp.asarray(rng.standard_normal((tokens, 5)), jnp.float32)
+    plan = plan_of(jnp.asarray(experts, jnp.int32), count, block=block)
+    x = jnp.asarray(rng.standard_normal((len(experts), 5)), jnp.float32)
     y = jnp.asarray(rng.standard_normal((plan.source.shape[0], 5)), jnp.float32)
 
-    def plain_scatter(x):
+    def plain_scatter(x, plan):
         return jnp.concatenate([x, jnp.zeros((1, 5))])[plan.source]
 
-    def plain_gather(y):
+    def plain_gather(y, plan):
         return y[plan.slot]
 
-    moves = (
-        (lambda x: scatter_rows(x, plan), plain_scatter, x),
-        (lambda y: gather_rows(y, plan), plain_gather, y),
-    )
-    for ours, plain, rows in moves:
-        out, back = jax.vjp(ours, rows)
-        expected, expected_back = jax.vjp(plain, rows)
-        np.testing.assert_array_equal(out, expected)
-        pull = jnp.asarray(rng.standard_normal(out.shape), jnp.float32)
-        np.testing.assert_allclose(back(pull)[0], expected_back(pull)[0], rtol=0, atol=1e-6)
+    @jax.jit
+    def compare(x, y):
+        pairs = []
+        for ours, plain, rows in ((scatter_rows, plain_scatter, x), (gather_rows, plain_gather, y)):
+            out, back = jax.vjp(lambda rows, f=ours: f(rows, plan), rows)
+            expected, expected_back = jax.vjp(lambda rows, f=plain: f(rows, plan), rows)
+            pull = jnp.cos(3 * expected + jnp.arange(float(expected.size)).reshape(expected.shape))
+            pairs += [(out, expected), (back(pull)[0], expected_back(pull)[0])]
+        return pairs
+
+    for ours, plain in compare(x, y):
+        np.testing.assert_allclose(ours, plain, rtol=0, atol=1e-6)
 
 
 def test_gradient_of_the_whole_way_equals_that_of_the_loop():
@@ -144,8 +145,9 @@ def test_gradient_of_the_whole_way_equals_that_of_the_loop():
     def plain(x, w):
         return jnp.sum(jnp.sin(jnp.einsum("TD,TKFD->TKF", x, w[chosen])))
 
-    np.testing.assert_allclose(fast(x, w), plain(x, w), rtol=1e-5)
-    for a, b in zip(jax.grad(fast, (0, 1))(x, w), jax.grad(plain, (0, 1))(x, w), strict=True):
+    ours, theirs = (jax.jit(jax.value_and_grad(loss, (0, 1)))(x, w) for loss in (fast, plain))
+    np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-5)
+    for a, b in zip(ours[1], theirs[1], strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-5)
 
 

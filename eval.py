@@ -1,0 +1,45 @@
+"""Scores a checkpoint: `python eval.py --checkpoint runs/medical` (`--help` lists every argument)."""
+
+import sys
+import time
+from pathlib import Path
+
+from r1jax.cli import load_eval_arguments
+from r1jax.config import MeshConfig
+from r1jax.errors import run_main
+from r1jax.models.r1 import R1
+from r1jax.parallel.mesh import make_mesh
+from r1jax.parallel.platform import start_platform
+from r1jax.serve.evaluate import Evaluation, closing_lines, measure, restore_served, scoring_config, write_results
+from r1jax.serve.result_folder import result_folder
+from r1jax.serve.scored import score
+from r1jax.tasks.catalog import TASKS
+from r1jax.train.checkpoints import find_checkpoint
+from r1jax.train.evaluation import Evaluator
+
+
+def main(arguments: list[str]) -> int:
+    """Scores the checkpoint that the command line names, on its own data or on a folder of the same format."""
+    began, asked = time.perf_counter(), load_eval_arguments(arguments)
+    checkpoint = find_checkpoint(Path(asked.checkpoint))
+    checkpoint.verify()
+    config = scoring_config(checkpoint, asked)
+    print(f"{checkpoint.path}: {start_platform(asked.platform)}", file=sys.stderr)
+    mesh = make_mesh(MeshConfig())
+    task = TASKS[config.task.name](config)
+    model = R1(config.model, task.heads)
+    source = task.source(config.data.split)
+    print(f"data: {source.name}, {len(source)} cases", file=sys.stderr)
+    run = Evaluation(asked, checkpoint, config, task, model, mesh, began)
+    with result_folder(run.output) as folder:
+        params = restore_served(checkpoint, config, model, task, mesh, source)
+        evaluator = Evaluator(model, task, mesh)
+        scored = score(evaluator, task, params, source, checkpoint.meta()["validation"], asked.batch_size)
+        metrics = measure(run, scored)
+        write_results(run, scored, metrics, params, folder)
+    print(closing_lines(run, metrics))
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,325 @@
+"""From a checkpoint to its results: metrics.json, one HTML page and a structured report of every case."""
+
+import dataclasses
+import functools
+import json
+import re
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from r1jax import __version__
+from r1jax.config import Config, EvalArguments
+from r1jax.data.folder import FolderCases
+from r1jax.data.source import Source
+from r1jax.errors import UserError
+from r1jax.models.r1 import R1
+from r1jax.parallel.mesh import shard_tree
+from r1jax.serve.case_reports import Reporter, write_report
+from r1jax.serve.gallery import gallery
+from r1jax.serve.page import write_page
+from r1jax.serve.page_charts import Scores
+from r1jax.serve.progress import progress
+from r1jax.serve.saliency import explained_finding, saliency_maps
+from r1jax.serve.scored import Scored, seen_in_training
+from r1jax.tasks.medical.canonical import NOT_TEXT, Provenance
+from r1jax.tasks.medical.evaluation import evaluate_modalities
+from r1jax.tasks.medical.schema import FINDING
+from r1jax.tasks.medical.summary import summary_lines
+from r1jax.tasks.medical.task import Medical
+from r1jax.train.checkpoints import Checkpoint, abstract_like
+from r1jax.train.loop import served
+from r1jax.train.modes import best_attainable
+from r1jax.train.plan import example_batch
+from r1jax.train.run import describe
+from r1jax.train.step import init_state
+
+
+class Evaluation(NamedTuple):
+    """What is being evaluated, and for whom."""
+
+    arguments: EvalArguments
+    checkpoint: Checkpoint
+    config: Config
+    """The checkpoint's own, with the data that is scored."""
+    task: Medical
+    model: R1
+    mesh: Mesh
+    began: float
+    """`time.perf_counter()` at the start."""
+
+    @property
+    def synthetic(self) -> bool:
+        """Whether the cases are generated."""
+        return self.config.data.path is None
+
+    @property
+    def output(self) -> Path:
+        """Folder of the results."""
+        if self.arguments.output is not None:
+            return Path(self.arguments.output).absolute()
+        return _run_folder(self.checkpoint) / "eval"
+
+
+def scoring_config(checkpoint: Checkpoint, arguments: EvalArguments) -> Config:
+    """The checkpoint's config, with the data that the command line names.
+
+    Args:
+      checkpoint: The checkpoint.
+      arguments: What eval.py was told.
+
+    Returns:
+      The config; `data` is what is to be scored.
+
+    Raises:
+      UserError: The folder that the checkpoint was trained on is not here and no other was named.
+    """
+    config = checkpoint.config()
+    data, chosen = config.data, arguments.data
+    if chosen.path is None and data.path is not None and not Path(data.path).is_dir():
+        raise UserError(
+            f"the checkpoint was trained on the folder {data.path}, which is not here: give the folder of the cases "
+            "to score with --data.path"
+        )
+    changed = dataclasses.replace(data, path=chosen.path or data.path, split=chosen.split or data.split)
+    return dataclasses.replace(config, data=changed)
+
+
+def restore_served(checkpoint: Checkpoint, config: Config, model: R1, task: Medical, mesh: Mesh, source: Source) -> Any:
+    """The weights that a checkpoint serves.
+
+    Args:
+      checkpoint: Where from.
+      config: Its config.
+      model: The model of that config.
+      task: The task of that config.
+      mesh: Devices.
+      source: Any cases of the config's modalities; only their shapes matter.
+
+    Returns:
+      Parameters on the mesh.
+
+    Raises:
+      UserError: The checkpoint is damaged, or its arrays are not those of its config.
+    """
+    batch = example_batch(source, task, 1)
+    abstract = jax.eval_shape(lambda: init_state(config, model, task, batch))
+    try:
+        state = checkpoint.restore(abstract_like(abstract, shard_tree(mesh, abstract)))
+    except (ValueError, KeyError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise UserError(
+            f"checkpoint {checkpoint.path} does not fit its own config.json ({reason}): it was written with another "
+            "config or another version of r1jax; use the version that meta.json names, or train again"
+        ) from error
+    return served(state, config)
+
+
+def measure(run: Evaluation, scored: Scored) -> dict[str, Any]:
+    """Every figure of every finding and mode, and where all of it comes from.
+
+    Args:
+      run: What is evaluated.
+      scored: Predictions.
+
+    Returns:
+      What `evaluate_modalities` gives, after "provenance" and "warnings"; JSON as it stands.
+    """
+    made = run.checkpoint.meta()
+    source, data = scored.source, run.config.data
+    thresholds = {
+        mode: {name: point.threshold for name, point in points.items()} for mode, points in scored.frozen.items()
+    }
+    figures = evaluate_modalities(
+        scored.predicted,
+        scored.targets,
+        operating_points=thresholds,
+        ceilings=best_attainable(source),
+        groups=scored.groups,
+        resamples=run.arguments.resamples,
+    )
+    seen = seen_in_training(source, run.task, made["data"]["fingerprint"])
+    here = describe(source)
+    provenance = {
+        "name": run.config.name,
+        "checkpoint": {
+            "path": str(run.checkpoint.path.absolute().relative_to(_run_folder(run.checkpoint))),
+            "step": run.checkpoint.step,
+            "sha256": run.checkpoint.digest(),
+        },
+        "data": here["data"]
+        | {
+            "path": data.path,
+            "split": data.split,
+            "cases": len(source),
+            "synthetic": run.synthetic,
+            "seen_in_training": seen,
+        },
+        "trained_on": made["data"],
+        "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "versions": here["versions"],
+        "trained_with": made["versions"],
+        "git": here["git"],
+        "device": here["device"],
+        "command": here["command"],
+        "seconds": {"predictions_and_figures": round(time.perf_counter() - run.began, 1)},
+    }
+    return {"provenance": provenance, "warnings": _warnings(run, scored, seen), **figures}
+
+
+def write_results(run: Evaluation, scored: Scored, metrics: dict[str, Any], params: Any, folder: Path) -> None:
+    """Writes the reports, the page and, last, metrics.json.
+
+    Args:
+      run: What is evaluated.
+      scored: Predictions.
+      metrics: From `measure`.
+      params: Weights, for the saliency.
+      folder: Where to; it must exist.
+
+    Raises:
+      UserError: A case cannot be reported; names it.
+    """
+    reporter = _reporter(run, scored, metrics)
+    (folder / "reports").mkdir()
+    with progress("reports", len(scored.ids)) as steps:
+        for report in reporter.reports():
+            write_report(folder / "reports", report)
+            steps.advance()
+    explained = explained_finding(run.task.fields)
+    maps = functools.partial(saliency_maps, run.model, run.task, run.mesh, params, scored.source)
+    write_page(
+        folder / "index.html",
+        title=f"{run.config.name}: {scored.source.name}",
+        metrics=metrics,
+        curves=_curves(scored),
+        pictures=gallery(reporter, run.arguments.pictures, explained, maps),
+        provenance=_provenance_lines(metrics),
+        synthetic=run.synthetic,
+    )
+    metrics["provenance"]["seconds"]["total"] = round(time.perf_counter() - run.began, 1)
+    text = json.dumps(metrics, indent=1, ensure_ascii=False, allow_nan=False)
+    (folder / "metrics.json").write_text(text + "\n", "utf-8")
+
+
+def _run_folder(checkpoint: Checkpoint) -> Path:
+    """The folder that holds `checkpoints/`, or the one that a lone checkpoint lies in."""
+    parent = checkpoint.path.absolute().parent
+    return parent.parent if parent.name == "checkpoints" else parent
+
+
+def _reporter(run: Evaluation, scored: Scored, metrics: dict[str, Any]) -> Reporter:
+    made = metrics["provenance"]
+    return Reporter(
+        scored=scored,
+        provenance=Provenance(
+            model=_one_line(f"r1jax {made['name']}, step {made['checkpoint']['step']}"),
+            r1jax_version=__version__,
+            checkpoint_sha256=made["checkpoint"]["sha256"],
+            data_name=_one_line(made["data"]["name"]),
+            data_fingerprint=made["data"]["fingerprint"],
+            created=made["created"],
+        ),
+        synthetic=run.synthetic,
+        language=run.arguments.language,
+    )
+
+
+def _one_line(text: str) -> str:
+    return re.sub(f"[\t\n\r{NOT_TEXT}\ud800-\udfff]", " ", text)
+
+
+def _curves(scored: Scored) -> list[Scores]:
+    """Labels and probabilities of each binary finding and mode whose truth is known in some case."""
+    curves = []
+    for mode, predicted in scored.predicted.items():
+        for name, probabilities in predicted.items():
+            if FINDING[name].kind != "binary":
+                continue
+            known = ~np.isnan(scored.targets[name])
+            if known.any():
+                labels = scored.targets[name][known]
+                curves.append(Scores(name, mode, labels, probabilities[known], scored.threshold(mode, name)))
+    return curves
+
+
+def _warnings(run: Evaluation, scored: Scored, seen: int) -> list[str]:
+    """What a reader of the figures must know."""
+    data, source, asked = run.config.data, scored.source, run.arguments.data
+    found = []
+    if seen:
+        found.append(
+            f"{seen} of these {len(source)} cases were seen in training: the figures do not say how the model does on "
+            "new cases"
+        )
+    elif data.split == "val" and source.fingerprint == run.checkpoint.meta()["data"]["fingerprint"]:
+        found.append("these cases chose the checkpoint and its operating points: the figures are somewhat optimistic")
+    total = len(source.cases.case_id) if isinstance(source, FolderCases) else len(source)
+    if asked.path is not None and asked.split is None and len(source) < total:
+        found.append(
+            f"{len(source)} of the {total} cases of {asked.path} were scored: --data.split was not given, so it is "
+            f"{data.split!r} as in the checkpoint's config; --data.split all takes all"
+        )
+    unset = {name for mode in scored.points for name in scored.points[mode] if name not in scored.frozen[mode]}
+    if unset:
+        found.append(
+            f"the checkpoint has no operating point of {', '.join(sorted(unset))}: it was set on the cases of this "
+            "evaluation"
+        )
+    return found
+
+
+def _provenance_lines(metrics: dict[str, Any]) -> dict[str, str]:
+    """The provenance as the page lists it."""
+    made = metrics["provenance"]
+    checkpoint, data = made["checkpoint"], made["data"]
+    return {
+        **({"Warning": "; ".join(metrics["warnings"])} if metrics["warnings"] else {}),
+        "Data": f"{data['name']} (split {data['split']}, {data['cases']} cases)",
+        "Data fingerprint (SHA-256)": data["fingerprint"],
+        "Trained on": f"{made['trained_on']['name']} ({made['trained_on']['fingerprint']})",
+        "Checkpoint": f"{checkpoint['path']}, step {checkpoint['step']}",
+        "Checkpoint (SHA-256)": checkpoint["sha256"],
+        "Created": made["created"],
+        "Device": made["device"],
+        "Versions": ", ".join(f"{name} {version}" for name, version in made["versions"].items()),
+        "Command": " ".join(made["command"]),
+        "Revision": made["git"],
+    }
+
+
+def closing_lines(run: Evaluation, metrics: dict[str, Any]) -> str:
+    """The headline figures, and where the files are.
+
+    Args:
+      run: What was evaluated.
+      metrics: From `measure`.
+
+    Returns:
+      Text to print.
+    """
+    made, output = metrics["provenance"], _shortest(run.output)
+    return "\n".join(
+        [
+            f"{made['data']['name']}: {made['data']['cases']} cases, checkpoint of step {made['checkpoint']['step']}",
+            "",
+            *summary_lines(metrics),
+            "",
+            *(f"warning: {line}" for line in metrics["warnings"]),
+            f"page     {output / 'index.html'}",
+            f"figures  {output / 'metrics.json'}",
+            f"reports  {output / 'reports'} ({made['data']['cases']} cases, JSON and XML)",
+            f"time     {made['seconds']['total']:.0f} s",
+        ]
+    )
+
+
+def _shortest(path: Path) -> Path:
+    """The path from the working directory where it lies below it."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path

@@ -1,0 +1,79 @@
+"""Image and volume encoders: convolutions against lax and loops, patch merging as a permutation."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from r1jax.config import VisionConfig
+from r1jax.models.vision import PlaneConv, ThroughConv, VisionEncoder, space_to_depth
+
+SIZES = {2: (16, 8), 3: (8, 16, 8)}
+
+
+@pytest.mark.parametrize(("shape", "stride"), [((2, 4, 6, 3), 2), ((2, 4, 6, 8, 1), 2), ((1, 8, 4, 1), 4)])
+def test_space_to_depth_moves_each_cell_into_channels(shape, stride):
+    x = np.arange(np.prod(shape)).reshape(shape).astype(np.float32)
+    y = np.asarray(space_to_depth(jnp.asarray(x), stride))
+    rank = len(shape) - 2
+    assert y.shape == (shape[0], *[n // stride for n in shape[1:-1]], stride**rank * shape[-1])
+    np.testing.assert_array_equal(np.sort(y.ravel()), x.ravel())  # a permutation
+    restored = np.zeros_like(x)
+    for cell in np.ndindex(*y.shape[1:-1]):
+        block = tuple(slice(i * stride, (i + 1) * stride) for i in cell)
+        restored[(slice(None), *block)] = y[(slice(None), *cell)].reshape(shape[0], *[stride] * rank, shape[-1])
+    np.testing.assert_array_equal(restored, x)
+
+
+def draw(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def test_plane_convolution_is_that_of_each_slice():
+    x, weight = draw(2, 3, 5, 6, 4), draw(3, 3, 4, 7, seed=1)
+    y = np.asarray(PlaneConv(7, jnp.float32).apply({"params": {"weight": weight}}, x))
+    assert y.shape == (2, 3, 5, 6, 7)
+    padded = np.pad(np.asarray(x, np.float64), ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0)))
+    expected = np.zeros(y.shape)
+    for i, j in np.ndindex(3, 3):
+        expected += padded[:, :, i : i + 5, j : j + 6] @ np.asarray(weight[i, j], np.float64)
+    np.testing.assert_allclose(y, expected, rtol=0, atol=2e-5)
+
+
+def test_through_convolution_is_a_3x1x1_kernel():
+    x, weight = draw(2, 5, 3, 4, 6), draw(7, 3 * 6, seed=1)
+    y = ThroughConv(7, jnp.float32).apply({"params": {"Linear_0": {"weight": weight}}}, x)
+    kernel = weight.reshape(7, 3, 6).transpose(1, 2, 0)[:, None, None]
+    dims = ("NDHWC", "DHWIO", "NDHWC")
+    expected = jax.lax.conv_general_dilated(x, kernel, (1, 1, 1), "SAME", dimension_numbers=dims)
+    np.testing.assert_allclose(y, expected, rtol=0, atol=2e-5)
+
+
+def encoder(rank, **changes):
+    config = VisionConfig(size=SIZES[rank], widths=(8, 12), blocks=(1, 1), num_attention_heads=2, **changes)
+    module = VisionEncoder(config, 10)
+    x, spacing = draw(2, *config.size), jnp.asarray([[0.7] * rank, [2.0] * rank])
+    params = jax.jit(lambda: module.init(jax.random.key(0), x, spacing, train=False))()
+    return jax.jit(lambda x, spacing: module.apply(params, x, spacing, train=False)), x, spacing
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+def test_tokens_of_images_and_volumes(rank):
+    apply, x, spacing = encoder(rank)
+    tokens = apply(x, spacing)
+    assert tokens.shape == (2, int(np.prod(SIZES[rank])) // 4**rank, 10)
+    alone = apply(x[:1], spacing[:1])
+    np.testing.assert_allclose(tokens[:1], alone, rtol=0, atol=1e-5)  # cases do not mix
+    assert np.abs(np.asarray(tokens - apply(x, spacing * 2))).max() > 1e-3  # the size of a voxel is read
+    assert np.abs(np.asarray(tokens - apply(jnp.flip(x, -1), spacing))).max() > 1e-3
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+def test_without_transformer_layers_a_far_voxel_is_not_seen(rank):
+    apply, x, spacing = encoder(rank, layers=0)
+    far = (slice(None), *[-1] * rank)
+    change = np.abs(np.asarray(apply(x.at[far].add(5.0), spacing) - apply(x, spacing))).max(axis=(0, 2))
+    assert change[-1] > 1e-3 and change[0] == 0
+    apply, x, spacing = encoder(rank, layers=1)
+    change = np.abs(np.asarray(apply(x.at[far].add(5.0), spacing) - apply(x, spacing))).max(axis=(0, 2))
+    assert change[0] > 1e-5

@@ -1,0 +1,99 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from r1jax.config import TrainConfig
+from r1jax.train.optimizer import BALANCE_BIAS, decays, make_optimizer, schedule
+
+CONFIG = TrainConfig(steps=100, warmup_steps=10, learning_rate=2e-3, final_learning_rate=1e-4, weight_decay=0.1)
+
+
+@pytest.mark.parametrize(
+    ("step", "rate"),
+    [
+        (0, 0.0),
+        (5, 1e-3),
+        (10, 2e-3),
+        (55, (2e-3 + 1e-4) / 2),  # half of the decay
+        (100, 1e-4),
+        (1000, 1e-4),
+    ],
+)
+def test_schedule(step, rate):
+    np.testing.assert_allclose(schedule(CONFIG)(step), rate, rtol=1e-5)
+
+
+def test_schedule_never_rises_after_the_warmup():
+    rates = np.array([schedule(CONFIG)(step) for step in range(10, 101)])
+    assert np.all(np.diff(rates) < 0)
+
+
+def run(config, params, gradients):
+    """Applies one update for each tree of gradients."""
+    optimizer = make_optimizer(config)
+    state = optimizer.init(params)
+    for gradient in gradients:
+        updates, state = optimizer.update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+
+def test_only_matrices_decay(tiny):
+    params = jax.tree.map(lambda x: jnp.ones_like(x), tiny.init().params)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    after, _ = run(CONFIG, params, [zeros, zeros])  # the first update has rate 0
+    decayed = 1 - float(schedule(CONFIG)(1)) * CONFIG.weight_decay
+    shrunk, kept = [], []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(after):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        if np.allclose(leaf, decayed, rtol=1e-6, atol=0):
+            shrunk.append((name, leaf.ndim))
+        else:
+            np.testing.assert_array_equal(leaf, 1.0, err_msg=name)
+            kept.append(name)
+    assert shrunk and all(rank > 1 for _, rank in shrunk)
+    assert not [name for name, _ in shrunk if "norm" in name or "bias" in name or "embed" in name]
+    names = [name for name, _ in shrunk]
+    for part in ("q_a_proj", "kv_b_proj", "experts", "volume", "head"):
+        assert any(part in name for name in names), f"no weight of {part} decays"
+    assert any("embed_tokens" in name for name in kept) and any("norm" in name for name in kept)
+    assert len(shrunk) == sum(jax.tree.leaves(decays(params)))
+
+
+def adamw(config, params, gradients):
+    """AdamW with clipping in numpy, after Loshchilov and Hutter (algorithm 2)."""
+    m = {k: np.zeros_like(v) for k, v in params.items()}
+    v = {k: np.zeros_like(x) for k, x in params.items()}
+    for step, gradient in enumerate(gradients):
+        norm = np.sqrt(sum(np.sum(g**2) for g in gradient.values()))
+        for k in params:
+            g = gradient[k] * min(1.0, config.clip_norm / norm)
+            m[k] = config.b1 * m[k] + (1 - config.b1) * g
+            v[k] = config.b2 * v[k] + (1 - config.b2) * g**2
+            m_hat, v_hat = m[k] / (1 - config.b1 ** (step + 1)), v[k] / (1 - config.b2 ** (step + 1))
+            decay = config.weight_decay * params[k] if params[k].ndim > 1 else 0.0
+            params[k] = params[k] - float(schedule(config)(step)) * (m_hat / (np.sqrt(v_hat) + 1e-8) + decay)
+    return params
+
+
+def test_updates_follow_the_published_rule():
+    rng = np.random.default_rng(0)
+    params = {"weight": rng.normal(size=(3, 4)), "bias": rng.normal(size=4)}
+    scales = (0.1, 5.0, 0.3, 2.0, 0.01)  # some of them clipped
+    gradients = [{k: s * rng.normal(size=v.shape) for k, v in params.items()} for s in scales]
+    single = lambda tree: {k: jnp.asarray(v, jnp.float32) for k, v in tree.items()}  # noqa: E731
+    got, _ = run(CONFIG, single(params), [single(g) for g in gradients])
+    for name, expected in adamw(CONFIG, params, gradients).items():
+        np.testing.assert_allclose(got[name], expected, rtol=2e-5, atol=1e-6, err_msg=name)
+
+
+def test_balance_biases_are_left_alone():
+    params = {"gate": {BALANCE_BIAS: jnp.ones(4), "weight": jnp.ones((4, 2))}}
+    gradients = jax.tree.map(lambda x: 0.1 * jnp.ones_like(x), params)
+    after, state = run(CONFIG, params, [gradients] * 3)
+    np.testing.assert_array_equal(after["gate"][BALANCE_BIAS], 1.0)
+    assert np.all(np.asarray(after["gate"]["weight"]) < 1.0)
+    moments = [leaf.shape for leaf in jax.tree.leaves(state) if leaf.ndim]
+    assert moments == [(4, 2), (4, 2)], "the bias has moments"

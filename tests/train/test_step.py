@@ -1,0 +1,122 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from r1jax.config import DecoderConfig
+from r1jax.models.moe import RouterStats
+from r1jax.train.optimizer import BALANCE_BIAS
+from r1jax.train.step import balance_routers, make_step
+
+
+@pytest.fixture(scope="module")
+def run(tiny):
+    """Takes steps from a fresh state; returns every state and the metrics, on the host."""
+
+    def take(batches, state=None):
+        state = tiny.init() if state is None else state
+        states, metrics = [jax.device_get(state)], []
+        for batch in batches:
+            state, figures = tiny.step(jax.device_put(state), batch)
+            states.append(jax.device_get(state))
+            metrics.append(jax.device_get(figures))
+        return states, metrics
+
+    return take
+
+
+def leaves(tree):
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def same(a, b):
+    a, b = leaves(a), leaves(b)
+    return a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
+
+
+def test_loss_falls_on_one_batch(tiny, run):
+    _, metrics = run(tiny.batches(1) * 30)
+    losses = [m["loss"] for m in metrics]
+    assert np.isfinite(losses).all()
+    assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:3])
+
+
+def test_steps_are_deterministic(tiny, run):
+    (first, figures), (second, again) = run(tiny.batches(3)), run(tiny.batches(3))
+    assert all(same(a, b) for a, b in zip(first, second, strict=True))
+    assert all(same(a, b) for a, b in zip(figures, again, strict=True))
+
+
+def test_steps_move_everything_but_the_key(tiny, run):
+    states, _ = run(tiny.batches(2))
+    assert [int(s.step) for s in states] == [0, 1, 2]
+    assert all(np.array_equal(s.key, states[0].key) for s in states)
+    still = [k for k, x in leaves(states[0].params).items() if np.array_equal(x, leaves(states[2].params)[k])]
+    assert not [k for k in still if BALANCE_BIAS not in k], "no gradient reached these weights"
+
+
+def test_average_follows_its_formula(tiny, run):
+    states, _ = run(tiny.batches(3))
+    expected = leaves(states[0].params)
+    for count, state in enumerate(states[1:]):
+        decay = np.float32(min(0.9, (1 + count) / (10 + count)))
+        expected = {k: decay * expected[k] + (1 - decay) * x for k, x in leaves(state.params).items()}
+        for k, x in leaves(state.ema).items():
+            np.testing.assert_allclose(x, expected[k], rtol=1e-5, atol=1e-7, err_msg=k)
+
+
+def test_average_starts_at_the_weights(tiny):
+    state = tiny.init()
+    assert same(state.params, state.ema)
+
+
+def loss_at(run, tiny, step):
+    """Loss of the fresh weights, at a step that only the random numbers depend on."""
+    state = tiny.init()._replace(step=jnp.asarray(step, jnp.int32))
+    return run(tiny.batches(1), state)[1][0]["loss"]
+
+
+def test_every_step_draws_anew(tiny, run):
+    losses = [loss_at(run, tiny, step) for step in (0, 1, 2, 1)]
+    assert len(set(losses[:3])) == 3
+    assert losses[3] == losses[1]
+
+
+def test_nothing_else_is_random(tiny):
+    flags = ("--model.dropout", "0", "--task.modality_dropout", "0", "--task.augment", "none")
+    from tests.train.conftest import make_experiment
+
+    calm = make_experiment(*flags)
+    losses = [calm.step(calm.init()._replace(step=jnp.asarray(i, jnp.int32)), calm.batches(1)[0])[1]["loss"] for i in (0, 7)]
+    assert losses[0] == losses[1]
+
+
+def test_metrics_say_what_was_done(tiny, run):
+    states, metrics = run(tiny.batches(2))
+    assert metrics[0]["learning_rate"] == 0 and np.isclose(metrics[1]["learning_rate"], 3e-3 / 4)
+    parts = {k for k in metrics[0] if k.startswith("loss.")}
+    assert {"loss.nodule_present", "loss.malignancy", "loss.center_mm", "loss.texture"} <= parts
+    step = make_step(tiny.config, tiny.model, tiny.task)
+    assert optax.global_norm(states[0].params) > 0 and metrics[0]["gradient_norm"] > 0
+    assert callable(step)
+
+
+def test_routers_move_against_their_load():
+    config = DecoderConfig(num_hidden_layers=3, first_k_dense_replace=1, n_routed_experts=4, n_group=2, topk_group=1)
+    tree = lambda: {"mlp": {"gate": {BALANCE_BIAS: jnp.zeros(4), "weight": jnp.ones((4, 2))}}}  # noqa: E731
+    params = {"decoder": {"layers_1": tree(), "layers_2": tree(), "mtp": {"layer": tree()}}}
+    loads = [[4.0, 0.0, 2.0, 2.0], [1.0, 1.0, 1.0, 5.0], [2.0, 2.0, 2.0, 2.0]]
+    stats = tuple(make_stats(load) for load in loads)
+    moved = balance_routers(params, stats, config, 0.5)["decoder"]
+    at = lambda part: np.asarray(part["mlp"]["gate"][BALANCE_BIAS])  # noqa: E731
+    np.testing.assert_array_equal(at(moved["layers_1"]), [-0.5, 0.5, 0, 0])
+    np.testing.assert_array_equal(at(moved["layers_2"]), [0.5, 0.5, 0.5, -0.5])
+    np.testing.assert_array_equal(at(moved["mtp"]["layer"]), 0)
+    np.testing.assert_array_equal(moved["layers_1"]["mlp"]["gate"]["weight"], 1)
+    without = balance_routers(params, stats[:2], config, 0.5)["decoder"]  # the MTP module did not run
+    np.testing.assert_array_equal(at(without["mtp"]["layer"]), 0)
+
+
+def make_stats(load):
+    return RouterStats(load=jnp.asarray(load), **{k: jnp.zeros(()) for k in RouterStats._fields if k != "load"})
