@@ -50,7 +50,7 @@ def get_config(*, smoke: bool = False, luna16_fpr_2d: bool = False, lidc_3d: boo
             dropout=0.05,
         ),
         task=TaskConfig(modality_dropout=0.15),
-        train=TrainConfig(steps=900, learning_rate=1e-3, eval_every=300, save_every=100, warmup_steps=100),
+        train=TrainConfig(steps=1200, learning_rate=3e-3, decoder_rate=0.3, eval_every=400, warmup_steps=100),
     )
 
 
@@ -81,11 +81,25 @@ def _luna16_fpr_2d() -> Config:
         workdir="runs/luna16_fpr_2d",
         model=ModelConfig(
             modalities=("image",),
-            image=VisionConfig(size=(48, 48), widths=(32, 64, 128), blocks=(2, 2, 2)),
+            image=VisionConfig(size=(48, 48), widths=(64, 128, 256), blocks=(2, 2, 2)),
+            dropout=0.2,
+            precision="bf16",
         ),
-        task=TaskConfig(fields=("nodule_present",), modality_dropout=0.0, augment="affine", views=8, text_weight=0.0),
+        task=TaskConfig(
+            fields=("nodule_present",), modality_dropout=0.0, augment="affine", views=8, text_weight=0.0
+        ),
         data=DataConfig(path="data/luna16_fpr_2d", split="val"),
-        train=TrainConfig(steps=3000, batch_size=128, warmup_steps=200, ema=0.999, eval_every=500, save_every=500),
+        train=TrainConfig(
+            steps=2640,  # 60 epochs
+            batch_size=128,
+            learning_rate=6e-4,
+            final_learning_rate=6e-6,
+            warmup_steps=176,
+            weight_decay=0.3,
+            ema=0.999,
+            eval_every=660,
+            save_every=660,
+        ),
     )
 
 
@@ -96,9 +110,22 @@ def _lidc_3d() -> Config:
         workdir="runs/lidc_3d",
         model=ModelConfig(
             modalities=("volume",),
-            volume=VisionConfig(size=(48, 48, 48), widths=(16, 32, 64), blocks=(1, 1, 1)),
+            volume=VisionConfig(size=(48, 48, 48), widths=(32, 64, 128), blocks=(1, 1, 1)),
+            dropout=0.2,
+            precision="bf16",
         ),
-        task=TaskConfig(fields=ratings, modality_dropout=0.0, augment="affine", views=8, text_weight=0.0),
+        task=TaskConfig(
+            fields=ratings, modality_dropout=0.0, augment="affine", views=8, text_weight=0.0, label_smoothing=0.1
+        ),
         data=DataConfig(path="data/lidc_3d_134", split="val"),
-        train=TrainConfig(steps=600, batch_size=16, warmup_steps=50, eval_every=100, save_every=100),
+        train=TrainConfig(
+            steps=800,
+            batch_size=16,
+            learning_rate=5e-4,
+            final_learning_rate=5e-6,
+            warmup_steps=80,
+            weight_decay=0.3,
+            eval_every=200,
+            save_every=200,
+        ),
     )

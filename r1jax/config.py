@@ -163,6 +163,8 @@ class TrainConfig:
     batch_size: Count = 32
     learning_rate: Positive = 2e-3
     final_learning_rate: Weight = 2e-5
+    decoder_rate: Positive = 1.0
+    """Factor on the learning rate of the decoder; encoders, queries and heads keep the full rate."""
     warmup_steps: Natural = 50
     weight_decay: Weight = 0.05
     b1: Share = 0.9

@@ -110,4 +110,4 @@ def _step_of(row: str) -> float:
         content: Any = json.loads(row)
     except json.JSONDecodeError:
         return float("inf")
-    return content["step"]
+    return float(content["step"])

@@ -28,7 +28,7 @@ class Factor:
 
 
 FACTORS: tuple[Factor, ...] = (
-    Factor("long_axis", "image", "ln(mm / 10)", 3.9),
+    Factor("long_axis", "image", "ln(mm / 12.5)", 4.8),
     Factor("spiculation", "image", "rating steps above 3", 0.5),
     Factor("part_solid", "image", "1 if texture is rated 2 to 4", 1.5),
     Factor("benign_calcification", "image", "1 if popcorn, laminated, solid or central", -4.4),
@@ -47,6 +47,8 @@ IMAGE_FACTORS = tuple(factor.name for factor in FACTORS if factor.side == "image
 
 PRESENCE = 0.55
 """Share of cases with a nodule."""
+LONG_AXIS_MM = (6.0, 26.0)
+"""Smallest and largest nodule; below 6 mm Lung-RADS asks for no more than the yearly screening."""
 MISSING = 0.08
 """Chance that a number of the record is missing."""
 BENIGN_PATTERNS = (1, 2, 3, 5)
@@ -159,7 +161,7 @@ def draw_nodule(rng: np.random.Generator) -> tuple[Nodule, dict[str, float]]:
     Returns:
       The nodule, and its findings without presence, malignancy and centre.
     """
-    long_axis = float(np.exp(rng.uniform(math.log(4.0), math.log(24.0))))
+    long_axis = float(np.exp(rng.uniform(*map(math.log, LONG_AXIS_MM))))
     # Patterns need room; a small calcified nodule is calcified throughout.
     patterns = (1, 2, 3, 4, 5) if long_axis >= 7 else (3,)
     calcification = int(rng.choice(patterns)) if rng.random() < 0.32 else 6
@@ -179,7 +181,7 @@ def draw_nodule(rng: np.random.Generator) -> tuple[Nodule, dict[str, float]]:
         spikes=spikes,
         calcification=calcification,
     )
-    conspicuity = 1.6 * math.log(long_axis / 4) + 0.45 * (texture - 3) + rng.normal(0, 0.3)
+    conspicuity = 1.6 * math.log(long_axis / 5) + 0.45 * (texture - 3) + rng.normal(0, 0.3)
     findings = {
         "long_axis_mm": long_axis,
         "texture": float(texture),
@@ -254,7 +256,7 @@ def outcome_terms(findings: dict[str, float], record: dict[str, float], stated: 
     values = {
         **record,
         **{symptom.name: float(stated.get(symptom.name, False)) for symptom in SYMPTOMS},
-        "long_axis": math.log(findings["long_axis_mm"] / 10),
+        "long_axis": math.log(findings["long_axis_mm"] / 12.5),
         "spiculation": findings["spiculation"] - 3,
         "part_solid": float(2 <= findings["texture"] <= 4),
         "benign_calcification": float(findings["calcification"] in BENIGN_PATTERNS),

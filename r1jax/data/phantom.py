@@ -84,7 +84,7 @@ def draw_scene(rng: np.random.Generator) -> Scene:
         trees=int(rng.integers(3, 7)),
         vessel_hu=rng.uniform(100, 250) if contrast else rng.uniform(20, 60),
         blur_mm=rng.uniform(0.45, 0.8),
-        noise_hu=rng.uniform(10.0, 35.0),
+        noise_hu=rng.uniform(8.0, 28.0),
     )
 
 

@@ -40,6 +40,8 @@ class Output(NamedTuple):
     """Next-token logits at the text positions, if asked for."""
     mtp_logits: Float[Array, "B S V"] | None
     """Logits of the token after next, for the first T - 1 text positions, if asked for."""
+    where: Float[Array, "B z y x"] | None
+    """Logit of each cell of the volume: the finding's centre lies in it."""
 
 
 class R1(nn.Module):
@@ -65,22 +67,25 @@ class R1(nn.Module):
 
     def encode(
         self, inputs: Inputs, *, train: bool
-    ) -> tuple[Float[Array, "B M D"], Bool[Array, "B M"], Float[Array, "B D"]]:
-        """Tokens of all modalities but text, which of them exist, and the sum of the summaries of those."""
-        tokens, valid, summaries = [], [], []
+    ) -> tuple[Float[Array, "B M D"], Bool[Array, "B M"], Float[Array, "B D"], Float[Array, "B z y x"] | None]:
+        """Tokens of all modalities but text, which of them exist, the sum of their summaries, and where to look."""
+        tokens, valid, summaries, where = [], [], [], None
 
-        def add(encoded: tuple[Float[Array, "B m D"], Float[Array, "B D"]], has: Bool[Array, " B"]) -> None:
-            tokens.append(encoded[0])
-            valid.append(jnp.broadcast_to(has[:, None], encoded[0].shape[:2]))
-            summaries.append(jnp.where(has[:, None], encoded[1], 0))
+        def add(token: Float[Array, "B m D"], summary: Float[Array, "B D"], has: Bool[Array, " B"]) -> None:
+            tokens.append(token)
+            valid.append(jnp.broadcast_to(has[:, None], token.shape[:2]))
+            summaries.append(jnp.where(has[:, None], summary, 0))
 
         if inputs.volume is not None:
-            add(self.volume(inputs.volume, inputs.volume_spacing, train=train), inputs.has_volume)
+            seen = self.volume(inputs.volume, inputs.volume_spacing, train=train)
+            add(seen.tokens, seen.summary, inputs.has_volume)
+            where = seen.where
         if inputs.image is not None:
-            add(self.image(inputs.image, inputs.image_spacing, train=train), inputs.has_image)
+            seen = self.image(inputs.image, inputs.image_spacing, train=train)
+            add(seen.tokens, seen.summary, inputs.has_image)
         if inputs.table is not None:
-            add(self.table(inputs.table, train=train), inputs.has_table)
-        return jnp.concatenate(tokens, axis=1), jnp.concatenate(valid, axis=1), sum(summaries)
+            add(*self.table(inputs.table, train=train), inputs.has_table)
+        return jnp.concatenate(tokens, axis=1), jnp.concatenate(valid, axis=1), sum(summaries), where
 
     def __call__(self, inputs: Inputs, *, train: bool = False, language: bool = False) -> Output:
         """Reads a batch.
@@ -93,7 +98,7 @@ class R1(nn.Module):
         Returns:
           Heads, router statistics and, if asked for, logits.
         """
-        x, valid, summary = self.encode(inputs, train=train)
+        x, valid, summary, where = self.encode(inputs, train=train)
         first = x.shape[1]
         if inputs.text is not None:
             x = jnp.concatenate([x, self.decoder.embed(inputs.text)], axis=1)
@@ -121,4 +126,4 @@ class R1(nn.Module):
                     train=train,
                 )
                 mtp_logits, router = self.decoder.logits(states), (*router, stats)
-        return Output(heads, router, text_logits, mtp_logits)
+        return Output(heads, router, text_logits, mtp_logits, where)

@@ -35,7 +35,7 @@ class TableEncoder(nn.Module):
         c, fields = self.config, values.shape[1]
         missing = jnp.isnan(values)
         known = jnp.where(missing, 0.0, values)[..., None]
-        start = 0.1 * 2.0 ** jnp.arange(c.frequencies)
+        start = 0.1 * 2.0 ** jnp.arange(c.frequencies, dtype=jnp.float32)
         frequency = self.param("frequency", lambda _, shape: jnp.broadcast_to(start, shape), (fields, c.frequencies))
         angle = 2 * math.pi * known * frequency[None]
         parts = [known, jnp.sin(angle), jnp.cos(angle), jnp.ones_like(known)]

@@ -1,8 +1,12 @@
 """Convolutional encoder of 2-D images and CT sub-volumes, ending in tokens of decoder width.
 
+It first says where to look, a score for each cell, and then describes what is there.
+
 A sub-volume is convolved in plane and then through plane, R(2+1)D (Tran et al. 2018): CT is sampled differently
 along z, the two steps cost 12 C^2 a voxel instead of 27 C^2, and in-plane convolutions are fast on CPU and GPU.
 """
+
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -12,6 +16,16 @@ from jaxtyping import Array, Float
 
 from r1jax.config import VisionConfig
 from r1jax.models.layers import EncoderLayer, Linear, RMSNorm
+
+
+class Encoded(NamedTuple):
+    """What an encoder says of a batch of pictures."""
+
+    tokens: Float[Array, "B M D"]
+    """One token for each block of `merge`^rank cells of the last stage."""
+    summary: Float[Array, "B D"]
+    where: Float[Array, "B *grid"]
+    """Logit of each cell of the last stage: the finding's centre lies in it."""
 
 
 class PlaneConv(nn.Module):
@@ -78,7 +92,7 @@ class VisionEncoder(nn.Module):
     @nn.compact
     def __call__(
         self, x: Float[Array, "B *space"], spacing: Float[Array, "B rank"], *, train: bool
-    ) -> tuple[Float[Array, "B M D"], Float[Array, "B D"]]:
+    ) -> Encoded:
         """Encodes a batch.
 
         Args:
@@ -87,7 +101,7 @@ class VisionEncoder(nn.Module):
           train: Whether dropout is on.
 
         Returns:
-          One token for each block of `merge`^rank cells of the last stage, and a summary of all cells.
+          Tokens, summary, and where the finding is.
         """
         c = self.config
         x = space_to_depth(x[..., None], c.stem_stride)
@@ -105,9 +119,11 @@ class VisionEncoder(nn.Module):
         for i in range(c.layers):
             x = EncoderLayer(c.num_attention_heads, self.dtype, self.dropout, name=f"layers_{i}")(x, train=train)
         x = RMSNorm(name="final_norm")(x)
+        where = Linear(1, jnp.float32, bias=True, name="where")(x)[..., 0]
+        looked_at = jnp.einsum("BM,BMC->BC", nn.softmax(where, axis=-1).astype(x.dtype), x)
         # The maximum tells whether something is anywhere, the mean how much of it there is.
-        pooled = jnp.concatenate([jnp.max(x, axis=1), jnp.mean(x, axis=1)], axis=-1)
+        pooled = jnp.concatenate([looked_at, jnp.max(x, axis=1), jnp.mean(x, axis=1)], axis=-1)
         summary = Linear(self.features, self.dtype, name="summary")(pooled)
         cells = space_to_depth(x.reshape(x.shape[0], *grid, -1), c.merge)
         tokens = Linear(self.features, self.dtype, name="projection")(cells)
-        return tokens.reshape(x.shape[0], -1, self.features), summary
+        return Encoded(tokens.reshape(x.shape[0], -1, self.features), summary, where.reshape(-1, *grid))

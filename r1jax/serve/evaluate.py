@@ -257,7 +257,7 @@ def _warnings(run: Evaluation, scored: Scored, seen: int) -> list[str]:
             f"{seen} of these {len(source)} cases were seen in training: the figures do not say how the model does on "
             "new cases"
         )
-    elif data.split == "val" and source.fingerprint == run.checkpoint.meta()["data"]["fingerprint"]:
+    elif data.split == "val" and (run.synthetic or source.fingerprint == run.checkpoint.meta()["data"]["fingerprint"]):
         found.append("these cases chose the checkpoint and its operating points: the figures are somewhat optimistic")
     total = len(source.cases.case_id) if isinstance(source, FolderCases) else len(source)
     if asked.path is not None and asked.split is None and len(source) < total:

@@ -67,7 +67,7 @@ def attributions(
     def add(total: Array, share: Array) -> tuple[Array, None]:
         return total + jax.grad(output)(AIR + share * way), None
 
-    shares = (jnp.arange(steps) + 0.5) / steps
+    shares = (jnp.arange(steps, dtype=jnp.float32) + 0.5) / steps
     total, _ = jax.lax.scan(add, jnp.zeros_like(x), shares)
     return total / steps * way
 

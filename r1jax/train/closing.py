@@ -1,7 +1,6 @@
 """The table that closes a run: what was learned, beside the best attainable, and where the files are."""
 
 import io
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -36,10 +35,9 @@ def closing_table(run: Run, validation: Source) -> str:
     shown = shown_modes(best.config().model.modalities, validation.modalities)
     lines = []
     if scored and scored["figures"]:
-        title = f"{validation.name}: {scored['cases']} validation cases, step {best.step}"
-        table = _table(title, scored["figures"], shown, best_attainable(validation))
         out = io.StringIO()
-        Console(file=out, width=WIDTH).print(table)
+        Console(file=out, width=WIDTH).print(_table(scored["figures"], shown, best_attainable(validation)))
+        lines.append(f"{validation.name}: {scored['cases']} validation cases, step {best.step}")
         lines.append(out.getvalue().rstrip("\n"))
     lines += [
         f"best checkpoint  {best.path}",
@@ -50,11 +48,9 @@ def closing_table(run: Run, validation: Source) -> str:
     return "\n".join(lines)
 
 
-def _table(
-    title: str, figures: dict[str, dict[str, float]], shown: dict[str, str], ceilings: dict[str, dict[str, float]]
-) -> Table:
+def _table(figures: dict[str, dict[str, float]], shown: dict[str, str], ceilings: dict[str, dict[str, float]]) -> Table:
     """One row a finding, one column for each thing that the model was shown."""
-    table = Table(title=title, title_justify="left")
+    table = Table()
     table.add_column("finding")
     for mode in shown.values():
         table.add_column(MODES[mode], justify="right")
@@ -64,11 +60,11 @@ def _table(
         kind, finding = name.split(".", 1)
         cells = [_number(figures.get(mode, {}).get(name)) for mode in shown]
         if ceilings:
-            known = [ceilings.get(mode, {}).get(finding) if kind == "auc" else None for mode in shown.values()]
-            cells.append(" / ".join(map(_number, known)) if any(x is not None for x in known) else "")
+            known = [ceilings.get(mode, {}).get(finding) for mode in shown.values()] if kind == "auc" else []
+            cells.append(" / ".join(map(_number, known)) if any(known) else "")  # in the order of the columns
         table.add_row(f"{finding.replace('_', ' ')}: {FIGURES[kind]}", *cells)
     return table
 
 
-def _number(value: Any) -> str:
+def _number(value: float | None) -> str:
     return "-" if value is None else f"{round(value, 3) + 0.0:.3f}"  # adding 0 turns a rounded -0.0 into 0.0

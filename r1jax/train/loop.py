@@ -19,7 +19,7 @@ from r1jax.train.evaluation import Evaluator
 from r1jax.train.run import Run, describe
 from r1jax.train.step import TrainState
 
-NORM = jax.jit(optax.global_norm)
+NORM = jax.jit(optax.tree.norm)
 
 
 def served(state: TrainState, config: Config) -> Any:

@@ -28,7 +28,7 @@ def schedule(config: TrainConfig) -> optax.Schedule:
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW; the routers' balancing biases are left to their own rule.
+    """Clip by global norm, then AdamW, slower for the decoder; the routers' biases are left to their own rule.
 
     Args:
       config: Rates, decay and clipping.
@@ -37,13 +37,17 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
       An optax transformation over the parameter tree.
     """
 
-    def labels(params: Any) -> Any:
-        return jax.tree_util.tree_map_with_path(
-            lambda path, _: "balance" if _name(path) == BALANCE_BIAS else "adamw", params
+    def label(path: tuple[Any, ...], _: Any) -> str:
+        if _name(path) == BALANCE_BIAS:
+            return "balance"
+        return "decoder" if path[0].key == "decoder" else "encoders"
+
+    def adamw(factor: float) -> optax.GradientTransformation:
+        rate = schedule(config)
+        return optax.adamw(
+            lambda step: factor * rate(step), config.b1, config.b2, weight_decay=config.weight_decay, mask=decays
         )
 
-    adamw = optax.adamw(schedule(config), config.b1, config.b2, weight_decay=config.weight_decay, mask=decays)
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.multi_transform({"adamw": adamw, "balance": optax.set_to_zero()}, labels),
-    )
+    rules = {"encoders": adamw(1.0), "decoder": adamw(config.decoder_rate), "balance": optax.set_to_zero()}
+    labels = lambda params: jax.tree_util.tree_map_with_path(label, params)  # noqa: E731
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), optax.multi_transform(rules, labels))

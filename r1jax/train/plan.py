@@ -1,6 +1,7 @@
 """What a run would take, from the compiled program, before it starts (`train.py --dry-run`)."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -21,10 +22,10 @@ def example_batch(source: Source, task: Medical, batch_size: int) -> Batch:
       batch_size: Cases a step.
 
     Returns:
-      The batch.
+      The batch, on the default device.
     """
     one = task.collate(source.read_batch(np.zeros(1, np.int64)))
-    return {k: np.repeat(v, batch_size, axis=0) for k, v in one.items()}
+    return {k: jnp.asarray(np.repeat(v, batch_size, axis=0)) for k, v in one.items()}
 
 
 def plan(config: Config, model: R1, task: Medical, mesh: Mesh, batch: Batch) -> str:

@@ -112,7 +112,7 @@ def make_step(config: Config, model: R1, task: Medical) -> Any:
         decay = jnp.minimum(config.train.ema, (1 + count) / (10 + count))
         ema = jax.tree.map(lambda old, new: old * decay + new * (1 - decay), state.ema, params)
         metrics = {"loss": loss, **{f"loss.{k}": v for k, v in parts.items()}}
-        metrics |= {"gradient_norm": optax.global_norm(gradients), "learning_rate": jnp.asarray(rate(state.step))}
+        metrics |= {"gradient_norm": optax.tree.norm(gradients), "learning_rate": jnp.asarray(rate(state.step))}
         for i, stats in enumerate(router):
             metrics[f"router.{i}.violation"] = jnp.max(stats.load) / jnp.maximum(jnp.mean(stats.load), 1e-9) - 1
         return TrainState(state.step + 1, state.key, params, moments, ema), metrics

@@ -40,7 +40,7 @@ def test_factors_stand_by_side():
 
 
 def test_outcome_terms_by_hand():
-    findings = {"long_axis_mm": 20.0, "spiculation": 5.0, "texture": 3.0, "calcification": 5.0}
+    findings = {"long_axis_mm": 25.0, "spiculation": 5.0, "texture": 3.0, "calcification": 5.0}
     record = dict(age=72.0, male=1.0, pack_years=40.0, family_history=1.0, prior_cancer=0.0, emphysema=1.0, cea=6.4)
     terms = outcome_terms(findings, record, {"hemoptysis": True, "weight_loss": False, "cough": True})
     weight = {factor.name: factor.weight for factor in FACTORS}
@@ -98,7 +98,7 @@ def test_findings_are_complete_and_legal():
         for name, value in patient.findings.items():
             if FINDING[name].kind == "rating":
                 assert value in range(1, len(FINDING[name].levels) + 1)
-        assert 4 <= patient.findings["long_axis_mm"] <= 24
+        assert 6 <= patient.findings["long_axis_mm"] <= 26
 
 
 def test_every_rating_level_occurs():

@@ -166,7 +166,7 @@ def main():
     arrays |= {"logits": logits, "mtp_logits": mtp_logits, "loss": loss}
     arrays = {name: v.detach().numpy() if isinstance(v, torch.Tensor) else v for name, v in arrays.items()}
     np.savez_compressed(output, **arrays)
-    print(f"{output}: {output.stat().st_size} bytes, standard deviation of the logits {arrays["logits"].std():.2f}")
+    print(f"{output}: {output.stat().st_size} bytes, standard deviation of the logits {arrays['logits'].std():.2f}")
 
 
 if __name__ == "__main__":

@@ -42,9 +42,7 @@ def config_of(published):
     kinds = {f.name: type(f.default) for f in fields(YarnConfig)}  # JSON writes 32.0 as 32
     yarn = YarnConfig(**{n: kind(rope[n]) for n, kind in kinds.items()}) if rope.get("factor") else YarnConfig()
     names = {f.name for f in fields(DecoderConfig)} & published.keys()
-    return DecoderConfig(
-        **{name: published[name] for name in names}, rope_scaling=yarn, rope_theta=rope["rope_theta"]
-    )
+    return DecoderConfig(**{name: published[name] for name in names}, rope_scaling=yarn, rope_theta=rope["rope_theta"])
 
 
 def nest(tensors):
@@ -96,9 +94,7 @@ def run_all(decoder, tokens):
     hidden, stats = decoder(decoder.embed(tokens), positions, valid, train=False)
     if not decoder.config.num_nextn_predict_layers:
         return decoder.logits(hidden), None, stats
-    states, last = decoder.predict_second(
-        hidden[:, :-1], tokens[:, 1:], positions[:, :-1], valid[:, :-1], train=False
-    )
+    states, last = decoder.predict_second(hidden[:, :-1], tokens[:, 1:], positions[:, :-1], valid[:, :-1], train=False)
     return decoder.logits(hidden), decoder.logits(states), (*stats, last)
 
 

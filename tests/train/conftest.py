@@ -1,91 +1,12 @@
-"""The tiny experiment, built once for the tests of this folder."""
+"""The tiny experiment, built once."""
 
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import jax
-import numpy as np
 import pytest
-from jax.sharding import Mesh
 
-from r1jax.cli import load_config
-from r1jax.config import Config, MeshConfig
-from r1jax.data.source import Source
-from r1jax.models.r1 import R1
-from r1jax.parallel.mesh import make_mesh
-from r1jax.tasks.medical.task import Medical
-from r1jax.train.evaluation import Evaluator
-from r1jax.train.loop import fit
-from r1jax.train.plan import example_batch
-from r1jax.train.run import open_run, restore_or_init
-from r1jax.train.step import TrainState, compile_step, init_state
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """What train.py makes of a config."""
-
-    config: Config
-    task: Medical
-    model: R1
-    mesh: Mesh
-    source: Source
-    validation: Source
-    batch: dict[str, np.ndarray]
-    evaluator: Evaluator
-    step: Any
-
-    def init(self) -> TrainState:
-        """A fresh state."""
-        return jax.jit(lambda: init_state(self.config, self.model, self.task, self.batch))()
-
-    def batches(self, count: int) -> list[dict[str, np.ndarray]]:
-        """Batches of the first training cases, in order."""
-        size = self.config.train.batch_size
-        return [self.task.collate(self.source.read_batch(np.arange(i * size, (i + 1) * size))) for i in range(count)]
-
-    def train(self, workdir: Path, step: Any = None, on_open: Any = None) -> tuple[TrainState, list[str], list[int]]:
-        """Does what train.py does in a folder.
-
-        Args:
-          workdir: Run folder.
-          step: Takes the place of the compiled step.
-          on_open: Called with the run before its first step.
-
-        Returns:
-          The last state, what was said about where it came from, and the signals that ended it.
-        """
-        config = replace(self.config, workdir=str(workdir))
-        with open_run(config) as run:
-            state, said = restore_or_init(config, run, self.model, self.task, self.mesh, self.source, self.batch)
-            if on_open is not None:
-                on_open(run)
-            take = step or self.step
-            state = fit(
-                config, run, self.task, self.mesh, self.evaluator, take, state, self.source, self.validation
-            )
-            return state, said, run.stop
-
-
-def make_experiment(*flags: str) -> Experiment:
-    """The tiny experiment with some fields replaced."""
-    config = load_config(["--config", str(Path(__file__).with_name("tiny.py")), *flags]).config
-    task = Medical(config)
-    model, mesh = R1(config.model, task.heads), make_mesh(MeshConfig())
-    source = task.source("train")
-    batch = example_batch(source, task, config.train.batch_size)
-    return Experiment(
-        config,
-        task,
-        model,
-        mesh,
-        source,
-        task.source("val"),
-        batch,
-        Evaluator(model, task, mesh),
-        compile_step(config, model, task, mesh, batch),
-    )
+from r1jax.train.step import TrainState
+from tests.train.experiment import Experiment, cheap_programs, make_experiment
 
 
 @pytest.fixture(scope="session")
@@ -97,6 +18,7 @@ def tiny() -> Experiment:
 def undisturbed(tiny, tmp_path_factory) -> tuple[Path, TrainState]:
     """Folder and last state of a run that nothing disturbed; tests copy the folder before they touch it."""
     workdir = tmp_path_factory.mktemp("undisturbed")
-    state, said, _ = tiny.train(workdir)
+    with cheap_programs():
+        state, said, _ = tiny.train(workdir)
     assert said == []
     return workdir, jax.device_get(state)

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, Shaped
 
 from r1jax.config import Config
 from r1jax.data import tokenizer
@@ -20,6 +20,8 @@ Targets = dict[str, Any]
 
 def collate(raw: dict[str, Any], config: Config, fields: tuple[str, ...]) -> dict[str, np.ndarray]:
     """Turns a source's batch into a flat dict of arrays of the modalities that the model reads.
+
+    A modality that the source lacks is missing in every case.
 
     Args:
       raw: What `Source.read_batch` returned.
@@ -36,15 +38,20 @@ def collate(raw: dict[str, Any], config: Config, fields: tuple[str, ...]) -> dic
     batch: dict[str, np.ndarray] = {}
     for name in PICTURES:
         if name in config.model.modalities:
-            batch[name], batch[f"{name}_spacing"] = raw[name], raw[f"{name}_spacing"]
-            batch[f"has_{name}"] = raw.get(f"has_{name}", np.ones(count, bool))
+            size = getattr(config.model, name).size
+            batch[name] = raw.get(name, np.zeros((count, *size), np.int16))
+            batch[f"{name}_spacing"] = raw.get(f"{name}_spacing", np.ones((count, len(size)), np.float32))
+            batch[f"has_{name}"] = raw.get(f"has_{name}", np.full(count, name in raw))
     if "table" in config.model.modalities:
         center = np.array([f.center for f in RECORD_FIELDS], np.float32)
         scale = np.array([f.scale for f in RECORD_FIELDS], np.float32)
-        batch["table"] = ((raw["table"] - center[None]) / scale[None]).astype(np.float32)
-        batch["has_table"] = ~np.all(np.isnan(raw["table"]), axis=1)
+        table = raw.get("table", np.full((count, len(RECORD_FIELDS)), np.nan, np.float32))
+        batch["table"] = ((table - center[None]) / scale[None]).astype(np.float32)
+        batch["has_table"] = ~np.all(np.isnan(table), axis=1)
     if "text" in config.model.modalities:
-        batch["text"], batch["text_valid"] = tokenizer.encode_batch(raw["text"], config.model.text_tokens)
+        batch["text"], batch["text_valid"] = tokenizer.encode_batch(
+            raw.get("text", [""] * count), config.model.text_tokens
+        )
     present = [v for k, v in batch.items() if k.startswith("has_")]
     present += [batch["text_valid"].any(axis=1)] if "text" in batch else []
     empty = np.flatnonzero(~np.any(present, axis=0))
@@ -81,17 +88,19 @@ def fit(x: Float[Array, "B ..."], size: tuple[int, ...]) -> Float[Array, "B ..."
     return x
 
 
-def _per_case(flags: Bool[Array, " B"], x: Array) -> Array:
-    """Flags shaped to select whole cases of x."""
-    return flags.reshape(-1, *[1] * (x.ndim - 1))
+def _per_case(values: Shaped[Array, " B"], x: Array) -> Array:
+    """One value a case, shaped to meet whole cases of x."""
+    return values.reshape(-1, *[1] * (x.ndim - 1))
 
 
 def orient(
     x: Float[Array, "B ..."], flips: Bool[Array, "B rank"], transpose: Bool[Array, " B"]
 ) -> Float[Array, "B ..."]:
-    """Mirrors along the chosen axes, then swaps the last two axes where `transpose` says so."""
+    """Mirrors along the chosen axes, then swaps the last two axes, if they are equally long, where `transpose` says so."""
     for axis in range(flips.shape[1]):
         x = jnp.where(_per_case(flips[:, axis], x), jnp.flip(x, axis + 1), x)
+    if x.shape[-1] != x.shape[-2]:
+        return x
     return jnp.where(_per_case(transpose, x), jnp.swapaxes(x, -1, -2), x)
 
 

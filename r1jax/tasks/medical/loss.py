@@ -9,7 +9,7 @@ from r1jax.models.r1 import Inputs, Output
 from r1jax.ops.losses import binary_cross_entropy, cross_entropy, huber, weighted_mean
 from r1jax.tasks.medical.schema import FINDING
 
-WEIGHTS = {"binary": 1.0, "rating": 0.25, "length": 1.0, "vector": 1.0}
+WEIGHTS = {"binary": 1.0, "rating": 0.25, "length": 1.0, "vector": 1.0, "where": 0.5}
 CENTER_UNIT_MM = 10.0
 """Offsets are learned in this unit, and lengths as the logarithm of their ratio to it, so that errors are of order one."""
 
@@ -31,6 +31,39 @@ def finding_loss(
             loss = jnp.mean(huber(raw - known / CENTER_UNIT_MM), axis=-1)
             unknown = jnp.any(unknown, axis=-1)
     return loss, 1.0 - unknown.astype(jnp.float32)
+
+
+def location_loss(
+    where: Float[Array, "B z y x"],
+    center_mm: Float[Array, "B 3"],
+    present: Float[Array, " B"],
+    spacing: Float[Array, "B 3"],
+    size: tuple[int, ...],
+) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
+    """Cross-entropy of each cell against its share of the nodule's centre, summed over the cells.
+
+    A nodule's centre is shared among the eight cells around it by trilinear weights; without a nodule every cell is 0.
+
+    Args:
+      where: Logit of each cell.
+      center_mm: Offset of the centre from the middle of the volume; NaN where unknown or absent.
+      present: 1, 0, or NaN where unknown.
+      spacing: mm a voxel.
+      size: Voxels of the volume.
+
+    Returns:
+      Loss of each case, and 1 where it is known whether and where there is a nodule.
+    """
+    absent, located = present == 0, ~jnp.any(jnp.isnan(center_mm), axis=-1)
+    known = jnp.where(located[:, None], center_mm, 0.0)
+    share = jnp.ones_like(where)
+    for axis, (cells, voxels) in enumerate(zip(where.shape[1:], size, strict=True)):
+        place = known[:, axis] / spacing[:, axis] * (cells / voxels) + (cells - 1) / 2
+        weight = jnp.maximum(0.0, 1 - jnp.abs(place[:, None] - jnp.arange(cells, dtype=jnp.float32)[None]))
+        share = share * jnp.expand_dims(weight, [a for a in (1, 2, 3) if a != axis + 1])
+    share = jnp.where((located & ~absent)[:, None, None, None], share, 0.0)
+    loss = jnp.sum(binary_cross_entropy(where, share), axis=(1, 2, 3))
+    return loss, (absent | located).astype(jnp.float32)
 
 
 def language_loss(output: Output, inputs: Inputs, mtp_weight: float) -> Float[Array, ""]:
@@ -62,6 +95,12 @@ def total_loss(
         loss, weight = finding_loss(name, output.heads[name], target, config.label_smoothing)
         parts[name] = weighted_mean(loss, weight)
         total = total + WEIGHTS[FINDING[name].kind] * parts[name]
+    if output.where is not None and {"center_mm", "nodule_present"} <= targets.keys():
+        loss, weight = location_loss(
+            output.where, targets["center_mm"], targets["nodule_present"], inputs.volume_spacing, inputs.volume.shape[1:]
+        )
+        parts["where"] = weighted_mean(loss, weight * inputs.has_volume.astype(jnp.float32))
+        total = total + WEIGHTS["where"] * parts["where"]
     if output.text_logits is not None:
         parts["text"] = language_loss(output, inputs, config.mtp_weight)
         total = total + config.text_weight * parts["text"]

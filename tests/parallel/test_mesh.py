@@ -1,0 +1,134 @@
+"""Mesh sizes, where arrays lie, and one training step on three meshes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from r1jax.config import Config, DecoderConfig, MeshConfig, ModelConfig, TableConfig, TaskConfig, TrainConfig
+from r1jax.config import VisionConfig
+from r1jax.errors import UserError
+from r1jax.models.r1 import R1
+from r1jax.parallel import mesh as mesh_module
+from r1jax.parallel.mesh import SMALLEST_SHARDED, batch_sharding, check_batch, make_mesh, shard_tree
+from r1jax.tasks.medical.task import Medical
+from r1jax.train.step import compile_step, init_state
+
+TINY = Config(
+    model=ModelConfig(
+        modalities=("volume", "table", "text"),
+        decoder=DecoderConfig(
+            vocab_size=264,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            q_lora_rank=8,
+            kv_lora_rank=8,
+            qk_nope_head_dim=4,
+            qk_rope_head_dim=4,
+            v_head_dim=4,
+            intermediate_size=32,
+            moe_intermediate_size=8,
+            initializer_range=0.1,
+        ),
+        volume=VisionConfig(size=(8, 8, 8), stem_stride=4, widths=(8,), blocks=(1,), layers=0),
+        table=TableConfig(layers=0, frequencies=2),
+        text_tokens=8,
+        dropout=0.0,
+    ),
+    task=TaskConfig(fields=("nodule_present", "center_mm"), modality_dropout=0.0, augment="none"),
+    train=TrainConfig(steps=10, batch_size=8, warmup_steps=0, learning_rate=1e-3),
+)
+
+
+@pytest.mark.parametrize(
+    ("data", "fsdp", "shape"), [(-1, 1, (8, 1)), (8, 1, (8, 1)), (2, -1, (2, 4)), (-1, 4, (2, 4)), (1, 8, (1, 8))]
+)
+def test_sizes(data, fsdp, shape):
+    mesh = make_mesh(MeshConfig(data, fsdp))
+    assert mesh.axis_names == ("data", "fsdp") and mesh.devices.shape == shape
+
+
+@pytest.mark.parametrize(("data", "fsdp"), [(3, 1), (-1, 3), (4, 4), (1, 1), (-1, -1), (-1, 16)])
+def test_sizes_that_do_not_fit_are_refused(data, fsdp):
+    with pytest.raises(UserError, match=rf"mesh.data {data} x mesh.fsdp {fsdp} does not fit 8 device"):
+        make_mesh(MeshConfig(data, fsdp))
+
+
+def test_batch_must_spread_over_all_devices():
+    mesh = make_mesh(MeshConfig(2, 4))
+    check_batch(mesh, 16)
+    with pytest.raises(UserError, match="train.batch_size is 12"):
+        check_batch(mesh, 12)
+    batch = jax.device_put(jnp.arange(16), batch_sharding(mesh))
+    assert sorted(int(s.data[0]) for s in batch.addressable_shards) == list(range(0, 16, 2))
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis"),
+    [
+        ((512, 256), 0),
+        ((256, 512), 1),
+        ((513, 256), 1),
+        ((8, 129, 512), 2),
+        ((511, 257), None),
+        ((64, 64), None),
+        ((SMALLEST_SHARDED // 4, 4), 0),
+    ],
+    ids=["first", "second", "divisible", "widest", "nothing divisible", "small", "just large enough"],
+)
+def test_large_arrays_are_split_along_their_widest_divisible_axis(shape, axis):
+    mesh = make_mesh(MeshConfig(2, 4))
+    leaf = jax.ShapeDtypeStruct(shape, jnp.float32)
+    expected = tuple(n // 4 if i == axis else n for i, n in enumerate(shape))
+    assert shard_tree(mesh, {"a": leaf})["a"].shard_shape(shape) == expected
+    assert shard_tree(make_mesh(MeshConfig(8, 1)), leaf).shard_shape(shape) == shape
+
+
+def draw_batch(task):
+    rng = np.random.default_rng(0)
+    raw = {
+        "case_id": [str(i) for i in range(8)],
+        "volume": rng.integers(-1000, 400, (8, 8, 8, 8)).astype(np.int16),
+        "volume_spacing": np.ones((8, 3), np.float32),
+        "table": rng.uniform(0, 60, (8, 9)).astype(np.float32),
+        "text": [f"case {i}" for i in range(8)],
+        "target.nodule_present": np.array([0, 1] * 3 + [np.nan] * 2, np.float32),  # devices know different numbers
+        "target.center_mm": np.where(np.arange(8)[:, None] < 3, rng.normal(0, 3, (8, 3)), np.nan).astype(np.float32),
+    }
+    return jax.tree.map(jnp.asarray, task.collate(raw))
+
+
+@jax.numpy_dtype_promotion("standard")  # optax raises a float to the power of the integer step count
+def run_step(mesh):
+    """Loss, parameters and how many arrays were split, after one step."""
+    task = Medical(TINY)
+    model = R1(TINY.model, task.heads)
+    batch = draw_batch(task)
+    step = compile_step(TINY, model, task, mesh, batch)
+    state = jax.jit(lambda: init_state(TINY, model, task, batch))()
+    state = jax.device_put(state, shard_tree(mesh, state))
+    before = jax.tree.map(np.asarray, state.params)
+    state, metrics = step(state, jax.device_put(batch, batch_sharding(mesh)))
+    split = sum(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state.params))
+    return jax.tree.map(np.asarray, metrics), before, jax.tree.map(np.asarray, state.params), split
+
+
+@pytest.fixture(scope="module")
+def on_one_device():
+    return run_step(jax.make_mesh((1, 1), ("data", "fsdp"), (AxisType.Auto,) * 2, devices=jax.devices()[:1]))
+
+
+@pytest.mark.parametrize("sizes", [(8, 1), (2, 4)], ids=["data 8", "data 2 x fsdp 4"])
+def test_a_step_on_eight_devices_equals_one_on_one(on_one_device, sizes, monkeypatch):
+    monkeypatch.setattr(mesh_module, "SMALLEST_SHARDED", 64)  # the tiny arrays are to be split too
+    metrics, before, params, _ = on_one_device
+    other_metrics, other_before, other, split = run_step(make_mesh(MeshConfig(*sizes)))
+    assert (split > 10) == (sizes[1] > 1)
+    for name, value in metrics.items():
+        np.testing.assert_allclose(other_metrics[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), before, params)
+    assert np.mean([m > 1e-5 for m in jax.tree.leaves(moved)]) > 0.8
+    jax.tree.map(np.testing.assert_array_equal, before, other_before)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), params, other)

@@ -1,0 +1,92 @@
+import json
+import struct
+
+import pytest
+from tensorboardX.proto.event_pb2 import Event
+
+from r1jax.telemetry import Telemetry
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def write(folder, start, steps, total=20, extra=0.0):
+    telemetry = Telemetry(folder, steps=total, start=start, batch_size=4)
+    for step in steps:
+        telemetry.log(step, {"loss": step + extra, "validation.both.auc": 0.5})
+        telemetry.advance(step, "loss 1")
+    telemetry.close()
+
+
+def events(folder):
+    """Events of all TensorBoard files, read by the format: length, its checksum, data, its checksum."""
+    found = []
+    for path in sorted((folder / "tensorboard").glob("events.*")):
+        data = path.read_bytes()
+        while data:
+            (length,) = struct.unpack("<Q", data[:8])
+            found.append(Event.FromString(data[12 : 12 + length]))
+            assert len(data) >= 16 + length, "the file is cut short"
+            data = data[16 + length :]
+    return found
+
+
+def test_rows_and_events(tmp_path):
+    write(tmp_path, 0, [1, 2])
+    assert rows(tmp_path) == [{"step": s, "loss": s, "validation.both.auc": 0.5} for s in (1, 2)]
+    scalars = {(e.step, v.tag): v.simple_value for e in events(tmp_path) for v in e.summary.value}
+    assert scalars == {(s, tag): v for s in (1, 2) for tag, v in (("loss", s), ("validation/both.auc", 0.5))}
+
+
+def test_rows_after_the_restored_step_are_dropped(tmp_path):
+    write(tmp_path, 0, range(1, 10))
+    write(tmp_path, 6, [7], extra=0.25)
+    assert [(r["step"], r["loss"]) for r in rows(tmp_path)] == [*((s, s) for s in range(1, 7)), (7, 7.25)]
+    starts = [e for e in events(tmp_path) if e.HasField("session_log")]
+    assert [e.step for e in starts][-1] == 7, "TensorBoard is not told to drop what came after step 6"
+
+
+@pytest.mark.parametrize("cut", [1, 5, 14, 30])
+def test_half_written_row_is_dropped(tmp_path, cut):
+    write(tmp_path, 0, [1, 2, 3])
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text()[:-cut] if cut < 30 else path.read_text() + '{"step": 3, "lo')
+    write(tmp_path, 3, [4])
+    kept = [r["step"] for r in rows(tmp_path)]
+    assert kept == ([1, 2, 3, 4] if cut in (1, 30) else [1, 2, 4])  # without its line end a row is still whole
+
+
+def test_kill_while_opening_loses_no_row(tmp_path, monkeypatch):
+    write(tmp_path, 0, [1, 2, 3])
+    before = (tmp_path / "metrics.jsonl").read_text()
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pathlib.Path.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        Telemetry(tmp_path, steps=20, start=3, batch_size=4)
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+
+
+def test_rate_counts_examples_since_the_last_row(tmp_path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    telemetry = Telemetry(tmp_path, steps=100, start=10, batch_size=4)
+    for step in range(11, 15):
+        now[0] += 2.0
+        if step == 14:
+            assert telemetry.rate() == pytest.approx(4 * 4 / 8)
+        telemetry.advance(step, "")
+    now[0] += 1000  # an evaluation
+    telemetry.pause()
+    now[0] += 4
+    assert telemetry.rate() == pytest.approx(1 * 4 / 4)
+    telemetry.close()
+
+
+def test_log_file_gets_plain_lines(tmp_path, capsys):
+    write(tmp_path, 0, [1, 2], total=2)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("step 2/2  0:00 left") and lines[0].endswith("loss 1")

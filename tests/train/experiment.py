@@ -1,0 +1,98 @@
+"""The tiny experiment as train.py would build it, for the tests of this folder."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from r1jax.cli import load_config
+from r1jax.config import Config
+from r1jax.data.source import Source
+from r1jax.models.r1 import R1
+from r1jax.tasks.medical.task import Medical
+from r1jax.train.evaluation import Evaluator
+from r1jax.train.loop import fit
+from r1jax.train.plan import example_batch
+from r1jax.train.run import open_run, restore_or_init
+from r1jax.train.step import TrainState, compile_step, init_state
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What train.py makes of a config."""
+
+    config: Config
+    task: Medical
+    model: R1
+    mesh: Mesh
+    source: Source
+    validation: Source
+    batch: dict[str, jax.Array]
+    evaluator: Evaluator
+    step: Any
+
+    fresh: TrainState
+
+    def init(self) -> TrainState:
+        """A fresh state that a step may take over."""
+        return jax.tree.map(jnp.copy, self.fresh)
+
+    def batches(self, count: int) -> list[dict[str, np.ndarray]]:
+        """Batches of the first training cases, in order."""
+        size = self.config.train.batch_size
+        return [self.task.collate(self.source.read_batch(np.arange(i * size, (i + 1) * size))) for i in range(count)]
+
+    def train(self, workdir: Path, step: Any = None, on_open: Any = None) -> tuple[TrainState, list[str], list[int]]:
+        """Does what train.py does in a folder.
+
+        Args:
+          workdir: Run folder.
+          step: Takes the place of the compiled step.
+          on_open: Called with the run before its first step.
+
+        Returns:
+          The last state, what was said about where it came from, and the signals that ended it.
+        """
+        config = replace(self.config, workdir=str(workdir))
+        with open_run(config) as run:
+            state, said = restore_or_init(config, run, self.model, self.task, self.mesh, self.source, self.batch)
+            if on_open is not None:
+                on_open(run)
+            take = step or self.step
+            state = fit(config, run, self.task, self.mesh, self.evaluator, take, state, self.source, self.validation)
+            return state, said, run.stop
+
+
+def one_device() -> Mesh:
+    """A mesh of the first device alone: the programs compile in a fraction of the time."""
+    return jax.make_mesh((1, 1), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:1])
+
+
+@contextmanager
+def cheap_programs() -> Iterator[None]:
+    """Programs compiled in it compile soon and run slowly; Optax gets the implicit promotion that it relies on."""
+    with jax.numpy_dtype_promotion("standard"):
+        jax.config.update("jax_disable_most_optimizations", True)
+        try:
+            yield
+        finally:
+            jax.config.update("jax_disable_most_optimizations", False)
+
+
+def make_experiment(*flags: str) -> Experiment:
+    """The tiny experiment with some fields replaced."""
+    config = load_config(["--config", str(Path(__file__).with_name("tiny.py")), *flags]).config
+    task = Medical(config)
+    model, mesh = R1(config.model, task.heads), one_device()
+    source, validation = task.source("train"), task.source("val")
+    batch = example_batch(source, task, config.train.batch_size)
+    with cheap_programs():
+        step = compile_step(config, model, task, mesh, batch)
+        fresh = jax.jit(lambda: init_state(config, model, task, batch))()
+    return Experiment(config, task, model, mesh, source, validation, batch, Evaluator(model, task, mesh), step, fresh)

@@ -1,0 +1,172 @@
+import json
+import os
+import shutil
+import signal
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from r1jax.errors import UserError
+from r1jax.train.checkpoints import CheckpointFolder
+from r1jax.train.loop import check_finite, served
+from r1jax.train.run import Run
+
+
+def same(a, b):
+    a, b = jax.tree.leaves(jax.device_get(a)), jax.tree.leaves(b)
+    return len(a) == len(b) and all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def rows(workdir):
+    """Rows of metrics.jsonl without what depends on the clock."""
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "examples_per_second"} for line in lines]
+
+
+def steps(workdir):
+    return [c.step for c in CheckpointFolder(workdir / "checkpoints").all()]
+
+
+def test_rows_and_checkpoints_of_a_run(undisturbed):
+    workdir, state = undisturbed
+    written = rows(workdir)
+    assert [r["step"] for r in written if "loss" in r] == list(range(1, 25))
+    assert [r["step"] for r in written if "loss" not in r] == [12, 24]
+    assert all(k == "step" or k.startswith("validation.") for r in written if "loss" not in r for k in r)
+    assert int(state.step) == 24 and set(steps(workdir)) <= {12, 24} and steps(workdir)[-1] == 24
+    meta = CheckpointFolder(workdir / "checkpoints").all()[-1].meta()
+    assert meta["step"] == 24 and meta["validation"]["cases"] == 16
+    assert {"figures", "operating_points", "score"} <= set(meta["validation"])
+    last = written[-1]
+    assert meta["validation"]["figures"]["both"]["auc.malignancy"] == last["validation.both.auc.malignancy"]
+
+
+def test_average_is_served(tiny):
+    state = tiny.fresh
+    assert served(state, tiny.config) is state.ema
+    raw = replace(tiny.config, train=replace(tiny.config.train, ema=0.0))
+    assert served(state, raw) is state.params
+
+
+class Interrupted:
+    """The compiled step; a signal arrives at one of its calls."""
+
+    def __init__(self, step, at, number):
+        self.step, self.left, self.number = step, at, number
+
+    def __call__(self, state, batch):
+        self.left -= 1
+        if self.left == 0:
+            os.kill(os.getpid(), self.number)
+        return self.step(state, batch)
+
+
+def test_signals_save_and_the_run_goes_on(tiny, undisturbed, tmp_path, capsys):
+    calls = [(2, signal.SIGTERM), (1, signal.SIGINT), (9, signal.SIGTERM), (6, signal.SIGINT)]
+    done = 0
+    for at, number in calls:  # among them the first step of a run, a step that saves, and one that evaluates
+        done += at
+        _, said, stop = tiny.train(tmp_path, step=Interrupted(tiny.step, at, number))
+        assert stop == [number] and steps(tmp_path)[-1] == done
+        name = signal.Signals(number).name
+        lines = [line for line in capsys.readouterr().err.splitlines() if name in line]
+        assert lines == [f"{name}: saved at step {done}; the same command goes on from there"]
+    state, said, stop = tiny.train(tmp_path)
+    assert stop == [] and said == [f"goes on from {tmp_path / 'checkpoints' / '00000018'}"]
+    assert same(state, undisturbed[1])
+    assert rows(tmp_path) == rows(undisturbed[0])
+    assert steps(tmp_path) == steps(undisturbed[0])
+
+
+def test_falls_back_to_the_sound_checkpoint(tiny, undisturbed, tmp_path):
+    workdir = shutil.copytree(undisturbed[0], tmp_path / "run")
+    expected = {c.step: c.meta() for c in CheckpointFolder(workdir / "checkpoints").all()}
+    if 12 not in expected:
+        pytest.fail("the tiny run keeps its checkpoint of step 12: choose another seed")
+    newest = workdir / "checkpoints" / "00000024"
+    victim = max((newest / "state").rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0)
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 4
+    victim.write_bytes(data)
+    state, said, _ = tiny.train(workdir)
+    assert "00000024 is damaged" in said[0] and said[1].endswith("00000012")
+    assert same(state, undisturbed[1]) and rows(workdir) == rows(undisturbed[0])
+    CheckpointFolder(workdir / "checkpoints").all()[-1].verify()
+    assert steps(workdir) == list(expected)
+
+
+def test_finished_run_changes_nothing(tiny, undisturbed, tmp_path):
+    workdir = shutil.copytree(undisturbed[0], tmp_path / "run")
+    before = {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file()}
+    state, _, _ = tiny.train(workdir, step=None)
+    assert same(state, undisturbed[1])
+    assert {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file()} == before
+
+
+def broken_at(tiny, at, what):
+    """The compiled step; from one step on it gives a loss or weights that are no numbers."""
+
+    def step(state, batch):
+        state, metrics = tiny.step(state, batch)
+        if int(state.step) >= at:
+            if what == "loss":
+                metrics["loss"] = jnp.asarray(np.nan, jnp.float32)
+            elif what == "infinite":
+                metrics["loss"] = jnp.asarray(-np.inf, jnp.float32)
+            else:
+                weights = {**state.params, "queries": state.params["queries"].at[0, 0].set(np.nan)}
+                state = state._replace(params=weights)
+        return state, metrics
+
+    return step
+
+
+@pytest.mark.parametrize(("what", "at"), [("loss", 8), ("infinite", 12), ("weights", 9), ("weights", 24), ("loss", 1)])
+def test_divergence_ends_the_run(tiny, tmp_path, what, at):
+    with pytest.raises(UserError, match=f"^step {at}: .*diverged.*lower train.learning_rate") as caught:
+        tiny.train(tmp_path, step=broken_at(tiny, at, what))
+    kept = CheckpointFolder(tmp_path / "checkpoints").all()
+    last = (at - 1) // 3 * 3
+    assert [c.step for c in kept][-1:] == ([last] if last else [])
+    assert [r["step"] for r in rows(tmp_path) if "loss" in r] == list(range(1, at))
+    if kept:
+        assert f"{kept[-1].path} is untouched" in str(caught.value)
+        kept[-1].verify()
+    else:
+        assert "nothing was saved yet" in str(caught.value)
+
+
+def test_divergence_is_not_saved_on_a_signal(tiny, tmp_path):
+    step = Interrupted(broken_at(tiny, 5, "weights"), 5, signal.SIGTERM)
+    quiet = replace(tiny, config=replace(tiny.config, train=replace(tiny.config.train, log_every=24)))
+    with pytest.raises(UserError, match="step 5: .*diverged"):
+        quiet.train(tmp_path, step=step)
+    assert steps(tmp_path) == [3]
+
+
+def test_large_numbers_are_no_divergence(tmp_path):
+    run = Run(tmp_path, CheckpointFolder(tmp_path), [])
+    check_finite(1, 1e30, {"weight": jnp.full((4,), 1e6)}, run)
+    for value in (np.nan, np.inf, -np.inf):
+        with pytest.raises(UserError):
+            check_finite(1, 1.0, {"weight": jnp.asarray([1.0, value])}, run)
+
+
+def test_failed_save_keeps_the_earlier_ones(tiny, tmp_path, monkeypatch):
+    original = CheckpointFolder.save
+
+    def full(self, step, *rest):
+        if step == 6:
+            monkeypatch.setattr("os.rename", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        return original(self, step, *rest)
+
+    monkeypatch.setattr(CheckpointFolder, "save", full)
+    with pytest.raises(UserError, match="00000006 could not be written .No space left on device"):
+        tiny.train(tmp_path)
+    monkeypatch.undo()
+    assert steps(tmp_path) == [3] and os.listdir(tmp_path / "checkpoints") == ["00000003"]
+    state, said, _ = tiny.train(tmp_path)
+    assert said[0].endswith("00000003") and int(state.step) == 24

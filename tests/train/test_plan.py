@@ -1,0 +1,42 @@
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from r1jax.train.plan import example_batch, plan
+
+
+@pytest.fixture(scope="module")
+def rows(tiny):
+    text = plan(tiny.config, tiny.model, tiny.task, tiny.mesh, tiny.batch)
+    return dict(re.split(r"\s{2,}", line.strip(), maxsplit=1) for line in text.splitlines())
+
+
+def number(text):
+    return float(text.split()[0].replace(",", ""))
+
+
+def test_parameters_are_those_of_the_tree(tiny, rows):
+    sizes = {name: sum(x.size for x in jax.tree.leaves(part)) for name, part in tiny.fresh.params.items()}
+    assert number(rows["parameters"]) == sum(sizes.values())
+    assert {name: number(rows[name]) for name in sizes} == sizes
+    # Of 4 experts a token uses 2; an expert has three matrices of 16 x 8.
+    assert f"({sum(sizes.values()) - 2 * 3 * 16 * 8:,} active" in rows["parameters"]
+
+
+def test_memory_and_work(tiny, rows):
+    held = sum(x.nbytes for x in jax.tree.leaves(tiny.fresh)) / 2**20
+    assert number(rows["state a device"]) == pytest.approx(held, abs=0.06)
+    assert number(rows["batch, temporaries a device"]) > 0
+    flops = number(rows["FLOPs a step and device (XLA's count)"])
+    assert flops > 6 * number(rows["parameters"])
+    assert number(rows["FLOPs an example"]) == pytest.approx(flops / 8, rel=1e-3)
+    assert rows["mesh"] == "data 1, fsdp 1"
+
+
+def test_example_batch_has_the_shapes_of_a_batch(tiny):
+    example = example_batch(tiny.source, tiny.task, 8)
+    for name, x in tiny.batches(1)[0].items():
+        assert (example[name].shape, example[name].dtype) == (x.shape, x.dtype), name
+        np.testing.assert_array_equal(example[name][3], x[0])

@@ -1,0 +1,127 @@
+import json
+import os
+import shutil
+import signal
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from r1jax.config import Config
+from r1jax.errors import UserError
+from r1jax.train.run import describe, open_run, restore_or_init
+
+
+@pytest.fixture
+def workdir(undisturbed, tmp_path):
+    """A copy of a finished run."""
+    return shutil.copytree(undisturbed[0], tmp_path / "run")
+
+
+def restore(experiment, workdir, **changes):
+    config = replace(experiment.config, workdir=str(workdir), **changes)
+    with open_run(config) as run:
+        e = experiment
+        return restore_or_init(config, run, e.model, e.task, e.mesh, changes.get("source", e.source), e.batch)
+
+
+def same(a, b):
+    a, b = jax.tree.leaves(a), jax.tree.leaves(b)
+    return len(a) == len(b) and all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def content(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_fresh_run(tiny, tmp_path):
+    state, said = restore(tiny, tmp_path / "a" / "b")
+    assert said == [] and int(state.step) == 0
+    assert same(state.params, tiny.fresh.params)
+    assert json.loads((tmp_path / "a" / "b" / "config.json").read_text())["name"] == "tiny"
+
+
+def test_goes_on_from_the_newest(tiny, undisturbed, workdir):
+    state, said = restore(tiny, workdir)
+    assert said == [f"goes on from {workdir / 'checkpoints' / '00000024'}"]
+    assert same(state, undisturbed[1])
+
+
+def test_damaged_checkpoint_is_set_aside(tiny, workdir):
+    meta = workdir / "checkpoints" / "00000024" / "meta.json"
+    meta.write_text(meta.read_text()[:-3])
+    before = content(meta.parent)
+    state, (skipped, goes_on) = restore(tiny, workdir)
+    assert int(state.step) == 12
+    assert "00000024 is damaged: meta.json" in skipped and skipped.endswith("damaged-00000024")
+    assert goes_on.endswith("00000012")
+    assert content(workdir / "checkpoints" / "damaged-00000024") == before
+
+
+def test_all_damaged(tiny, workdir):
+    for path in workdir.glob("checkpoints/*/manifest.json"):
+        path.unlink()
+    before = content(workdir)
+    with pytest.raises(UserError, match="00000024.*missing.*none of the 2 .*is sound: delete them"):
+        restore(tiny, workdir)
+    assert content(workdir) == before
+
+
+def test_other_config(tiny, workdir):
+    before = content(workdir)
+    with pytest.raises(UserError, match="seed 0, but this command says 5"):
+        restore(tiny, workdir, seed=5)
+    with pytest.raises(UserError, match="train.learning_rate 0.003, but this command says 0.5"):
+        restore(tiny, workdir, train=replace(tiny.config.train, learning_rate=0.5))
+    assert content(workdir) == before
+    restore(tiny, workdir, platform="cpu", train=replace(tiny.config.train, log_every=7))
+
+
+def test_other_data(tiny, workdir):
+    class Other:
+        name, fingerprint = "other cases", "0" * 64
+
+    before = content(workdir)
+    config = replace(tiny.config, workdir=str(workdir))
+    with open_run(config) as run, pytest.raises(UserError, match="was trained on 'synthetic.*now 'other cases'"):
+        restore_or_init(config, run, tiny.model, tiny.task, tiny.mesh, Other(), tiny.batch)
+    assert content(workdir) == before
+
+
+def test_one_process_a_folder(tmp_path):
+    config = Config(workdir=str(tmp_path))
+    with open_run(config), pytest.raises(UserError, match="another process is training in"), open_run(config):
+        pass
+    with open_run(config):  # it is free again
+        pass
+
+
+def test_unwritable_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"), open_run(Config(workdir=str(tmp_path / "file" / "run"))):
+        pass
+
+
+def test_drafts_of_killed_writers_go(tmp_path):
+    draft = tmp_path / "checkpoints" / ".draft-00000003" / "state"
+    draft.mkdir(parents=True)
+    with open_run(Config(workdir=str(tmp_path))):
+        assert os.listdir(tmp_path / "checkpoints") == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_first_signal_asks_and_second_leaves(tmp_path, number):
+    before = signal.getsignal(number)
+    with open_run(Config(workdir=str(tmp_path))) as run:
+        os.kill(os.getpid(), number)
+        assert run.stop == [number]
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), number)
+    assert signal.getsignal(number) is before
+
+
+def test_description_of_a_run(tiny):
+    made = describe(tiny.source)
+    assert made["data"] == {"name": tiny.source.name, "fingerprint": tiny.source.fingerprint}
+    assert made["versions"]["jax"] == jax.__version__ and made["git"] and json.dumps(made)
