@@ -323,7 +323,7 @@ def test_arrays_of_another_config_are_refused(copied, tmp_path):
     changed["model"]["volume"]["widths"] = [8, 24]
     (copied / "config.json").write_text(json.dumps(changed))
     seal(copied)
-    with pytest.raises(UserError, match="does not fit its own config"):
+    with pytest.raises(UserError, match=r"does not fit its own config.json: the array (ema|params)\.volume"):
         score("--checkpoint", copied, "--output", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -361,6 +361,14 @@ def test_a_checkpoint_whose_folder_is_gone_asks_for_data_path(copied, folder):
     changed["data"]["path"] = str(folder / "gone")
     (copied / "config.json").write_text(json.dumps(changed))
     with pytest.raises(UserError, match="--data.path"):
+        scoring_config(Checkpoint(copied), EvalArguments(str(copied)))
+
+
+def test_a_checkpoint_of_another_version_says_so(copied):
+    changed = json.loads((copied / "config.json").read_text())
+    del changed["train"]["steps"]
+    (copied / "config.json").write_text(json.dumps(changed))
+    with pytest.raises(UserError, match="'train.steps' is missing: the checkpoint was written by r1jax"):
         scoring_config(Checkpoint(copied), EvalArguments(str(copied)))
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from r1jax import __version__
@@ -77,9 +78,17 @@ def scoring_config(checkpoint: Checkpoint, arguments: EvalArguments) -> Config:
       The config; `data` is what is to be scored.
 
     Raises:
-      UserError: The folder that the checkpoint was trained on is not here and no other was named.
+      UserError: The folder that the checkpoint was trained on is not here and no other was named, or the checkpoint is
+        of another version.
     """
-    config = checkpoint.config()
+    try:
+        config = checkpoint.config()
+    except UserError as error:
+        version = checkpoint.meta()["versions"]["r1jax"]
+        raise UserError(
+            f"{str(error).rstrip('.')}: the checkpoint was written by r1jax {version}, this is {__version__}; "
+            "use the revision that its meta.json names, or train again"
+        ) from None
     data, chosen = config.data, arguments.data
     if chosen.path is None and data.path is not None and not Path(data.path).is_dir():
         raise UserError(
@@ -109,15 +118,33 @@ def restore_served(checkpoint: Checkpoint, config: Config, model: R1, task: Medi
     """
     batch = example_batch(source, task, 1)
     abstract = jax.eval_shape(lambda: init_state(config, model, task, batch))
-    try:
-        state = checkpoint.restore(abstract_like(abstract, shard_tree(mesh, abstract)))
-    except (ValueError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0][:200]
-        raise UserError(
-            f"checkpoint {checkpoint.path} does not fit its own config.json ({reason}): it was written with another "
-            "config or another version of r1jax; use the version that meta.json names, or train again"
-        ) from error
+    _check_arrays(checkpoint, abstract)
+    state = checkpoint.restore(abstract_like(abstract, shard_tree(mesh, abstract)))
     return served(state, config)
+
+
+def _check_arrays(checkpoint: Checkpoint, abstract: Any) -> None:
+    """Compares the shapes of the weights on disk with those that the config gives; the message names the array."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        stored = _shapes(checkpointer.metadata(checkpoint.path.absolute() / "state").item_metadata.tree)
+    wanted = _shapes(abstract)
+    for name in sorted(stored.keys() | wanted.keys()):
+        if name.startswith(("params.", "ema.")) and stored.get(name) != wanted.get(name):
+            raise UserError(
+                f"checkpoint {checkpoint.path} does not fit its own config.json: the array {name} is "
+                f"{stored.get(name, 'absent')} there and {wanted.get(name, 'absent')} by the config; it was written "
+                "with another config or another version of r1jax: use the revision that its meta.json names"
+            )
+
+
+def _shapes(tree: Any) -> dict[str, list[int]]:
+    """Shape of each array by its place; fields of tuples are named as they are stored."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda leaf: hasattr(leaf, "shape"))
+    keys = ("key", "name", "idx")
+    return {
+        ".".join(str(next(getattr(part, key) for key in keys if hasattr(part, key))) for part in path): list(leaf.shape)
+        for path, leaf in leaves
+    }
 
 
 def measure(run: Evaluation, scored: Scored) -> dict[str, Any]:

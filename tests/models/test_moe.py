@@ -219,8 +219,8 @@ def test_balancing_raises_the_bias_of_idle_experts():
 
 def test_balancing_evens_out_the_load():
     config = replace(CONFIG, n_group=1, topk_group=1, num_experts_per_tok=1)
-    scores = jax.nn.sigmoid(jnp.asarray(np.random.default_rng(0).standard_normal((512, 8)) + np.linspace(-1, 1, 8)[None],
-                                        jnp.float32))  # fmt: skip
+    logits = np.random.default_rng(0).standard_normal((512, 8)) + np.linspace(-1, 1, 8)
+    scores = jax.nn.sigmoid(jnp.asarray(logits, jnp.float32))
     tree = {"mlp": {"gate": {"e_score_correction_bias": jnp.zeros(8)}}}
     params = {"decoder": {"layers_1": tree}}
     config, violations = replace(config, num_hidden_layers=2, num_nextn_predict_layers=0), []

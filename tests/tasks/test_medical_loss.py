@@ -28,19 +28,20 @@ def draw(seed=0):
     heads, targets = {}, {}
     for finding in FINDINGS:
         heads[finding.name] = jnp.asarray(rng.standard_normal((CASES, finding.width)), jnp.float32)
-        targets[finding.name] = {
-            "binary": lambda: rng.integers(0, 2, CASES),
-            "rating": lambda n=len(finding.levels): rng.integers(1, n + 1, CASES),
-            "length": lambda: rng.uniform(3, 30, CASES),
-            "vector": lambda: rng.normal(0, 15, (CASES, 3)),
-        }[finding.kind]()
+        match finding.kind:
+            case "binary":
+                targets[finding.name] = rng.integers(0, 2, CASES)
+            case "rating":
+                targets[finding.name] = rng.integers(1, finding.width + 1, CASES)
+            case "length":
+                targets[finding.name] = rng.uniform(3, 30, CASES)
+            case "vector":
+                targets[finding.name] = rng.normal(0, 15, (CASES, 3))
     return heads, {name: jnp.asarray(t, jnp.float32) for name, t in targets.items()}
 
 
-def output_of(heads, **others):
-    return Output(
-        heads, others.get("router", ()), others.get("text_logits"), others.get("mtp_logits"), others.get("where")
-    )
+def output_of(heads, router=(), **others):
+    return Output(heads, router, **{name: others.get(name) for name in ("text_logits", "mtp_logits", "where")})
 
 
 def closed_form(name, raw, target, smoothing):

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from r1jax.train.step import TrainState
-from tests.train.experiment import Experiment, cheap_programs, make_experiment
+from tests.train.experiment import Experiment, make_experiment
 
 
 @pytest.fixture(scope="session")
@@ -18,7 +18,6 @@ def tiny() -> Experiment:
 def undisturbed(tiny, tmp_path_factory) -> tuple[Path, TrainState]:
     """Folder and last state of a run that nothing disturbed; tests copy the folder before they touch it."""
     workdir = tmp_path_factory.mktemp("undisturbed")
-    with cheap_programs():
-        state, said, _ = tiny.train(workdir)
+    state, said, _ = tiny.train(workdir)
     assert said == []
     return workdir, jax.device_get(state)

@@ -1,20 +1,23 @@
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
-from r1jax.tasks.medical.task import MODES
+from r1jax.data.source import Source
+from r1jax.tasks.medical.task import MODES, Medical
+from r1jax.train.evaluation import Evaluator
 from tests.train.experiment import Experiment
 
 
 @dataclass
-class Fixed:
+class Fixed(Source):
     """Some cases of another source, with arrays replaced."""
 
-    inner: object
+    inner: Source
     count: int
-    change: object = None
+    change: Any = None
 
     def __len__(self):
         return self.count
@@ -83,9 +86,6 @@ def test_modes_show_what_they_say(tiny, predict):
 
 
 def test_views_are_averaged(tiny, params):
-    from r1jax.tasks.medical.task import Medical
-    from r1jax.train.evaluation import Evaluator
-
     task = Medical(replace(tiny.config, task=replace(tiny.config.task, views=2)))
     source = Fixed(tiny.validation, 8)
     found, _, _ = Evaluator(tiny.model, task, tiny.mesh).predict(params, source, batch_size=8)

@@ -6,7 +6,7 @@ import pytest
 
 from r1jax.config import TrainConfig
 from r1jax.train.optimizer import BALANCE_BIAS, decays, make_optimizer, schedule
-from tests.train.experiment import cheap_programs
+from tests.train.experiment import optax_promotes
 
 CONFIG = TrainConfig(steps=100, warmup_steps=10, learning_rate=2e-3, final_learning_rate=1e-4, weight_decay=0.1)
 
@@ -34,7 +34,7 @@ def test_schedule_never_rises_after_the_warmup():
 def run(config, params, gradients):
     """Applies one update for each tree of gradients."""
     optimizer = make_optimizer(config)
-    with cheap_programs():
+    with optax_promotes():
         state = jax.jit(optimizer.init)(params)
         update = jax.jit(optimizer.update)
         for gradient in gradients:

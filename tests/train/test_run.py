@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from r1jax.config import Config
+from r1jax.data.source import Source
 from r1jax.errors import UserError
 from r1jax.train.run import describe, open_run, restore_or_init
 
@@ -79,7 +80,7 @@ def test_other_config(tiny, workdir):
 
 
 def test_other_data(tiny, workdir):
-    class Other:
+    class Other(Source):
         name, fingerprint = "other cases", "0" * 64
 
     before = content(workdir)

@@ -96,7 +96,7 @@ def _per_case(values: Shaped[Array, " B"], x: Array) -> Array:
 def orient(
     x: Float[Array, "B ..."], flips: Bool[Array, "B rank"], transpose: Bool[Array, " B"]
 ) -> Float[Array, "B ..."]:
-    """Mirrors along the chosen axes, then swaps the last two axes, if they are equally long, where `transpose` says so."""
+    """Mirrors along the chosen axes, then swaps the last two, if equally long, where `transpose` says so."""
     for axis in range(flips.shape[1]):
         x = jnp.where(_per_case(flips[:, axis], x), jnp.flip(x, axis + 1), x)
     if x.shape[-1] != x.shape[-2]:

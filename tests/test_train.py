@@ -1,0 +1,311 @@
+"""The training command as a user runs it: killed, stopped, started again, given bad input."""
+
+import fcntl
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+import train
+from r1jax.errors import run_main
+from r1jax.train.checkpoints import CheckpointFolder
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ROOT / "tests" / "train" / "tiny.py"
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """A folder that all workers of this test run see, and no other test run."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="module")
+def start(shared):
+    """Starts train.py; its output goes to files of a folder, its programs come from a cache that kills may spoil."""
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(shared / "xla"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+    def run(folder, *flags, limit=None):
+        words = [sys.executable, str(ROOT / "train.py"), "--config", str(TINY), *map(str, flags)]
+        with (folder / "out").open("w") as out, (folder / "err").open("w") as err:
+            # The limit is set by a program in between: a fork of this process, which has threads, may not run Python.
+            if limit:
+                words = ["prlimit", f"--fsize={limit}", *words]
+            return subprocess.Popen(words, stdout=out, stderr=err, cwd=ROOT, env=environment)
+
+    return run
+
+
+def finish(process, folder):
+    """Waits; returns exit code, stdout and the lines of stderr."""
+    try:
+        code = process.wait(timeout=200)
+    finally:
+        process.kill()
+    return code, (folder / "out").read_text(), (folder / "err").read_text().splitlines()
+
+
+def rows(workdir):
+    """Rows of metrics.jsonl without what depends on the clock."""
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "examples_per_second"} for line in lines]
+
+
+def last_state(workdir):
+    """All arrays of the newest checkpoint, by name, after its bytes were verified."""
+    newest = CheckpointFolder(workdir / "checkpoints").all()[-1]
+    newest.verify()
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        structure = checkpointer.metadata(newest.path.absolute() / "state").item_metadata.tree
+        numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), structure)
+        state = checkpointer.restore(newest.path.absolute() / "state", restore_args=numpy)
+    return newest.step, {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree_util.tree_leaves_with_path(state)}
+
+
+def content(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def assert_same_end(workdir, reference):
+    (step, got), (expected_step, expected) = last_state(workdir), last_state(reference)
+    assert step == expected_step == 24
+    assert got.keys() == expected.keys() and len(got) > 100
+    different = [name for name, x in expected.items() if x.tobytes() != got[name].tobytes()]
+    assert not different, f"{len(different)} arrays differ, such as {different[0]}"
+    assert rows(workdir) == rows(reference)
+    names = [sorted(os.listdir(folder / "checkpoints")) for folder in (workdir, reference)]
+    assert names[0] == names[1] and all(name.isdigit() for name in names[0])
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory, shared, start):
+    """Folder of a run that nothing disturbed; one for all workers."""
+    here = tmp_path_factory.mktemp("reference")
+    folder = shared / "undisturbed"
+    with (shared / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            code, out, err = finish(start(here, "--workdir", here / "run"), here)
+            assert code == 0, "\n".join(err)
+            assert "best checkpoint" in out and "eval.py --checkpoint" in out
+            (here / "run").rename(folder)
+    return folder
+
+
+def wait_until(process, condition, seconds=120.0):
+    """Polls until the condition holds or the process has ended."""
+    end = time.monotonic() + seconds
+    while process.poll() is None and not condition():
+        assert time.monotonic() < end, "the run does not come on"
+        time.sleep(0.002)
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment(reference, start, tmp_path):
+    workdir, lives, torn = tmp_path / "run", 0, 0
+    checkpoints, metrics = workdir / "checkpoints", workdir / "metrics.jsonl"
+    draw, deadline = random.Random(0), time.monotonic() + 60
+    moments = ["start-up", "step", "saving", "saving", "published", "saving", "step", "published"]
+    while True:
+        process = start(tmp_path, "--workdir", workdir)
+        moment = moments[lives % len(moments)] if time.monotonic() < deadline else "never"
+        size = metrics.stat().st_size if metrics.exists() else 0
+        before = CheckpointFolder(checkpoints).all()[-1:]
+        if moment == "start-up":
+            time.sleep(draw.uniform(0.2, 4.0))
+        elif moment == "step":
+            wait_until(process, lambda size=size: metrics.exists() and metrics.stat().st_size > size)
+            time.sleep(draw.uniform(0, 0.2))
+        elif moment == "saving":  # after the first save of this life, so that each life comes on
+            wait_until(process, lambda before=before: CheckpointFolder(checkpoints).all()[-1:] != before)
+            wait_until(process, lambda: any(checkpoints.glob(".draft-*/state*")))
+            time.sleep(draw.uniform(0, 0.1))
+        elif moment == "published":
+            wait_until(process, lambda before=before: CheckpointFolder(checkpoints).all()[-1:] != before)
+        else:
+            process.wait(timeout=200)
+        process.kill()
+        if process.wait() == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, (tmp_path / "err").read_text()
+        lives += 1
+        torn += any(checkpoints.glob(".draft-*"))
+    assert lives >= 4 and torn >= 1, f"only {lives} kills, {torn} of them while saving"
+    assert_same_end(workdir, reference)
+
+
+@pytest.mark.slow
+def test_stopped_by_signals(reference, start, tmp_path):
+    workdir = tmp_path / "run"
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        before = len(rows(workdir)) if workdir.exists() else 0
+        process = start(tmp_path, "--workdir", workdir)
+        metrics = workdir / "metrics.jsonl"
+        wait_until(process, lambda n=before, m=metrics: m.exists() and len(m.read_text().splitlines()) > n)
+        process.send_signal(number)
+        got, _, err = finish(process, tmp_path)
+        assert got == code, "\n".join(err)
+        said = [line for line in err if "the same command goes on from there" in line]
+        newest = CheckpointFolder(workdir / "checkpoints").all()[-1]
+        assert said == [
+            f"{signal.Signals(number).name}: saved at step {newest.step}; the same command goes on from there"
+        ]
+        assert newest.step < 24
+    code, out, _ = finish(start(tmp_path, "--workdir", workdir), tmp_path)
+    assert code == 0 and "best checkpoint" in out
+    assert_same_end(workdir, reference)
+
+
+def test_finished_run_again(reference, start, tmp_path):
+    workdir = shutil.copytree(reference, tmp_path / "run")
+    before = content(workdir)
+    code, out, err = finish(start(tmp_path, "--workdir", workdir), tmp_path)
+    assert code == 0, "\n".join(err)
+    assert "best checkpoint" in out and "auc.malignancy" in out
+    assert content(workdir) == before
+
+
+def test_second_run_in_one_folder(reference, start, tmp_path):
+    workdir = shutil.copytree(reference, tmp_path / "run")
+    before = content(workdir)
+    with (workdir / ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        code, out, err = finish(start(tmp_path, "--workdir", workdir), tmp_path)
+    assert code == 2 and out == ""
+    assert err[-1] == f"error: another process is training in {workdir}: wait for it or choose another --workdir"
+    assert content(workdir) == before
+
+
+def test_full_disk(reference, start, tmp_path):
+    """Files cannot grow beyond a size that the arrays need: Orbax fails in the midst of writing."""
+    workdir = shutil.copytree(reference, tmp_path / "run")
+    shutil.rmtree(workdir / "checkpoints" / "00000024")
+    before = content(workdir / "checkpoints")
+    code, _, err = finish(start(tmp_path, "--workdir", workdir, limit=60_000), tmp_path)
+    assert code == 2, "\n".join(err[-20:])
+    errors = [line for line in err if line.startswith("error:")]
+    assert (
+        len(errors) == 1 and "00000015 could not be written" in errors[0] and "run the same command again" in errors[0]
+    )
+    assert content(workdir / "checkpoints") == before
+    code, _, err = finish(start(tmp_path, "--workdir", workdir), tmp_path)
+    assert code == 0, "\n".join(err)
+    assert_same_end(workdir, reference)
+
+
+def test_dry_run(reference, start, tmp_path):
+    workdir = tmp_path / "run"
+    code, out, err = finish(start(tmp_path, "--workdir", workdir, "--dry-run"), tmp_path)
+    assert code == 0, "\n".join(err)
+    figures = {line.rsplit("  ", 1)[0].strip(): line.rsplit("  ", 1)[1] for line in out.splitlines()}
+    params = sum(x.size for k, x in last_state(reference)[1].items() if k.startswith("['params']"))
+    assert figures["parameters"].startswith(f"{params:,} ")
+    assert float(figures["FLOPs an example"].replace(",", "")) > 0
+    assert figures["state a device"].endswith("MiB")
+    assert not workdir.exists() and sorted(os.listdir(tmp_path)) == ["err", "out"]
+
+
+def test_gpu_that_is_not_there(start, tmp_path):
+    code, out, err = finish(start(tmp_path, "--workdir", tmp_path / "run", "--platform", "cuda"), tmp_path)
+    assert code == 2 and out == ""
+    assert [line.startswith("error: --platform cuda: JAX finds no such device") for line in err] == [True]
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_traceback_from_the_command(start, tmp_path):
+    (tmp_path / "cases").mkdir()
+    (tmp_path / "cases" / "part.npz").write_bytes(b"PK\x03\x04 no archive")
+    flags = ("--workdir", tmp_path / "run", "--data.path", tmp_path / "cases")
+    code, out, err = finish(start(tmp_path, *flags), tmp_path)
+    assert code == 2 and out == "" and not (tmp_path / "run").exists()
+    assert [line for line in err if line.startswith("error:")] == err[-1:] and "part.npz is damaged" in err[-1]
+    assert not any("Traceback" in line for line in err)
+
+
+def command(monkeypatch, capsys, *words):
+    """Runs the command in this process; returns exit code, stdout and the lines of stderr."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, words)])
+    with pytest.raises(SystemExit) as left:
+        run_main(train.main)
+    said = capsys.readouterr()
+    return left.value.code, said.out, said.err.splitlines()
+
+
+BAD = {
+    "no config": ([], "--config"),
+    "missing config": (["--config", "configs/medicla.py"], "does not exist (did you mean 'configs/medical.py'?)"),
+    "unknown field": (
+        ["--config", TINY, "--train.step", "5"],
+        "'--train.step' (did you mean '--train.steps'?)",
+    ),
+    "wrong type": (["--config", TINY, "--train.steps", "many"], "--train.steps is 'many', but it must be"),
+    "out of range": (["--config", TINY, "--model.dropout", "1"], "--model.dropout is '1', but it must be"),
+    "fields that clash": (
+        ["--config", TINY, "--train.warmup_steps", "24"],
+        "train.warmup_steps is 24, but it must",
+    ),
+    "unknown finding": (["--config", TINY, "--task.fields", "malignacy"], "did you mean 'malignancy'?"),
+    "small vocabulary": (["--config", TINY, "--model.decoder.vocab_size", "100"], "model.decoder.vocab_size is 100"),
+    "odd batch": (["--config", TINY, "--train.batch_size", "3"], "train.batch_size is 3, which is no multiple of"),
+    "odd mesh": (["--config", TINY, "--mesh.data", "3", "--mesh.fsdp", "5"], "does not fit 8 device(s)"),
+    "no data": (["--config", TINY, "--data.path", "no/such/folder"], "there is no folder no/such/folder"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(monkeypatch, capsys, tmp_path, name):
+    monkeypatch.chdir(ROOT)
+    words, expected = BAD[name]
+    existing = tmp_path / "run"
+    existing.mkdir()
+    (existing / "metrics.jsonl").write_text('{"step": 1}\n')
+    before = content(tmp_path)
+    code, out, err = command(monkeypatch, capsys, *words, "--workdir", existing)
+    assert code == 2 and out == ""
+    assert [line for line in err if line.startswith("error:")] == err[-1:], err
+    assert expected in err[-1]
+    assert content(tmp_path) == before
+
+
+@pytest.mark.parametrize("kind", ["empty folder", "text", "cut short", "objects", "file"])
+def test_bad_data(monkeypatch, capsys, tmp_path, kind):
+    cases = tmp_path / "cases"
+    cases.mkdir()
+    file = cases / "part.npz"
+    np.savez(file, volume=np.zeros((4, 16, 16, 16), np.int16), case_id=np.array(list("abcd")))
+    if kind == "empty folder":
+        file.unlink()
+    elif kind == "text":
+        file.write_text("volume")
+    elif kind == "cut short":
+        file.write_bytes(file.read_bytes()[:5000])
+    elif kind == "objects":
+        np.savez(file, volume=np.array([{}, {}]), case_id=np.array(["a", "b"]))
+    else:
+        cases = file
+    code, out, err = command(monkeypatch, capsys, "--config", TINY, "--data.path", cases, "--workdir", tmp_path / "run")
+    assert code == 2 and out == "" and str(cases) in err[-1]
+    assert [line for line in err if line.startswith("error:")] == err[-1:], err
+    assert not (tmp_path / "run").exists()
+
+
+def test_print_config(monkeypatch, capsys, tmp_path):
+    words = ("--config", TINY, "--train.steps", "30", "--workdir", tmp_path / "run", "--print-config")
+    code, out, _ = command(monkeypatch, capsys, *words)
+    assert code == 0 and json.loads(out)["train"]["steps"] == 30
+    assert not (tmp_path / "run").exists()
