@@ -40,15 +40,15 @@ def main() -> None:
     parser.add_argument("--workdir", default="runs/benchmark-luna16")
     parser.add_argument("overrides", nargs="*", help="overrides of train.py, after --")
     args = parser.parse_args()
-    runs = [run_seed(seed, args) for seed in range(args.seeds)]
-    result = jax_environment(args)  # after the runs: it starts JAX, and they choose its platform
-    ours = {"settings": {"overrides": result["arguments"]["overrides"]}, "runs": runs}
-    ours["summary"] = summarise(ours)
-    models = {"r1jax": ours}
-    if args.peers:
-        models |= json.loads(args.peers.read_text())["models"]
+    peers = json.loads(args.peers.read_text())["models"] if args.peers else {}
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(result | {"models": models}, indent=1))
+    runs: list[dict] = []
+    for seed in range(args.seeds):
+        runs.append(run_seed(seed, args))
+        result = jax_environment(args)  # after a run: it starts JAX, and the run chooses its platform
+        ours = {"settings": {"overrides": result["arguments"]["overrides"]}, "runs": runs}
+        models = {"r1jax": ours | {"summary": summarise(ours)}} | peers
+        args.output.write_text(json.dumps(result | {"models": models}, indent=1))
     print(table(models))
 
 

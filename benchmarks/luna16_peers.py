@@ -309,18 +309,15 @@ def summarise(result: dict) -> dict:
 
 
 def table(models: dict) -> str:
-    head = (
-        "| model | views | AUC | AP | sens at spec .973 | spec at sens .991 | images/s |\n|---|---|---|---|---|---|---|"
-    )
+    head = "| model | views | AUC | AP | sens at spec .973 | spec at sens .991 |\n|---|---|---|---|---|---|"
     lines = [head]
     for name, result in models.items():
-        speed = [run["images_per_second"] for run in result["runs"] if "images_per_second" in run]
         for views, row in result["summary"].items():
             cells = [
                 f"{row[figure]['mean']:.4f}" + (f" ± {row[figure]['sd']:.4f}" if row[figure]["sd"] is not None else "")
                 for figure in FIGURES
             ]
-            lines.append(f"| {name} | {views} | {' | '.join(cells)} | {f'{np.mean(speed):,.0f}' if speed else ''} |")
+            lines.append(f"| {name} | {views} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -50,7 +50,7 @@ def get_config(*, smoke: bool = False, luna16_fpr_2d: bool = False, lidc_3d: boo
             dropout=0.05,
         ),
         task=TaskConfig(modality_dropout=0.15),
-        train=TrainConfig(steps=1200, learning_rate=3e-3, decoder_rate=0.3, eval_every=400, warmup_steps=100),
+        train=TrainConfig(steps=1080, learning_rate=3e-3, decoder_rate=0.3, eval_every=360, warmup_steps=100),
     )
 
 
@@ -85,9 +85,7 @@ def _luna16_fpr_2d() -> Config:
             dropout=0.2,
             precision="bf16",
         ),
-        task=TaskConfig(
-            fields=("nodule_present",), modality_dropout=0.0, augment="affine", views=8, text_weight=0.0
-        ),
+        task=TaskConfig(fields=("nodule_present",), modality_dropout=0.0, augment="affine", views=8, text_weight=0.0),
         data=DataConfig(path="data/luna16_fpr_2d", split="val"),
         train=TrainConfig(
             steps=2640,  # 60 epochs

@@ -92,8 +92,8 @@ class TableConfig:
     """Bidirectional encoder of record fields, one token a field; missing fields have their own embedding."""
 
     layers: Natural = 1
-    frequencies: Count = 8
-    """Periodic features of each numeric value."""
+    frequencies: Count = 2
+    """Periodic features of each numeric value; many of them learn single patients by heart."""
     num_attention_heads: Count = 4
 
 
@@ -143,7 +143,7 @@ class DataConfig:
     """Folder of cases (docs/data.md); none uses the embedded synthetic generator."""
     split: Split = "test"
     """Part that eval.py scores."""
-    train_cases: Count = 4096
+    train_cases: Count = 12288
     val_cases: Count = 512
     test_cases: Count = 2048
     fold: Natural | None = None
@@ -336,7 +336,11 @@ def _encoder_relations(model: ModelConfig) -> Iterator[tuple[bool, str, str]]:
         stages = len(vision.widths)
         yield len(vision.blocks) == stages, f"{group}.blocks", f"as long as {group}.widths ({stages})"
         cell = vision.stem_stride * 2 ** (stages - 1) * vision.merge
-        yield all(n % cell == 0 for n in vision.size), f"{group}.size", f"multiples of {cell}, stem_stride x 2^(stages - 1) x merge"
+        yield (
+            all(n % cell == 0 for n in vision.size),
+            f"{group}.size",
+            f"multiples of {cell}, stem_stride x 2^(stages - 1) x merge",
+        )
         yield _heads(f"{group}.num_attention_heads", vision, vision.widths[-1], f"the last of {group}.widths")
     yield _heads("model.table.num_attention_heads", model.table, model.decoder.hidden_size, "model.decoder.hidden_size")
 

@@ -48,5 +48,5 @@ class TableEncoder(nn.Module):
         for i in range(c.layers):
             x = EncoderLayer(c.num_attention_heads, self.dtype, self.dropout, name=f"layers_{i}")(x, train=train)
         x = RMSNorm(name="final_norm")(x)
-        summary = Linear(self.features, self.dtype, name="summary")(x.reshape(x.shape[0], -1))
+        summary = Linear(self.features, self.dtype, name="summary")(jnp.mean(x, axis=1))
         return Linear(self.features, self.dtype, name="projection")(x), summary

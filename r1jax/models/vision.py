@@ -90,9 +90,7 @@ class VisionEncoder(nn.Module):
     dropout: float = 0.0
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "B *space"], spacing: Float[Array, "B rank"], *, train: bool
-    ) -> Encoded:
+    def __call__(self, x: Float[Array, "B *space"], spacing: Float[Array, "B rank"], *, train: bool) -> Encoded:
         """Encodes a batch.
 
         Args:

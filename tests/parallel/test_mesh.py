@@ -31,6 +31,7 @@ TINY = Config(
             hidden_size=16,
             num_hidden_layers=1,
             first_k_dense_replace=0,
+            num_nextn_predict_layers=0,
             num_attention_heads=2,
             q_lora_rank=8,
             kv_lora_rank=8,

@@ -11,7 +11,7 @@ from r1jax.tasks.medical.schema import FINDING
 
 WEIGHTS = {"binary": 1.0, "rating": 0.25, "length": 1.0, "vector": 1.0, "where": 0.5}
 CENTER_UNIT_MM = 10.0
-"""Offsets are learned in this unit, and lengths as the logarithm of their ratio to it, so that errors are of order one."""
+"""Unit in which offsets are learned, and lengths as the log of their ratio to it: errors are then of order one."""
 
 
 def finding_loss(
@@ -97,7 +97,11 @@ def total_loss(
         total = total + WEIGHTS[FINDING[name].kind] * parts[name]
     if output.where is not None and {"center_mm", "nodule_present"} <= targets.keys():
         loss, weight = location_loss(
-            output.where, targets["center_mm"], targets["nodule_present"], inputs.volume_spacing, inputs.volume.shape[1:]
+            output.where,
+            targets["center_mm"],
+            targets["nodule_present"],
+            inputs.volume_spacing,
+            inputs.volume.shape[1:],
         )
         parts["where"] = weighted_mean(loss, weight * inputs.has_volume.astype(jnp.float32))
         total = total + WEIGHTS["where"] * parts["where"]

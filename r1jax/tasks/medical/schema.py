@@ -88,7 +88,7 @@ FINDING = {finding.name: finding for finding in FINDINGS}
 
 @dataclass(frozen=True)
 class RecordField:
-    """One number of the patient record; `center` and `scale` bring it to order one, `low`..`high` is what is possible."""
+    """A number of the patient record; `center` and `scale` bring it to order one, `low`..`high` is what is possible."""
 
     name: str
     text: str
