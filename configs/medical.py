@@ -50,7 +50,7 @@ def get_config(*, smoke: bool = False, luna16_fpr_2d: bool = False, lidc_3d: boo
             dropout=0.05,
         ),
         task=TaskConfig(modality_dropout=0.15),
-        train=TrainConfig(steps=1080, learning_rate=3e-3, decoder_rate=0.3, eval_every=360, warmup_steps=100),
+        train=TrainConfig(steps=720, learning_rate=3e-3, decoder_rate=0.3, eval_every=240, warmup_steps=100),
     )
 
 

@@ -75,11 +75,17 @@ class Checkpoint:
           The state, on the devices of the shardings.
 
         Raises:
-          UserError: The checkpoint is damaged.
+          UserError: The checkpoint is damaged, or its arrays are not those of the model.
         """
         self.verify()
-        with ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore(self.path / "state", abstract)
+        try:
+            with ocp.StandardCheckpointer() as checkpointer:
+                return checkpointer.restore(self.path / "state", abstract)
+        except (KeyError, ValueError) as error:
+            raise UserError(
+                f"checkpoint {self.path} was written by r1jax {self.meta()['versions']['r1jax']} with a model of other "
+                "arrays: use that version, or train anew in another --workdir"
+            ) from error
 
 
 class CheckpointFolder:

@@ -1,12 +1,13 @@
 """The tiny experiment, built once."""
 
+import signal
 from pathlib import Path
 
 import jax
 import pytest
 
 from r1jax.train.step import TrainState
-from tests.train.experiment import Experiment, make_experiment
+from tests.train.experiment import Experiment, Interrupted, make_experiment
 
 
 @pytest.fixture(scope="session")
@@ -21,3 +22,11 @@ def undisturbed(tiny, tmp_path_factory) -> tuple[Path, TrainState]:
     state, said, _ = tiny.train(workdir)
     assert said == []
     return workdir, jax.device_get(state)
+
+
+@pytest.fixture(scope="session")
+def stopped(tiny, tmp_path_factory) -> Path:
+    """Folder of a run that was stopped at step 15, with checkpoints of steps 12 and 15; tests copy it."""
+    workdir = tmp_path_factory.mktemp("stopped")
+    tiny.train(workdir, step=Interrupted(tiny.step, 15, signal.SIGTERM))
+    return workdir

@@ -1,5 +1,6 @@
 """The tiny experiment as train.py would build it, for the tests of this folder."""
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -88,3 +89,16 @@ def make_experiment(*flags: str) -> Experiment:
         step = compile_step(config, model, task, mesh, batch)
         fresh = jax.jit(lambda: init_state(config, model, task, batch))()
     return Experiment(config, task, model, mesh, source, validation, batch, Evaluator(model, task, mesh), step, fresh)
+
+
+class Interrupted:
+    """The compiled step; a signal arrives at one of its calls."""
+
+    def __init__(self, step, at, number):
+        self.step, self.left, self.number = step, at, number
+
+    def __call__(self, state, batch):
+        self.left -= 1
+        if self.left == 0:
+            os.kill(os.getpid(), self.number)
+        return self.step(state, batch)

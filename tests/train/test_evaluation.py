@@ -32,7 +32,8 @@ def params(tiny):
     """Weights away from their start, where queries and heads are almost nothing."""
     leaves, tree = jax.tree.flatten(jax.device_get(tiny.fresh.params))
     rng = np.random.default_rng(0)
-    return jax.tree.unflatten(tree, [x + 0.1 * rng.normal(size=x.shape).astype(x.dtype) for x in leaves])
+    moved = [x + 0.1 * rng.normal(size=x.shape).astype(x.dtype) for x in leaves]
+    return jax.device_put(jax.tree.unflatten(tree, moved))
 
 
 @pytest.fixture(scope="module")

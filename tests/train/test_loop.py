@@ -13,6 +13,7 @@ from r1jax.errors import UserError
 from r1jax.train.checkpoints import CheckpointFolder
 from r1jax.train.loop import check_finite, served
 from r1jax.train.run import Run
+from tests.train.experiment import Interrupted
 
 
 def same(a, b):
@@ -51,19 +52,6 @@ def test_average_is_served(tiny):
     assert served(state, raw) is state.params
 
 
-class Interrupted:
-    """The compiled step; a signal arrives at one of its calls."""
-
-    def __init__(self, step, at, number):
-        self.step, self.left, self.number = step, at, number
-
-    def __call__(self, state, batch):
-        self.left -= 1
-        if self.left == 0:
-            os.kill(os.getpid(), self.number)
-        return self.step(state, batch)
-
-
 def test_signals_save_and_the_run_goes_on(tiny, undisturbed, tmp_path, capsys):
     calls = [(2, signal.SIGTERM), (1, signal.SIGINT), (9, signal.SIGTERM), (6, signal.SIGINT)]
     done = 0
@@ -81,21 +69,26 @@ def test_signals_save_and_the_run_goes_on(tiny, undisturbed, tmp_path, capsys):
     assert steps(tmp_path) == steps(undisturbed[0])
 
 
-def test_falls_back_to_the_sound_checkpoint(tiny, undisturbed, tmp_path):
-    workdir = shutil.copytree(undisturbed[0], tmp_path / "run")
-    expected = {c.step: c.meta() for c in CheckpointFolder(workdir / "checkpoints").all()}
-    if 12 not in expected:
-        pytest.fail("the tiny run keeps its checkpoint of step 12: choose another seed")
-    newest = workdir / "checkpoints" / "00000024"
-    victim = max((newest / "state").rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0)
+def test_falls_back_to_the_sound_checkpoint(tiny, undisturbed, stopped, tmp_path):
+    workdir = shutil.copytree(stopped, tmp_path / "run")
+    assert steps(workdir) == [12, 15]
+    newest = workdir / "checkpoints" / "00000015"
+    victim = max((p for p in (newest / "state").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
     data = bytearray(victim.read_bytes())
     data[len(data) // 2] ^= 4
     victim.write_bytes(data)
     state, said, _ = tiny.train(workdir)
-    assert "00000024 is damaged" in said[0] and said[1].endswith("00000012")
+    assert "00000015 is damaged" in said[0] and said[1].endswith("00000012")
     assert same(state, undisturbed[1]) and rows(workdir) == rows(undisturbed[0])
-    CheckpointFolder(workdir / "checkpoints").all()[-1].verify()
-    assert steps(workdir) == list(expected)
+    assert steps(workdir) == steps(undisturbed[0])
+
+
+def test_damaged_best_does_not_stop_the_run(tiny, undisturbed, stopped, tmp_path):
+    workdir = shutil.copytree(stopped, tmp_path / "run")
+    (workdir / "checkpoints" / "00000012" / "meta.json").write_text("{")
+    state, said, _ = tiny.train(workdir)
+    assert "00000012 is damaged" in said[0] and said[1].endswith("00000015")
+    assert same(state, undisturbed[1]) and steps(workdir) == [24]
 
 
 def test_finished_run_changes_nothing(tiny, undisturbed, tmp_path):

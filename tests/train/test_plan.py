@@ -5,11 +5,13 @@ import numpy as np
 import pytest
 
 from r1jax.train.plan import example_batch, plan
+from tests.train.experiment import optax_promotes
 
 
 @pytest.fixture(scope="module")
 def rows(tiny):
-    text = plan(tiny.config, tiny.model, tiny.task, tiny.mesh, tiny.batch)
+    with optax_promotes():
+        text = plan(tiny.config, tiny.model, tiny.task, tiny.mesh, tiny.batch)
     return dict(re.split(r"\s{2,}", line.strip(), maxsplit=1) for line in text.splitlines())
 
 

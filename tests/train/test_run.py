@@ -15,9 +15,9 @@ from r1jax.train.run import describe, open_run, restore_or_init
 
 
 @pytest.fixture
-def workdir(undisturbed, tmp_path):
-    """A copy of a finished run."""
-    return shutil.copytree(undisturbed[0], tmp_path / "run")
+def workdir(stopped, tmp_path):
+    """A copy of a run with checkpoints of steps 12 and 15."""
+    return shutil.copytree(stopped, tmp_path / "run")
 
 
 def restore(experiment, workdir, **changes):
@@ -43,28 +43,40 @@ def test_fresh_run(tiny, tmp_path):
     assert json.loads((tmp_path / "a" / "b" / "config.json").read_text())["name"] == "tiny"
 
 
-def test_goes_on_from_the_newest(tiny, undisturbed, workdir):
+def test_goes_on_from_the_newest(tiny, workdir):
     state, said = restore(tiny, workdir)
-    assert said == [f"goes on from {workdir / 'checkpoints' / '00000024'}"]
+    assert said == [f"goes on from {workdir / 'checkpoints' / '00000015'}"]
+    assert int(state.step) == 15
+
+
+def test_finished_state_is_read_back(tiny, undisturbed, tmp_path):
+    state, _ = restore(tiny, shutil.copytree(undisturbed[0], tmp_path / "run"))
     assert same(state, undisturbed[1])
 
 
+def test_checkpoint_of_another_model(tiny, workdir):
+    inside = tiny.model.clone(heads=tiny.model.heads[:-1])
+    config = replace(tiny.config, workdir=str(workdir))
+    with open_run(config) as run, pytest.raises(UserError, match="00000015 was written by r1jax .* other arrays"):
+        restore_or_init(config, run, inside, tiny.task, tiny.mesh, tiny.source, tiny.batch)
+
+
 def test_damaged_checkpoint_is_set_aside(tiny, workdir):
-    meta = workdir / "checkpoints" / "00000024" / "meta.json"
+    meta = workdir / "checkpoints" / "00000015" / "meta.json"
     meta.write_text(meta.read_text()[:-3])
     before = content(meta.parent)
     state, (skipped, goes_on) = restore(tiny, workdir)
     assert int(state.step) == 12
-    assert "00000024 is damaged: meta.json" in skipped and skipped.endswith("damaged-00000024")
+    assert "00000015 is damaged: meta.json" in skipped and skipped.endswith("damaged-00000015")
     assert goes_on.endswith("00000012")
-    assert content(workdir / "checkpoints" / "damaged-00000024") == before
+    assert content(workdir / "checkpoints" / "damaged-00000015") == before
 
 
 def test_all_damaged(tiny, workdir):
     for path in workdir.glob("checkpoints/*/manifest.json"):
         path.unlink()
     before = content(workdir)
-    with pytest.raises(UserError, match="00000024.*missing.*none of the 2 .*is sound: delete them"):
+    with pytest.raises(UserError, match="00000015.*missing.*none of the 2 .*is sound: delete them"):
         restore(tiny, workdir)
     assert content(workdir) == before
 

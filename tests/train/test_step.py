@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,9 +8,11 @@ import pytest
 
 from r1jax.config import DecoderConfig
 from r1jax.models.moe import RouterStats
+from r1jax.models.r1 import R1
+from r1jax.tasks.medical.task import Medical
 from r1jax.train.optimizer import BALANCE_BIAS
-from r1jax.train.step import balance_routers
-from tests.train.experiment import make_experiment
+from r1jax.train.step import balance_routers, make_step
+from tests.train.experiment import optax_promotes
 
 
 @pytest.fixture(scope="module")
@@ -85,10 +89,17 @@ def test_every_step_draws_anew(tiny, run):
 
 
 def test_nothing_else_is_random(tiny):
-    flags = ("--model.dropout", "0", "--task.modality_dropout", "0", "--task.augment", "none")
-    calm = make_experiment(*flags)
-    states = [calm.init()._replace(step=jnp.asarray(step, jnp.int32)) for step in (0, 7)]
-    losses = [float(calm.step(state, calm.batches(1)[0])[1]["loss"]) for state in states]
+    config = replace(
+        tiny.config,
+        model=replace(tiny.config.model, dropout=0.0),
+        task=replace(tiny.config.task, modality_dropout=0.0, augment="none"),
+    )
+    task = Medical(config)
+    step = make_step(config, R1(config.model, task.heads), task)
+    with optax_promotes():
+        loss = jax.jit(lambda state, batch: step(state, batch)[1]["loss"])
+        states = [tiny.fresh._replace(step=jnp.asarray(step, jnp.int32)) for step in (0, 7)]
+        losses = [float(loss(state, tiny.batches(1)[0])) for state in states]
     assert losses[0] == losses[1]
 
 

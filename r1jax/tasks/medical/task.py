@@ -130,7 +130,9 @@ class Medical:
     def views(self, inputs: Inputs) -> list[tuple[Inputs, Any]]:
         """The orientations to average at evaluation, each with what turns an offset back."""
         result = []
-        for index in range(self.config.task.views):
+        shapes = [x.shape for x in (getattr(inputs, name) for name in b.PICTURES) if x is not None]
+        square = all(shape[-1] == shape[-2] for shape in shapes)  # others cannot be transposed, the views from 4 on
+        for index in range(min(self.config.task.views, 8 if square else 4)):
             turned, undo = inputs, lambda vector: vector
             for name in b.PICTURES:
                 x = getattr(inputs, name)
