@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> int:
         step = compile_step(config, model, task, mesh, batch)
         evaluator = Evaluator(model, task, mesh)
         fit(config, run, task, mesh, evaluator, step, state, source, validation)
-        if run.stop:
+        if run.stop and run.checkpoints.all()[-1].step < config.train.steps:
             return 128 + run.stop[0]
         print(closing_table(run, validation))
     return 0

@@ -146,7 +146,7 @@ def _choose_rows(
         )
         return np.arange(len(marks))
     if split in ("train", "val") and (fold is not None or not marked):
-        pool = np.flatnonzero(marks != "test")
+        pool = np.flatnonzero(np.isin(marks, ("", "train", "val")))
         groups = [(cases.groups[row], "" if cases.groups[row] else cases.case_id[row]) for row in pool]
         held_out = fold_numbers(groups, fold or 0, folds, seed, folder) == (fold or 0)
         return pool[held_out if split == "val" else ~held_out]

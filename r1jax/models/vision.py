@@ -119,8 +119,10 @@ class VisionEncoder(nn.Module):
         x = RMSNorm(name="final_norm")(x)
         where = Linear(1, jnp.float32, bias=True, name="where")(x)[..., 0]
         looked_at = jnp.einsum("BM,BMC->BC", nn.softmax(where, axis=-1).astype(x.dtype), x)
-        # The maximum tells whether something is anywhere, the mean how much of it there is.
-        pooled = jnp.concatenate([looked_at, jnp.max(x, axis=1), jnp.mean(x, axis=1)], axis=-1)
+        # The maximum tells whether something is anywhere, the mean how much of it there is. It is picked by index:
+        # the gradient of jnp.max compares values, and is 0/0 where the compiler computes them twice and differently.
+        highest = jnp.take_along_axis(x, jnp.argmax(x, axis=1, keepdims=True), axis=1)[:, 0]
+        pooled = jnp.concatenate([looked_at, highest, jnp.mean(x, axis=1)], axis=-1)
         summary = Linear(self.features, self.dtype, name="summary")(pooled)
         cells = space_to_depth(x.reshape(x.shape[0], *grid, -1), c.merge)
         tokens = Linear(self.features, self.dtype, name="projection")(cells)

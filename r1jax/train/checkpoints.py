@@ -21,8 +21,20 @@ from r1jax.errors import UserError
 from r1jax.fields import to_json
 
 MANIFEST = "manifest.json"
-FREE_TO_CHANGE = ("workdir", "platform", "train.log_every", "data.threads", "data.path", "data.split", "mesh.")
-"""Fields that may differ when a run goes on: they change no number (data is compared by its fingerprint)."""
+FREE_TO_CHANGE = (
+    "workdir",
+    "platform",
+    "train.log_every",
+    "train.save_every",
+    "data.threads",
+    "data.path",
+    "data.split",
+    "mesh.",
+)
+"""Fields that may differ when a run goes on: with other devices the last bits may change, with the rest nothing does.
+
+Data is compared by its fingerprint.
+"""
 
 
 @dataclass(frozen=True)
@@ -80,7 +92,7 @@ class Checkpoint:
         self.verify()
         try:
             with ocp.StandardCheckpointer() as checkpointer:
-                return checkpointer.restore(self.path / "state", abstract)
+                return checkpointer.restore((self.path / "state").absolute(), abstract)
         except (KeyError, ValueError) as error:
             raise UserError(
                 f"checkpoint {self.path} was written by r1jax {self.meta()['versions']['r1jax']} with a model of other "

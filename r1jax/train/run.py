@@ -131,7 +131,14 @@ def restore_or_init(
 def describe(source: Source) -> dict[str, Any]:
     """What a checkpoint says about its making: data, versions, command, revision."""
     try:
-        git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=5)
+        git = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=5,
+        )
         revision = git.stdout.strip()
     except (OSError, subprocess.SubprocessError):
         revision = "unknown"

@@ -3,6 +3,7 @@ import json
 import os
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +61,15 @@ def test_round_trip(written):
     assert set(json.loads((checkpoint.path / MANIFEST).read_text())) == {
         str(p.relative_to(checkpoint.path)) for p in files(checkpoint) if p.name != MANIFEST
     }
+
+
+def test_a_relative_folder_is_written_and_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save(CheckpointFolder(Path("runs/medical/checkpoints")), 3)
+    checkpoint = find_checkpoint(Path("runs/medical"))
+    where = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), STATE)
+    restored = checkpoint.restore(abstract_like(STATE, where))
+    np.testing.assert_array_equal(restored["weights"], STATE["weights"] + 3)
 
 
 def damage(path, kind, rng):

@@ -66,7 +66,7 @@ def test_predictions_are_those_of_the_model(tiny, params, predict):
     found, _, _ = predict(Fixed(tiny.validation, 8), modes=("both",))
     batch = jax.device_put(tiny.task.collate(tiny.validation.read_batch(np.arange(8))))
     inputs, _ = tiny.task.prepare(batch)
-    expected = tiny.task.predict(tiny.model.apply({"params": params}, inputs).heads)
+    expected = tiny.task.predict(jax.jit(tiny.model.apply)({"params": params}, inputs).heads)
     for name in tiny.config.task.fields:
         np.testing.assert_allclose(found["both"][name], expected[name], rtol=2e-4, atol=1e-5, err_msg=name)
 
@@ -91,7 +91,8 @@ def test_views_are_averaged(tiny, params):
     source = Fixed(tiny.validation, 8)
     found, _, _ = Evaluator(tiny.model, task, tiny.mesh).predict(params, source, batch_size=8)
     inputs, _ = task.prepare(jax.device_put(task.collate(source.read_batch(np.arange(8)))))
-    views = [task.predict(tiny.model.apply({"params": params}, turned).heads) for turned, _ in task.views(inputs)]
+    apply = jax.jit(tiny.model.apply)
+    views = [task.predict(apply({"params": params}, turned).heads) for turned, _ in task.views(inputs)]
     assert len(views) == 2
     mean = np.mean([view["nodule_present"] for view in views], axis=0)
     np.testing.assert_allclose(found["both"]["nodule_present"], mean, rtol=2e-4, atol=1e-5)
