@@ -1,9 +1,11 @@
 """Lung nodules: a CT sub-volume (or a slice) read together with the patient's record; findings, malignancy, report.
 
-    python train.py --config configs/medical.py                  generated cases; about ? minutes on 2 CPU cores
+    python train.py --config configs/medical.py                  generated cases, minutes on 2 CPU cores
     python train.py --config configs/medical.py:smoke            the same in small, about a minute
 
-Expected on the generated test cases (never seen, other seed): presence AUC ?, malignancy AUC ? of a possible ?.
+On 2048 generated test cases (seed 0, one training, 95 % bootstrap intervals): presence AUC .979 (.973 to .984);
+malignancy AUC .858 (.838 to .879) from image and record, .747 from the image and .741 from the record alone, where
+.940, .801 and .787 are attainable.
 
 Real data, by path (docs/data.md says how a folder looks):
 
