@@ -47,6 +47,7 @@ def plan(config: Config, model: R1, task: Medical, mesh: Mesh, batch: Batch) -> 
     sharded = jax.tree.map(
         lambda x, s: int(np.prod(s.shard_shape(x.shape))) * x.dtype.itemsize, state, shard_tree(mesh, state)
     )
+    read = sum(x.nbytes for x in batch.values()) // mesh.size
     parts: dict[str, int] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
         name = path[0].key
@@ -60,7 +61,7 @@ def plan(config: Config, model: R1, task: Medical, mesh: Mesh, batch: Batch) -> 
         *((f"  {name}", f"{count:,}") for name, count in parts.items()),
         ("mesh", ", ".join(f"{k} {v}" for k, v in mesh.shape.items())),
         ("state a device", f"{sum(jax.tree.leaves(sharded)) / 2**20:,.1f} MiB"),
-        ("batch, temporaries a device", f"{(memory.temp_size_in_bytes) / 2**20:,.1f} MiB"),
+        ("batch, temporaries a device", f"{(memory.temp_size_in_bytes + read) / 2**20:,.1f} MiB"),
         ("FLOPs a step and device (XLA's count)", f"{cost.get('flops', float('nan')):,.0f}"),
         ("FLOPs an example", f"{cost.get('flops', float('nan')) * mesh.size / config.train.batch_size:,.0f}"),
     ]

@@ -7,7 +7,7 @@ import pytest
 import sklearn.metrics
 
 from r1jax.errors import UserError
-from r1jax.tasks.medical.evaluation import evaluate, evaluate_modalities, pick_cases, set_operating_points
+from r1jax.tasks.medical.evaluation import evaluate, evaluate_modalities, pick_cases
 from r1jax.tasks.medical.schema import FINDINGS
 from r1jax.tasks.medical.summary import figure_text, rows, summary_lines
 
@@ -102,16 +102,6 @@ def test_frozen_threshold_is_used_and_its_origin_named(case):
     for entry in (frozen["nodule_present"], here["findings"]["malignancy"]):
         assert entry["operating_point"]["origin"] == "set on this split (specificity 0.95)"
         assert entry["operating_point"]["specificity"]["value"] >= 0.95
-
-
-def test_operating_points_set_on_validation_are_those_set_on_this_split(case):
-    predictions, targets, here = case
-    points = set_operating_points(predictions, targets)
-    assert set(points) == {"nodule_present", "malignancy"}
-    for name, threshold in points.items():
-        assert here["findings"][name]["operating_point"]["threshold"] == pytest.approx(threshold)
-    targets = {**targets, "malignancy": np.zeros(N, np.float32)}
-    assert set(set_operating_points(predictions, targets)) == {"nodule_present"}
 
 
 @pytest.mark.parametrize("finding", [f for f in FINDINGS if f.kind == "rating"], ids=lambda f: f.name)

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Shaped
 
 from r1jax.errors import UserError, nearest
 from r1jax.tasks import metrics as m
-from r1jax.tasks.medical.figures import OPERATING_SPECIFICITY, Draw, measure
+from r1jax.tasks.medical.figures import Draw, measure
 from r1jax.tasks.medical.schema import FINDING, FINDINGS
 
 MODES = {"both": "image + record", "image_only": "image only", "record_only": "record only"}
@@ -118,28 +118,6 @@ def evaluate_modalities(
         mode: _differences(predictions["both"], predictions[mode], targets, draw) for mode in alone
     }
     return result
-
-
-def set_operating_points(
-    predictions: dict[str, np.ndarray], targets: dict[str, np.ndarray], specificity: float = OPERATING_SPECIFICITY
-) -> dict[str, float]:
-    """Thresholds of the binary findings, to be frozen for other cases.
-
-    Args:
-      predictions: As `evaluate` takes them, of validation cases.
-      targets: As `evaluate` takes them.
-      specificity: What each threshold keeps on these cases.
-
-    Returns:
-      Threshold by finding; findings without known cases of both classes are left out.
-    """
-    _check(predictions, targets)
-    thresholds = {}
-    for name, scores in predictions.items():
-        known = ~np.isnan(targets[name]) if FINDING[name].kind == "binary" else np.zeros(1, bool)
-        if known.any() and 0 < targets[name][known].sum() < known.sum():
-            thresholds[name] = m.operating_point(targets[name][known], scores[known], specificity).threshold
-    return thresholds
 
 
 def pick_cases(
