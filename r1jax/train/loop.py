@@ -38,7 +38,7 @@ def fit(
     source: Source,
     validation: Source,
 ) -> TrainState:
-    """Trains until the last step or a signal; whatever happens, at most `save_every` steps are lost.
+    """Trains until the last step or a signal; a killed process loses at most `save_every` steps.
 
     Args:
       config: The experiment.
