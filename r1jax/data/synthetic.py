@@ -21,6 +21,8 @@ VERSION = 1
 PARTS = ("train", "val", "test")
 _RECORD, _SCENE, _PICTURE = range(3)
 _POPULATION_SEED = 20130905
+KEPT = 8192
+"""Cases that stay in memory once drawn, half a GiB of 32 x 32 x 32 voxels; the others are drawn at each reading."""
 
 
 @functools.lru_cache(maxsize=1)
@@ -53,7 +55,7 @@ class _Case:
 class SyntheticCases:
     """Synthetic cases by index (a `Source`); case i is a pure function of (seed, part, i) and the shape.
 
-    Pictures are kept in memory as int16 once rendered (64 KiB a case of 32 x 32 x 32 voxels).
+    The first `KEPT` cases stay in memory once drawn.
     """
 
     modalities: frozenset[str] = frozenset({"volume", "table", "text"})
@@ -104,14 +106,17 @@ class SyntheticCases:
 
     def _case(self, index: int) -> _Case:
         """Draws the case, or remembers it."""
-        if index not in self._drawn:
+        if index in self._drawn:
+            return self._drawn[index]
+        patient = self.patient(index)
+        scene = draw_scene(self._rng(index, _SCENE))
+        nodule = patient.nodule
+        center = nodule_center_mm(scene, nodule, self.shape) if nodule else (math.nan,) * 3
+        case = _Case(patient, scene.spacing, center, self._picture(index, patient)[0])
+        if index < KEPT:
             # Two threads may draw the same case: both get the same numbers, so no lock is needed.
-            patient = self.patient(index)
-            scene = draw_scene(self._rng(index, _SCENE))
-            nodule = patient.nodule
-            center = nodule_center_mm(scene, nodule, self.shape) if nodule else (math.nan,) * 3
-            self._drawn[index] = _Case(patient, scene.spacing, center, self._picture(index, patient)[0])
-        return self._drawn[index]
+            self._drawn[index] = case
+        return case
 
     def read_batch(self, indices: Int[np.ndarray, " B"]) -> dict[str, np.ndarray | list[str]]:
         """Reads cases as `Source.read_batch` says.

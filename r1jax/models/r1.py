@@ -11,6 +11,7 @@ from r1jax.models.decoder import Decoder
 from r1jax.models.layers import Linear
 from r1jax.models.moe import RouterStats
 from r1jax.models.table import TableEncoder
+from r1jax.models.text import TextSummary
 from r1jax.models.vision import VisionEncoder
 
 
@@ -62,6 +63,8 @@ class R1(nn.Module):
             self.image = VisionEncoder(c.image, width, self.dtype, c.dropout)
         if "table" in c.modalities:
             self.table = TableEncoder(c.table, width, self.dtype, c.dropout)
+        if "text" in c.modalities:
+            self.text = TextSummary(width, self.dtype, c.dropout)
         self.queries = self.param("queries", nn.initializers.normal(0.02), (len(self.heads), width), jnp.float32)
         self.head = {name: Linear(size, jnp.float32, bias=True) for name, size in self.heads}
 
@@ -101,7 +104,10 @@ class R1(nn.Module):
         x, valid, summary, where = self.encode(inputs, train=train)
         first = x.shape[1]
         if inputs.text is not None:
-            x = jnp.concatenate([x, self.decoder.embed(inputs.text)], axis=1)
+            text = self.decoder.embed(inputs.text)
+            read = self.text(text, inputs.text_valid, train=train)
+            summary = summary + jnp.where(jnp.any(inputs.text_valid, axis=1)[:, None], read, 0)
+            x = jnp.concatenate([x, text], axis=1)
             valid = jnp.concatenate([valid, inputs.text_valid], axis=1)
         batch, queries = x.shape[0], self.queries.shape[0]
         # Queries start from the summaries: a direct way for gradients, where attention over many tokens dilutes them.

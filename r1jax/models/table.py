@@ -45,8 +45,11 @@ class TableEncoder(nn.Module):
         absent = self.param("missing", nn.initializers.normal(1.0), (fields, self.features), jnp.float32)
         x = jnp.einsum("BFI,FOI->BFO", x, weight.astype(self.dtype))
         x = jnp.where(missing[..., None], jnp.broadcast_to(absent.astype(self.dtype)[None], x.shape), x)
+        fields_alone = jnp.mean(x, axis=1)
         for i in range(c.layers):
             x = EncoderLayer(c.num_attention_heads, self.dtype, self.dropout, name=f"layers_{i}")(x, train=train)
         x = RMSNorm(name="final_norm")(x)
-        summary = Linear(self.features, self.dtype, name="summary")(jnp.mean(x, axis=1))
+        # Beside what the layers make of the fields together, each field as it is: norms would bend a plain sum.
+        joined = jnp.concatenate([fields_alone, jnp.mean(x, axis=1)], axis=-1)
+        summary = Linear(self.features, self.dtype, name="summary")(joined)
         return Linear(self.features, self.dtype, name="projection")(x), summary

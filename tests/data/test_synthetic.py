@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import rankdata
 
+from r1jax.data import synthetic
 from r1jax.data.source import Source
 from r1jax.data.synthetic import SyntheticCases
 from r1jax.errors import UserError
@@ -198,3 +199,11 @@ def test_any_case_is_legal(seed, index, part):
     assert batch["text"][0]
     for field, value in zip(RECORD_FIELDS, batch["table"][0], strict=True):
         assert np.isnan(value) or field.low <= value <= field.high
+
+
+def test_memory_is_bounded_and_forgetting_changes_nothing(monkeypatch):
+    monkeypatch.setattr(synthetic, "KEPT", 2)
+    source = synthetic.SyntheticCases(3, 4, "train", (8, 8, 8))
+    first, again = source.read_batch(np.arange(4)), source.read_batch(np.arange(4))
+    np.testing.assert_array_equal(first["volume"], again["volume"])
+    assert sorted(source._drawn) == [0, 1]

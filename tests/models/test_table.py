@@ -53,3 +53,16 @@ def test_no_nan_in_values_or_gradients(missing):
         assert np.isfinite(gradient).all(), path
     taught = np.abs(np.asarray(gradients["missing"])).max(axis=1) > 0
     assert np.flatnonzero(taught).tolist() == missing
+
+
+def test_the_summary_holds_the_plain_sum_of_fields_beside_what_the_layers_make_of_them():
+    module = TableEncoder(TableConfig(layers=0, frequencies=4, num_attention_heads=2), WIDTH)
+    values = jnp.asarray([[0.3, -1.2, 2.0]])
+    params = module.init(jax.random.key(0), values, train=False)["params"]
+    _, summary = module.apply({"params": params}, values, train=False)
+    angle = 2 * np.pi * np.asarray(values, float)[0][:, None] * 0.1 * 2.0 ** np.arange(4)
+    parts = np.concatenate([np.asarray(values, float).T, np.sin(angle), np.cos(angle), np.ones((FIELDS, 1))], axis=1)
+    tokens = np.einsum("fi,foi->fo", parts, np.asarray(params["weight"], float))
+    normed = tokens / np.sqrt((tokens**2).mean(axis=1, keepdims=True) + 1e-6)
+    joined = np.concatenate([tokens.mean(axis=0), normed.mean(axis=0)])
+    np.testing.assert_allclose(summary[0], np.asarray(params["summary"]["weight"], float) @ joined, atol=1e-4)

@@ -9,7 +9,7 @@ from r1jax.models.r1 import Inputs, Output
 from r1jax.ops.losses import binary_cross_entropy, cross_entropy, huber, weighted_mean
 from r1jax.tasks.medical.schema import FINDING
 
-WEIGHTS = {"binary": 1.0, "rating": 0.25, "length": 1.0, "vector": 1.0, "where": 0.5}
+WEIGHTS = {"binary": 1.0, "rating": 0.5, "length": 1.0, "vector": 1.0, "where": 0.5}
 CENTER_UNIT_MM = 10.0
 """Unit in which offsets are learned, and lengths as the log of their ratio to it: errors are then of order one."""
 
