@@ -272,8 +272,8 @@ def train_once(name: str, stem: str, rate: float, seed: int, train, val, args: a
     return {"seed": seed} | speed | {"views": views}
 
 
-def run_network(name: str, train, val, args: argparse.Namespace) -> dict:
-    """Chooses learning rate and stem by a grid, then trains every seed."""
+def run_network(name: str, train, val, args: argparse.Namespace, save) -> dict:
+    """Chooses learning rate and stem by a grid, then trains every seed; `save` gets the result after each."""
     stems = ["none"] if name == "cnn3" else args.stems
     grid = [{"stem": stem, "learning_rate": rate} for stem in stems for rate in args.learning_rates]
     tried = []
@@ -283,12 +283,13 @@ def run_network(name: str, train, val, args: argparse.Namespace) -> dict:
         print(f"  {name} {choice}: AUC {_headline(run, args)['auc']:.4f}, {run['seconds']:.1f} s", flush=True)
     best = max(range(len(tried)), key=lambda i: _headline(tried[i], args)["auc"]) if tried else 0
     stem, rate = grid[best]["stem"], grid[best]["learning_rate"]
-    runs = []
-    for seed in range(args.seeds):
-        runs.append(train_once(name, stem, rate, seed, train, val, args))
-        print(f"  {name} seed {seed}: AUC {_headline(runs[-1], args)['auc']:.4f}", flush=True)
     parameters = sum(p.numel() for p in build(name, stem, train[0][:2]).parameters())
-    return {"settings": grid[best] | {"parameters": parameters}, "grid": tried, "runs": runs}
+    result = {"settings": grid[best] | {"parameters": parameters}, "grid": tried, "runs": []}
+    for seed in range(args.seeds):
+        result["runs"].append(train_once(name, stem, rate, seed, train, val, args))
+        print(f"  {name} seed {seed}: AUC {_headline(result['runs'][-1], args)['auc']:.4f}", flush=True)
+        save(result)
+    return result
 
 
 def _headline(run: dict, args: argparse.Namespace) -> dict[str, float]:
@@ -353,7 +354,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="folder luna16_fpr_2d")
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--models", nargs="+", choices=(*NETWORKS, "svm"), default=["resnet18", "densenet121"])
-    parser.add_argument("--epochs", type=int, default=60)
+    parser.add_argument("--epochs", type=int, default=120)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--views", type=int, nargs="+", default=[1, 8], help="test-time views to average, 1 to 8")
@@ -371,6 +372,13 @@ def main(arguments: list[str]) -> None:
     train, val = load(args.data, "train", args.limit), load(args.data, "val", args.limit)
     counts = {"train": [len(train[1]), int(train[1].sum())], "val": [len(val[1]), int(val[1].sum())]}
     models = {}
+
+    def save(result: dict) -> None:
+        models[name] = result | {"summary": summarise(result)}
+        report = {"data": {"cases_and_nodules": counts}, "models": models} | environment(args)
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(report, indent=1) + "\n")
+
     if set(args.models) & set(NETWORKS):
         import torch
 
@@ -380,13 +388,9 @@ def main(arguments: list[str]) -> None:
     for name in args.models:
         print(name, flush=True)
         if name == "svm":
-            result = run_svm(train, val, args)
+            save(run_svm(train, val, args))
         else:
-            result = run_network(name, train_tensors, (on_device[1], val[1]), args)
-        models[name] = result | {"summary": summarise(result)}
-        report = {"data": {"cases_and_nodules": counts}, "models": models} | environment(args)
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(report, indent=1) + "\n")
+            run_network(name, train_tensors, (on_device[1], val[1]), args, save)
     print(table(models))
 
 
