@@ -38,12 +38,17 @@ def main() -> None:
     parser.add_argument("--peers", type=Path, help="JSON of luna16_peers.py, to print beside")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--workdir", default="runs/benchmark-luna16")
+    parser.add_argument("--resume", action="store_true", help="keep the seeds that --output already holds")
     parser.add_argument("overrides", nargs="*", help="overrides of train.py, after --")
     args = parser.parse_args()
     peers = json.loads(args.peers.read_text())["models"] if args.peers else {}
     args.output.parent.mkdir(parents=True, exist_ok=True)
     runs: list[dict] = []
-    for seed in range(args.seeds):
+    models = peers
+    if args.resume and args.output.exists():
+        models = json.loads(args.output.read_text())["models"] | peers
+        runs = models["r1jax"]["runs"]
+    for seed in range(len(runs), args.seeds):
         runs.append(run_seed(seed, args))
         result = jax_environment(args)  # after a run: it starts JAX, and the run chooses its platform
         ours = {"settings": {"overrides": result["arguments"]["overrides"]}, "runs": runs}

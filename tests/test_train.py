@@ -44,8 +44,10 @@ def start(shared):
         words = [sys.executable, str(ROOT / "train.py"), "--config", str(TINY), *map(str, flags)]
         with (folder / "out").open("w") as out, (folder / "err").open("w") as err:
             # The limit is set by a program in between: a fork of this process, which has threads, may not run Python.
+            # Its pages of tracebacks pass through cat, which has no limit: cut off, they end the process with code 1.
             if limit:
-                words = ["prlimit", f"--fsize={limit}", *words]
+                piped = 'set -o pipefail; { prlimit "$@" 2>&1 >&3 | cat >&2; } 3>&1'
+                words = ["bash", "-c", piped, "bash", f"--fsize={limit}", *words]
             return subprocess.Popen(words, stdout=out, stderr=err, cwd=ROOT, env=environment)
 
     return run

@@ -45,8 +45,8 @@ INTERCEPT = -3.9
 IMAGE_FACTORS = tuple(factor.name for factor in FACTORS if factor.side == "image")
 """They stand first in FACTORS."""
 
-PRESENCE = 0.55
-"""Share of cases with a nodule."""
+PRESENCE = 0.7
+"""Share of cases with a nodule, which alone have an outcome to learn from."""
 LONG_AXIS_MM = (6.0, 26.0)
 """Smallest and largest nodule; below 6 mm Lung-RADS asks for no more than the yearly screening."""
 MISSING = 0.08
