@@ -156,7 +156,10 @@ class CheckpointFolder:
             files = sorted(p for p in draft.rglob("*") if p.is_file())
             manifest = {str(p.relative_to(draft)): _sha256(p) for p in files}
             (draft / MANIFEST).write_text(json.dumps(manifest, indent=1))
+            for path in (*draft.rglob("*"), draft):
+                _flush(path)
             os.rename(draft, final)
+            _flush(self.path)
         except (OSError, ValueError) as error:  # TensorStore reports a full disk as ValueError
             shutil.rmtree(draft, ignore_errors=True)
             reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
@@ -242,6 +245,15 @@ def abstract_like(state: Any, shardings: Any) -> Any:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Has a file or the names in a folder written to the disk: after a power loss, what is published must be there."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _read_json(path: Path) -> Any:

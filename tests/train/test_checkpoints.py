@@ -72,6 +72,27 @@ def test_a_relative_folder_is_written_and_read(tmp_path, monkeypatch):
     np.testing.assert_array_equal(restored["weights"], STATE["weights"] + 3)
 
 
+def test_everything_is_on_the_disk_before_it_is_published(folder, monkeypatch):
+    flushed, at_rename = set(), set()
+    fsync, rename = os.fsync, os.rename
+
+    def record_fsync(descriptor):
+        flushed.add(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def record_rename(source, target):
+        if Path(target) == folder.path / "00000003":
+            at_rename.update(flushed)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(os, "rename", record_rename)
+    checkpoint = save(folder, 3)
+    written = [checkpoint.path, *checkpoint.path.rglob("*")]
+    assert {p.stat().st_ino for p in written} <= at_rename
+    assert folder.path.stat().st_ino in flushed
+
+
 def damage(path, kind, rng):
     """Flips a bit, cuts, empties, lengthens or deletes; returns whether the file is not what it was."""
     data = path.read_bytes()
