@@ -198,8 +198,8 @@ def test_full_disk(reference, start, tmp_path):
     workdir = tmp_path / "run"
     code, _, err = finish(start(tmp_path, "--workdir", workdir, limit=60_000), tmp_path)
     assert code == 2, "\n".join(err[-20:])
-    errors = [line for line in err if line.startswith("error:")]
-    assert len(errors) == 1 and "00000003 could not be written" in errors[0]
+    # Not at the start of its line: Orbax's threads still write when the sentence comes.
+    assert "\n".join(err).count(f"error: checkpoint {workdir / 'checkpoints' / '00000003'} could not be written") == 1
     assert os.listdir(workdir / "checkpoints") == []
     code, _, err = finish(start(tmp_path, "--workdir", workdir), tmp_path)
     assert code == 0, "\n".join(err)
