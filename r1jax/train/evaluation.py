@@ -35,7 +35,7 @@ class Evaluator:
                 if "center_mm" in found:
                     found["center_mm"] = undo(found["center_mm"])
                 views.append(found)
-            return jax.tree.map(lambda *same: sum(same) / len(same), *views)
+            return task.recentre(jax.tree.map(lambda *same: sum(same) / len(same), *views), batch, -1)
 
         self.forward = jax.jit(forward, out_shardings=NamedSharding(mesh, PartitionSpec()))
 

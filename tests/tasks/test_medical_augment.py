@@ -35,6 +35,16 @@ def test_fit_crops_about_the_centre_and_pads_with_air():
     np.testing.assert_array_equal(b.fit(b.fit(x, (9, 10)), (5, 6)), x)  # cropping undoes padding
 
 
+@pytest.mark.parametrize("have", [9, 10, 11, 12, 13, 14, 15])
+def test_the_middle_after_fitting_is_where_it_was(have):
+    """A single bright voxel tells where the given middle went."""
+    for want in (12, 13):
+        place = have // 2
+        x = np.asarray(b.fit(jnp.full((1, have), 0.5).at[0, place].set(2.0), (want,)))
+        before, after = place - (have - 1) / 2, int(x[0].argmax()) - (want - 1) / 2
+        assert b.fitted_middle((have,), (want,)) == (after - before,)
+
+
 def position(x):
     """Centre of mass of what is brighter than air, as an offset from the centre in voxels; [B, rank]."""
     x = np.maximum(np.asarray(x, np.float64) - 0.05, 0)
@@ -87,7 +97,8 @@ def test_centre_moves_with_the_nodule(mode, size, spacing):
         "center_mm": jnp.asarray(offsets * spacings, jnp.float32),
         "nodule_present": jnp.ones(CASES),
     }
-    x, new_spacing, moved = augment(jax.random.key(0), bright(offsets, size), jnp.asarray(spacings), targets, mode=mode)
+    x = bright(offsets, size)
+    x, new_spacing, moved, _ = augment(jax.random.key(0), x, jnp.asarray(spacings), targets, mode=mode)
     # Contrast scales by at least e^-0.15 and lifts by up to 0.15: the background is taken off again.
     flat = np.asarray(x).reshape(CASES, -1)
     found = position((np.asarray(x) - np.median(flat, axis=1).reshape(-1, 1, 1, 1)) * 2)
@@ -103,10 +114,11 @@ def test_centre_moves_with_the_nodule(mode, size, spacing):
 def test_length_grows_with_the_picture_and_an_unknown_centre_stays_unknown():
     x = bright(np.zeros((CASES, 3)), (24, 24, 24), 2.5)
     targets = {"long_axis_mm": jnp.full(CASES, 10.0), "center_mm": jnp.zeros((CASES, 3)).at[3, 1].set(jnp.nan)}
-    y, _, moved = augment(jax.random.key(1), x, jnp.ones((CASES, 3)), targets, mode="affine")
+    y, _, moved, zoom = augment(jax.random.key(1), x, jnp.ones((CASES, 3)), targets, mode="affine")
     ratio = np.asarray(moved["long_axis_mm"]) / 10
     np.testing.assert_allclose([spread(case) / spread(np.asarray(x[0])) for case in np.asarray(y)], ratio, rtol=0.05)
     assert ratio.min() < 0.9 and ratio.max() > 1.1
+    np.testing.assert_allclose(zoom, ratio, rtol=1e-6)
     unknown = np.isnan(np.asarray(moved["center_mm"]))
     assert unknown[3].any() and not np.delete(unknown, 3, axis=0).any()
 
@@ -115,14 +127,59 @@ def spread(picture):
     """Root mean square distance of a blob's voxels from their middle, in voxels."""
     weight = picture - np.median(picture)
     weight = np.where(weight > 0.1 * weight.max(), weight, 0)
-    places = np.stack(np.meshgrid(*[np.arange(n) for n in picture.shape], indexing="ij"), -1).reshape(-1, 3)
+    places = np.stack(np.meshgrid(*[np.arange(n) for n in picture.shape], indexing="ij"), -1).reshape(-1, picture.ndim)
     middle = np.average(places, axis=0, weights=weight.ravel())
     return np.sqrt(np.average(((places - middle) ** 2).sum(-1), weights=weight.ravel()))
 
 
+BOTH = Config(
+    model=ModelConfig(
+        modalities=("volume", "image"), volume=VisionConfig(size=(24, 24, 24)), image=VisionConfig(size=(24, 24))
+    ),
+    task=TaskConfig(fields=("long_axis_mm", "center_mm"), modality_dropout=0.0, augment="affine"),
+)
+
+
+def both_pictures(offsets, size):
+    """A collated batch in which a volume and a slice show the same blobs."""
+    count = len(offsets)
+    return {
+        "volume": jnp.asarray(bright(offsets, size, 2.5) * 1000 - 300, jnp.int16),
+        "volume_spacing": jnp.full((count, 3), 0.8),
+        "has_volume": jnp.ones(count, bool),
+        "image": jnp.asarray(bright(offsets[:, 1:], size[1:], 2.5) * 1000 - 300, jnp.int16),
+        "image_spacing": jnp.full((count, 2), 0.8),
+        "has_image": jnp.ones(count, bool),
+        "target.long_axis_mm": jnp.full(count, 10.0),
+        "target.center_mm": jnp.asarray(offsets * 0.8, jnp.float32),
+    }
+
+
+def test_both_pictures_of_a_case_grow_alike():
+    batch = both_pictures(np.zeros((CASES, 3)), (24, 24, 24))
+    before, _ = jax.jit(Medical(BOTH).prepare)(batch)
+    after, targets = jax.jit(Medical(BOTH).prepare)(batch, jax.random.key(1))
+    ratio = np.asarray(targets["long_axis_mm"]) / 10
+    assert ratio.min() < 0.9 and ratio.max() > 1.1
+    for name in ("volume", "image"):
+        old, new = np.asarray(getattr(before, name)), np.asarray(getattr(after, name))
+        np.testing.assert_allclose([spread(case) / spread(old[0]) for case in new], ratio, rtol=0.06)
+
+
+@pytest.mark.parametrize("key", [None, jax.random.key(2)], ids=["evaluation", "training"])
+@pytest.mark.parametrize("size", [(25, 27, 27), (24, 25, 25), (22, 23, 23)])
+def test_centres_are_counted_from_what_the_model_reads(size, key):
+    offsets = np.random.default_rng(0).uniform(-2, 2, (CASES, 3))
+    inputs, targets = jax.jit(Medical(BOTH).prepare)(both_pictures(offsets, size), key)
+    volume = np.maximum(np.asarray(inputs.volume), -1)
+    flat = volume.reshape(CASES, -1)
+    found = position((volume - np.median(flat, axis=1).reshape(-1, 1, 1, 1) - 0.05) * 2) * 0.8
+    assert np.abs(found - np.asarray(targets["center_mm"])).max() < (0.05 if key is None else 0.25)
+
+
 def test_a_slice_leaves_the_centre_of_the_volume_alone():
     targets = {"center_mm": jnp.ones((2, 3))}
-    x, spacing, kept = augment(jax.random.key(0), jnp.zeros((2, 8, 8)), jnp.ones((2, 2)), targets, mode="affine")
+    x, spacing, kept, _ = augment(jax.random.key(0), jnp.zeros((2, 8, 8)), jnp.ones((2, 2)), targets, mode="affine")
     np.testing.assert_array_equal(kept["center_mm"], np.ones((2, 3)))
     assert x.shape == (2, 8, 8) and spacing.shape == (2, 2)
 

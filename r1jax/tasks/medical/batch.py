@@ -88,6 +88,15 @@ def fit(x: Float[Array, "B ..."], size: tuple[int, ...]) -> Float[Array, "B ..."
     return x
 
 
+def fitted_middle(have: tuple[int, ...], want: tuple[int, ...]) -> tuple[float, ...]:
+    """How far `fit` moves the middle: voxels from the middle of what it gives to that of the original, each axis.
+
+    0.5 where an odd number of voxels is cut off, -0.5 where one is added, else 0.
+    """
+    lost = zip(have, want, strict=True)
+    return tuple(0.0 if (a - b) % 2 == 0 else 0.5 if a > b else -0.5 for a, b in lost)
+
+
 def _per_case(values: Shaped[Array, " B"], x: Array) -> Array:
     """One value a case, shaped to meet whole cases of x."""
     return values.reshape(-1, *[1] * (x.ndim - 1))
@@ -134,9 +143,9 @@ def view_of(index: int, batch: int, rank: int) -> tuple[Bool[Array, "B rank"], B
 
 
 def _warp(
-    key: PRNGKeyArray, x: Float[Array, "B ..."], spacing: Float[Array, "B rank"]
+    key: PRNGKeyArray, x: Float[Array, "B ..."], spacing: Float[Array, "B rank"], zoom: Float[Array, " B"] | None
 ) -> tuple[Float[Array, "B ..."], Float[Array, "B 2 2"], Float[Array, "B rank"], Float[Array, " B"]]:
-    """Random turn in plane, zoom 0.85 to 1.18, and shift of up to 8 % of the edge, with linear interpolation.
+    """Random turn in plane, zoom 0.85 to 1.18 if none is given, shift of up to 8 % of the edge; interpolates linearly.
 
     Returns:
       The warped pictures; the in-plane rotation, shift in mm and zoom, so that a point p moves to zoom R (p - shift).
@@ -145,7 +154,8 @@ def _warp(
     rank = len(size)
     angles, zooms, shifts = jax.random.split(key, 3)
     angle = jax.random.uniform(angles, (batch,), maxval=2 * np.pi)
-    zoom = jnp.exp(jax.random.uniform(zooms, (batch,), minval=-0.165, maxval=0.165))
+    if zoom is None:
+        zoom = jnp.exp(jax.random.uniform(zooms, (batch,), minval=-0.165, maxval=0.165))
     edge = jnp.asarray(size, jnp.float32)
     shift = jax.random.uniform(shifts, (batch, rank), minval=-0.08, maxval=0.08) * edge[None]
     cos, sin = jnp.cos(angle), jnp.sin(angle)
@@ -172,19 +182,37 @@ def _warp(
 
 
 def augment(
-    key: PRNGKeyArray, x: Float[Array, "B ..."], spacing: Float[Array, "B rank"], targets: Targets, mode: str
-) -> tuple[Float[Array, "B ..."], Float[Array, "B rank"], Targets]:
-    """Mirrors, turns and, for `affine`, warps the pictures, and moves centre and size targets with them."""
+    key: PRNGKeyArray,
+    x: Float[Array, "B ..."],
+    spacing: Float[Array, "B rank"],
+    targets: Targets,
+    mode: str,
+    zoom: Float[Array, " B"] | None = None,
+) -> tuple[Float[Array, "B ..."], Float[Array, "B rank"], Targets, Float[Array, " B"] | None]:
+    """Mirrors, turns and, for `affine`, warps the pictures, and moves centre and size targets with them.
+
+    Args:
+      key: Randomness.
+      x: Pictures, windowed.
+      spacing: mm a voxel.
+      targets: Findings.
+      mode: flips or affine.
+      zoom: That of another picture of the same cases, with which the targets have grown already; None draws it.
+
+    Returns:
+      Pictures, spacing, targets and, for `affine`, the zoom.
+    """
     batch, rank = x.shape[0], x.ndim - 1
     turn, warp, contrast, swap = jax.random.split(key, 4)
     center = targets.get("center_mm") if rank == 3 else None
     if mode == "affine":
-        x, rotation, shift, zoom = _warp(warp, x, spacing)
+        grown = zoom is not None
+        x, rotation, shift, zoom = _warp(warp, x, spacing, zoom)
         if center is not None:
             moved = center - shift
             plane = jnp.einsum("Bij,Bj->Bi", rotation, moved[:, 1:])
             center = zoom[:, None] * jnp.concatenate([moved[:, :1], plane], axis=1)
-        if "long_axis_mm" in targets:
+        if "long_axis_mm" in targets and not grown:
             targets = targets | {"long_axis_mm": targets["long_axis_mm"] * zoom}
         gain, lift = jax.random.uniform(contrast, (2, batch), minval=-0.15, maxval=0.15)
         x = x * _per_case(jnp.exp(gain), x) + _per_case(lift, x)
@@ -194,7 +222,7 @@ def augment(
     x, spacing = orient(x, flips, transpose), swap_in_plane(spacing, transpose)
     if center is not None:
         targets = targets | {"center_mm": orient_vector(center, flips, transpose)}
-    return x, spacing, targets
+    return x, spacing, targets, zoom
 
 
 def hide(inputs: Inputs, images: Bool[Array, " B"], record: Bool[Array, " B"]) -> Inputs:

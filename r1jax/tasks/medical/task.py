@@ -90,17 +90,19 @@ class Medical:
           key: Randomness of training; None at evaluation.
 
         Returns:
-          What the model reads, and the targets.
+          What the model reads, and the targets, with centres counted from the middle of the volume that it reads.
         """
         config, targets = self.config, {k.removeprefix("target."): v for k, v in batch.items() if "target." in k}
         arrays = {k: v for k, v in batch.items() if "target." not in k}
+        zoom = None  # one for all pictures of a case
         for name in b.PICTURES:
             if name in arrays:
                 x, spacing = b.window(arrays[name]), arrays[f"{name}_spacing"]
                 if key is not None and config.task.augment != "none":
                     name_key = jax.random.fold_in(key, b.PICTURES.index(name))
-                    x, spacing, targets = b.augment(name_key, x, spacing, targets, config.task.augment)
+                    x, spacing, targets, zoom = b.augment(name_key, x, spacing, targets, config.task.augment, zoom)
                 arrays[name], arrays[f"{name}_spacing"] = b.fit(x, getattr(config.model, name).size), spacing
+        targets = self.recentre(targets, batch | {"volume_spacing": arrays.get("volume_spacing")}, 1)
         inputs = Inputs(**arrays)
         if key is not None and config.task.modality_dropout > 0:
             both = b.has_pictures(inputs) & b.has_record(inputs)
@@ -108,6 +110,26 @@ class Medical:
             rate = config.task.modality_dropout
             inputs = b.hide(inputs, both & (draw < rate), both & (draw > 1 - rate))
         return inputs, targets
+
+    def recentre(self, found: dict[str, Array], batch: dict[str, Array], sign: int) -> dict[str, Array]:
+        """Moves centres between the middle of the volume that was given and that of the volume that the model reads.
+
+        Cutting 51 voxels to 48 cannot keep the middle: the two lie half a voxel apart.
+
+        Args:
+          found: Targets or predictions.
+          batch: From `collate`, in the orientation of the centres.
+          sign: 1 counts from what is read instead of what was given, -1 undoes that.
+
+        Returns:
+          The same with the centres moved, if there are any.
+        """
+        if "volume" not in batch or "center_mm" not in found:
+            return found
+        moved = b.fitted_middle(batch["volume"].shape[1:], self.config.model.volume.size)
+        if not any(moved):
+            return found
+        return found | {"center_mm": found["center_mm"] + sign * jnp.asarray(moved)[None] * batch["volume_spacing"]}
 
     def loss(
         self, output: Output, inputs: Inputs, targets: dict[str, Float[Array, "B ..."]]
