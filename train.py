@@ -27,6 +27,8 @@ def main(arguments: list[str]) -> int:
     model = R1(config.model, task.heads)
     source, validation = task.source("train"), task.source("val")
     print(f"data: {source.name}, {len(source)} cases; validation {len(validation)}", file=sys.stderr)
+    if unknown := task.unknown_findings(source):
+        print(f"note: no training case knows {', '.join(unknown)}: not learned", file=sys.stderr)
     batch = example_batch(source, task, config.train.batch_size)
     if invocation.mode == "dry-run":
         print(plan(config, model, task, mesh, batch))

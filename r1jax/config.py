@@ -211,7 +211,7 @@ class EvalData:
     path: str | None = None
     """Folder of cases (docs/data.md); none takes the data of the checkpoint's own config."""
     split: Split | None = None
-    """Part of the data; none takes the config's `data.split`."""
+    """Part of the data; none takes the config's `data.split`, and all of a folder that was not trained on."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """A folder of cases in the documented format (docs/data.md) as a source: `.npz` arrays, and tables beside them."""
 
 import hashlib
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -74,7 +75,7 @@ class FolderCases:
             name += f"; not used: {', '.join(ignored)}"
         return cls(
             name=name,
-            fingerprint=_fingerprint(files),
+            fingerprint=folder_fingerprint(folder),
             modalities=frozenset(modalities),
             ignored=tuple(ignored),
             splits=dict(Counter(mark for mark in cases.marks if mark)),
@@ -84,6 +85,10 @@ class FolderCases:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def known_findings(self) -> frozenset[str]:
+        """Findings whose answer is known in at least one case of this part."""
+        return frozenset(name for name, values in self.cases.targets.items() if not np.isnan(values[self.rows]).all())
 
     def read_batch(self, indices: Int[np.ndarray, " B"]) -> dict[str, np.ndarray | list[str]]:
         """Reads raw cases; see `Source.read_batch`."""
@@ -122,10 +127,20 @@ def _list_files(folder: Path) -> list[Path]:
     return archives + [path for path in files if path.suffix.lower() == ".csv"]
 
 
-def _fingerprint(files: Sequence[Path]) -> str:
-    """Hashes the hashes of the files, so that where one file ends and the next begins counts too."""
+def folder_fingerprint(folder: Path) -> str:
+    """Hashes the files of a folder of cases, without reading the cases.
+
+    Args:
+      folder: As `FolderCases.open` takes it.
+
+    Returns:
+      sha256 (hex) over the hashes of the files, so that where one file ends and the next begins counts too.
+
+    Raises:
+      UserError: The folder cannot be read or has no `.npz` file.
+    """
     total = hashlib.sha256()
-    for path in files:
+    for path in _list_files(folder):
         with path.open("rb") as file:
             total.update(hashlib.file_digest(file, "sha256").digest())
     return total.hexdigest()
@@ -142,7 +157,8 @@ def _choose_rows(
     if split == "test" and not np.isin(marks, PARTS).any():
         print(
             f"note: {folder} marks no case train, val or test, so that test takes all {len(marks)} of them;"
-            " a model trained on this folder has seen some: score it on --data.split val"
+            " a model trained on this folder has seen some: score it on --data.split val",
+            file=sys.stderr,
         )
         return np.arange(len(marks))
     if split in ("train", "val") and (fold is not None or not marked):

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import re
+import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,7 +17,7 @@ from jax.sharding import Mesh
 
 from r1jax import __version__
 from r1jax.config import Config, EvalArguments
-from r1jax.data.folder import FolderCases
+from r1jax.data.folder import folder_fingerprint
 from r1jax.data.source import Source
 from r1jax.errors import UserError
 from r1jax.models.r1 import R1
@@ -95,8 +96,18 @@ def scoring_config(checkpoint: Checkpoint, arguments: EvalArguments) -> Config:
             f"the checkpoint was trained on the folder {data.path}, which is not here: give the folder of the cases "
             "to score with --data.path"
         )
-    changed = dataclasses.replace(data, path=chosen.path or data.path, split=chosen.split or data.split)
-    return dataclasses.replace(config, data=changed)
+    split = chosen.split or data.split
+    if chosen.path is not None and chosen.split is None:
+        trained_here = data.path is not None and Path(data.path).resolve() == Path(chosen.path).resolve()
+        trained_here |= folder_fingerprint(Path(chosen.path)) == checkpoint.meta()["data"]["fingerprint"]
+        split = data.split if trained_here else "all"
+        which = "the folder" if trained_here else "not the folder"
+        print(
+            f"--data.split was not given: {split!r} is scored, as {chosen.path} is {which} that the checkpoint was "
+            "trained on",
+            file=sys.stderr,
+        )
+    return dataclasses.replace(config, data=dataclasses.replace(data, path=chosen.path or data.path, split=split))
 
 
 def restore_served(checkpoint: Checkpoint, config: Config, model: R1, task: Medical, mesh: Mesh, source: Source) -> Any:
@@ -277,7 +288,7 @@ def _curves(scored: Scored) -> list[Scores]:
 
 def _warnings(run: Evaluation, scored: Scored, seen: int) -> list[str]:
     """What a reader of the figures must know."""
-    data, source, asked = run.config.data, scored.source, run.arguments.data
+    data, source = run.config.data, scored.source
     found = []
     if seen:
         found.append(
@@ -286,12 +297,6 @@ def _warnings(run: Evaluation, scored: Scored, seen: int) -> list[str]:
         )
     elif data.split == "val" and (run.synthetic or source.fingerprint == run.checkpoint.meta()["data"]["fingerprint"]):
         found.append("these cases chose the checkpoint and its operating points: the figures are somewhat optimistic")
-    total = len(source.cases.case_id) if isinstance(source, FolderCases) else len(source)
-    if asked.path is not None and asked.split is None and len(source) < total:
-        found.append(
-            f"{len(source)} of the {total} cases of {asked.path} were scored: --data.split was not given, so it is "
-            f"{data.split!r} as in the checkpoint's config; --data.split all takes all"
-        )
     unset = {name for mode in scored.points for name in scored.points[mode] if name not in scored.frozen[mode]}
     if unset:
         found.append(
@@ -306,7 +311,6 @@ def _provenance_lines(metrics: dict[str, Any]) -> dict[str, str]:
     made = metrics["provenance"]
     checkpoint, data = made["checkpoint"], made["data"]
     return {
-        **({"Warning": "; ".join(metrics["warnings"])} if metrics["warnings"] else {}),
         "Data": f"{data['name']} (split {data['split']}, {data['cases']} cases)",
         "Data fingerprint (SHA-256)": data["fingerprint"],
         "Trained on": f"{made['trained_on']['name']} ({made['trained_on']['fingerprint']})",

@@ -74,7 +74,7 @@ def write_page(
     sections = {name: body for name, body in sections.items() if body}
     page = Template(resources.files("r1jax.serve").joinpath("page.html").read_text("utf-8")).substitute(
         title=escape(title),
-        banner=_BANNER if synthetic else "",
+        banner=(_BANNER if synthetic else "") + "".join(_warning(text) for text in metrics.get("warnings", [])),
         lead=_lead(modes),
         links="".join(f'<a href="#{_slug(name)}">{name}</a>' for name in sections),
         sections="\n".join(
@@ -87,6 +87,10 @@ def write_page(
     temporary = path.with_name(path.name + ".partial")
     temporary.write_text(page, "utf-8")
     os.replace(temporary, path)
+
+
+def _warning(text: str) -> str:
+    return f'<div class="banner"><div class="inner"><strong>WARNING</strong><span>{escape(text)}</span></div></div>'
 
 
 def _slug(name: str) -> str:

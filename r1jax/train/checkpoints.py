@@ -4,6 +4,7 @@ checkpoints/00000200/{state/, config.json, meta.json, manifest.json}. Orbax stor
 so a flipped bit would be read back unnoticed; the manifest is verified before every restore.
 """
 
+import asyncio
 import errno
 import hashlib
 import json
@@ -149,8 +150,7 @@ class CheckpointFolder:
             needed = sum(x.nbytes for x in jax.tree.leaves(state))
             if shutil.disk_usage(draft).free < needed:  # asked first: Orbax fails late and with pages of tracebacks
                 raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {needed / 2**20:,.1f} MiB are needed")
-            with ocp.StandardCheckpointer() as checkpointer:
-                checkpointer.save(draft.absolute() / "state", state)
+            _write_arrays(draft.absolute() / "state", state)
             (draft / "config.json").write_text(to_json(config))
             (draft / "meta.json").write_text(json.dumps(meta, indent=1))
             files = sorted(p for p in draft.rglob("*") if p.is_file())
@@ -160,11 +160,10 @@ class CheckpointFolder:
                 _flush(path)
             os.rename(draft, final)
             _flush(self.path)
-        except (OSError, ValueError) as error:  # TensorStore reports a full disk as ValueError
+        except OSError as error:
             shutil.rmtree(draft, ignore_errors=True)
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
             raise UserError(
-                f"checkpoint {final} could not be written ({reason}); earlier checkpoints are "
+                f"checkpoint {final} could not be written ({error.strerror or error}); earlier checkpoints are "
                 "untouched: make room or choose another --workdir, and run the same command again"
             ) from error
         self._prune()
@@ -231,8 +230,9 @@ def check_same_run(stored: Config, config: Config, where: Path) -> None:
     if changed:
         name, old, new = changed[0]
         others = f" (and {len(changed) - 1} more fields)" if len(changed) > 1 else ""
+        why = ", and the learning rate falls over just as many steps" if name == "train.steps" else ""
         raise UserError(
-            f"{where} was trained with {name} {old!r}, but this command says {new!r}{others}: "
+            f"{where} was trained with {name} {old!r}{why}, but this command says {new!r}{others}: "
             "choose another --workdir, or delete that folder to start anew"
         )
 
@@ -240,6 +240,17 @@ def check_same_run(stored: Config, config: Config, where: Path) -> None:
 def abstract_like(state: Any, shardings: Any) -> Any:
     """Shapes and dtypes of a state with the shardings that it shall have."""
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
+
+
+def _write_arrays(path: Path, state: Any) -> None:
+    """Has Orbax write the arrays; whatever it raises on a failed write is an OSError with the first line of it."""
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(path, state)
+    # TensorStore reports a full disk as ValueError; what its threads leave behind also ends Orbax's event loops.
+    except (Exception, asyncio.CancelledError, BaseExceptionGroup) as error:
+        reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+        raise OSError(errno.EIO, reason) from error
 
 
 def _sha256(path: Path) -> str:

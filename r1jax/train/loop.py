@@ -89,7 +89,9 @@ def fit(
                     done, {f"validation.{mode}.{k}": v for mode, found in reached.items() for k, v in found.items()}
                 )
                 shown = "  ".join(f"{k} {v:.3f}" for k, v in reached["both"].items() if k.startswith("auc"))
-                telemetry.say(f"step {done}: validation score {validated['score']:.3f}  {shown}")
+                score = validated["score"]
+                judged = "no case can be judged" if score is None else f"score {score:.3f}"
+                telemetry.say(f"step {done}: validation {judged}  {shown}".rstrip())
                 save(done, validated)
                 telemetry.pause()
             elif done % t.save_every == 0:

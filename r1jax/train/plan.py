@@ -1,5 +1,7 @@
 """What a run would take, from the compiled program, before it starts (`train.py --dry-run`)."""
 
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,7 +41,7 @@ def plan(config: Config, model: R1, task: Medical, mesh: Mesh, batch: Batch) -> 
       batch: Any collated batch.
 
     Returns:
-      A table: parameters in all and active a token, bytes a device, FLOPs a step as XLA counts them.
+      A table: parameters in all and active a token, bytes a device and whether it has them, FLOPs a step as XLA counts.
     """
     state = jax.eval_shape(lambda: init_state(config, model, task, batch))
     compiled = compile_step(config, model, task, mesh, batch)
@@ -47,7 +49,8 @@ def plan(config: Config, model: R1, task: Medical, mesh: Mesh, batch: Batch) -> 
     sharded = jax.tree.map(
         lambda x, s: int(np.prod(s.shard_shape(x.shape))) * x.dtype.itemsize, state, shard_tree(mesh, state)
     )
-    read = sum(x.nbytes for x in batch.values()) // mesh.size
+    held = sum(jax.tree.leaves(sharded))
+    working = memory.temp_size_in_bytes + sum(x.nbytes for x in batch.values()) // mesh.size
     parts: dict[str, int] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
         name = path[0].key
@@ -60,10 +63,24 @@ def plan(config: Config, model: R1, task: Medical, mesh: Mesh, batch: Batch) -> 
         ("parameters", f"{total:,} ({total - layers * idle:,} active a token)"),
         *((f"  {name}", f"{count:,}") for name, count in parts.items()),
         ("mesh", ", ".join(f"{k} {v}" for k, v in mesh.shape.items())),
-        ("state a device", f"{sum(jax.tree.leaves(sharded)) / 2**20:,.1f} MiB"),
-        ("batch, temporaries a device", f"{(memory.temp_size_in_bytes + read) / 2**20:,.1f} MiB"),
-        ("FLOPs a step and device (XLA's count)", f"{cost.get('flops', float('nan')):,.0f}"),
+        ("state a device", f"{held / 2**20:,.1f} MiB"),
+        ("batch, temporaries a device", f"{working / 2**20:,.1f} MiB"),
+        ("memory of a device", _verdict(held + working, mesh)),
+        ("FLOPs a step and device", f"{cost.get('flops', float('nan')):,.0f}"),
         ("FLOPs an example", f"{cost.get('flops', float('nan')) * mesh.size / config.train.batch_size:,.0f}"),
+        ("", "(XLA's count: the body of a loop counts once, a call of another library not at all)"),
     ]
     width = max(len(name) for name, _ in rows) + 2
     return "\n".join(f"{name:<{width}}{value}" for name, value in rows)
+
+
+def _verdict(needed: float, mesh: Mesh) -> str:
+    """Whether a step fits, with what JAX may use of a GPU, or with this host's memory shared by its CPU devices."""
+    device = mesh.devices.flat[0]
+    limit = (device.memory_stats() or {}).get("bytes_limit", 0)
+    if device.platform == "cpu":
+        limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / mesh.size
+    if not limit:
+        return "unknown"
+    fits = "the step fits" if needed <= limit else "the step does not fit"
+    return f"{limit / 2**20:,.0f} MiB: {fits}, it takes {needed / limit:.1%}"

@@ -213,7 +213,7 @@ def test_marked_parts(tmp_path, capsys):
     assert rows["test"] == ["000003"]
     assert len(rows["all"]) == 7
     assert FolderCases.open(tmp_path).splits == {"train": 4, "val": 2, "test": 1}
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr() == ("", "")
 
 
 def test_folds_partition_the_folder(tmp_path):
@@ -251,9 +251,9 @@ def test_fold_instead_of_the_marks_never_touches_the_test_part(tmp_path):
 def test_test_part_of_an_unmarked_folder_is_everything_with_a_note(tmp_path, capsys):
     write(tmp_path, image=images(4))
     assert len(FolderCases.open(tmp_path, split="test")) == 4
-    assert re.search("note: .*no case train, val or test.* all 4", capsys.readouterr().out)
+    assert re.search("note: .*no case train, val or test.* all 4", capsys.readouterr().err)
     assert len(FolderCases.open(tmp_path, split="all")) == 4
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("mark", [np.full(4, 7), np.full(4, "holdout"), np.full(4, 2), np.full(4, "")])

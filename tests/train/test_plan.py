@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from r1jax.train import plan as plan_module
 from r1jax.train.plan import example_batch, plan
 from tests.train.experiment import optax_promotes
 
@@ -12,7 +13,7 @@ from tests.train.experiment import optax_promotes
 def rows(tiny):
     with optax_promotes():
         text = plan(tiny.config, tiny.model, tiny.task, tiny.mesh, tiny.batch)
-    return dict(re.split(r"\s{2,}", line.strip(), maxsplit=1) for line in text.splitlines())
+    return dict(re.split(r"\s{2,}", line, maxsplit=1) for line in text.replace("\n  ", "\n").splitlines())
 
 
 def number(text):
@@ -30,8 +31,11 @@ def test_parameters_are_those_of_the_tree(tiny, rows):
 def test_memory_and_work(tiny, rows):
     held = sum(x.nbytes for x in jax.tree.leaves(tiny.fresh)) / 2**20
     assert number(rows["state a device"]) == pytest.approx(held, abs=0.06)
-    assert number(rows["batch, temporaries a device"]) > 0
-    flops = number(rows["FLOPs a step and device (XLA's count)"])
+    working = number(rows["batch, temporaries a device"])
+    assert working > 0
+    limit, verdict = rows["memory of a device"].split(" MiB: ")
+    assert verdict == f"the step fits, it takes {(held + working) / number(limit):.1%}"
+    flops = number(rows["FLOPs a step and device"])
     assert flops > 6 * number(rows["parameters"])
     assert number(rows["FLOPs an example"]) == pytest.approx(flops / 8, rel=1e-3)
     assert rows["mesh"] == "data 1, fsdp 1"
@@ -42,3 +46,11 @@ def test_example_batch_has_the_shapes_of_a_batch(tiny):
     for name, x in tiny.batches(1)[0].items():
         assert (example[name].shape, example[name].dtype) == (x.shape, x.dtype), name
         np.testing.assert_array_equal(example[name][3], x[0])
+
+
+@pytest.mark.parametrize(("pages", "verdict"), [(4, "the step does not fit"), (2**30, "the step fits")])
+def test_says_whether_the_memory_suffices(tiny, monkeypatch, pages, verdict):
+    monkeypatch.setattr(plan_module.os, "sysconf", {"SC_PHYS_PAGES": pages, "SC_PAGE_SIZE": 4096}.get)
+    with optax_promotes():
+        text = plan(tiny.config, tiny.model, tiny.task, tiny.mesh, tiny.batch)
+    assert f" MiB: {verdict}, it takes " in text

@@ -108,12 +108,20 @@ def _input_sentences(
     missing: tuple[str, ...], record: tuple[RecordValue, ...], record_text: str, language: Language
 ) -> list[str]:
     say = SENTENCES[language]
-    read = [term(value.text, language) for value in record if value.value is not None]
+    read = [_record_value(value, language) for value in record if value.value is not None]
     lines = (
         [say["missing"].format(names=say["comma"].join(term(name, language) for name in missing))] if missing else []
     )
     lines += [say["record"].format(names=say["comma"].join(read))] if read else []
     return lines + ([say["text"].format(length=len(record_text))] if record_text else [])
+
+
+def _record_value(value: RecordValue, language: Language) -> str:
+    """Name and value of a record field; a field of 0 and 1 says so in brackets, and is yes or no here."""
+    name, say = term(value.text, language), SENTENCES[language]
+    if value.unit == "1":
+        return f"{name.partition(' (')[0].partition('（')[0]} {say['yes' if value.value else 'no']}"
+    return f"{name} {value.value:g} {term(value.unit, language)}"
 
 
 def _three_decimals(probability: float) -> str:

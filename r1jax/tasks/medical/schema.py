@@ -24,8 +24,8 @@ class Finding:
 
 
 FINDINGS: tuple[Finding, ...] = (
-    Finding("nodule_present", "binary", "A nodule is present in the sub-volume"),
-    Finding("malignancy", "binary", "The nodule is malignant (outcome)"),
+    Finding("nodule_present", "binary", "Nodule in the sub-volume"),
+    Finding("malignancy", "binary", "Malignancy of the nodule (outcome)"),
     Finding("center_mm", "vector", "Nodule centre, (z, y, x) offset from the centre of the sub-volume", "mm"),
     Finding("long_axis_mm", "length", "Long axis of the nodule", "mm"),
     Finding(

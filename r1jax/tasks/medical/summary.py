@@ -116,7 +116,7 @@ def _cases(entry: dict[str, Any]) -> str:
 
 
 def _line(label: str, cells: list[str]) -> str:
-    return (f"{label:46}" + "".join(f"{cell:23}" for cell in cells)).rstrip()
+    return (f"{label:46}" + "".join(f"{cell:25}" for cell in cells)).rstrip()
 
 
 def _cell(row: Row | None) -> str:

@@ -76,6 +76,24 @@ class Medical:
             )
         return source
 
+    def unknown_findings(self, source: Source) -> list[str]:
+        """Findings to learn of which no training case knows the answer.
+
+        Raises:
+          UserError: That is all of them.
+        """
+        if not isinstance(source, FolderCases):
+            return []
+        known = source.known_findings()
+        unknown = [name for name in self.fields if name not in known]
+        if len(unknown) == len(self.fields):
+            has = ", ".join(finding.name for finding in FINDINGS if finding.name in known) or "none"
+            raise UserError(
+                f"{self.config.data.path} has no training case with a known {' or '.join(unknown)} (findings known "
+                f"there: {has}): choose from them with --task.fields, or add the answers to the folder"
+            )
+        return unknown
+
     def collate(self, raw: dict[str, Any]) -> dict[str, np.ndarray]:
         """Turns a source's batch into a flat dict of arrays."""
         return b.collate(raw, self.config, self.fields)

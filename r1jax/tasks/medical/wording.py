@@ -14,8 +14,8 @@ SENTENCES: dict[str, dict[str, str]] = {
         "present": "called present (at or above the operating threshold {threshold})",
         "absent": "called absent (below the operating threshold {threshold})",
         "indeterminate": "not called, because no operating threshold is known",
-        "operating_point": "Operating point: sensitivity {sensitivity} ({positives} positive), specificity "
-        "{specificity} ({negatives} negative), {unit}, {origin}.",
+        "operating_point": "Operating point: sensitivity {sensitivity} ({positives} positive cases), specificity "
+        "{specificity} ({negatives} negative cases), {unit}, {origin}.",
         "not_described": "No nodule is called: its descriptors are not reported.",
         "assumed": "Presence was not assessed: the sub-volume is taken to hold a nodule.",
         "center_mm": "Centre: z {0:.1f}, y {1:.1f}, x {2:.1f} mm from the centre of the sub-volume.",
@@ -25,6 +25,8 @@ SENTENCES: dict[str, dict[str, str]] = {
         "lung_rads_none": "Lung-RADS v2022, by rule: not assigned ({basis}).",
         "lung_rads_or": " or ",
         "missing": "Inputs missing: {names}.",
+        "yes": "yes",
+        "no": "no",
         "record": "Record fields read: {names}.",
         "text": "Record text read: {length} characters.",
         "preliminary": "Preliminary, not reviewed by a physician.",
@@ -48,6 +50,8 @@ SENTENCES: dict[str, dict[str, str]] = {
         "lung_rads_none": "Lung-RADS v2022（按规则）：未给出（{basis}）。",
         "lung_rads_or": " 或 ",
         "missing": "缺失的输入：{names}。",
+        "yes": "是",
+        "no": "否",
         "record": "已读取的病历字段：{names}。",
         "text": "已读取的病历文本：{length} 个字符。",
         "preliminary": "初步结果，未经医生审核。",
@@ -59,8 +63,8 @@ SENTENCES: dict[str, dict[str, str]] = {
 # English terms of `schema.py`, `lung_rads.py` and the run in Chinese ("field.term" where a word means two things); a
 # term that is not here stays English.
 TERMS_ZH: dict[str, str] = {
-    "A nodule is present in the sub-volume": "子体积内存在结节",
-    "The nodule is malignant (outcome)": "结节为恶性（结局）",
+    "Nodule in the sub-volume": "子体积内结节",
+    "Malignancy of the nodule (outcome)": "结节恶性（结局）",
     "Texture": "密度",
     "non-solid": "非实性（磨玻璃）",
     "non-solid to part-solid": "非实性至部分实性",
@@ -109,6 +113,8 @@ TERMS_ZH: dict[str, str] = {
     "moderately suspicious": "中度可疑",
     "highly suspicious": "高度可疑",
     "Age": "年龄",
+    "years": "岁",
+    "pack-years": "包年",
     "Male sex (1 yes, 0 no)": "男性（1 是，0 否）",
     "Smoking": "吸烟量",
     "Lung cancer in a first-degree relative (1 yes, 0 no)": "一级亲属肺癌史（1 是，0 否）",
