@@ -15,7 +15,8 @@ from sklearn.metrics import brier_score_loss, roc_auc_score
 
 import eval as command
 import train
-from r1jax.config import EvalArguments
+from r1jax.config import EvalArguments, EvalData
+from r1jax.data.folder import folder_fingerprint
 from r1jax.data.synthetic import SyntheticCases
 from r1jax.errors import UserError
 from r1jax.parallel.mesh import make_mesh
@@ -228,10 +229,11 @@ def test_the_console_shows_the_figures_and_the_paths(run, tmp_path, capsys):
 
 def test_cases_chosen_by_validation_are_called_optimistic(run, tmp_path):
     score("--checkpoint", run, "--output", tmp_path / "out", "--data.split", "val")
-    assert "optimistic" in json.loads((tmp_path / "out/metrics.json").read_text())["warnings"][0]
+    (warning,) = json.loads((tmp_path / "out/metrics.json").read_text())["warnings"]
+    assert "optimistic" in warning and warning in (tmp_path / "out/index.html").read_text("utf-8").split("<nav")[0]
 
 
-def test_a_folder_of_pictures_alone_is_scored_as_such(run, folder, checkpoint, tmp_path):
+def test_a_folder_of_pictures_alone_is_scored_as_such(run, folder, checkpoint, tmp_path, capsys):
     out = tmp_path / "out"
     assert score("--checkpoint", run, "--data.path", folder, "--output", out, "--language", "zh") == 0
     found = json.loads((out / "metrics.json").read_text())
@@ -239,18 +241,36 @@ def test_a_folder_of_pictures_alone_is_scored_as_such(run, folder, checkpoint, t
     point = found["image_only"]["findings"]["nodule_present"]["operating_point"]
     frozen = checkpoint.meta()["validation"]["operating_points"]["image_only"]["nodule_present"]
     assert point["threshold"] == frozen["threshold"]
-    assert found["provenance"]["data"]["cases"] == 10 and not found["provenance"]["data"]["synthetic"]
+    assert found["provenance"]["data"]["cases"] == 20 and not found["provenance"]["data"]["synthetic"]
     assert found["image_only"]["interval"].endswith("over groups")
-    assert "10 of the 20 cases" in found["warnings"][0]
+    assert found["warnings"] == []
+    assert f"not given: 'all' is scored, as {folder} is not the folder that" in capsys.readouterr().err
     report = (out / "reports/患者 1.json").read_text("utf-8")
     assert "HTEST" not in report and "缺失的输入" in report
     assert "SYNTHETIC" not in (out / "index.html").read_text("utf-8")
 
 
-def test_all_takes_the_whole_folder(run, folder, tmp_path):
-    score("--checkpoint", run, "--data.path", folder, "--output", tmp_path / "out", "--data.split", "all")
+def test_a_part_of_a_folder_is_scored_where_it_is_named(run, folder, tmp_path, capsys):
+    score("--checkpoint", run, "--data.path", folder, "--output", tmp_path / "out", "--data.split", "test")
     found = json.loads((tmp_path / "out/metrics.json").read_text())
-    assert found["provenance"]["data"]["cases"] == 20 and found["warnings"] == []
+    assert found["provenance"]["data"]["cases"] == 10 and found["warnings"] == []
+    assert "not given" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("trained_on", "scored"), [("same path", "test"), ("copy", "test"), ("other", "all")])
+def test_the_part_of_the_training_folder_stays_that_of_the_config(copied, folder, tmp_path, capsys, trained_on, scored):
+    config, meta = (json.loads((copied / name).read_text()) for name in ("config.json", "meta.json"))
+    config["data"] |= {"path": str(folder / ".." / folder.name), "split": "test"}
+    other = shutil.copytree(folder, tmp_path / "copy")
+    if trained_on != "same path":
+        config["data"]["path"] = str(tmp_path)
+        meta["data"]["fingerprint"] = folder_fingerprint(folder) if trained_on == "copy" else "0" * 64
+    for name, content in (("config.json", config), ("meta.json", meta)):
+        (copied / name).write_text(json.dumps(content))
+    path = str(folder if trained_on == "same path" else other)
+    found = scoring_config(Checkpoint(copied), EvalArguments(str(copied), data=EvalData(path=path)))
+    assert (found.data.path, found.data.split) == (path, scored)
+    assert f"not given: {scored!r} is scored" in capsys.readouterr().err
 
 
 def test_a_crash_leaves_the_earlier_result_as_it_was(run, monkeypatch):

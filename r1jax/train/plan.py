@@ -74,7 +74,7 @@ def plan(config: Config, model: R1, task: Medical, mesh: Mesh, batch: Batch) -> 
     return "\n".join(f"{name:<{width}}{value}" for name, value in rows)
 
 
-def _verdict(needed: float, mesh: Mesh) -> str:
+def _verdict(needed: int, mesh: Mesh) -> str:
     """Whether a step fits, with what JAX may use of a GPU, or with this host's memory shared by its CPU devices."""
     device = mesh.devices.flat[0]
     limit = (device.memory_stats() or {}).get("bytes_limit", 0)

@@ -1,3 +1,4 @@
+import asyncio
 import errno
 import json
 import os
@@ -8,6 +9,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from r1jax.config import Config, TrainConfig
@@ -183,6 +185,34 @@ def tensorstore_fails(*_, **__):
     raise ValueError("RESOURCE_EXHAUSTED: Failed to write 85007 bytes: No space left on device\nmore")
 
 
+def raises(error, after=None):
+    def fail(*args, **kwargs):
+        if after is not None:
+            after(*args, **kwargs)
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("Event loop is closed\nmore"),
+        asyncio.CancelledError(),
+        BaseExceptionGroup("2 writes failed", [asyncio.CancelledError(), OSError(28, "No space left on device")]),
+    ],
+)
+@pytest.mark.parametrize("method", ["save", "close"])
+def test_whatever_orbax_raises_is_one_sentence(folder, monkeypatch, method, error):
+    save(folder, 1)
+    close = ocp.StandardCheckpointer.close if method == "close" else None  # it waits for the writing threads
+    monkeypatch.setattr(ocp.StandardCheckpointer, method, raises(error, after=close))
+    with pytest.raises(UserError, match="00000002 could not be written") as caught:
+        save(folder, 2)
+    assert "\n" not in str(caught.value)
+    assert os.listdir(folder.path) == ["00000001"]
+
+
 @pytest.mark.parametrize(
     ("target", "failure"),
     [
@@ -246,3 +276,5 @@ def test_other_config_is_refused(tmp_path):
     assert str(tmp_path) in str(caught.value)
     with pytest.raises(UserError, match=r"seed 0, but this command says 1 \(and 1 more fields\)"):
         check_same_run(stored, replace(stored, seed=1, train=TrainConfig(steps=999)), tmp_path)
+    with pytest.raises(UserError, match="steps 800, and the learning rate falls over just as many steps, but .* 999"):
+        check_same_run(stored, replace(stored, train=TrainConfig(steps=999)), tmp_path)

@@ -13,7 +13,7 @@ from r1jax.errors import UserError
 from r1jax.train.checkpoints import CheckpointFolder
 from r1jax.train.loop import check_finite, served
 from r1jax.train.run import Run
-from tests.train.experiment import Interrupted
+from tests.train.experiment import Interrupted, make_experiment
 
 
 def same(a, b):
@@ -163,3 +163,11 @@ def test_failed_save_keeps_the_earlier_ones(tiny, tmp_path, monkeypatch):
     assert steps(tmp_path) == [3] and os.listdir(tmp_path / "checkpoints") == ["00000003"]
     state, said, _ = tiny.train(tmp_path)
     assert said[0].endswith("00000003") and int(state.step) == 24
+
+
+def test_findings_that_cannot_be_judged_train_all_the_same(tmp_path, capsys):
+    run = make_experiment("--task.fields", "long_axis_mm", "--train.steps", "6", "--train.eval_every", "3")
+    state, _, _ = run.train(tmp_path / "run")
+    assert int(state.step) == 6
+    assert "step 6: validation no case can be judged\n" in capsys.readouterr().err
+    assert CheckpointFolder(tmp_path / "run" / "checkpoints").best().step == 6
