@@ -197,9 +197,10 @@ def _check(columns: dict[str, Column], total: int) -> Cases:
     empty &= np.array([not entry for entry in text]) if text is not None else True
     if empty.any():
         row, place = int(np.argmax(empty)), next(iter(columns.values())).parts
+        others = int(empty.sum()) - 1
         raise UserError(
             f"case {case_id[row]!r} (row {row} of {', '.join(file for file, _ in place)}) has neither a picture nor a"
-            f" record, and so have {int(empty.sum()) - 1} others: leave it out or fill it in"
+            f" record{f', and {others} more have none' if others else ''}: leave it out or fill it in"
         )
     return cases
 

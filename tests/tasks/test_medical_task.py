@@ -36,13 +36,13 @@ def test_findings_without_a_known_answer_are_named(folder):
 
 def test_nothing_to_learn_is_refused_with_what_there_is(folder):
     task = task_of(folder, "margin", "malignancy")
-    message = r"no training case with a known margin or malignancy \(findings known there: texture\): .*--task.fields"
+    message = r"no training case with a known margin or malignancy: choose .* \(texture\) with --task.fields, or add"
     with pytest.raises(UserError, match=message):
         task.unknown_findings(task.source("train"))
 
 
 def test_the_command_refuses_before_it_writes(folder, tmp_path):
     words = ["--config", "configs/medical.py:luna16_fpr_2d", "--data.path", str(folder), "--train.batch_size", "8"]
-    with pytest.raises(UserError, match="no training case with a known nodule_present"):
+    with pytest.raises(UserError, match="known nodule_present: choose from what is known there"):
         train.main([*words, "--workdir", str(tmp_path / "run")])
     assert not (tmp_path / "run").exists()

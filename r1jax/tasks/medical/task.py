@@ -87,10 +87,11 @@ class Medical:
         known = source.known_findings()
         unknown = [name for name in self.fields if name not in known]
         if len(unknown) == len(self.fields):
-            has = ", ".join(finding.name for finding in FINDINGS if finding.name in known) or "none"
+            has = ", ".join(finding.name for finding in FINDINGS if finding.name in known)
+            mend = f"choose from what is known there ({has}) with --task.fields, or " if has else ""
             raise UserError(
-                f"{self.config.data.path} has no training case with a known {' or '.join(unknown)} (findings known "
-                f"there: {has}): choose from them with --task.fields, or add the answers to the folder"
+                f"{self.config.data.path} has no training case with a known {' or '.join(unknown)}: {mend}add the "
+                "answers to the folder (docs/data.md)"
             )
         return unknown
 
