@@ -1,9 +1,13 @@
 """Errors that a user can mend: one sentence that says what, where and what to do; exit code 2."""
 
 import difflib
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterable
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""A full disk or quota can meet any write, and is none of the program's making."""
 
 
 class UserError(Exception):
@@ -42,4 +46,9 @@ def run_main(main: Callable[[list[str]], int | None]) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit fails once more
         code = 141  # 128 + SIGPIPE: the reader (`| head`) left
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        print(f"error: {error}: make room, and run the same command again", file=sys.stderr)
+        code = 2
     sys.exit(code or 0)

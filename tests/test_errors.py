@@ -42,6 +42,28 @@ def test_user_error_is_one_line_on_stderr(capsys):
     assert capsys.readouterr() == ("", "error: the file 'x' is empty.\n")
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has /dev/full")
+def test_a_full_disk_is_one_line_too(capsys):
+    def main(arguments: list[str]) -> int | None:
+        with open("/dev/full", "w") as file:
+            file.write("x")
+
+    with pytest.raises(SystemExit) as left:
+        run_main(main)
+    line = "error: [Errno 28] No space left on device: make room, and run the same command again\n"
+    assert left.value.code == 2 and capsys.readouterr() == ("", line)
+
+
+@pytest.mark.parametrize("failure", [FileNotFoundError(2, "No such file"), OSError(5, "Input/output error")])
+def test_other_failures_of_files_keep_their_traceback(failure):
+    def main(arguments: list[str]) -> int | None:
+        raise failure
+
+    with pytest.raises(OSError) as caught:
+        run_main(main)
+    assert caught.value is failure
+
+
 def test_other_errors_keep_their_traceback():
     def main(arguments: list[str]) -> int | None:
         raise ZeroDivisionError
