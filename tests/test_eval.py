@@ -261,7 +261,7 @@ def test_a_part_of_a_folder_is_scored_where_it_is_named(run, folder, tmp_path, c
 def test_the_part_of_the_training_folder_stays_that_of_the_config(copied, folder, tmp_path, capsys, trained_on, scored):
     config, meta = (json.loads((copied / name).read_text()) for name in ("config.json", "meta.json"))
     config["data"] |= {"path": str(folder / ".." / folder.name), "split": "test"}
-    other = shutil.copytree(folder, tmp_path / "copy")
+    other = shutil.copytree(folder, tmp_path / "twin")
     if trained_on != "same path":
         config["data"]["path"] = str(tmp_path)
         meta["data"]["fingerprint"] = folder_fingerprint(folder) if trained_on == "copy" else "0" * 64
