@@ -16,6 +16,8 @@ Positive = Annotated[float, Bounds("above 0", math.ulp(0.0))]
 Weight = Annotated[float, Bounds("of at least 0", 0.0)]
 Share = Annotated[float, Bounds("of at least 0 and below 1", 0.0, 1.0)]
 
+Fraction = Annotated[float, Bounds("from 0 to 1", 0.0, math.nextafter(1.0, 2.0))]
+
 Modality = Literal["volume", "image", "table", "text"]
 Platform = Literal["auto", "cpu", "cuda"]
 Split = Literal["train", "val", "test", "all"]
@@ -117,7 +119,7 @@ class ModelConfig:
 class TaskConfig:
     """What is learned from a case, and with which weights."""
 
-    name: Literal["medical"] = "medical"
+    name: Literal["medical", "language"] = "medical"
     fields: tuple[str, ...] = ()
     """Findings to learn; empty means every field of the task's schema."""
     label_smoothing: Share = 0.02
@@ -131,6 +133,12 @@ class TaskConfig:
     """Weight of next-token prediction on the record's text; 0 leaves it out."""
     mtp_weight: Weight = 0.3
     """Weight of the multi-token prediction loss within it (DeepSeek-V3, section 4.2)."""
+    mtp_final_weight: Weight = 0.1
+    """The same in the last part of the run."""
+    mtp_until: Fraction = 1.0
+    """Share of the run after which `mtp_final_weight` takes over (DeepSeek-V3: 10 of 14.8 T tokens)."""
+    z_loss: Weight = 0.0
+    """Factor of the squared log normaliser in the language task, which keeps its logits from drifting."""
     balance_weight: Weight = 1e-4
     """Weight of the sequence-wise balance loss (DeepSeek-V3, equation 17)."""
 
@@ -174,6 +182,8 @@ class TrainConfig:
     """Decay of the weight average that is evaluated and served; 0 evaluates the raw weights."""
     router_bias_rate: Weight = 1e-3
     """Step of the bias-only load balancing (gamma of DeepSeek-V3)."""
+    router_bias_until: Fraction = 1.0
+    """Share of the run after which the biases stay as they are (DeepSeek-V3: 14.3 of 14.8 T tokens)."""
     log_every: Count = 10
     eval_every: Count = 200
     save_every: Count = 100

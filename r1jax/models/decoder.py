@@ -62,6 +62,27 @@ class MTP(nn.Module):
         return RMSNorm(c.rms_norm_eps, name="shared_head_norm")(x), stats
 
 
+class LanguageHead(nn.Module):
+    """Next-token logits; the weight can also be had by itself, for a loss that never holds all logits."""
+
+    vocab_size: int
+    width: int
+    dtype: DTypeLike
+    init_std: float
+
+    def setup(self) -> None:
+        init = nn.initializers.normal(self.init_std)
+        self.weight = self.param("weight", init, (self.vocab_size, self.width), jnp.float32)
+
+    def __call__(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        return language_logits(hidden.astype(self.dtype), self.weight)
+
+
+def language_logits(hidden: Float[Array, "B T D"], weight: Float[Array, "V D"]) -> Float[Array, "B T V"]:
+    """Logits in fp32 of products in the states' dtype."""
+    return jnp.einsum("...I,OI->...O", hidden, weight.astype(hidden.dtype)).astype(jnp.float32)
+
+
 class Decoder(nn.Module):
     """Token embedding, layers, final norm, language head and MTP; the caller places the embeddings."""
 
@@ -78,7 +99,7 @@ class Decoder(nn.Module):
             for i in range(c.num_hidden_layers)
         ]
         self.norm = RMSNorm(c.rms_norm_eps)
-        self.lm_head = Linear(c.vocab_size, self.dtype, init_std=c.initializer_range)
+        self.lm_head = LanguageHead(c.vocab_size, c.hidden_size, self.dtype, c.initializer_range)
         if c.num_nextn_predict_layers:
             self.mtp = MTP(c, self.dtype, self.dropout)
 
@@ -109,7 +130,7 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Next-token logits in fp32; main model and MTP share this head."""
-        return self.lm_head(hidden).astype(jnp.float32)
+        return self.lm_head(hidden)
 
     def predict_second(
         self,
