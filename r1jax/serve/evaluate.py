@@ -30,12 +30,12 @@ from r1jax.serve.saliency import explained_finding, saliency_maps
 from r1jax.serve.scored import Scored, seen_in_training
 from r1jax.tasks.medical.canonical import NOT_TEXT, Provenance
 from r1jax.tasks.medical.evaluation import evaluate_modalities
+from r1jax.tasks.medical.modes import best_attainable
 from r1jax.tasks.medical.schema import FINDING
 from r1jax.tasks.medical.summary import summary_lines
 from r1jax.tasks.medical.task import Medical
 from r1jax.train.checkpoints import Checkpoint, abstract_like
 from r1jax.train.loop import served
-from r1jax.train.modes import best_attainable
 from r1jax.train.plan import example_batch
 from r1jax.train.run import describe
 from r1jax.train.step import init_state

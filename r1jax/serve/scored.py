@@ -11,9 +11,9 @@ from r1jax.errors import UserError
 from r1jax.serve.progress import Steps, progress
 from r1jax.tasks.medical.batch import PICTURES
 from r1jax.tasks.medical.canonical import OperatingPoint
+from r1jax.tasks.medical.modes import shown_modes
 from r1jax.tasks.medical.task import Medical
 from r1jax.train.evaluation import Evaluator
-from r1jax.train.modes import shown_modes
 
 Points = dict[str, dict[str, OperatingPoint]]
 """By reported mode, then by finding."""

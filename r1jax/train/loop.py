@@ -13,7 +13,7 @@ from r1jax.data.loader import training_batches
 from r1jax.data.source import Source
 from r1jax.errors import UserError
 from r1jax.parallel.mesh import batch_sharding
-from r1jax.tasks.medical.task import Medical
+from r1jax.tasks.task import Task
 from r1jax.telemetry import Telemetry
 from r1jax.train.evaluation import Evaluator
 from r1jax.train.run import Run, describe
@@ -30,7 +30,7 @@ def served(state: TrainState, config: Config) -> Any:
 def fit(
     config: Config,
     run: Run,
-    task: Medical,
+    task: Task,
     mesh: Mesh,
     evaluator: Evaluator,
     step: Any,
@@ -88,8 +88,7 @@ def fit(
                 telemetry.log(
                     done, {f"validation.{mode}.{k}": v for mode, found in reached.items() for k, v in found.items()}
                 )
-                shown = "  ".join(f"{k} {v:.3f}" for k, v in reached["both"].items() if k.startswith("auc"))
-                telemetry.say(f"step {done}: validation score {validated['score']:.3f}  {shown}")
+                telemetry.say(f"step {done}: validation {task.headline(next(iter(reached.values())))}")
                 save(done, validated)
                 telemetry.pause()
             elif done % t.save_every == 0:
@@ -128,18 +127,17 @@ def check_finite(done: int, loss: float, params: Any, run: Run) -> None:
         )
 
 
-def validate(config: Config, task: Medical, evaluator: Evaluator, params: Any, validation: Source) -> dict[str, Any]:
+def validate(config: Config, task: Task, evaluator: Evaluator, params: Any, validation: Source) -> dict[str, Any]:
     """Scores weights on the validation cases and sets the operating points.
 
     Returns:
-      "score" (mean AUC, or mean kappa where no finding is binary; None where nothing can be judged), "figures" and
-      "operating_points" by mode, "cases" (how many there are); JSON-able.
+      "score" (of the mode that shows all; None where nothing can be judged), "figures" and "operating_points" by mode,
+      "cases" (how many there are); JSON-able.
     """
     predicted, targets, _ = evaluator.predict(
-        params, validation, batch_size=config.train.batch_size, modes=task.modes()
+        params, validation, batch_size=config.train.batch_size, modes=tuple(task.modes())
     )
     figures = {mode: task.figures(found, targets) for mode, found in predicted.items()}
     points = {mode: task.operating_points(found, targets) for mode, found in predicted.items()}
-    judged = [v for k, v in figures["both"].items() if k.startswith("auc.")] or list(figures["both"].values())
-    score = float(np.mean(judged)) if judged else None
+    score = task.score(next(iter(figures.values())))
     return {"score": score, "figures": figures, "operating_points": points, "cases": len(validation)}

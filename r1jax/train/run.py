@@ -21,7 +21,7 @@ from r1jax.errors import UserError
 from r1jax.fields import to_json
 from r1jax.models.r1 import R1
 from r1jax.parallel.mesh import shard_tree
-from r1jax.tasks.medical.task import Medical
+from r1jax.tasks.task import Task
 from r1jax.train.checkpoints import CheckpointFolder, abstract_like, check_same_run
 from r1jax.train.step import Batch, TrainState, init_state
 
@@ -81,7 +81,7 @@ def open_run(config: Config) -> Iterator[Run]:
 
 
 def restore_or_init(
-    config: Config, run: Run, model: R1, task: Medical, mesh: Mesh, source: Source, batch: Batch
+    config: Config, run: Run, model: R1, task: Task, mesh: Mesh, source: Source, batch: Batch
 ) -> tuple[TrainState, list[str]]:
     """The state of the newest sound checkpoint, or a fresh one.
 
