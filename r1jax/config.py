@@ -148,7 +148,9 @@ class DataConfig:
     """Where cases come from."""
 
     path: str | None = None
-    """Folder of cases (docs/data.md); none uses the embedded synthetic generator."""
+    """Folder of cases (docs/data.md) or text (docs/language.md); none uses the embedded synthetic generator."""
+    tokenizer: str | None = None
+    """tokenizer.json of the language task, or its folder; none reads bytes."""
     split: Split = "test"
     """Part that eval.py scores."""
     train_cases: Count = 12288
@@ -295,6 +297,7 @@ def _relations(config: Config) -> Iterator[tuple[bool, str, str]]:
         yield bool(getattr(config, name).strip()), name, "a name, not empty"
     yield from _decoder_relations(config.model.decoder)
     yield from _encoder_relations(config.model)
+    yield from _task_relations(config)
     data, train, mesh = config.data, config.train, config.mesh
     yield data.path is None or bool(data.path.strip()), "data.path", "a folder, or None for generated cases"
     yield data.fold is None or data.fold < data.folds, "data.fold", f"below data.folds ({data.folds})"
@@ -334,11 +337,20 @@ def _decoder_relations(decoder: DecoderConfig) -> Iterator[tuple[bool, str, str]
     )
 
 
+def _task_relations(config: Config) -> Iterator[tuple[bool, str, str]]:
+    """Yields what each task asks of the model."""
+    kinds = config.model.modalities
+    if config.task.name == "medical":
+        yield bool(set(kinds) - {"text"}), "model.modalities", "at least one modality besides text"
+    else:
+        yield kinds == ("text",), "model.modalities", "text alone for the language task"
+        yield config.model.text_tokens > 2, "model.text_tokens", "at least 3: MTP predicts the token after next"
+
+
 def _encoder_relations(model: ModelConfig) -> Iterator[tuple[bool, str, str]]:
     """Yields the encoders' rules."""
     kinds = model.modalities
     yield len(kinds) == len(set(kinds)), "model.modalities", "a list that names each modality once"
-    yield bool(set(kinds) - {"text"}), "model.modalities", "at least one modality besides text"
     for name, rank, axes in (("volume", 3, "(z, y, x)"), ("image", 2, "(y, x)")):
         group, vision = f"model.{name}", getattr(model, name)
         yield len(vision.size) == rank, f"{group}.size", f"{rank} sizes, {axes}"

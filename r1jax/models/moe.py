@@ -20,6 +20,8 @@ class RouterStats(NamedTuple):
     """Tokens that chose each expert; padding is not counted."""
     balance_loss: Float[Array, ""]
     """Sequence-wise balance loss before its weight (equation 17), mean over the sequences."""
+    sequence_load: Float[Array, "B E"]
+    """`load` of each sequence by itself."""
 
 
 def select_experts(
@@ -134,6 +136,6 @@ class MoE(nn.Module):
         if shared_width:
             routed = routed + MLP(shared_width, self.dtype, c.initializer_range, name="shared_experts")(x)
         chosen = jnp.sum(jax.nn.one_hot(experts, c.n_routed_experts), axis=1).reshape(batch, length, -1)
-        load = jnp.sum(chosen * valid[..., None].astype(jnp.float32), axis=(0, 1))
+        existing = chosen * valid[..., None].astype(jnp.float32)
         balance = sequence_balance_loss(scores.reshape(chosen.shape), chosen, valid, c.num_experts_per_tok)
-        return routed, RouterStats(load, balance)
+        return routed, RouterStats(jnp.sum(existing, axis=(0, 1)), balance, jnp.sum(existing, axis=1))

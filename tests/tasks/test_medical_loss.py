@@ -142,7 +142,7 @@ def test_total_is_the_weighted_sum_of_its_parts():
     draw_states = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
     states, second, head = draw_states(3, 6, 5), draw_states(3, 5, 5), draw_states(7, 5)
     inputs = Inputs(text=jnp.asarray(rng.integers(0, 7, (3, 6)), jnp.int32), text_valid=jnp.ones((3, 6), bool))
-    router = tuple(RouterStats(jnp.ones(4), jnp.asarray(x)) for x in (1.0, 3.0))
+    router = tuple(RouterStats(jnp.ones(4), jnp.asarray(x), jnp.ones((1, 4))) for x in (1.0, 3.0))
     output = output_of(heads, router=router, text_states=states, mtp_states=second, lm_head=head)
     total, parts = total_loss(output, inputs, targets, CONFIG)
     first, ahead = text_losses(output, inputs.text, inputs.text_valid)
