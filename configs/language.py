@@ -53,7 +53,7 @@ def get_config(*, smoke: bool = False, init: str = "") -> Config:
             name="language-from-checkpoint",
             workdir=f"runs/{Path(init).name}-language",
             model=replace(config.model, decoder=decoder),
-            train=replace(config.train, learning_rate=1e-4, final_learning_rate=1e-5),
+            train=replace(config.train, init=init, learning_rate=1e-4, final_learning_rate=1e-5),
         )
     return config
 

@@ -111,6 +111,10 @@ class ModelConfig:
     text_tokens: Count = 96
     """Longest text in tokens; longer text is cut."""
     dropout: Share = 0.1
+    lora_rank: Natural = 0
+    """Rank of adapters on the decoder's attention, dense and shared feed-forward; above 0, nothing else is trained."""
+    lora_alpha: Positive = 16.0
+    """Strength of the adapters: their product is scaled by lora_alpha / lora_rank."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: fp32 weights and optimizer, bf16 matmuls, fp32 router, softmax, norms and losses."""
 
@@ -170,6 +174,8 @@ class TrainConfig:
 
     steps: Count = 800
     """Optimizer steps of the whole run, those before a resume included."""
+    init: str | None = None
+    """Checkpoint or run folder whose weights a fresh run starts from, where they fit; a resume ignores it."""
     batch_size: Count = 32
     learning_rate: Positive = 2e-3
     final_learning_rate: Weight = 2e-5

@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 from r1jax.config import ModelConfig
 from r1jax.models.decoder import Decoder, language_logits
 from r1jax.models.layers import Linear
+from r1jax.models.lora import Lora
 from r1jax.models.moe import RouterStats
 from r1jax.models.table import TableEncoder
 from r1jax.models.text import TextSummary
@@ -71,7 +72,7 @@ class R1(nn.Module):
         c = self.config
         self.dtype = jnp.bfloat16 if c.precision == "bf16" else jnp.float32
         width = c.decoder.hidden_size
-        self.decoder = Decoder(c.decoder, self.dtype, c.dropout)
+        self.decoder = Decoder(c.decoder, self.dtype, c.dropout, Lora(c.lora_rank, c.lora_alpha))
         if "volume" in c.modalities:
             self.volume = VisionEncoder(c.volume, width, self.dtype, c.dropout)
         if "image" in c.modalities:

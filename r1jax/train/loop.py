@@ -17,6 +17,7 @@ from r1jax.tasks.task import Task
 from r1jax.telemetry import Telemetry
 from r1jax.train.evaluation import Evaluator
 from r1jax.train.run import Run, describe
+from r1jax.train.start import start_record
 from r1jax.train.step import TrainState
 
 NORM = jax.jit(optax.tree.norm)
@@ -64,7 +65,7 @@ def fit(
     batches = training_batches(
         source, task.collate, batch_size=t.batch_size, seed=config.data.seed, start=start, threads=config.data.threads
     )
-    made = describe(source)
+    made = describe(source) | start_record(run.workdir)
     note = ""
 
     def save(done: int, validated: dict[str, Any] | None) -> None:

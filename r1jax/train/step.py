@@ -9,6 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, UInt32
 
 from r1jax.config import Config, DecoderConfig
+from r1jax.models.lora import join_trees, split_adapters
 from r1jax.models.moe import RouterStats
 from r1jax.models.r1 import R1
 from r1jax.parallel.mesh import batch_sharding, shard_tree
@@ -47,10 +48,15 @@ def init_state(config: Config, model: R1, task: Task, batch: Batch) -> TrainStat
     inputs, _ = task.prepare(batch)
     key = jax.random.key(config.seed, impl=BITS)
     params = model.init({"params": key}, inputs, language=task.language)["params"]
-    optimizer = make_optimizer(config.train).init(params)
+    optimizer = make_optimizer(config.train).init(_divide(params, config)[0])
     return TrainState(
         jnp.zeros((), jnp.int32), jax.random.key_data(key), params, optimizer, jax.tree.map(jnp.copy, params)
     )
+
+
+def _divide(params: Any, config: Config) -> tuple[Any, Any]:
+    """What is trained and what is not: with adapters they alone, otherwise everything."""
+    return split_adapters(params) if config.model.lora_rank else (params, {})
 
 
 def balance_routers(params: Any, router: tuple[RouterStats, ...], config: DecoderConfig, rate: float | Array) -> Any:
@@ -97,22 +103,28 @@ def make_step(config: Config, model: R1, task: Task) -> Any:
         inputs, targets = task.prepare(batch, augment)
         share = state.step.astype(jnp.float32) / config.train.steps
 
-        def loss_fn(params: Any) -> tuple[Array, Any]:
+        trained, frozen = _divide(state.params, config)
+
+        def loss_fn(trained: Any) -> tuple[Array, Any]:
+            params = join_trees(trained, frozen)
             output = model.apply(
                 {"params": params}, inputs, train=True, language=task.language, rngs={"dropout": dropout}
             )
             loss, parts = task.loss(output, inputs, targets, share)
             return loss, (parts, output.router)
 
-        (loss, (parts, router)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-        updates, moments = optimizer.update(gradients, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
-        gamma = jnp.where(share < config.train.router_bias_until, config.train.router_bias_rate, 0.0)
-        params = balance_routers(params, router, config.model.decoder, gamma)
+        (loss, (parts, router)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(trained)
+        updates, moments = optimizer.update(gradients, state.optimizer, trained)
+        trained = optax.apply_updates(trained, updates)
+        if not frozen:
+            gamma = jnp.where(share < config.train.router_bias_until, config.train.router_bias_rate, 0.0)
+            trained = balance_routers(trained, router, config.model.decoder, gamma)
         # Averaging over the steps so far keeps the first average from being the random start.
         count = state.step.astype(jnp.float32)
         decay = jnp.minimum(config.train.ema, (1 + count) / (10 + count))
-        ema = jax.tree.map(lambda old, new: old * decay + new * (1 - decay), state.ema, params)
+        average, kept = _divide(state.ema, config)
+        average = jax.tree.map(lambda old, new: old * decay + new * (1 - decay), average, trained)
+        params, ema = join_trees(trained, frozen), join_trees(average, kept)
         metrics = {"loss": loss, **{f"loss.{k}": v for k, v in parts.items()}}
         metrics |= {"gradient_norm": optax.tree.norm(gradients), "learning_rate": jnp.asarray(rate(state.step))}
         for i, stats in enumerate(router):
