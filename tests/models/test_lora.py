@@ -38,7 +38,9 @@ INPUTS = Inputs(text=jnp.asarray([[1, 5, 3, 9, 0, 2]], jnp.int32), text_valid=jn
 
 
 def names(tree):
-    return {jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in jax.tree_util.tree_leaves_with_path(tree)}
+    return {
+        jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def init(config):

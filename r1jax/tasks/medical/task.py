@@ -225,7 +225,7 @@ class Medical:
     def headline(self, figures: Figures) -> str:
         """Score and AUCs."""
         score, aucs = self.score(figures), [f"{k} {v:.3f}" for k, v in figures.items() if k.startswith("auc")]
-        return "  ".join([f"score {score:.3f}" if score is not None else "without a score", *aucs])
+        return "  ".join([f"score {score:.3f}" if score is not None else "no case can be judged", *aucs])
 
     def closing(self, figures: dict[str, Figures], source: Source, step: int) -> str:
         """Findings as rows, what the model was shown as columns."""
