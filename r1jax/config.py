@@ -174,8 +174,6 @@ class TrainConfig:
 
     steps: Count = 800
     """Optimizer steps of the whole run, those before a resume included."""
-    init: str | None = None
-    """Checkpoint or run folder whose weights a fresh run starts from, where they fit; a resume ignores it."""
     batch_size: Count = 32
     learning_rate: Positive = 2e-3
     final_learning_rate: Weight = 2e-5
@@ -195,6 +193,8 @@ class TrainConfig:
     log_every: Count = 10
     eval_every: Count = 200
     save_every: Count = 100
+    init: str | None = None
+    """Checkpoint or run folder whose weights a fresh run starts from, where they fit; a resume ignores it."""
 
 
 @dataclass(frozen=True)
@@ -229,7 +229,7 @@ class EvalData:
     path: str | None = None
     """Folder of cases (docs/data.md); none takes the data of the checkpoint's own config."""
     split: Split | None = None
-    """Part of the data; none takes the config's `data.split`."""
+    """Part of the data; none takes the config's `data.split`, or all of a text that is named here."""
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,9 @@ def scoring_config(checkpoint: Checkpoint, arguments: EvalArguments) -> Config:
             f"the checkpoint was trained on the folder {data.path}, which is not here: give the folder of the cases "
             "to score with --data.path"
         )
-    changed = dataclasses.replace(data, path=chosen.path or data.path, split=chosen.split or data.split)
+    elsewhere = config.task.name == "language" and chosen.path is not None  # other text has no part to hold out
+    split = chosen.split or ("all" if elsewhere else data.split)
+    changed = dataclasses.replace(data, path=chosen.path or data.path, split=split)
     return dataclasses.replace(config, data=changed)
 
 
