@@ -14,6 +14,8 @@ from r1jax.train.step import TrainState
 
 RECORD = "init.json"
 """File of a run folder that says where its first weights came from."""
+PASSED_ON = ("hugging_face",)
+"""Entries of meta.json that belong to the weights: the published config.json, from which an export starts."""
 NAMED = 6
 """Arrays that are named on the screen; the record has all."""
 
@@ -57,7 +59,9 @@ def start_from(path: str, state: TrainState, workdir: Path) -> tuple[TrainState,
         "left": left,
         "unused": unused,
     }
-    (workdir / RECORD).write_text(json.dumps(record, indent=1))
+    made = checkpoint.meta()
+    passed_on = {name: made[name] for name in PASSED_ON if name in made}
+    (workdir / RECORD).write_text(json.dumps({"init": record} | passed_on, indent=1))
     said = [f"starts from {checkpoint.path}: {len(taken)} of {len(wanted)} arrays taken"]
     said += [f"  freshly initialised: {_some(left)}"] if left else []
     said += [f"  not used: {_some(unused)}"] if unused else []
@@ -71,10 +75,10 @@ def start_record(workdir: Path) -> dict[str, Any]:
       workdir: Run folder.
 
     Returns:
-      {"init": record}, or nothing where the run started from random weights.
+      "init", and what else that checkpoint passes on; nothing where the run started from random weights.
     """
     file = workdir / RECORD
-    return {"init": json.loads(file.read_text())} if file.exists() else {}
+    return json.loads(file.read_text()) if file.exists() else {}
 
 
 def _stored(checkpoint: Checkpoint) -> tuple[str, dict[str, Any]]:

@@ -16,7 +16,7 @@ from r1jax.train.checkpoints import CheckpointFolder
 from r1jax.train.closing import closing_table
 from r1jax.train.optimizer import BALANCE_BIAS
 from r1jax.train.run import open_run, restore_or_init
-from r1jax.train.start import start_from
+from r1jax.train.start import start_from, start_record
 from tests.train.experiment import Interrupted, make_experiment
 
 
@@ -130,7 +130,8 @@ def test_meta_says_where_the_weights_came_from_and_a_resume_ignores_it(text, don
 def weights_only(folder, text, params):
     """A checkpoint of weights alone, in half precision, as an import writes it."""
     half = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), params)
-    return CheckpointFolder(folder).save(0, {"params": half}, text.config, {"step": 0, "validation": None}).path
+    meta = {"step": 0, "validation": None, "hugging_face": {"config": {"eos_token_id": 1}}}
+    return CheckpointFolder(folder).save(0, {"params": half}, text.config, meta).path
 
 
 def test_what_does_not_fit_is_left(text, done, tmp_path):
@@ -151,6 +152,9 @@ def test_what_does_not_fit_is_left(text, done, tmp_path):
         "  freshly initialised: decoder.embed_tokens, decoder.norm.weight",
         "  not used: decoder.embed_tokens, decoder.surplus",
     ]
+    record = start_record(tmp_path)
+    assert record["hugging_face"] == {"config": {"eos_token_id": 1}}
+    assert record["init"]["left"] == sorted(left) and record["init"]["weights"] == "params"
 
 
 def test_nothing_to_start_from(text, tmp_path):
