@@ -11,6 +11,7 @@ from r1jax.models.r1 import R1
 from r1jax.parallel.mesh import make_mesh
 from r1jax.parallel.platform import start_platform
 from r1jax.serve.evaluate import Evaluation, closing_lines, measure, restore_served, scoring_config, write_results
+from r1jax.serve.language import score_text
 from r1jax.serve.result_folder import result_folder
 from r1jax.serve.scored import score
 from r1jax.tasks.catalog import TASKS
@@ -29,11 +30,14 @@ def main(arguments: list[str]) -> int:
     task = TASKS[config.task.name](config)
     model = R1(config.model, task.heads)
     source = task.source(config.data.split)
-    print(f"data: {source.name}, {len(source)} cases", file=sys.stderr)
+    print(f"data: {source.name}, {len(source)} {task.unit}", file=sys.stderr)
     run = Evaluation(asked, checkpoint, config, task, model, mesh, began)
     with result_folder(run.output) as folder:
         params = restore_served(checkpoint, config, model, task, mesh, source)
         evaluator = Evaluator(model, task, mesh)
+        if config.task.name == "language":
+            print(score_text(run, evaluator, params, source, folder))
+            return 0
         scored = score(evaluator, task, params, source, checkpoint.meta()["validation"], asked.batch_size)
         metrics = measure(run, scored)
         write_results(run, scored, metrics, params, folder)

@@ -26,9 +26,8 @@ def main(arguments: list[str]) -> int:
     task = TASKS[config.task.name](config)
     model = R1(config.model, task.heads)
     source, validation = task.source("train"), task.source("val")
-    print(f"data: {source.name}, {len(source)} cases; validation {len(validation)}", file=sys.stderr)
-    if unknown := task.unknown_findings(source):
-        print(f"note: no training case knows {', '.join(unknown)}: not learned", file=sys.stderr)
+    about = f"data: {source.name}, {len(source)} {task.unit}; validation {len(validation)}"
+    print("\n".join([about, *task.remarks(source)]), file=sys.stderr)
     batch = example_batch(source, task, config.train.batch_size)
     if invocation.mode == "dry-run":
         print(plan(config, model, task, mesh, batch))
@@ -41,7 +40,7 @@ def main(arguments: list[str]) -> int:
         fit(config, run, task, mesh, evaluator, step, state, source, validation)
         if run.stop and run.checkpoints.all()[-1].step < config.train.steps:
             return 128 + run.stop[0]
-        print(closing_table(run, validation))
+        print(closing_table(run, task, validation))
     return 0
 
 

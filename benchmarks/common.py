@@ -88,7 +88,9 @@ def predict(checkpoint: Checkpoint, split: str, batch_size: int, views: int | No
     batch = example_batch(source, task, config.train.batch_size)
     abstract = jax.eval_shape(lambda: init_state(config, model, task, batch))
     state = checkpoint.restore(abstract_like(abstract, shard_tree(mesh, abstract)))
-    found, targets, ids = Evaluator(model, task, mesh).predict(served(state, config), source, batch_size=batch_size)
+    found, targets, ids = Evaluator(model, task, mesh).predict(
+        served(state, config), source, batch_size=batch_size, modes=("both",)
+    )
     return found["both"], targets, ids
 
 

@@ -16,6 +16,8 @@ Positive = Annotated[float, Bounds("above 0", math.ulp(0.0))]
 Weight = Annotated[float, Bounds("of at least 0", 0.0)]
 Share = Annotated[float, Bounds("of at least 0 and below 1", 0.0, 1.0)]
 
+Fraction = Annotated[float, Bounds("from 0 to 1", 0.0, math.nextafter(1.0, 2.0))]
+
 Modality = Literal["volume", "image", "table", "text"]
 Platform = Literal["auto", "cpu", "cuda"]
 Split = Literal["train", "val", "test", "all"]
@@ -109,6 +111,10 @@ class ModelConfig:
     text_tokens: Count = 96
     """Longest text in tokens; longer text is cut."""
     dropout: Share = 0.1
+    lora_rank: Natural = 0
+    """Rank of adapters on the decoder's attention, dense and shared feed-forward; above 0, nothing else is trained."""
+    lora_alpha: Positive = 16.0
+    """Strength of the adapters: their product is scaled by lora_alpha / lora_rank."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: fp32 weights and optimizer, bf16 matmuls, fp32 router, softmax, norms and losses."""
 
@@ -117,7 +123,7 @@ class ModelConfig:
 class TaskConfig:
     """What is learned from a case, and with which weights."""
 
-    name: Literal["medical"] = "medical"
+    name: Literal["medical", "language"] = "medical"
     fields: tuple[str, ...] = ()
     """Findings to learn; empty means every field of the task's schema."""
     label_smoothing: Share = 0.02
@@ -131,6 +137,12 @@ class TaskConfig:
     """Weight of next-token prediction on the record's text; 0 leaves it out."""
     mtp_weight: Weight = 0.3
     """Weight of the multi-token prediction loss within it (DeepSeek-V3, section 4.2)."""
+    mtp_final_weight: Weight = 0.1
+    """The same in the last part of the run."""
+    mtp_until: Fraction = 1.0
+    """Share of the run after which `mtp_final_weight` takes over (DeepSeek-V3: 10 of 14.8 T tokens)."""
+    z_loss: Weight = 0.0
+    """Factor of the squared log normaliser in the language task, which keeps its logits from drifting."""
     balance_weight: Weight = 1e-4
     """Weight of the sequence-wise balance loss (DeepSeek-V3, equation 17)."""
 
@@ -140,7 +152,9 @@ class DataConfig:
     """Where cases come from."""
 
     path: str | None = None
-    """Folder of cases (docs/data.md); none uses the embedded synthetic generator."""
+    """Folder of cases (docs/data.md) or text (docs/language.md); none uses the embedded synthetic generator."""
+    tokenizer: str | None = None
+    """tokenizer.json of the language task, or its folder; none reads bytes."""
     split: Split = "test"
     """Part that eval.py scores."""
     train_cases: Count = 12288
@@ -174,9 +188,13 @@ class TrainConfig:
     """Decay of the weight average that is evaluated and served; 0 evaluates the raw weights."""
     router_bias_rate: Weight = 1e-3
     """Step of the bias-only load balancing (gamma of DeepSeek-V3)."""
+    router_bias_until: Fraction = 1.0
+    """Share of the run after which the biases stay as they are (DeepSeek-V3: 14.3 of 14.8 T tokens)."""
     log_every: Count = 10
     eval_every: Count = 200
     save_every: Count = 100
+    init: str | None = None
+    """Checkpoint or run folder whose weights a fresh run starts from, where they fit; a resume ignores it."""
 
 
 @dataclass(frozen=True)
@@ -211,7 +229,7 @@ class EvalData:
     path: str | None = None
     """Folder of cases (docs/data.md); none takes the data of the checkpoint's own config."""
     split: Split | None = None
-    """Part of the data; none takes the config's `data.split`, and all of a folder that was not trained on."""
+    """Part of the data; none takes the config's `data.split`, and all of data that was not trained on."""
 
 
 @dataclass(frozen=True)
@@ -285,6 +303,7 @@ def _relations(config: Config) -> Iterator[tuple[bool, str, str]]:
         yield bool(getattr(config, name).strip()), name, "a name, not empty"
     yield from _decoder_relations(config.model.decoder)
     yield from _encoder_relations(config.model)
+    yield from _task_relations(config)
     data, train, mesh = config.data, config.train, config.mesh
     yield data.path is None or bool(data.path.strip()), "data.path", "a folder, or None for generated cases"
     yield data.fold is None or data.fold < data.folds, "data.fold", f"below data.folds ({data.folds})"
@@ -324,11 +343,20 @@ def _decoder_relations(decoder: DecoderConfig) -> Iterator[tuple[bool, str, str]
     )
 
 
+def _task_relations(config: Config) -> Iterator[tuple[bool, str, str]]:
+    """Yields what each task asks of the model."""
+    kinds = config.model.modalities
+    if config.task.name == "medical":
+        yield bool(set(kinds) - {"text"}), "model.modalities", "at least one modality besides text"
+    else:
+        yield kinds == ("text",), "model.modalities", "text alone for the language task"
+        yield config.model.text_tokens > 2, "model.text_tokens", "at least 3: MTP predicts the token after next"
+
+
 def _encoder_relations(model: ModelConfig) -> Iterator[tuple[bool, str, str]]:
     """Yields the encoders' rules."""
     kinds = model.modalities
     yield len(kinds) == len(set(kinds)), "model.modalities", "a list that names each modality once"
-    yield bool(set(kinds) - {"text"}), "model.modalities", "at least one modality besides text"
     for name, rank, axes in (("volume", 3, "(z, y, x)"), ("image", 2, "(y, x)")):
         group, vision = f"model.{name}", getattr(model, name)
         yield len(vision.size) == rank, f"{group}.size", f"{rank} sizes, {axes}"

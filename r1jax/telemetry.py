@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,16 +51,17 @@ class Telemetry:
         self.bar = self.progress.add_task("", total=steps, completed=start)
         self.progress.start()
 
-    def log(self, step: int, figures: dict[str, float]) -> None:
+    def log(self, step: int, figures: Mapping[str, float | list[float]]) -> None:
         """Appends one row to metrics.jsonl and the same figures to TensorBoard.
 
         Args:
           step: Steps done.
-          figures: Name to number.
+          figures: Name to number, or to a list of numbers, which TensorBoard does not get.
         """
         self.file.write(json.dumps({"step": step, **figures}) + "\n")
         for name, value in figures.items():
-            self.board.add_scalar(name.replace(".", "/", 1), value, step)
+            if not isinstance(value, list):
+                self.board.add_scalar(name.replace(".", "/", 1), value, step)
 
     def advance(self, step: int, note: str) -> None:
         """Moves the progress view; a log file gets a plain line now and then instead.

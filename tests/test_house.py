@@ -93,6 +93,13 @@ def test_allowed_imports_are_not_reported():
     assert violations("r1jax.train.step", source) == []
 
 
+def test_the_engine_knows_no_task():
+    for module, path in modules().items():
+        if module.startswith("r1jax.train"):
+            names = [name for name in imports(ast.parse(path.read_text("utf-8")), module) if ".tasks." in name]
+            assert all(name.startswith("r1jax.tasks.task.") for name in names), (module, names)
+
+
 def test_every_room_has_its_storey():
     rooms = {module.split(".")[1] for module in modules() if "." in module}
     assert rooms <= set(STOREY), f"give {sorted(rooms - set(STOREY))} a place in STOREYS"

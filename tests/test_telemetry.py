@@ -39,6 +39,14 @@ def test_rows_and_events(tmp_path):
     assert scalars == {(s, tag): v for s in (1, 2) for tag, v in (("loss", s), ("validation/both.auc", 0.5))}
 
 
+def test_lists_go_to_the_rows_alone(tmp_path):
+    telemetry = Telemetry(tmp_path, steps=3, start=0, batch_size=4)
+    telemetry.log(1, {"loss": 2.0, "load": [3.0, 4.0]})
+    telemetry.close()
+    assert rows(tmp_path) == [{"step": 1, "loss": 2.0, "load": [3.0, 4.0]}]
+    assert [v.tag for e in events(tmp_path) for v in e.summary.value] == ["loss"]
+
+
 def test_rows_after_the_restored_step_are_dropped(tmp_path):
     write(tmp_path, 0, range(1, 10))
     write(tmp_path, 6, [7], extra=0.25)

@@ -7,6 +7,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from r1jax.config import DecoderConfig
 from r1jax.models.layers import Linear, RMSNorm
+from r1jax.models.lora import Lora
 from r1jax.ops.attention import dot_product_attention
 from r1jax.ops.rope import apply_rope, inverse_frequencies, softmax_scale, yarn_magnitude
 
@@ -18,6 +19,7 @@ class MLA(nn.Module):
 
     config: DecoderConfig
     dtype: DTypeLike
+    lora: Lora = Lora()
 
     @nn.compact
     def __call__(
@@ -28,7 +30,7 @@ class MLA(nn.Module):
         heads, nope, rope = c.num_attention_heads, c.qk_nope_head_dim, c.qk_rope_head_dim
 
         def linear(name: str, features: int) -> Linear:
-            return Linear(features, self.dtype, init_std=c.initializer_range, name=name)
+            return Linear(features, self.dtype, init_std=c.initializer_range, lora=self.lora, name=name)
 
         if c.q_lora_rank:
             latent = RMSNorm(LATENT_NORM_EPS, name="q_a_layernorm")(linear("q_a_proj", c.q_lora_rank)(x))

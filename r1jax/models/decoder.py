@@ -8,6 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 from r1jax.config import DecoderConfig
 from r1jax.models.attention import MLA
 from r1jax.models.layers import MLP, Linear, RMSNorm
+from r1jax.models.lora import Lora
 from r1jax.models.moe import MoE, RouterStats
 
 
@@ -18,6 +19,7 @@ class DecoderLayer(nn.Module):
     dtype: DTypeLike
     dropout: float
     dense: bool
+    lora: Lora = Lora()
 
     @nn.compact
     def __call__(
@@ -26,12 +28,13 @@ class DecoderLayer(nn.Module):
         c = self.config
         drop = nn.Dropout(self.dropout, deterministic=not train)
         normed = RMSNorm(c.rms_norm_eps, name="input_layernorm")(x)
-        x = x + drop(MLA(c, self.dtype, name="self_attn")(normed, positions, valid))
+        x = x + drop(MLA(c, self.dtype, self.lora, name="self_attn")(normed, positions, valid))
         normed = RMSNorm(c.rms_norm_eps, name="post_attention_layernorm")(x)
         if self.dense:
-            y, stats = MLP(c.intermediate_size, self.dtype, c.initializer_range, name="mlp")(normed), None
+            mlp = MLP(c.intermediate_size, self.dtype, c.initializer_range, self.lora, name="mlp")
+            y, stats = mlp(normed), None
         else:
-            y, stats = MoE(c, self.dtype, name="mlp")(normed, valid)
+            y, stats = MoE(c, self.dtype, self.lora, name="mlp")(normed, valid)
         return x + drop(y), stats
 
 
@@ -41,6 +44,7 @@ class MTP(nn.Module):
     config: DecoderConfig
     dtype: DTypeLike
     dropout: float
+    lora: Lora = Lora()
 
     @nn.compact
     def __call__(
@@ -55,11 +59,32 @@ class MTP(nn.Module):
         c = self.config
         # The paper writes [h; emb]; the published weights are for [emb; h].
         pair = [RMSNorm(c.rms_norm_eps, name="enorm")(next_embedding), RMSNorm(c.rms_norm_eps, name="hnorm")(hidden)]
-        eh_proj = Linear(c.hidden_size, self.dtype, init_std=c.initializer_range, name="eh_proj")
-        layer = DecoderLayer(c, self.dtype, self.dropout, dense=False, name="layer")
+        eh_proj = Linear(c.hidden_size, self.dtype, init_std=c.initializer_range, lora=self.lora, name="eh_proj")
+        layer = DecoderLayer(c, self.dtype, self.dropout, dense=False, lora=self.lora, name="layer")
         x, stats = layer(eh_proj(jnp.concatenate(pair, axis=-1)), positions, valid, train=train)
         assert stats is not None
         return RMSNorm(c.rms_norm_eps, name="shared_head_norm")(x), stats
+
+
+class LanguageHead(nn.Module):
+    """Next-token logits; the weight can also be had by itself, for a loss that never holds all logits."""
+
+    vocab_size: int
+    width: int
+    dtype: DTypeLike
+    init_std: float
+
+    def setup(self) -> None:
+        init = nn.initializers.normal(self.init_std)
+        self.weight = self.param("weight", init, (self.vocab_size, self.width), jnp.float32)
+
+    def __call__(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        return language_logits(hidden.astype(self.dtype), self.weight)
+
+
+def language_logits(hidden: Float[Array, "B T D"], weight: Float[Array, "V D"]) -> Float[Array, "B T V"]:
+    """Logits in fp32 of products in the states' dtype."""
+    return jnp.einsum("...I,OI->...O", hidden, weight.astype(hidden.dtype)).astype(jnp.float32)
 
 
 class Decoder(nn.Module):
@@ -68,19 +93,20 @@ class Decoder(nn.Module):
     config: DecoderConfig
     dtype: DTypeLike = jnp.float32
     dropout: float = 0.0
+    lora: Lora = Lora()
 
     def setup(self) -> None:
         c = self.config
         init = nn.initializers.normal(c.initializer_range)
         self.embed_tokens = self.param("embed_tokens", init, (c.vocab_size, c.hidden_size), jnp.float32)
         self.layers = [
-            DecoderLayer(c, self.dtype, self.dropout, dense=i < c.first_k_dense_replace)
+            DecoderLayer(c, self.dtype, self.dropout, dense=i < c.first_k_dense_replace, lora=self.lora)
             for i in range(c.num_hidden_layers)
         ]
         self.norm = RMSNorm(c.rms_norm_eps)
-        self.lm_head = Linear(c.vocab_size, self.dtype, init_std=c.initializer_range)
+        self.lm_head = LanguageHead(c.vocab_size, c.hidden_size, self.dtype, c.initializer_range)
         if c.num_nextn_predict_layers:
-            self.mtp = MTP(c, self.dtype, self.dropout)
+            self.mtp = MTP(c, self.dtype, self.dropout, self.lora)
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Embeds tokens in the compute dtype."""
@@ -109,7 +135,7 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Next-token logits in fp32; main model and MTP share this head."""
-        return self.lm_head(hidden).astype(jnp.float32)
+        return self.lm_head(hidden)
 
     def predict_second(
         self,

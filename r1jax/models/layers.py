@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
+from r1jax.models.lora import Lora
 from r1jax.ops.attention import dot_product_attention
 
 
@@ -17,13 +18,20 @@ class Linear(nn.Module):
     bias: bool = False
     init_std: float | None = None
     """Standard deviation of the initial weight; None is 1 / sqrt(in)."""
+    lora: Lora = Lora()
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
         width = x.shape[-1]
         std = width**-0.5 if self.init_std is None else self.init_std
         weight = self.param("weight", nn.initializers.normal(std), (self.features, width), jnp.float32)
-        y = jnp.einsum("...I,OI->...O", x.astype(self.dtype), weight.astype(self.dtype))
+        x = x.astype(self.dtype)
+        y = jnp.einsum("...I,OI->...O", x, weight.astype(self.dtype))
+        if self.lora.rank:
+            a = self.param("lora_a", nn.initializers.normal(width**-0.5), (self.lora.rank, width), jnp.float32)
+            b = self.param("lora_b", nn.initializers.zeros, (self.features, self.lora.rank), jnp.float32)
+            low = jnp.einsum("...I,RI->...R", x, a.astype(self.dtype))
+            y = y + self.lora.scale * jnp.einsum("...R,OR->...O", low, b.astype(self.dtype))
         if self.bias:
             offset = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
             y = y + jnp.broadcast_to(offset.astype(self.dtype), y.shape)
@@ -49,11 +57,12 @@ class MLP(nn.Module):
     width: int
     dtype: DTypeLike
     init_std: float | None = None
+    lora: Lora = Lora()
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         def linear(name: str, features: int) -> Linear:
-            return Linear(features, self.dtype, init_std=self.init_std, name=name)
+            return Linear(features, self.dtype, init_std=self.init_std, lora=self.lora, name=name)
 
         hidden = nn.silu(linear("gate_proj", self.width)(x)) * linear("up_proj", self.width)(x)
         return linear("down_proj", x.shape[-1])(hidden)

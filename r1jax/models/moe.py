@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from r1jax.config import DecoderConfig
 from r1jax.models.layers import MLP
+from r1jax.models.lora import Lora
 from r1jax.ops.grouped_matmul import gather_rows, grouped_matmul, plan_dispatch, scatter_rows
 
 
@@ -20,6 +21,8 @@ class RouterStats(NamedTuple):
     """Tokens that chose each expert; padding is not counted."""
     balance_loss: Float[Array, ""]
     """Sequence-wise balance loss before its weight (equation 17), mean over the sequences."""
+    sequence_load: Float[Array, "B E"]
+    """`load` of each sequence by itself."""
 
 
 def select_experts(
@@ -119,6 +122,8 @@ class MoE(nn.Module):
 
     config: DecoderConfig
     dtype: DTypeLike
+    lora: Lora = Lora()
+    """Of the shared experts; the routed ones are not adapted."""
 
     @nn.compact
     def __call__(
@@ -132,8 +137,9 @@ class MoE(nn.Module):
         routed = Experts(c, self.dtype, name="experts")(flat, experts, weights).reshape(x.shape)
         shared_width = c.n_shared_experts * c.moe_intermediate_size
         if shared_width:
-            routed = routed + MLP(shared_width, self.dtype, c.initializer_range, name="shared_experts")(x)
+            shared = MLP(shared_width, self.dtype, c.initializer_range, self.lora, name="shared_experts")
+            routed = routed + shared(x)
         chosen = jnp.sum(jax.nn.one_hot(experts, c.n_routed_experts), axis=1).reshape(batch, length, -1)
-        load = jnp.sum(chosen * valid[..., None].astype(jnp.float32), axis=(0, 1))
+        existing = chosen * valid[..., None].astype(jnp.float32)
         balance = sequence_balance_loss(scores.reshape(chosen.shape), chosen, valid, c.num_experts_per_tok)
-        return routed, RouterStats(load, balance)
+        return routed, RouterStats(jnp.sum(existing, axis=(0, 1)), balance, jnp.sum(existing, axis=1))

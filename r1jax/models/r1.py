@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from r1jax.config import ModelConfig
-from r1jax.models.decoder import Decoder
+from r1jax.models.decoder import Decoder, language_logits
 from r1jax.models.layers import Linear
+from r1jax.models.lora import Lora
 from r1jax.models.moe import RouterStats
 from r1jax.models.table import TableEncoder
 from r1jax.models.text import TextSummary
@@ -37,16 +38,31 @@ class Output(NamedTuple):
     """Raw numbers of each head, fp32."""
     router: tuple[RouterStats, ...]
     """One entry for each mixture layer, the MTP module's last if it ran."""
-    text_logits: Float[Array, "B T V"] | None
-    """Next-token logits at the text positions, if asked for."""
-    mtp_logits: Float[Array, "B S V"] | None
-    """Logits of the token after next, for the first T - 1 text positions, if asked for."""
     where: Float[Array, "B z y x"] | None
     """Logit of each cell of the volume: the finding's centre lies in it."""
+    text_states: Float[Array, "B T D"] | None
+    """States at the text positions that, through the language head, predict the next token, if asked for."""
+    mtp_states: Float[Array, "B S D"] | None
+    """States that predict the token after next, for the first T - 1 text positions, if asked for."""
+    lm_head: Float[Array, "V D"] | None
+    """Weight of the language head, for losses that never hold all logits; with the states."""
+
+    @property
+    def text_logits(self) -> Float[Array, "B T V"] | None:
+        """Next-token logits at the text positions, fp32; formed only where somebody asks."""
+        return None if self.text_states is None else language_logits(self.text_states, self.lm_head)
+
+    @property
+    def mtp_logits(self) -> Float[Array, "B S V"] | None:
+        """Logits of the token after next, fp32; formed only where somebody asks."""
+        return None if self.mtp_states is None else language_logits(self.mtp_states, self.lm_head)
 
 
 class R1(nn.Module):
-    """Modality tokens, then text, then one query token a head; the decoder is causal, so queries see everything."""
+    """Modality tokens, then text, then one query token a head; the decoder is causal, so queries see everything.
+
+    With text alone and no heads it is the language model: its parameters are those of the decoder.
+    """
 
     config: ModelConfig
     heads: tuple[tuple[str, int], ...]
@@ -56,13 +72,15 @@ class R1(nn.Module):
         c = self.config
         self.dtype = jnp.bfloat16 if c.precision == "bf16" else jnp.float32
         width = c.decoder.hidden_size
-        self.decoder = Decoder(c.decoder, self.dtype, c.dropout)
+        self.decoder = Decoder(c.decoder, self.dtype, c.dropout, Lora(c.lora_rank, c.lora_alpha))
         if "volume" in c.modalities:
             self.volume = VisionEncoder(c.volume, width, self.dtype, c.dropout)
         if "image" in c.modalities:
             self.image = VisionEncoder(c.image, width, self.dtype, c.dropout)
         if "table" in c.modalities:
             self.table = TableEncoder(c.table, width, self.dtype, c.dropout)
+        if not self.heads:
+            return
         if "text" in c.modalities:
             self.text = TextSummary(width, self.dtype, c.dropout)
         self.queries = self.param("queries", nn.initializers.normal(0.02), (len(self.heads), width), jnp.float32)
@@ -70,8 +88,10 @@ class R1(nn.Module):
 
     def encode(
         self, inputs: Inputs, *, train: bool
-    ) -> tuple[Float[Array, "B M D"], Bool[Array, "B M"], Float[Array, "B D"], Float[Array, "B z y x"] | None]:
-        """Tokens of all modalities but text, which of them exist, the sum of their summaries, and where to look."""
+    ) -> tuple[
+        list[Float[Array, "B _ D"]], list[Bool[Array, "B _"]], Float[Array, "B D"] | int, Float[Array, "B z y x"] | None
+    ]:
+        """Tokens of each modality but text, which of them exist, the sum of their summaries, and where to look."""
         tokens, valid, summaries, where = [], [], [], None
 
         def add(token: Float[Array, "B m D"], summary: Float[Array, "B D"], has: Bool[Array, " B"]) -> None:
@@ -88,7 +108,7 @@ class R1(nn.Module):
             add(seen.tokens, seen.summary, inputs.has_image)
         if inputs.table is not None:
             add(*self.table(inputs.table, train=train), inputs.has_table)
-        return jnp.concatenate(tokens, axis=1), jnp.concatenate(valid, axis=1), sum(summaries), where
+        return tokens, valid, sum(summaries), where
 
     def __call__(self, inputs: Inputs, *, train: bool = False, language: bool = False) -> Output:
         """Reads a batch.
@@ -96,40 +116,41 @@ class R1(nn.Module):
         Args:
           inputs: The batch; its modalities are those of the config.
           train: Whether dropout is on (needs the rng `dropout`).
-          language: Whether to compute the logits of the text and of MTP.
+          language: Whether to compute the states of the text and of MTP.
 
         Returns:
-          Heads, router statistics and, if asked for, logits.
+          Heads, router statistics and, if asked for, what a language loss needs.
         """
-        x, valid, summary, where = self.encode(inputs, train=train)
-        first = x.shape[1]
+        tokens, exist, summary, where = self.encode(inputs, train=train)
+        first = sum(part.shape[1] for part in tokens)
         if inputs.text is not None:
             text = self.decoder.embed(inputs.text)
-            read = self.text(text, inputs.text_valid, train=train)
-            summary = summary + jnp.where(jnp.any(inputs.text_valid, axis=1)[:, None], read, 0)
-            x = jnp.concatenate([x, text], axis=1)
-            valid = jnp.concatenate([valid, inputs.text_valid], axis=1)
-        batch, queries = x.shape[0], self.queries.shape[0]
-        # Queries start from the summaries: a direct way for gradients, where attention over many tokens dilutes them.
-        asked = jnp.broadcast_to(self.queries.astype(x.dtype)[None], (batch, queries, x.shape[-1])) + summary[:, None]
-        x = jnp.concatenate([x, asked], axis=1)
-        valid = jnp.concatenate([valid, jnp.ones((batch, queries), bool)], axis=1)
+            tokens, exist = [*tokens, text], [*exist, inputs.text_valid]
+            if self.heads:
+                read = self.text(text, inputs.text_valid, train=train)
+                summary = summary + jnp.where(jnp.any(inputs.text_valid, axis=1)[:, None], read, 0)
+        if self.heads:
+            # Queries start from the summaries: a direct way for gradients, which attention over many tokens dilutes.
+            asked = self.queries.astype(tokens[0].dtype)[None]
+            asked = jnp.broadcast_to(asked, (len(tokens[0]), *asked.shape[1:])) + summary[:, None]
+            tokens, exist = [*tokens, asked], [*exist, jnp.ones(asked.shape[:2], bool)]
+        x, valid = jnp.concatenate(tokens, axis=1), jnp.concatenate(exist, axis=1)
         # Positions count what exists, so that a missing modality and padding shift nothing.
         positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
         hidden, router = self.decoder(x, positions, valid, train=train)
-        last = hidden[:, -queries:].astype(jnp.float32)
+        last = hidden[:, -len(self.heads) :].astype(jnp.float32)
         heads = {name: self.head[name](last[:, i]) for i, (name, _) in enumerate(self.heads)}
-        text_logits = mtp_logits = None
+        states = second = weight = None
         if language and inputs.text is not None:
             text = slice(first, first + inputs.text.shape[1])
-            text_logits = self.decoder.logits(hidden[:, text])
+            states, weight = hidden[:, text], self.decoder.lm_head.weight
             if self.config.decoder.num_nextn_predict_layers:
-                states, stats = self.decoder.predict_second(
-                    hidden[:, text][:, :-1],
+                second, stats = self.decoder.predict_second(
+                    states[:, :-1],
                     inputs.text[:, 1:],
                     positions[:, text][:, :-1],
                     inputs.text_valid[:, 1:],
                     train=train,
                 )
-                mtp_logits, router = self.decoder.logits(states), (*router, stats)
-        return Output(heads, router, text_logits, mtp_logits, where)
+                router = (*router, stats)
+        return Output(heads, router, where, states, second, weight)

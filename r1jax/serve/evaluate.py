@@ -31,12 +31,12 @@ from r1jax.serve.saliency import explained_finding, saliency_maps
 from r1jax.serve.scored import Scored, seen_in_training
 from r1jax.tasks.medical.canonical import NOT_TEXT, Provenance
 from r1jax.tasks.medical.evaluation import evaluate_modalities
+from r1jax.tasks.medical.modes import best_attainable
 from r1jax.tasks.medical.schema import FINDING
 from r1jax.tasks.medical.summary import summary_lines
-from r1jax.tasks.medical.task import Medical
+from r1jax.tasks.task import Task
 from r1jax.train.checkpoints import Checkpoint, abstract_like
 from r1jax.train.loop import served
-from r1jax.train.modes import best_attainable
 from r1jax.train.plan import example_batch
 from r1jax.train.run import describe
 from r1jax.train.step import init_state
@@ -49,7 +49,7 @@ class Evaluation(NamedTuple):
     checkpoint: Checkpoint
     config: Config
     """The checkpoint's own, with the data that is scored."""
-    task: Medical
+    task: Task
     model: R1
     mesh: Mesh
     began: float
@@ -91,7 +91,7 @@ def scoring_config(checkpoint: Checkpoint, arguments: EvalArguments) -> Config:
             "use the revision that its meta.json names, or train again"
         ) from None
     data, chosen = config.data, arguments.data
-    if chosen.path is None and data.path is not None and not Path(data.path).is_dir():
+    if chosen.path is None and data.path is not None and not Path(data.path).exists():
         raise UserError(
             f"the checkpoint was trained on the folder {data.path}, which is not here: give the folder of the cases "
             "to score with --data.path"
@@ -99,18 +99,18 @@ def scoring_config(checkpoint: Checkpoint, arguments: EvalArguments) -> Config:
     split = chosen.split or data.split
     if chosen.path is not None and chosen.split is None:
         trained_here = data.path is not None and Path(data.path).resolve() == Path(chosen.path).resolve()
-        trained_here |= folder_fingerprint(Path(chosen.path)) == checkpoint.meta()["data"]["fingerprint"]
+        if config.task.name == "medical":
+            trained_here |= folder_fingerprint(Path(chosen.path)) == checkpoint.meta()["data"]["fingerprint"]
         split = data.split if trained_here else "all"
-        which = "the folder" if trained_here else "not the folder"
         print(
-            f"--data.split was not given: {split!r} is scored, as {chosen.path} is {which} that the checkpoint was "
-            "trained on",
+            f"--data.split was not given: {split!r} is scored, as {chosen.path} is {'' if trained_here else 'not '}what "
+            "the checkpoint was trained on",
             file=sys.stderr,
         )
     return dataclasses.replace(config, data=dataclasses.replace(data, path=chosen.path or data.path, split=split))
 
 
-def restore_served(checkpoint: Checkpoint, config: Config, model: R1, task: Medical, mesh: Mesh, source: Source) -> Any:
+def restore_served(checkpoint: Checkpoint, config: Config, model: R1, task: Task, mesh: Mesh, source: Source) -> Any:
     """The weights that a checkpoint serves.
 
     Args:
@@ -168,8 +168,7 @@ def measure(run: Evaluation, scored: Scored) -> dict[str, Any]:
     Returns:
       What `evaluate_modalities` gives, after "provenance" and "warnings"; JSON as it stands.
     """
-    made = run.checkpoint.meta()
-    source, data = scored.source, run.config.data
+    made, source = run.checkpoint.meta(), scored.source
     thresholds = {
         mode: {name: point.threshold for name, point in points.items()} for mode, points in scored.frozen.items()
     }
@@ -182,8 +181,22 @@ def measure(run: Evaluation, scored: Scored) -> dict[str, Any]:
         resamples=run.arguments.resamples,
     )
     seen = seen_in_training(source, run.task, made["data"]["fingerprint"])
-    here = describe(source)
-    provenance = {
+    return {"provenance": origin(run, source, seen), "warnings": _warnings(run, scored, seen), **figures}
+
+
+def origin(run: Evaluation, source: Source, seen: int) -> dict[str, Any]:
+    """Where a result comes from.
+
+    Args:
+      run: What is evaluated.
+      source: The cases.
+      seen: How many of them the checkpoint was trained on.
+
+    Returns:
+      Checkpoint, data, versions and command; JSON as it stands.
+    """
+    made, here, data = run.checkpoint.meta(), describe(source), run.config.data
+    return {
         "name": run.config.name,
         "checkpoint": {
             "path": str(run.checkpoint.path.absolute().relative_to(_run_folder(run.checkpoint))),
@@ -207,7 +220,6 @@ def measure(run: Evaluation, scored: Scored) -> dict[str, Any]:
         "command": here["command"],
         "seconds": {"predictions_and_figures": round(time.perf_counter() - run.began, 1)},
     }
-    return {"provenance": provenance, "warnings": _warnings(run, scored, seen), **figures}
 
 
 def write_results(run: Evaluation, scored: Scored, metrics: dict[str, Any], params: Any, folder: Path) -> None:

@@ -11,9 +11,9 @@ from r1jax.errors import UserError
 from r1jax.serve.progress import Steps, progress
 from r1jax.tasks.medical.batch import PICTURES
 from r1jax.tasks.medical.canonical import OperatingPoint
+from r1jax.tasks.medical.modes import shown_modes
 from r1jax.tasks.medical.task import Medical
 from r1jax.train.evaluation import Evaluator
-from r1jax.train.modes import shown_modes
 
 Points = dict[str, dict[str, OperatingPoint]]
 """By reported mode, then by finding."""
@@ -93,7 +93,7 @@ def score(
     modes = shown_modes(task.config.model.modalities, source.modalities)
     with progress("cases", len(source)) as steps:
         predicted, targets, ids = evaluator.predict(
-            params, _Watched(source, steps), batch_size=batch_size, modes=tuple(modes)
+            params, Watched(source, steps), batch_size=batch_size, modes=tuple(modes)
         )
     for mode, found in predicted.items():
         _refuse_nan(found, ids, modes[mode])
@@ -116,17 +116,25 @@ def score(
     )
 
 
-class _Watched:
+class Watched:
     """A source that says how much of it was read."""
 
     def __init__(self, source: Source, steps: Steps) -> None:
+        """Watches a source.
+
+        Args:
+          source: The cases.
+          steps: Is told of every batch.
+        """
         self.source, self.steps = source, steps
         self.name, self.fingerprint, self.modalities = source.name, source.fingerprint, source.modalities
 
     def __len__(self) -> int:
+        """Number of cases."""
         return len(self.source)
 
     def read_batch(self, indices: np.ndarray) -> dict[str, np.ndarray | list[str]]:
+        """Reads cases and counts them."""
         raw = self.source.read_batch(indices)
         self.steps.advance(len(indices))
         return raw

@@ -1,5 +1,6 @@
 """The tasks by the name that a config gives."""
 
+from r1jax.tasks.language.task import Language
 from r1jax.tasks.medical.task import Medical
 
-TASKS = {"medical": Medical}
+TASKS = {"medical": Medical, "language": Language}

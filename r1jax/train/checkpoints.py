@@ -30,11 +30,13 @@ FREE_TO_CHANGE = (
     "data.threads",
     "data.path",
     "data.split",
+    "data.tokenizer",
+    "train.init",
     "mesh.",
 )
 """Fields that may differ when a run goes on: with other devices the last bits may change, with the rest nothing does.
 
-Data is compared by its fingerprint.
+Data is compared by its fingerprint; the weights that a run started from are of the past.
 """
 
 
@@ -195,11 +197,12 @@ class CheckpointFolder:
             shutil.rmtree(draft, ignore_errors=True)
 
 
-def find_checkpoint(path: Path) -> Checkpoint:
+def find_checkpoint(path: Path, flag: str = "--checkpoint") -> Checkpoint:
     """Finds the checkpoint that a user means: a run folder, its checkpoints folder, or one checkpoint.
 
     Args:
       path: As given on the command line.
+      flag: What named it, for error messages.
 
     Returns:
       That checkpoint, or the best one of the run.
@@ -208,7 +211,7 @@ def find_checkpoint(path: Path) -> Checkpoint:
       UserError: There is none.
     """
     if not path.exists():
-        raise UserError(f"--checkpoint {path} does not exist: give the folder of a run, for example runs/medical")
+        raise UserError(f"{flag} {path} does not exist: give the folder of a run, for example runs/medical")
     if (path / MANIFEST).is_file():
         return Checkpoint(path)
     if path.name.isdigit() and (path / "state").is_dir():
@@ -217,7 +220,7 @@ def find_checkpoint(path: Path) -> Checkpoint:
         best = CheckpointFolder(folder).best()
         if best is not None:
             return best
-    raise UserError(f"--checkpoint {path} holds no checkpoint: train first, or give the folder of a run")
+    raise UserError(f"{flag} {path} holds no checkpoint: train first, or give the folder of a run")
 
 
 def check_same_run(stored: Config, config: Config, where: Path) -> None:

@@ -1,5 +1,6 @@
-"""Predictions for every case of a source, as the model is shown both images and record or one of them."""
+"""What a task scores of every case of a source, in each of the ways to show a case."""
 
+import functools
 from typing import Any
 
 import jax
@@ -10,13 +11,13 @@ from r1jax.data.loader import padded_batches
 from r1jax.data.source import Source
 from r1jax.models.r1 import R1
 from r1jax.parallel.mesh import batch_sharding, shard_tree
-from r1jax.tasks.medical.task import MODES, Medical
+from r1jax.tasks.task import Task
 
 
 class Evaluator:
     """Compiles the forward pass once and scores as many sources as one likes."""
 
-    def __init__(self, model: R1, task: Medical, mesh: Mesh) -> None:
+    def __init__(self, model: R1, task: Task, mesh: Mesh) -> None:
         """Prepares the compiled forward pass.
 
         Args:
@@ -26,21 +27,13 @@ class Evaluator:
         """
         self.task, self.mesh = task, mesh
 
-        def forward(params: Any, batch: dict[str, Any], mode: dict[str, Any]) -> dict[str, Any]:
-            inputs, _ = task.prepare(batch)
-            inputs = task.show(inputs, mode)
-            views = []
-            for turned, undo in task.views(inputs):
-                found = task.predict(model.apply({"params": params}, turned).heads)
-                if "center_mm" in found:
-                    found["center_mm"] = undo(found["center_mm"])
-                views.append(found)
-            return task.recentre(jax.tree.map(lambda *same: sum(same) / len(same), *views), batch, -1)
+        def forward(params: Any, batch: dict[str, Any], mode: Any) -> dict[str, Any]:
+            return task.outcomes(functools.partial(model.apply, {"params": params}), batch, mode)
 
         self.forward = jax.jit(forward, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
     def predict(
-        self, params: Any, source: Source, *, batch_size: int, modes: tuple[str, ...] = ("both",)
+        self, params: Any, source: Source, *, batch_size: int, modes: tuple[str, ...]
     ) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, np.ndarray], list[str]]:
         """Runs over a source in order.
 
@@ -48,14 +41,15 @@ class Evaluator:
           params: Weights to serve.
           source: The cases.
           batch_size: Cases a forward pass; rounded up to the number of devices.
-          modes: What the model is shown, in turn.
+          modes: Names of the task's modes, in turn.
 
         Returns:
-          Predictions of each mode (cases first), targets, case ids.
+          Outcomes of each mode (cases first), targets, case ids.
         """
         batch_size = -(-batch_size // self.mesh.size) * self.mesh.size
         params = jax.device_put(params, shard_tree(self.mesh, params))
         predicted: dict[str, list[dict[str, np.ndarray]]] = {mode: [] for mode in modes}
+        switches = self.task.modes()
         targets: list[dict[str, np.ndarray]] = []
         ids: list[str] = []
         for indices, batch, raw in padded_batches(source, self.task.collate, batch_size=batch_size):
@@ -64,7 +58,7 @@ class Evaluator:
             targets.append({k.removeprefix("target."): v[:n] for k, v in batch.items() if k.startswith("target.")})
             placed = jax.device_put(batch, batch_sharding(self.mesh))
             for mode in modes:
-                found = jax.device_get(self.forward(params, placed, MODES[mode]))
+                found = jax.device_get(self.forward(params, placed, switches[mode]))
                 predicted[mode].append({k: np.asarray(v)[:n] for k, v in found.items()})
         return {mode: _join(parts) for mode, parts in predicted.items()}, _join(targets), ids
 

@@ -13,10 +13,11 @@ from r1jax.data.loader import training_batches
 from r1jax.data.source import Source
 from r1jax.errors import UserError
 from r1jax.parallel.mesh import batch_sharding
-from r1jax.tasks.medical.task import Medical
+from r1jax.tasks.task import Task
 from r1jax.telemetry import Telemetry
 from r1jax.train.evaluation import Evaluator
 from r1jax.train.run import Run, describe
+from r1jax.train.start import start_record
 from r1jax.train.step import TrainState
 
 NORM = jax.jit(optax.tree.norm)
@@ -30,7 +31,7 @@ def served(state: TrainState, config: Config) -> Any:
 def fit(
     config: Config,
     run: Run,
-    task: Medical,
+    task: Task,
     mesh: Mesh,
     evaluator: Evaluator,
     step: Any,
@@ -64,7 +65,7 @@ def fit(
     batches = training_batches(
         source, task.collate, batch_size=t.batch_size, seed=config.data.seed, start=start, threads=config.data.threads
     )
-    made = describe(source)
+    made = describe(source) | start_record(run.workdir)
     note = ""
 
     def save(done: int, validated: dict[str, Any] | None) -> None:
@@ -88,10 +89,7 @@ def fit(
                 telemetry.log(
                     done, {f"validation.{mode}.{k}": v for mode, found in reached.items() for k, v in found.items()}
                 )
-                shown = "  ".join(f"{k} {v:.3f}" for k, v in reached["both"].items() if k.startswith("auc"))
-                score = validated["score"]
-                judged = "no case can be judged" if score is None else f"score {score:.3f}"
-                telemetry.say(f"step {done}: validation {judged}  {shown}".rstrip())
+                telemetry.say(f"step {done}: validation {task.headline(next(iter(reached.values())))}")
                 save(done, validated)
                 telemetry.pause()
             elif done % t.save_every == 0:
@@ -130,18 +128,17 @@ def check_finite(done: int, loss: float, params: Any, run: Run) -> None:
         )
 
 
-def validate(config: Config, task: Medical, evaluator: Evaluator, params: Any, validation: Source) -> dict[str, Any]:
+def validate(config: Config, task: Task, evaluator: Evaluator, params: Any, validation: Source) -> dict[str, Any]:
     """Scores weights on the validation cases and sets the operating points.
 
     Returns:
-      "score" (mean AUC, or mean kappa where no finding is binary; None where nothing can be judged), "figures" and
-      "operating_points" by mode, "cases" (how many there are); JSON-able.
+      "score" (of the mode that shows all; None where nothing can be judged), "figures" and "operating_points" by mode,
+      "cases" (how many there are); JSON-able.
     """
     predicted, targets, _ = evaluator.predict(
-        params, validation, batch_size=config.train.batch_size, modes=task.modes()
+        params, validation, batch_size=config.train.batch_size, modes=tuple(task.modes())
     )
     figures = {mode: task.figures(found, targets) for mode, found in predicted.items()}
     points = {mode: task.operating_points(found, targets) for mode, found in predicted.items()}
-    judged = [v for k, v in figures["both"].items() if k.startswith("auc.")] or list(figures["both"].values())
-    score = float(np.mean(judged)) if judged else None
+    score = task.score(next(iter(figures.values())))
     return {"score": score, "figures": figures, "operating_points": points, "cases": len(validation)}

@@ -11,11 +11,11 @@ from r1jax.config import Config
 from r1jax.data.source import Source
 from r1jax.models.r1 import R1
 from r1jax.parallel.mesh import shard_tree
-from r1jax.tasks.medical.task import Medical
+from r1jax.tasks.task import Task
 from r1jax.train.step import Batch, compile_step, init_state
 
 
-def example_batch(source: Source, task: Medical, batch_size: int) -> Batch:
+def example_batch(source: Source, task: Task, batch_size: int) -> Batch:
     """A collated batch of the run's shapes, made of the first case alone.
 
     Args:
@@ -30,7 +30,7 @@ def example_batch(source: Source, task: Medical, batch_size: int) -> Batch:
     return {k: jnp.asarray(np.repeat(v, batch_size, axis=0)) for k, v in one.items()}
 
 
-def plan(config: Config, model: R1, task: Medical, mesh: Mesh, batch: Batch) -> str:
+def plan(config: Config, model: R1, task: Task, mesh: Mesh, batch: Batch) -> str:
     """Compiles the step ahead of time and says what it takes.
 
     Args:

@@ -21,8 +21,9 @@ from r1jax.errors import UserError
 from r1jax.fields import to_json
 from r1jax.models.r1 import R1
 from r1jax.parallel.mesh import shard_tree
-from r1jax.tasks.medical.task import Medical
+from r1jax.tasks.task import Task
 from r1jax.train.checkpoints import CheckpointFolder, abstract_like, check_same_run
+from r1jax.train.start import RECORD, start_from
 from r1jax.train.step import Batch, TrainState, init_state
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -81,9 +82,9 @@ def open_run(config: Config) -> Iterator[Run]:
 
 
 def restore_or_init(
-    config: Config, run: Run, model: R1, task: Medical, mesh: Mesh, source: Source, batch: Batch
+    config: Config, run: Run, model: R1, task: Task, mesh: Mesh, source: Source, batch: Batch
 ) -> tuple[TrainState, list[str]]:
-    """The state of the newest sound checkpoint, or a fresh one.
+    """The state of the newest sound checkpoint, or a fresh one, with the weights of `train.init` where that is set.
 
     Args:
       config: The experiment.
@@ -98,7 +99,8 @@ def restore_or_init(
       The state on the mesh, and lines to print about where it came from.
 
     Raises:
-      UserError: The folder's run had another config or other data, or no checkpoint of it is sound.
+      UserError: The folder's run had another config or other data, no checkpoint of it is sound, or nothing of
+        `train.init` fits.
     """
     abstract = jax.eval_shape(lambda: init_state(config, model, task, batch))
     where = shard_tree(mesh, abstract)
@@ -125,7 +127,9 @@ def restore_or_init(
         said = [f"skipped: {error}; it is now {run.checkpoints.set_aside(bad)}" for bad, error in damaged]
         return newest.restore(abstract_like(abstract, where)), [*said, f"goes on from {newest.path}"]
     (run.workdir / "config.json").write_text(to_json(config))
-    return jax.jit(lambda: init_state(config, model, task, batch), out_shardings=where)(), []
+    (run.workdir / RECORD).unlink(missing_ok=True)
+    fresh = jax.jit(lambda: init_state(config, model, task, batch), out_shardings=where)()
+    return start_from(config.train.init, fresh, run.workdir) if config.train.init else (fresh, [])
 
 
 def describe(source: Source) -> dict[str, Any]:

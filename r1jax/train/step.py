@@ -9,10 +9,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, UInt32
 
 from r1jax.config import Config, DecoderConfig
+from r1jax.models.lora import join_trees, split_adapters
 from r1jax.models.moe import RouterStats
 from r1jax.models.r1 import R1
 from r1jax.parallel.mesh import batch_sharding, shard_tree
-from r1jax.tasks.medical.task import Medical
+from r1jax.tasks.task import Task
 from r1jax.train.optimizer import BALANCE_BIAS, make_optimizer, schedule
 
 Batch = dict[str, Any]
@@ -32,7 +33,7 @@ class TrainState(NamedTuple):
     """Moving average of `params` that is evaluated and served."""
 
 
-def init_state(config: Config, model: R1, task: Medical, batch: Batch) -> TrainState:
+def init_state(config: Config, model: R1, task: Task, batch: Batch) -> TrainState:
     """Fresh parameters and optimizer moments.
 
     Args:
@@ -47,13 +48,18 @@ def init_state(config: Config, model: R1, task: Medical, batch: Batch) -> TrainS
     inputs, _ = task.prepare(batch)
     key = jax.random.key(config.seed, impl=BITS)
     params = model.init({"params": key}, inputs, language=task.language)["params"]
-    optimizer = make_optimizer(config.train).init(params)
+    optimizer = make_optimizer(config.train).init(_divide(params, config)[0])
     return TrainState(
         jnp.zeros((), jnp.int32), jax.random.key_data(key), params, optimizer, jax.tree.map(jnp.copy, params)
     )
 
 
-def balance_routers(params: Any, router: tuple[RouterStats, ...], config: DecoderConfig, rate: float) -> Any:
+def _divide(params: Any, config: Config) -> tuple[Any, Any]:
+    """What is trained and what is not: with adapters they alone, otherwise everything."""
+    return split_adapters(params) if config.model.lora_rank else (params, {})
+
+
+def balance_routers(params: Any, router: tuple[RouterStats, ...], config: DecoderConfig, rate: float | Array) -> Any:
     """Moves each router's bias by rate * sign(mean load - load) (DeepSeek-V3, section 2.1.2).
 
     Args:
@@ -78,7 +84,7 @@ def balance_routers(params: Any, router: tuple[RouterStats, ...], config: Decode
     return params
 
 
-def make_step(config: Config, model: R1, task: Medical) -> Any:
+def make_step(config: Config, model: R1, task: Task) -> Any:
     """The training step as a pure function.
 
     Args:
@@ -95,22 +101,30 @@ def make_step(config: Config, model: R1, task: Medical) -> Any:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key, impl=BITS), state.step)
         augment, dropout = jax.random.split(key)
         inputs, targets = task.prepare(batch, augment)
+        share = state.step.astype(jnp.float32) / config.train.steps
 
-        def loss_fn(params: Any) -> tuple[Array, Any]:
+        trained, frozen = _divide(state.params, config)
+
+        def loss_fn(trained: Any) -> tuple[Array, Any]:
+            params = join_trees(trained, frozen)
             output = model.apply(
                 {"params": params}, inputs, train=True, language=task.language, rngs={"dropout": dropout}
             )
-            loss, parts = task.loss(output, inputs, targets)
+            loss, parts = task.loss(output, inputs, targets, share)
             return loss, (parts, output.router)
 
-        (loss, (parts, router)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-        updates, moments = optimizer.update(gradients, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
-        params = balance_routers(params, router, config.model.decoder, config.train.router_bias_rate)
+        (loss, (parts, router)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(trained)
+        updates, moments = optimizer.update(gradients, state.optimizer, trained)
+        trained = optax.apply_updates(trained, updates)
+        if not frozen:
+            gamma = jnp.where(share < config.train.router_bias_until, config.train.router_bias_rate, 0.0)
+            trained = balance_routers(trained, router, config.model.decoder, gamma)
         # Averaging over the steps so far keeps the first average from being the random start.
         count = state.step.astype(jnp.float32)
         decay = jnp.minimum(config.train.ema, (1 + count) / (10 + count))
-        ema = jax.tree.map(lambda old, new: old * decay + new * (1 - decay), state.ema, params)
+        average, kept = _divide(state.ema, config)
+        average = jax.tree.map(lambda old, new: old * decay + new * (1 - decay), average, trained)
+        params, ema = join_trees(trained, frozen), join_trees(average, kept)
         metrics = {"loss": loss, **{f"loss.{k}": v for k, v in parts.items()}}
         metrics |= {"gradient_norm": optax.tree.norm(gradients), "learning_rate": jnp.asarray(rate(state.step))}
         for i, stats in enumerate(router):
@@ -120,7 +134,7 @@ def make_step(config: Config, model: R1, task: Medical) -> Any:
     return step
 
 
-def compile_step(config: Config, model: R1, task: Medical, mesh: Mesh, batch: Batch) -> Any:
+def compile_step(config: Config, model: R1, task: Task, mesh: Mesh, batch: Batch) -> Any:
     """Compiles the step ahead of time for the mesh, with the state donated.
 
     Args:

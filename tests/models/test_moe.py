@@ -200,7 +200,7 @@ def test_balancing_raises_the_bias_of_idle_experts():
         "decoder": {"layers_0": {"mlp": jnp.ones(1)}, "layers_1": bias, "layers_2": bias, "mtp": {"layer": bias}},
     }
     loads = ([4.0, 0.0, 1.0, 3.0], [2.0, 2.0, 2.0, 2.0], [9.0, 0.0, 0.0, 3.0])
-    stats = tuple(RouterStats(jnp.asarray(load), jnp.zeros(())) for load in loads)
+    stats = tuple(RouterStats(jnp.asarray(load), jnp.zeros(()), jnp.asarray([load])) for load in loads)
 
     def moved(tree):
         return tree["mlp"]["gate"]["e_score_correction_bias"]
@@ -228,5 +228,5 @@ def test_balancing_evens_out_the_load():
     for _ in range(100):
         load = choose(params["decoder"]["layers_1"]["mlp"]["gate"]["e_score_correction_bias"]).astype(jnp.float32)
         violations.append(float(load.max() / load.mean() - 1))
-        params = balance_routers(params, (RouterStats(load, jnp.zeros(())),), config, 0.01)
+        params = balance_routers(params, (RouterStats(load, jnp.zeros(()), load[None]),), config, 0.01)
     assert violations[0] > 1 and violations[-1] < 0.3

@@ -2,12 +2,14 @@
 
 from dataclasses import replace
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from r1jax.config import DecoderConfig, ModelConfig, TableConfig, VisionConfig
+from r1jax.models.decoder import Decoder
 from r1jax.models.r1 import R1, Inputs
 
 HEADS = (("nodule_present", 1), ("center_mm", 3), ("texture", 5))
@@ -188,3 +190,30 @@ def test_bf16_is_close_to_fp32(model):
         a, b = np.asarray(a), np.asarray(b)
         error = np.sqrt(np.mean((a - b) ** 2) / np.mean(a**2))
         assert 0 < error < 0.06, error
+
+
+def test_text_alone_is_the_decoder(model):
+    """Without heads and other modalities nothing but the decoder is there, and it says what it says by itself."""
+    inputs, params, _ = model
+    text = Inputs(text=inputs.text, text_valid=inputs.text_valid.at[1, 4:].set(False))
+    config = replace(CONFIG, modalities=("text",))
+    module, decoder = R1(config, ()), Decoder(CONFIG.decoder)
+    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), text, language=True))["params"]
+    assert shapes.keys() == {"decoder"}
+    assert jax.tree.map(lambda x: x.shape, shapes["decoder"]) == jax.tree.map(lambda x: x.shape, params["decoder"])
+
+    @jax.jit
+    def by_itself(params):
+        def run(decoder):
+            positions = jnp.minimum(jnp.arange(6)[None], jnp.asarray([[5], [3]]))
+            hidden, router = decoder(decoder.embed(text.text), positions, text.text_valid, train=False)
+            return decoder.logits(hidden), router
+
+        return nn.apply(run, decoder)({"params": params})
+
+    out = jax.jit(lambda p: module.apply({"params": {"decoder": p}}, text, language=True))(params["decoder"])
+    logits, router = by_itself(params["decoder"])
+    np.testing.assert_allclose(out.text_logits, logits, rtol=0, atol=1e-6)
+    np.testing.assert_array_equal(out.router[0].load, router[0].load)
+    np.testing.assert_array_equal(out.router[0].sequence_load.sum(axis=0), router[0].load)
+    assert out.heads == {} and out.where is None and len(out.router) == 2

@@ -11,8 +11,8 @@ from r1jax.data.synthetic import SyntheticCases
 from r1jax.serve.case_reports import LONGEST_NAME, file_name
 from r1jax.serve.progress import progress
 from r1jax.serve.scored import Scored, seen_in_training
+from r1jax.tasks.medical.modes import best_attainable, shown_modes
 from r1jax.tasks.medical.task import Medical
-from r1jax.train.modes import best_attainable, shown_modes
 
 
 @pytest.fixture

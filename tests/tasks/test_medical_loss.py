@@ -1,5 +1,7 @@
 """Losses of the findings: unknown targets weigh nothing; parts, total and predictions against closed forms."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,10 +10,10 @@ import pytest
 from r1jax.config import TaskConfig
 from r1jax.models.moe import RouterStats
 from r1jax.models.r1 import Inputs, Output
+from r1jax.tasks.language.loss import text_losses
 from r1jax.tasks.medical.loss import (
     WEIGHTS,
     finding_loss,
-    language_loss,
     location_loss,
     predictions,
     total_loss,
@@ -41,7 +43,8 @@ def draw(seed=0):
 
 
 def output_of(heads, router=(), **others):
-    return Output(heads, router, **{name: others.get(name) for name in ("text_logits", "mtp_logits", "where")})
+    fields = ("where", "text_states", "mtp_states", "lm_head")
+    return Output(heads, router, **{name: others.get(name) for name in fields})
 
 
 def closed_form(name, raw, target, smoothing):
@@ -133,46 +136,21 @@ def test_location_loss_shares_the_centre_among_the_cells_around_it():
     assert np.isfinite(gradient).all()
 
 
-def draw_text(seed=0):
-    rng = np.random.default_rng(seed)
-    text, valid = rng.integers(0, 7, (3, 6)), np.ones((3, 6), bool)
-    valid[1, 4:], valid[2] = False, False
-    logits, second = rng.standard_normal((3, 6, 7)), rng.standard_normal((3, 5, 7))
-    inputs = Inputs(text=jnp.asarray(text, jnp.int32), text_valid=jnp.asarray(valid))
-    return inputs, jnp.asarray(logits, jnp.float32), jnp.asarray(second, jnp.float32)
-
-
-def mean_entropy(logits, text, valid, ahead):
-    """Mean cross-entropy of the token `ahead` places on, over those that exist."""
-    losses = []
-    for row, place in np.ndindex(*np.shape(text)):
-        if place >= ahead and valid[row, place]:
-            x = np.asarray(logits[row, place - ahead], np.float64)
-            losses.append(np.log(np.exp(x).sum()) - x[text[row, place]])
-    return np.mean(losses)
-
-
-def test_language_loss_counts_existing_tokens_one_and_two_ahead():
-    inputs, logits, second = draw_text()
-    text, valid = np.asarray(inputs.text), np.asarray(inputs.text_valid)
-    main, ahead = mean_entropy(logits, text, valid, 1), mean_entropy(second, text, valid, 2)
-    output = output_of({}, text_logits=logits, mtp_logits=second)
-    np.testing.assert_allclose(language_loss(output, inputs, 0.3), main + 0.3 * ahead, rtol=1e-6)
-    np.testing.assert_allclose(language_loss(output._replace(mtp_logits=None), inputs, 0.3), main, rtol=1e-6)
-
-
-def test_language_loss_without_any_text_is_zero():
-    inputs, logits, second = draw_text()
-    inputs = inputs._replace(text_valid=jnp.zeros((3, 6), bool))
-    assert language_loss(output_of({}, text_logits=logits, mtp_logits=second), inputs, 0.3) == 0
-
-
 def test_total_is_the_weighted_sum_of_its_parts():
     heads, targets = draw()
-    inputs, logits, second = draw_text()
-    router = tuple(RouterStats(jnp.ones(4), jnp.asarray(x)) for x in (1.0, 3.0))
-    output = output_of(heads, router=router, text_logits=logits, mtp_logits=second)
+    rng = np.random.default_rng(1)
+    draw_states = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
+    states, second, head = draw_states(3, 6, 5), draw_states(3, 5, 5), draw_states(7, 5)
+    inputs = Inputs(text=jnp.asarray(rng.integers(0, 7, (3, 6)), jnp.int32), text_valid=jnp.ones((3, 6), bool))
+    router = tuple(RouterStats(jnp.ones(4), jnp.asarray(x), jnp.ones((1, 4))) for x in (1.0, 3.0))
+    output = output_of(heads, router=router, text_states=states, mtp_states=second, lm_head=head)
     total, parts = total_loss(output, inputs, targets, CONFIG)
+    first, ahead = text_losses(output, inputs.text, inputs.text_valid)
+    np.testing.assert_allclose(parts["text"], first + 0.3 * ahead, rtol=1e-6)
+    late = replace(CONFIG, mtp_until=0.5)
+    for share, weight in ((0.4, 0.3), (0.5, 0.1)):
+        text = total_loss(output, inputs, targets, late, jnp.asarray(share))[1]["text"]
+        np.testing.assert_allclose(text, first + weight * ahead, rtol=1e-6)
     assert parts.keys() == FINDING.keys() | {"text", "balance"}
     assert parts["balance"] == 2.0
     expected = sum(WEIGHTS[FINDING[n].kind] * float(parts[n]) for n in FINDING)

@@ -29,16 +29,18 @@ def folder(tmp_path):
 
 def test_findings_without_a_known_answer_are_named(folder):
     task = task_of(folder, "texture", "margin", "malignancy", "center_mm")
-    assert task.unknown_findings(task.source("train")) == ["margin", "malignancy", "center_mm"]
-    assert task.unknown_findings(task.source("val")) == ["malignancy", "center_mm"]
-    assert task.unknown_findings(SyntheticCases(0, 4, "train")) == []
+    assert task.remarks(task.source("train")) == [
+        "note: no training case knows margin, malignancy, center_mm: not learned"
+    ]
+    assert task.remarks(task.source("val")) == ["note: no training case knows malignancy, center_mm: not learned"]
+    assert task.remarks(SyntheticCases(0, 4, "train")) == []
 
 
 def test_nothing_to_learn_is_refused_with_what_there_is(folder):
     task = task_of(folder, "margin", "malignancy")
     message = r"no training case with a known margin or malignancy: choose .* \(texture\) with --task.fields, or add"
     with pytest.raises(UserError, match=message):
-        task.unknown_findings(task.source("train"))
+        task.remarks(task.source("train"))
 
 
 def test_the_command_refuses_before_it_writes(folder, tmp_path):

@@ -14,7 +14,8 @@ from r1jax.cli import load_config
 from r1jax.config import Config
 from r1jax.data.source import Source
 from r1jax.models.r1 import R1
-from r1jax.tasks.medical.task import Medical
+from r1jax.tasks.catalog import TASKS
+from r1jax.tasks.task import Task
 from r1jax.train.evaluation import Evaluator
 from r1jax.train.loop import fit
 from r1jax.train.plan import example_batch
@@ -27,7 +28,7 @@ class Experiment:
     """What train.py makes of a config."""
 
     config: Config
-    task: Medical
+    task: Task
     model: R1
     mesh: Mesh
     source: Source
@@ -78,10 +79,10 @@ def one_device() -> Mesh:
     return jax.make_mesh((1, 1), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:1])
 
 
-def make_experiment(*flags: str) -> Experiment:
-    """The tiny experiment with some fields replaced."""
-    config = load_config(["--config", str(Path(__file__).with_name("tiny.py")), *flags]).config
-    task = Medical(config)
+def make_experiment(*flags: str, file: str = "tiny.py") -> Experiment:
+    """The tiny experiment, or another of this folder, with some fields replaced."""
+    config = load_config(["--config", str(Path(__file__).with_name(file)), *flags]).config
+    task = TASKS[config.task.name](config)
     model, mesh = R1(config.model, task.heads), one_device()
     source, validation = task.source("train"), task.source("val")
     batch = example_batch(source, task, config.train.batch_size)

@@ -7,8 +7,10 @@ from r1jax.config import Config, ModelConfig
 from r1jax.data.synthetic import SyntheticCases
 from r1jax.errors import UserError
 from r1jax.fields import to_json
+from r1jax.tasks.medical.closing import WIDTH
+from r1jax.tasks.medical.task import Medical
 from r1jax.train.checkpoints import CheckpointFolder
-from r1jax.train.closing import WIDTH, closing_table
+from r1jax.train.closing import closing_table
 from r1jax.train.run import Run
 
 FIGURES = {
@@ -34,7 +36,9 @@ def cells(text: str, finding: str) -> list[str]:
 
 def test_findings_are_rows_and_modes_are_columns(tmp_path):
     source = SyntheticCases(0, 64, "val")
-    text = closing_table(run_of(tmp_path, Config(), {"score": 0.9, "cases": 64, "figures": FIGURES}), source)
+    text = closing_table(
+        run_of(tmp_path, Config(), {"score": 0.9, "cases": 64, "figures": FIGURES}), Medical(Config()), source
+    )
     assert text.splitlines()[0].startswith("synthetic") and "step 7" in text.splitlines()[0]
     table = [line for line in text.splitlines() if set(line) & set("│┃|")]
     assert max(map(len, table)) <= WIDTH and len(table) == 4
@@ -48,17 +52,22 @@ def test_findings_are_rows_and_modes_are_columns(tmp_path):
 
 def test_a_model_of_pictures_alone_has_one_column(tmp_path):
     figures = {"both": FIGURES["both"]}
-    run = run_of(tmp_path, Config(model=ModelConfig(modalities=("volume",))), {"cases": 64, "figures": figures})
-    text = closing_table(run, SyntheticCases(0, 64, "val"))
+    config = Config(model=ModelConfig(modalities=("volume",)))
+    run = run_of(tmp_path, config, {"cases": 64, "figures": figures})
+    text = closing_table(run, Medical(config), SyntheticCases(0, 64, "val"))
     assert "image only" in text and "record" not in text.split("best checkpoint")[0]
     assert cells(text, "malignancy: AUC") == ["0.841", f"{SyntheticCases(0, 64, 'val').ceilings()['image']:.3f}"]
 
 
 def test_without_figures_the_paths_are_left(tmp_path):
-    text = closing_table(run_of(tmp_path, Config(), None), SyntheticCases(0, 64, "val"))
+    text = closing_table(run_of(tmp_path, Config(), None), Medical(Config()), SyntheticCases(0, 64, "val"))
     assert text.startswith("best checkpoint")
 
 
 def test_a_run_without_checkpoint_is_refused(tmp_path):
     with pytest.raises(UserError, match="no checkpoint"):
-        closing_table(Run(tmp_path, CheckpointFolder(tmp_path / "checkpoints"), []), SyntheticCases(0, 4, "val"))
+        closing_table(
+            Run(tmp_path, CheckpointFolder(tmp_path / "checkpoints"), []),
+            Medical(Config()),
+            SyntheticCases(0, 4, "val"),
+        )

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from r1jax.data.source import Source
-from r1jax.tasks.medical.task import MODES, Medical
+from r1jax.tasks.medical.modes import MODES
+from r1jax.tasks.medical.task import Medical
 from r1jax.train.evaluation import Evaluator
 from tests.train.experiment import Experiment
 
@@ -89,7 +90,7 @@ def test_modes_show_what_they_say(tiny, predict):
 def test_views_are_averaged(tiny, params):
     task = Medical(replace(tiny.config, task=replace(tiny.config.task, views=2)))
     source = Fixed(tiny.validation, 8)
-    found, _, _ = Evaluator(tiny.model, task, tiny.mesh).predict(params, source, batch_size=8)
+    found, _, _ = Evaluator(tiny.model, task, tiny.mesh).predict(params, source, batch_size=8, modes=("both",))
     inputs, _ = task.prepare(jax.device_put(task.collate(source.read_batch(np.arange(8)))))
     apply = jax.jit(tiny.model.apply)
     views = [task.predict(apply({"params": params}, turned).heads) for turned, _ in task.views(inputs)]

@@ -7,6 +7,7 @@ from jaxtyping import Array, Float
 from r1jax.config import TaskConfig
 from r1jax.models.r1 import Inputs, Output
 from r1jax.ops.losses import binary_cross_entropy, cross_entropy, huber, weighted_mean
+from r1jax.tasks.language.loss import mtp_weight, text_losses
 from r1jax.tasks.medical.schema import FINDING
 
 WEIGHTS = {"binary": 1.0, "rating": 0.5, "length": 1.0, "vector": 1.0, "where": 0.5}
@@ -66,18 +67,12 @@ def location_loss(
     return loss, (absent | located).astype(jnp.float32)
 
 
-def language_loss(output: Output, inputs: Inputs, mtp_weight: float) -> Float[Array, ""]:
-    """Mean next-token loss of the text, plus the weighted loss of MTP (DeepSeek-V3, equation 24)."""
-    valid = inputs.text_valid.astype(jnp.float32)
-    loss = weighted_mean(cross_entropy(output.text_logits[:, :-1], inputs.text[:, 1:]), valid[:, 1:])
-    if output.mtp_logits is not None:
-        second = cross_entropy(output.mtp_logits[:, :-1], inputs.text[:, 2:])
-        loss = loss + mtp_weight * weighted_mean(second, valid[:, 2:])
-    return loss
-
-
 def total_loss(
-    output: Output, inputs: Inputs, targets: dict[str, Array], config: TaskConfig
+    output: Output,
+    inputs: Inputs,
+    targets: dict[str, Array],
+    config: TaskConfig,
+    share: Float[Array, ""] | float = 0.0,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Weighted sum of all losses.
 
@@ -86,6 +81,7 @@ def total_loss(
       inputs: What it read.
       targets: Findings, NaN where unknown.
       config: Weights and smoothing.
+      share: Of the run that is done; the weight of MTP depends on it.
 
     Returns:
       Scalar loss, and its parts before their weights.
@@ -105,8 +101,10 @@ def total_loss(
         )
         parts["where"] = weighted_mean(loss, weight * inputs.has_volume.astype(jnp.float32))
         total = total + WEIGHTS["where"] * parts["where"]
-    if output.text_logits is not None:
-        parts["text"] = language_loss(output, inputs, config.mtp_weight)
+    if output.text_states is not None:
+        parts["text"], *second = text_losses(output, inputs.text, inputs.text_valid)
+        for loss in second:
+            parts["text"] = parts["text"] + mtp_weight(config, share) * loss
         total = total + config.text_weight * parts["text"]
     if output.router:
         parts["balance"] = jnp.mean(jnp.stack([stats.balance_loss for stats in output.router]))

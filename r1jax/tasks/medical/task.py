@@ -1,5 +1,6 @@
 """The medical task: from a case to inputs, loss, predictions and figures."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,21 +16,19 @@ from r1jax.data.tokenizer import VOCAB_SIZE
 from r1jax.errors import UserError, nearest
 from r1jax.models.r1 import Inputs, Output
 from r1jax.tasks.medical import batch as b
+from r1jax.tasks.medical.closing import findings_table
 from r1jax.tasks.medical.figures import OPERATING_SPECIFICITY
 from r1jax.tasks.medical.loss import predictions, total_loss
+from r1jax.tasks.medical.modes import MODES, best_attainable, shown_modes
 from r1jax.tasks.medical.schema import FINDING, FINDINGS
 from r1jax.tasks.metrics import operating_point, quadratic_kappa, roc_auc
-
-MODES = {
-    "both": {"hide_images": False, "hide_record": False},
-    "image_only": {"hide_images": False, "hide_record": True},
-    "record_only": {"hide_images": True, "hide_record": False},
-}
-"""What of a case the model is shown."""
+from r1jax.tasks.task import Figures
 
 
 class Medical:
-    """What a case is, which heads it needs, how outputs become loss, predictions and a score."""
+    """What a case is, which heads it needs, how outputs become loss, predictions and a score (a `Task`)."""
+
+    unit = "cases"
 
     def __init__(self, config: Config) -> None:
         """Checks the fields against the schema.
@@ -76,7 +75,7 @@ class Medical:
             )
         return source
 
-    def unknown_findings(self, source: Source) -> list[str]:
+    def remarks(self, source: Source) -> list[str]:
         """Findings to learn of which no training case knows the answer.
 
         Raises:
@@ -93,7 +92,7 @@ class Medical:
                 f"{self.config.data.path} has no training case with a known {' or '.join(unknown)}: {mend}add the "
                 "answers to the folder (docs/data.md)"
             )
-        return unknown
+        return [f"note: no training case knows {', '.join(unknown)}: not learned"] if unknown else []
 
     def collate(self, raw: dict[str, Any]) -> dict[str, np.ndarray]:
         """Turns a source's batch into a flat dict of arrays."""
@@ -151,10 +150,10 @@ class Medical:
         return found | {"center_mm": found["center_mm"] + sign * jnp.asarray(moved)[None] * batch["volume_spacing"]}
 
     def loss(
-        self, output: Output, inputs: Inputs, targets: dict[str, Float[Array, "B ..."]]
+        self, output: Output, inputs: Inputs, targets: dict[str, Float[Array, "B ..."]], share: Float[Array, ""]
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
-        """Scalar loss and its parts."""
-        return total_loss(output, inputs, targets, self.config.task)
+        """Scalar loss and its parts; `share` of the run is done."""
+        return total_loss(output, inputs, targets, self.config.task, share)
 
     def show(self, inputs: Inputs, mode: dict[str, Bool[Array, ""]]) -> Inputs:
         """Hides what the mode (an entry of `MODES`) does not show."""
@@ -163,10 +162,10 @@ class Medical:
         everyone = jnp.ones_like(b.has_pictures(inputs))
         return b.hide(inputs, everyone & mode["hide_images"], everyone & mode["hide_record"])
 
-    def modes(self) -> tuple[str, ...]:
+    def modes(self) -> dict[str, dict[str, bool]]:
         """What can be shown: with pictures and a record, also each alone."""
         reads, pictures = set(self.config.model.modalities), set(b.PICTURES)
-        return tuple(MODES) if reads & pictures and reads - pictures else ("both",)
+        return MODES if reads & pictures and reads - pictures else {"both": MODES["both"]}
 
     def views(self, inputs: Inputs) -> list[tuple[Inputs, Any]]:
         """The orientations to average at evaluation, each with what turns an offset back."""
@@ -186,6 +185,28 @@ class Medical:
                     undo = lambda vector, f=flips, t=transpose: b.unorient_vector(vector, f, t)  # noqa: E731
             result.append((turned, undo))
         return result
+
+    def outcomes(
+        self, read: Callable[..., Output], batch: dict[str, Array], mode: dict[str, Bool[Array, ""]]
+    ) -> dict[str, Array]:
+        """Predictions of what the mode shows, averaged over the views.
+
+        Args:
+          read: The model with its weights.
+          batch: From `collate`.
+          mode: An entry of `MODES`.
+
+        Returns:
+          As `predict`.
+        """
+        inputs, _ = self.prepare(batch)
+        views = []
+        for turned, undo in self.views(self.show(inputs, mode)):
+            found = self.predict(read(turned).heads)
+            if "center_mm" in found:
+                found["center_mm"] = undo(found["center_mm"])
+            views.append(found)
+        return self.recentre(jax.tree.map(lambda *same: sum(same) / len(same), *views), batch, -1)
 
     def predict(self, heads: dict[str, Float[Array, "B _"]]) -> dict[str, Array]:
         """Probabilities and millimetres from raw head outputs."""
@@ -236,3 +257,18 @@ class Medical:
                 counts = {"n_positive": positive, "n_negative": int(known.sum()) - positive}
                 points[name] = point._asdict() | counts
         return points
+
+    def score(self, figures: Figures) -> float | None:
+        """Mean AUC, or mean kappa where no finding is binary; None where nothing can be judged."""
+        judged = [v for k, v in figures.items() if k.startswith("auc.")] or list(figures.values())
+        return float(np.mean(judged)) if judged else None
+
+    def headline(self, figures: Figures) -> str:
+        """Score and AUCs."""
+        score, aucs = self.score(figures), [f"{k} {v:.3f}" for k, v in figures.items() if k.startswith("auc")]
+        return "  ".join([f"score {score:.3f}" if score is not None else "no case can be judged", *aucs])
+
+    def closing(self, figures: dict[str, Figures], source: Source, step: int) -> str:
+        """Findings as rows, what the model was shown as columns."""
+        shown = shown_modes(self.config.model.modalities, source.modalities)
+        return findings_table(figures, shown, best_attainable(source))

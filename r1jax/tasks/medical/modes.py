@@ -5,7 +5,13 @@ from collections.abc import Collection
 
 from r1jax.data.source import Source
 from r1jax.tasks.medical.batch import PICTURES
-from r1jax.tasks.medical.task import MODES
+
+MODES = {
+    "both": {"hide_images": False, "hide_record": False},
+    "image_only": {"hide_images": False, "hide_record": True},
+    "record_only": {"hide_images": True, "hide_record": False},
+}
+"""What of a case the model is shown."""
 
 _CEILING = {"both": "both", "image_only": "image", "record_only": "record"}
 

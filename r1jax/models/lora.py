@@ -1,0 +1,77 @@
+"""Low-rank adapters (Hu et al. 2021): W x + (alpha / r) B A x with a frozen W; here, what is done with their tree."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from r1jax.config import ModelConfig
+
+PARTS = ("lora_a", "lora_b")
+
+
+class Lora(NamedTuple):
+    """How the decoder's linear layers are adapted."""
+
+    rank: int = 0
+    """Width of the adapters; 0 leaves them out."""
+    alpha: float = 1.0
+    """Strength: the product of the adapters is scaled by alpha / rank."""
+
+    @property
+    def scale(self) -> float:
+        """Factor of the product of the adapters."""
+        return self.alpha / self.rank
+
+
+def split_adapters(params: Any) -> tuple[Any, Any]:
+    """Separates the adapters from the weights that they adapt.
+
+    Args:
+      params: Parameter tree.
+
+    Returns:
+      Trees of the adapters and of everything else; groups without content are left out.
+    """
+    adapters, rest = {}, {}
+    for name, part in params.items():
+        if isinstance(part, dict):
+            for tree, inner in zip((adapters, rest), split_adapters(part), strict=True):
+                if inner:
+                    tree[name] = inner
+        else:
+            (adapters if name in PARTS else rest)[name] = part
+    return adapters, rest
+
+
+def join_trees(a: Any, b: Any) -> Any:
+    """Undoes `split_adapters`: one tree with the content of two that share no array."""
+    both = {name: join_trees(a[name], b[name]) for name in a.keys() & b.keys()}
+    return {name: both.get(name, a.get(name, b.get(name))) for name in sorted(a.keys() | b.keys())}
+
+
+def merge_lora(params: Any, config: ModelConfig) -> Any:
+    """Adds the adapters to their weights.
+
+    Args:
+      params: Parameter tree of R1, or of any part of it such as its decoder.
+      config: Rank and alpha.
+
+    Returns:
+      A tree without adapters whose model, with `lora_rank` 0, gives the same outputs; without adapters the tree itself.
+    """
+    if not config.lora_rank:
+        return params
+    scale = Lora(config.lora_rank, config.lora_alpha).scale
+
+    def merged(tree: Any) -> Any:
+        if not isinstance(tree, dict):
+            return tree
+        kept = {name: merged(part) for name, part in tree.items() if name not in PARTS}
+        if PARTS[0] in tree:
+            a, b = (jnp.asarray(tree[name], jnp.float32) for name in PARTS)
+            moved = scale * jnp.matmul(b, a, precision=jax.lax.Precision.HIGHEST)
+            kept["weight"] = (jnp.asarray(tree["weight"], jnp.float32) + moved).astype(tree["weight"].dtype)
+        return kept
+
+    return merged(params)

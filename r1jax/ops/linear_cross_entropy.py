@@ -1,0 +1,142 @@
+"""Linear layer and cross-entropy in one, in chunks of tokens: the logits of a large vocabulary are never held whole.
+
+A chunk's gradient is formed while its logits are there (Wijmans et al. 2025, "Cut your losses in large-vocabulary
+language models", without their sparsity): the backward pass only scales it. Chunks run along the time axis, so that a
+batch that is spread over devices stays spread.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from r1jax.ops.losses import cross_entropy, weighted_mean
+
+CHUNK = 1024
+"""Tokens whose logits are held at once."""
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def linear_cross_entropy(
+    hidden: Float[Array, "B T D"],
+    weight: Float[Array, "V D"],
+    labels: Int[Array, "B T"],
+    weights: Float[Array, "B T"],
+    smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    chunk: int = CHUNK,
+) -> Float[Array, ""]:
+    """Weighted mean over tokens of the cross-entropy of softmax(hidden weight^T), in nats and fp32.
+
+    Args:
+      hidden: States, fp32 or bf16; products are formed in this type and summed in fp32.
+      weight: Language head, [out, in].
+      labels: Tokens to predict; where the weight is 0, any valid index.
+      weights: Of each token, not negative; no gradient flows to them. The mean is over max(sum of weights, 1).
+      smoothing: Label smoothing, as in `cross_entropy`.
+      z_loss: Factor of the squared log normaliser (Chowdhery et al. 2022, section 5).
+      chunk: Tokens whose logits are held at once, rounded to whole time steps of the batch.
+
+    Returns:
+      Scalar.
+    """
+    losses = token_losses(hidden, weight, labels, smoothing, z_loss, chunk)
+    return weighted_mean(losses, weights)
+
+
+def token_losses(
+    hidden: Float[Array, "B T D"],
+    weight: Float[Array, "V D"],
+    labels: Int[Array, "B T"],
+    smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    chunk: int = CHUNK,
+) -> Float[Array, "B T"]:
+    """The losses that `linear_cross_entropy` averages; meant for scoring, its gradient would hold every logit."""
+    weight = weight.astype(hidden.dtype)
+
+    def one(_: None, part: tuple[Array, Array]) -> tuple[None, Array]:
+        return None, _losses(_logits(part[0], weight), part[1], smoothing, z_loss)
+
+    losses = jax.lax.scan(one, None, (_chunks(hidden, chunk), _chunks(labels, chunk)))[1]
+    return _whole(losses, hidden.shape[1])
+
+
+def _forward(
+    hidden: Float[Array, "B T D"],
+    weight: Float[Array, "V D"],
+    labels: Int[Array, "B T"],
+    weights: Float[Array, "B T"],
+    smoothing: float,
+    z_loss: float,
+    chunk: int,
+) -> tuple[Float[Array, ""], tuple[Array, Array]]:
+    narrow, share = weight.astype(hidden.dtype), weights / jnp.maximum(jnp.sum(weights), 1.0)
+
+    def one(carry: tuple[Array, Array], part: tuple[Array, ...]) -> tuple[tuple[Array, Array], Array]:
+        total, to_weight = carry
+        x, y, w = part
+        logits = _logits(x, narrow)
+        normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+        size = logits.shape[-1]
+        target = (1 - smoothing) * jax.nn.one_hot(y, size, dtype=jnp.float32) + smoothing / size
+        slope = jnp.exp(logits - normaliser) * (1 + 2 * z_loss * normaliser) - target
+        slope = (slope * w[..., None]).astype(x.dtype)
+        to_hidden = jnp.einsum("btV,VD->btD", slope, narrow, preferred_element_type=jnp.float32)
+        to_weight = to_weight + jnp.einsum("btV,btD->VD", slope, x, preferred_element_type=jnp.float32)
+        total = total + jnp.sum(_losses(logits, y, smoothing, z_loss) * w)
+        return (total, to_weight), to_hidden.astype(x.dtype)
+
+    parts = tuple(_chunks(x, chunk) for x in (hidden, labels, share))
+    start = (jnp.zeros((), jnp.float32), jnp.zeros(weight.shape, jnp.float32))
+    (total, to_weight), to_hidden = jax.lax.scan(one, start, parts)
+    return total, (_whole(to_hidden, hidden.shape[1]), to_weight.astype(weight.dtype))
+
+
+def _backward(
+    smoothing: float, z_loss: float, chunk: int, saved: tuple[Array, Array], scale: Float[Array, ""]
+) -> tuple[Array, Array, None, None]:
+    del smoothing, z_loss, chunk
+    return (*(x * scale.astype(x.dtype) for x in saved), None, None)
+
+
+linear_cross_entropy.defvjp(_forward, _backward)
+
+
+def linear_cross_entropy_reference(
+    hidden: Float[Array, "B T D"],
+    weight: Float[Array, "V D"],
+    labels: Int[Array, "B T"],
+    weights: Float[Array, "B T"],
+    smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> Float[Array, ""]:
+    """`linear_cross_entropy` with all logits at once."""
+    return weighted_mean(_losses(_logits(hidden, weight.astype(hidden.dtype)), labels, smoothing, z_loss), weights)
+
+
+def _logits(x: Float[Array, "B t D"], weight: Float[Array, "V D"]) -> Float[Array, "B t V"]:
+    return jnp.einsum("btD,VD->btV", x, weight, preferred_element_type=jnp.float32)
+
+
+def _losses(
+    logits: Float[Array, "B t V"], labels: Int[Array, "B t"], smoothing: float, z_loss: float
+) -> Float[Array, "B t"]:
+    losses = cross_entropy(logits, labels, smoothing=smoothing)
+    return losses + z_loss * jax.nn.logsumexp(logits, axis=-1) ** 2 if z_loss else losses
+
+
+def _chunks(x: Array, chunk: int) -> Array:
+    """[B, T, ...] as [chunks, B, t, ...]; zeros fill the last one, and zero is the weight of what they add."""
+    batch, length, *rest = x.shape
+    step = min(max(1, chunk // batch), length)
+    count = -(-length // step)
+    x = jnp.pad(x, [(0, 0), (0, count * step - length), *[(0, 0)] * len(rest)])
+    return jnp.moveaxis(x.reshape(batch, count, step, *rest), 1, 0)
+
+
+def _whole(x: Array, length: int) -> Array:
+    """Undoes `_chunks`."""
+    count, batch, step, *rest = x.shape
+    return jnp.moveaxis(x, 0, 1).reshape(batch, count * step, *rest)[:, :length]

@@ -1,0 +1,1 @@
+"""Language: packed text, next-token and multi-token prediction, its figures."""

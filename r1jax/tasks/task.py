@@ -1,0 +1,117 @@
+"""What the engine asks of a task; a new task is a class with these members and one line in the catalogue."""
+
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from r1jax.config import Config
+from r1jax.data.source import Source
+from r1jax.models.r1 import Inputs, Output
+
+Figures = dict[str, float | list[float]]
+"""Numbers by name; a list is written to metrics.jsonl alone."""
+
+
+@runtime_checkable
+class Task(Protocol):
+    """What a case is, which heads it needs, how outputs become loss, outcomes and figures; no mesh, no optimizer.
+
+    Attributes:
+      config: The experiment.
+      heads: Name and width of each head of the model.
+      language: Whether training needs the states of the text.
+      unit: What a case is called, in the plural.
+    """
+
+    config: Config
+    heads: tuple[tuple[str, int], ...]
+    language: bool
+    unit: str
+
+    def source(self, split: str) -> Source:
+        """Opens the cases of `train`, `val`, `test` or `all`.
+
+        Raises:
+          UserError: The data does not give what the model reads.
+        """
+        ...
+
+    def remarks(self, source: Source) -> list[str]:
+        """What a user should know of the training cases, a line each.
+
+        Raises:
+          UserError: Nothing can be learned from them.
+        """
+        ...
+
+    def collate(self, raw: dict[str, Any]) -> dict[str, np.ndarray]:
+        """Turns a source's batch into a flat dict of arrays with a leading batch axis; names `target.*` are targets."""
+        ...
+
+    def prepare(self, batch: dict[str, Array], key: PRNGKeyArray | None = None) -> tuple[Inputs, dict[str, Array]]:
+        """Turns a collated batch into what the model reads, and the targets; runs on the device.
+
+        Args:
+          batch: From `collate`.
+          key: Randomness of training; None at evaluation.
+
+        Returns:
+          Inputs and targets.
+        """
+        ...
+
+    def loss(
+        self, output: Output, inputs: Inputs, targets: dict[str, Array], share: Float[Array, ""]
+    ) -> tuple[Float[Array, ""], dict[str, Array]]:
+        """Scalar loss and its parts; `share` of the run (0 to 1) is done."""
+        ...
+
+    def modes(self) -> dict[str, Any]:
+        """Ways to show a case, each with its switches (arrays of one shape), the one that shows all first."""
+        ...
+
+    def outcomes(self, read: Callable[..., Output], batch: dict[str, Array], mode: Any) -> dict[str, Array]:
+        """What is scored of each case; runs on the device.
+
+        Args:
+          read: The model with its weights; takes inputs and, if need be, `language=True`.
+          batch: From `collate`.
+          mode: One value of `modes`.
+
+        Returns:
+          Arrays with a leading batch axis.
+        """
+        ...
+
+    def figures(self, found: dict[str, np.ndarray], targets: dict[str, np.ndarray]) -> Figures:
+        """Cheap figures for the validation during training, of the outcomes and targets of all cases."""
+        ...
+
+    def operating_points(
+        self, found: dict[str, np.ndarray], targets: dict[str, np.ndarray]
+    ) -> dict[str, dict[str, float]]:
+        """Thresholds that validation sets, by what they decide; empty where nothing is decided."""
+        ...
+
+    def score(self, figures: Figures) -> float | None:
+        """The number, higher is better, by which the best checkpoint is kept; None where nothing can be judged."""
+        ...
+
+    def headline(self, figures: Figures) -> str:
+        """A few figures of a validation, for the progress view."""
+        ...
+
+    def closing(self, figures: dict[str, Figures], source: Source, step: int) -> str:
+        """The table that closes a run.
+
+        Args:
+          figures: Of the best checkpoint, by mode.
+          source: The validation cases; synthetic ones know what is attainable.
+          step: Steps that the best checkpoint has done.
+
+        Returns:
+          Lines of text.
+        """
+        ...

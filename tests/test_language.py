@@ -1,0 +1,64 @@
+"""The shipped language experiment as a user runs it: trained by the command, scored by eval.py, started from again."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import eval as evaluate
+from r1jax.cli import load_config
+from r1jax.errors import UserError, run_main
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = str(ROOT / "configs" / "language.py")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Folder of the smoke run, and what it printed."""
+    folder = tmp_path_factory.mktemp("language")
+    words = [sys.executable, str(ROOT / "train.py"), "--config", f"{CONFIG}:smoke", "--workdir", str(folder / "run")]
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    done = subprocess.run(words, capture_output=True, text=True, timeout=200, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr
+    return folder / "run", done.stdout
+
+
+def score(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, words)])
+    with pytest.raises(SystemExit) as left:
+        run_main(evaluate.main)
+    return left.value.code
+
+
+def test_the_smoke_run_closes_with_its_figures(trained):
+    folder, said = trained
+    assert "nats/token, the entropy of the generator" in said and "bits/byte" in said and "tokens seen" in said
+    assert f"next             python eval.py --checkpoint {folder}" in said
+    assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["validation.text.loss"] < 5.0
+
+
+def test_eval_scores_it_on_its_own_data_and_on_other_text(trained, monkeypatch, capsys, tmp_path):
+    folder, _ = trained
+    assert score(monkeypatch, "--checkpoint", folder, "--resamples", 50) == 0
+    metrics = json.loads((folder / "eval" / "metrics.json").read_text())
+    loss = metrics["figures"]["loss"]
+    assert loss["low"] < loss["value"] < loss["high"] and "nats/token" in capsys.readouterr().out
+    assert metrics["best_attainable"]["loss"] < loss["value"] and metrics["warnings"] == []
+    assert metrics["provenance"]["data"]["split"] == "test" and metrics["provenance"]["checkpoint"]["step"] == 20
+    (tmp_path / "other.txt").write_text("Something else entirely.\n" * 20)
+    words = ("--data.path", tmp_path / "other.txt", "--output", tmp_path / "out", "--resamples", 50)
+    assert score(monkeypatch, "--checkpoint", folder, *words) == 0
+    other = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert other["provenance"]["data"]["split"] == "all" and other["best_attainable"] == {}
+    assert other["figures"]["loss"]["value"] > 0
+
+
+def test_a_variant_starts_from_a_checkpoint(trained):
+    config = load_config(["--config", f"{CONFIG}:init={trained[0]}"]).config
+    assert config.train.init == str(trained[0]) and config.model.decoder.hidden_size == 32
+    with pytest.raises(UserError, match="does not exist"):
+        load_config(["--config", f"{CONFIG}:init=nowhere"])
