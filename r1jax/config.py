@@ -234,6 +234,50 @@ class EvalArguments:
     """Language of the structured reports' texts."""
 
 
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How tokens are chosen, and when a row ends."""
+
+    max_new_tokens: Count = 128
+    """Most tokens a row may get; its pages are taken for this many."""
+    temperature: Weight = 0.0
+    """Divides the logits; 0 takes the most probable token each time (greedy)."""
+    top_k: Natural = 0
+    """Draw from the k most probable tokens only; 0 from all."""
+    top_p: Annotated[float, Bounds("above 0 and at most 1", math.ulp(0.0), math.nextafter(1.0, 2.0))] = 1.0
+    """Draw from the fewest tokens whose probabilities reach this sum."""
+    min_p: Share = 0.0
+    """Draw from tokens at least this probable, as a share of the most probable one."""
+    repetition_penalty: Positive = 1.0
+    """Divides positive logits, and multiplies negative ones, of tokens that the prompt or the answer holds already."""
+    stop_tokens: tuple[Natural, ...] = ()
+    """A row ends after the first of these."""
+    speculate: bool = False
+    """Let MTP draft every second token and the decoder verify two at a time; greedy only, and the same tokens."""
+    page_size: Count = 64
+    """Tokens in a page of the cache."""
+
+
+@dataclass(frozen=True)
+class GenerateArguments(GenerationSettings):
+    """What `r1jax generate` is told."""
+
+    folder: str = ""
+    """Checkpoint folder in Hugging Face's layout; the command's first word."""
+    prompt: str | None = None
+    """Text to go on from."""
+    prompt_file: str | None = None
+    """File that holds the text instead."""
+    chat: bool = False
+    """Puts the prompt as a user's question in R1's chat form; the answer starts with its thoughts."""
+    seed: Seed = 0
+    """Seed of the draws; the same seed and prompt give the same text."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of weights, cache and products; softmax, norms, router and logits stay fp32."""
+    platform: Platform = "auto"
+    """cuda refuses to start without a GPU instead of falling back to the CPU."""
+
+
 def from_dict(values: Any, source: str = "config") -> Config:
     """Builds a config from what `to_dict` gave, and accepts nothing else.
 

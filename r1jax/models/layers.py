@@ -29,6 +29,10 @@ class Linear(nn.Module):
             y = y + jnp.broadcast_to(offset.astype(self.dtype), y.shape)
         return y
 
+    def matrix(self) -> Float[Array, "O I"]:
+        """The weight in the product's dtype, for a product in another order; `__call__` makes it."""
+        return self.get_variable("params", "weight").astype(self.dtype)
+
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight, in fp32 (Zhang and Sennrich 2019)."""
