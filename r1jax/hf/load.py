@@ -1,4 +1,4 @@
-"""From a checkpoint folder to the decoder's parameters, shard by shard, so that the host never holds the model twice."""
+"""From a checkpoint folder to the decoder's parameters, shard by shard: the host never holds the model twice."""
 
 import logging
 import math
