@@ -18,8 +18,9 @@ STOREYS = (
     ("models",),
     ("parallel",),
     ("tasks", "data"),
-    ("train", "telemetry"),
+    ("train", "telemetry", "hf"),
     ("serve", "rl", "federated", "search"),
+    ("__main__",),
 )
 STOREY = {name: level for level, names in enumerate(STOREYS) for name in names}
 NO_INPUT_OUTPUT = {"optax", "grain", "orbax", "tensorstore"}  # models and ops say what is computed, nothing else

@@ -44,7 +44,7 @@ class RMSNorm(nn.Module):
         weight = self.param("weight", nn.initializers.ones, (x.shape[-1],), jnp.float32)
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.eps)
-        return (wide * jnp.broadcast_to(weight, wide.shape)).astype(x.dtype)
+        return (wide * jnp.broadcast_to(weight.astype(jnp.float32), wide.shape)).astype(x.dtype)
 
 
 class MLP(nn.Module):

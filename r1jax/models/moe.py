@@ -86,7 +86,8 @@ class Router(nn.Module):
         weight = self.param("weight", nn.initializers.normal(c.initializer_range), shape, jnp.float32)
         # A buffer that the train step moves by its sign rule; no gradient flows into it.
         bias = self.param("e_score_correction_bias", nn.initializers.zeros, shape[:1], jnp.float32)
-        logits = jnp.einsum("TD,ED->TE", x.astype(jnp.float32), weight, precision=jax.lax.Precision.HIGHEST)
+        exact = jax.lax.Precision.HIGHEST
+        logits = jnp.einsum("TD,ED->TE", x.astype(jnp.float32), weight.astype(jnp.float32), precision=exact)
         scores = nn.sigmoid(logits) if c.scoring_func == "sigmoid" else nn.softmax(logits, axis=-1)
         return scores, jax.lax.stop_gradient(bias)
 
