@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
 from r1jax.config import DecoderConfig, GenerationSettings
 from r1jax.models.decoder import Decoder
@@ -57,7 +57,7 @@ class Generator:
         prompts: Prompts,
         settings: GenerationSettings,
         *,
-        attention_mask: Bool[np.ndarray, "B T"] | Int[np.ndarray, "B T"] | None = None,
+        attention_mask: np.ndarray | None = None,
         seed: int = 0,
         rows: Sequence[int] | None = None,
     ) -> Generated:
@@ -66,7 +66,7 @@ class Generator:
         Args:
           prompts: Tokens of each prompt, of any lengths; or an array, padded on either side.
           settings: How tokens are chosen, and when a row ends.
-          attention_mask: Which tokens of an array exist; None takes all.
+          attention_mask: Which tokens of an array exist, bool or 0 and 1 [B, T]; None takes all.
           seed: Of the draws.
           rows: Number of each row, by which it keeps its draws in another batch; None counts from 0.
 
@@ -85,7 +85,7 @@ class Generator:
         prompts: Prompts,
         settings: GenerationSettings,
         *,
-        attention_mask: Bool[np.ndarray, "B T"] | Int[np.ndarray, "B T"] | None = None,
+        attention_mask: np.ndarray | None = None,
         seed: int = 0,
         rows: Sequence[int] | None = None,
         rounds: int = 1,

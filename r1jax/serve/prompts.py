@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Int
 
 from r1jax.config import DecoderConfig, GenerationSettings
 from r1jax.errors import UserError
@@ -24,7 +24,7 @@ class Batch(NamedTuple):
 
 def lay_out(
     prompts: Sequence[Sequence[int]] | Int[np.ndarray, "B T"],
-    attention_mask: Bool[np.ndarray, "B T"] | Int[np.ndarray, "B T"] | None,
+    attention_mask: np.ndarray | None,
     rows: Sequence[int] | None,
     config: DecoderConfig,
     settings: GenerationSettings,
@@ -33,7 +33,7 @@ def lay_out(
 
     Args:
       prompts: Tokens of each prompt, or an array of them.
-      attention_mask: Which tokens of an array exist; None takes all.
+      attention_mask: Which tokens of an array exist, bool or 0 and 1 [B, T]; None takes all.
       rows: Number of each row; None counts from 0.
       config: The decoder.
       settings: How many tokens a row may get, and how large a page is.
@@ -97,7 +97,7 @@ def check_settings(config: DecoderConfig, settings: GenerationSettings) -> None:
 
 def _existing(
     prompts: Sequence[Sequence[int]] | Int[np.ndarray, "B T"],
-    attention_mask: Bool[np.ndarray, "B T"] | Int[np.ndarray, "B T"] | None,
+    attention_mask: np.ndarray | None,
 ) -> list[Int[np.ndarray, " t"]]:
     """Tokens of each row that exist, wherever its padding is."""
     if len(prompts) == 0:
