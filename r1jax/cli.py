@@ -108,7 +108,9 @@ def load_arguments(
       SystemExit: `--help`, with code 0.
     """
     hints = leaves(kind)
-    flags, words = _flags(arguments, {n for n, hint in hints.items() if get_origin(hint) is not tuple and hint is not bool})
+    flags, words = _flags(
+        arguments, {n for n, hint in hints.items() if get_origin(hint) is not tuple and hint is not bool}
+    )
     required = [item.name for item in dataclasses.fields(kind) if _is_required(item)]
     defaults = kind(**dict.fromkeys(required, ""))
     if _switch(flags, "help"):
