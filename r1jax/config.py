@@ -258,26 +258,6 @@ class GenerationSettings:
     """Tokens in a page of the cache."""
 
 
-@dataclass(frozen=True)
-class GenerateArguments(GenerationSettings):
-    """What `r1jax generate` is told."""
-
-    folder: str = ""
-    """Checkpoint folder in Hugging Face's layout; the command's first word."""
-    prompt: str | None = None
-    """Text to go on from."""
-    prompt_file: str | None = None
-    """File that holds the text instead."""
-    chat: bool = False
-    """Puts the prompt as a user's question in R1's chat form; the answer starts with its thoughts."""
-    seed: Seed = 0
-    """Seed of the draws; the same seed and prompt give the same text."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Of weights, cache and products; softmax, norms, router and logits stay fp32."""
-    platform: Platform = "auto"
-    """cuda refuses to start without a GPU instead of falling back to the CPU."""
-
-
 def from_dict(values: Any, source: str = "config") -> Config:
     """Builds a config from what `to_dict` gave, and accepts nothing else.
 

@@ -38,6 +38,17 @@ class Generated(NamedTuple):
         return int(self.accepted.sum()) / drafted if drafted else float("nan")
 
 
+class Piece(NamedTuple):
+    """What a stream brings at a time."""
+
+    tokens: list[list[int]]
+    """New tokens of each row."""
+    logprobs: list[list[float]]
+    drafted: Int[np.ndarray, " B"]
+    """Guesses of MTP that were checked so far."""
+    accepted: Int[np.ndarray, " B"]
+
+
 class Generator:
     """A decoder with its weights, ready to answer; answers depend on nothing but the arguments."""
 
@@ -89,7 +100,7 @@ class Generator:
         seed: int = 0,
         rows: Sequence[int] | None = None,
         rounds: int = 1,
-    ) -> Iterator[list[list[int]]]:
+    ) -> Iterator[Piece]:
         """Answers a batch of prompts piece by piece; the pieces together are the tokens of `generate`.
 
         Args:
@@ -101,7 +112,7 @@ class Generator:
           rounds: Rounds between two pieces.
 
         Yields:
-          New tokens of each row; none for rows that have ended.
+          What each row got since the last piece; nothing for rows that have ended.
 
         Raises:
           UserError: As in `generate`.
@@ -111,8 +122,10 @@ class Generator:
         told = np.zeros(len(batch.lengths), np.int32)
         while True:
             # Copies: the next rounds write into the state's own memory.
-            tokens, count, done = (np.array(part) for part in (state.tokens, state.count, state.done))
-            yield [tokens[row, told[row] : count[row]].tolist() for row in range(len(told))]
+            parts = (state.tokens, state.logprobs, state.count, state.drafted, state.accepted, state.done)
+            tokens, logprobs, count, drafted, accepted, done = map(np.array, parts)
+            new = [(row, slice(told[row], count[row])) for row in range(len(told))]
+            yield Piece([tokens[at].tolist() for at in new], [logprobs[at].tolist() for at in new], drafted, accepted)
             if done.all():
                 return
             told = count

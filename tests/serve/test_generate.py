@@ -119,10 +119,12 @@ def test_streamed_pieces_are_the_answer(generator):
     for rounds in (1, 4):
         rows = [[] for _ in PROMPTS]
         for piece in generator.stream(PROMPTS, settings, seed=3, rounds=rounds):
-            for row, new in zip(rows, piece, strict=True):
+            assert list(map(len, piece.logprobs)) == list(map(len, piece.tokens))
+            for row, new in zip(rows, piece.tokens, strict=True):
                 assert len(new) <= rounds * (1 + settings.speculate)
                 row += new
         assert rows == [t[:n].tolist() for t, n in zip(result.tokens, result.lengths, strict=True)]
+        np.testing.assert_array_equal(piece.accepted, result.accepted)
 
 
 def test_rows_end_at_their_stop_tokens(generator, greedy):
