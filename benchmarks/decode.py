@@ -4,15 +4,17 @@
     python benchmarks/decode.py --output decode.json --dtype bfloat16 --hidden 1024 --layers 8 --contexts 4096 65536
 
 A small DeepSeek-V3 with random weights decodes behind a context that is put into the cache, the same into ours and into
-that of transformers, whose weights are exported by r1jax. All sides take turns in one process; figures are medians, and
-what counts are their ratios. Speculation is measured twice: with weights that learned a noisy permutation for a few
-seconds, so that MTP is mostly right, and with random ones, so that it is wrong: the two ends of what it brings.
+that of transformers, whose weights are exported by r1jax and which has as many threads as suit it. All sides take turns
+in one process; figures are medians, and what counts are their ratios. Speculation is measured twice: with weights that
+learned a noisy permutation for a few seconds, so that MTP is mostly right, and with random ones, so that it is wrong:
+the two ends of what it brings.
 """
 
 import argparse
 import copy
 import importlib.metadata
 import json
+import os
 import sys
 import tempfile
 import time
@@ -167,17 +169,31 @@ def decode_contexts(args: argparse.Namespace, config: DecoderConfig, params: Any
         if peer is not None:
             cache = transformers_cache(peer, config, latents)
             runs["transformers"] = lambda prompt=prompt, cache=cache: transformers_tokens(peer, prompt, cache, args)
-            same = transformers_tokens(peer, prompt, cache, args) == tokens
+            threads = faster_threads(runs["transformers"])
+            same = runs["transformers"]() == tokens
         seconds = median_seconds(runs, args.repeats)
         row = {"context": context, "ms_per_token": {k: 1e3 * s / args.tokens for k, s in seconds.items()}}
         row["times_faster_than_expanded"] = seconds["expanded"] / seconds["absorbed"]
         if peer is not None:
+            row["torch_threads"] = threads
             row |= {
                 "times_faster_than_transformers": seconds["transformers"] / seconds["absorbed"],
                 "same_tokens": same,
             }
         results.append(row)
     return results
+
+
+def faster_threads(run: Callable[[], Any]) -> int:
+    """Leaves torch with one thread or as many as it would take itself, whichever is faster here."""
+    import torch
+
+    found = {}
+    for threads in (os.cpu_count() or 1, 1):
+        torch.set_num_threads(threads)
+        found[threads] = median_seconds({"run": run}, 1)["run"]
+    torch.set_num_threads(min(found, key=found.get))
+    return torch.get_num_threads()
 
 
 def transformers_model(config: DecoderConfig, params: Any, dtype: str) -> Any:
@@ -275,14 +291,14 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 4096, 16384])
     parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--vocabulary", type=int, default=512)
-    parser.add_argument("--tokens", type=int, default=16, help="tokens decoded behind a context")
-    parser.add_argument("--answer", type=int, default=128, help="tokens of an answer, for speculation")
-    parser.add_argument("--batch", type=int, default=1, help="prompts at a time, for speculation")
-    parser.add_argument("--steps", type=int, default=150, help="training steps of the learned weights")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=8, help="tokens decoded behind a context")
+    parser.add_argument("--answer", type=int, default=96, help="tokens of an answer, for speculation")
+    parser.add_argument("--batch", type=int, default=8, help="prompts at a time, for speculation")
+    parser.add_argument("--steps", type=int, default=100, help="training steps of the learned weights")
+    parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     began = time.perf_counter()
     config = config_of(args)
