@@ -77,7 +77,7 @@ def decoder_config(published: dict[str, Any], source: str) -> DecoderConfig:
       UserError: Lists every key that is missing and every value that r1jax cannot honour.
     """
     kind = published.get("model_type")
-    if kind not in ROUTING:
+    if kind not in tuple(ROUTING):  # it may be unhashable
         raise UserError(f"{source}: model_type is {kind!r}, but r1jax reads {' and '.join(ROUTING)}.")
     wrong = [*_unsupported(published, kind), *_quantization(published.get("quantization_config"))]
     values = _same_names(published, wrong) | _routing(published, kind, wrong) | _rope(published, wrong)
