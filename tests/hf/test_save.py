@@ -34,8 +34,12 @@ def random_params(config, seed=0):
     v2 = config.scoring_func == "softmax"
 
     def draw(leaf):
-        zero = v2 and leaf.path[-1] == ROUTER_BIAS
-        return np.zeros(leaf.shape, np.float32) if zero else rng.standard_normal(leaf.shape).astype(np.float32)
+        noise = rng.standard_normal(leaf.shape).astype(np.float32)
+        if leaf.path[-1] == ROUTER_BIAS:
+            return np.zeros_like(noise) if v2 else 0.3 * noise - 1.5
+        if len(leaf.shape) == 1:
+            return 1 + 0.3 * noise
+        return noise if leaf.path == ("embed_tokens",) else noise * np.float32(leaf.shape[-1] ** -0.5)
 
     return nest({leaf.path: draw(leaf) for leaf in layout(config)})
 
