@@ -77,7 +77,7 @@ def decoder_config(published: dict[str, Any], source: str) -> DecoderConfig:
       UserError: Lists every key that is missing and every value that r1jax cannot honour.
     """
     kind = published.get("model_type")
-    if kind not in ROUTING:
+    if kind not in tuple(ROUTING):  # it may be unhashable
         raise UserError(f"{source}: model_type is {kind!r}, but r1jax reads {' and '.join(ROUTING)}.")
     wrong = [*_unsupported(published, kind), *_quantization(published.get("quantization_config"))]
     values = _same_names(published, wrong) | _routing(published, kind, wrong) | _rope(published, wrong)
@@ -237,6 +237,8 @@ def published_config(config: DecoderConfig, dtype: str, base: dict[str, Any] | N
     dtype_key = "torch_dtype" if "torch_dtype" in base else "dtype"
     values = {key: value for key, value in base.items() if key not in FOREIGN}
     values |= {f: getattr(config, f) for f in get_type_hints(DecoderConfig) if f not in RENAMED}
+    if kind == "deepseek_v2" and config.rope_interleave:
+        del values["rope_interleave"]  # not among its keys
     values |= {"num_key_value_heads": config.num_attention_heads, "model_type": kind, dtype_key: dtype}
     values["architectures"] = [f"Deepseek{kind[-2:].upper()}ForCausalLM"]
     if kind == "deepseek_v3":
@@ -245,7 +247,7 @@ def published_config(config: DecoderConfig, dtype: str, base: dict[str, Any] | N
     else:
         grouped = config.n_group > 1
         values["topk_method"] = "group_limited_greedy" if grouped else "greedy"
-        if grouped or values.get("n_group") is None:
+        if grouped or "n_group" not in values:
             values |= {"n_group": config.n_group, "topk_group": config.topk_group}
     rope = {"rope_theta": config.rope_theta, "rope_scaling": config.rope_scaling}
     if _rope(base, []) != rope:

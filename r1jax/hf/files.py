@@ -106,9 +106,8 @@ def open_folder(folder: Path) -> dict[str, Stored]:
             )
         for name, tensor in read_header(folder / file).items():
             if name in found:
-                raise UserError(
-                    f"the tensor {name!r} is both in {found[name].file} and in {folder / file}: delete one."
-                )
+                first = found[name].file.name
+                raise UserError(f"{folder}: the tensor {name!r} is both in {first} and in {file}: delete one of them.")
             if where.get(name) != file:
                 told = f"puts it in {where[name]}" if name in where else "does not name it"
                 raise UserError(f"{folder / file} holds the tensor {name!r}, but {INDEX} {told}: download both again.")

@@ -115,7 +115,7 @@ def _reference(folder: Path, config: DecoderConfig) -> tuple[dict[str, np.ndarra
     path = folder / REFERENCE
     if path.exists():
         try:
-            with np.load(path, allow_pickle=False) as stored:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
                 arrays = {name: stored[name] for name in stored.files}
         except Exception as error:  # a damaged archive fails in many ways
             raise UserError(f"{path} cannot be read ({str(error).splitlines()[0]}): make it again.") from None
