@@ -44,7 +44,18 @@ class State(NamedTuple):
 def run_rounds(
     model: Decoder, settings: GenerationSettings, params: Params, state: State, most: int | Int[Array, ""]
 ) -> State:
-    """Rounds until every row has ended, or so many."""
+    """Runs rounds until every row has ended, or so many.
+
+    Args:
+      model: The decoder.
+      settings: How tokens are chosen, and when a row ends.
+      params: Weights of the decoder.
+      state: From `read_prompt`, or from here.
+      most: Rounds at most; each gives every living row one token or two.
+
+    Returns:
+      The state after them.
+    """
 
     def goes_on(carry: tuple[Int[Array, ""], State]) -> Bool[Array, ""]:
         return (carry[0] < most) & ~jnp.all(carry[1].done)
@@ -58,7 +69,19 @@ def run_rounds(
 def read_prompt(
     model: Decoder, settings: GenerationSettings, pages: int, params: Params, batch: Batch, key: Key[Array, ""]
 ) -> State:
-    """Reads the prompts into an empty cache and chooses each row's first token."""
+    """Reads the prompts into an empty cache and chooses each row's first token.
+
+    Args:
+      model: The decoder.
+      settings: How tokens are chosen, and when a row ends.
+      pages: P, pages in each layer's pool.
+      params: Weights of the decoder.
+      batch: Prompts, and which pages are whose.
+      key: Of the draws.
+
+    Returns:
+      The state that `run_rounds` goes on from.
+    """
     run = partial(model.apply, {"params": params})
     config, (size, length) = model.config, batch.tokens.shape
     layers = config.num_hidden_layers + settings.speculate
