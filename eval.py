@@ -4,8 +4,8 @@ import sys
 import time
 from pathlib import Path
 
-from r1jax.cli import load_eval_arguments
-from r1jax.config import MeshConfig
+from r1jax.cli import EVAL_HELP, load_arguments
+from r1jax.config import EvalArguments, MeshConfig
 from r1jax.errors import run_main
 from r1jax.models.r1 import R1
 from r1jax.parallel.mesh import make_mesh
@@ -21,7 +21,7 @@ from r1jax.train.evaluation import Evaluator
 
 def main(arguments: list[str]) -> int:
     """Scores the checkpoint that the command line names, on its own data or on a folder of the same format."""
-    began, asked = time.perf_counter(), load_eval_arguments(arguments)
+    began, asked = time.perf_counter(), load_arguments(EvalArguments, arguments, "eval.py", EVAL_HELP)
     checkpoint = find_checkpoint(Path(asked.checkpoint))
     checkpoint.verify()
     config = scoring_config(checkpoint, asked)

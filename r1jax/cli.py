@@ -7,14 +7,14 @@ import io
 import re
 import sys
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_origin
+from typing import Any, Literal, NoReturn, TypeVar, get_origin
 
 import tyro
 
-from r1jax.config import Config, EvalArguments, from_dict, validate
+from r1jax.config import Config, from_dict, validate
 from r1jax.errors import UserError, nearest
 from r1jax.fields import build, fit, leaves, to_dict, to_json, wanted
 
@@ -37,6 +37,7 @@ Examples:
   python eval.py --checkpoint runs/medical
   python eval.py --checkpoint runs/medical --data.path my_cases --data.split all --output my_results
 """
+T = TypeVar("T")
 SWITCHES = ("--config", "--print-config", "--dry-run", "--help")
 
 
@@ -61,7 +62,10 @@ def load_config(arguments: list[str]) -> Invocation:
       UserError: A flag, a variant, a value or the config file is wrong.
       SystemExit: `--help` and `--print-config`, with code 0.
     """
-    flags = _flags(arguments)
+    flags, stray = _flags(arguments)
+    if stray:
+        hint = "did you mean --config?" if ".py" in stray[0] else "flags start with --."
+        raise UserError(f"unexpected argument {stray[0]!r}; {hint}")
     asked_help, print_config, dry_run = (_switch(flags, name) for name in ("help", "print_config", "dry_run"))
     words = flags.pop("config", None)
     if words is None and asked_help:
@@ -84,28 +88,49 @@ def load_config(arguments: list[str]) -> Invocation:
     return Invocation(config, "dry-run" if dry_run else "run")
 
 
-def load_eval_arguments(arguments: list[str]) -> EvalArguments:
-    """Reads the command line of eval.py; prints and leaves for `--help`.
+def load_arguments(
+    kind: type[T], arguments: list[str], program: str, description: str, positional: tuple[str, ...] = ()
+) -> T:
+    """Reads the command line of anything but train.py; prints and leaves for `--help`.
 
     Args:
+      kind: Frozen dataclass of the arguments; a field without default is a text that must be given.
       arguments: Words after the program's name.
+      program: Its name, as the user writes it.
+      description: What it does, with at least one line after `Examples:`.
+      positional: Fields that words without a flag fill, in this order; their flags work too.
 
     Returns:
-      The arguments; `checkpoint` is as the user wrote it and need not exist.
+      The arguments; names of files are as the user wrote them and need not exist.
 
     Raises:
-      UserError: A flag or a value is wrong, or `--checkpoint` is missing.
+      UserError: A flag or a value is wrong, or one that must be given is missing.
       SystemExit: `--help`, with code 0.
     """
-    flags = _flags(arguments)
-    defaults = EvalArguments(checkpoint="")
+    hints = leaves(kind)
+    flags, words = _flags(
+        arguments, {n for n, hint in hints.items() if get_origin(hint) is not tuple and hint is not bool}
+    )
+    required = [item.name for item in dataclasses.fields(kind) if _is_required(item)]
+    defaults = kind(**dict.fromkeys(required, ""))
     if _switch(flags, "help"):
-        _help("eval.py", defaults, EVAL_HELP)
+        _help(program, defaults, description)
+    free = [name for name in positional if name not in flags]
+    if len(words) > len(free):
+        raise UserError(f"unexpected argument {words[len(free)]!r}; flags start with --.")
     values = to_dict(defaults)
-    _override(values, EvalArguments, flags, ("--help",))
-    if not values["checkpoint"]:
-        raise UserError("no checkpoint was named; add --checkpoint DIR, for example --checkpoint runs/medical.")
-    return build(EvalArguments, values, "eval.py")
+    _override(values, kind, flags | {name: [word] for name, word in zip(free, words, strict=False)}, ("--help",))
+    for name in required:
+        if not values[name]:
+            add = name.upper() if name in positional else f"--{name.replace('_', '-')}"
+            example = description.partition("Examples:")[2].split("\n")[1].strip()
+            raise UserError(f"no {name.replace('_', ' ')} was named; add {add}, for example: {example}")
+    return build(kind, values, program)
+
+
+def _is_required(item: dataclasses.Field) -> bool:
+    """Whether a field has no default."""
+    return item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
 
 
 def parse(hint: Any, words: list[str], name: str) -> Any:
@@ -145,21 +170,26 @@ def parse(hint: Any, words: list[str], name: str) -> Any:
         raise UserError(f"{name} is {given!r}, but it must be {wanted(hint)}.") from None
 
 
-def _flags(arguments: list[str]) -> dict[str, list[str]]:
-    """Groups the words of a command line by flag (`-` and `_` are one); the last of repeated flags counts."""
+def _flags(arguments: list[str], scalars: Container[str] = ()) -> tuple[dict[str, list[str]], list[str]]:
+    """Groups the words of a command line by flag (`-` and `_` are one); the last of repeated flags counts.
+
+    The second result are the words that belong to no flag: those before the first, and those after the one word of a
+    flag in `scalars`.
+    """
     flags: dict[str, list[str]] = {}
-    words: list[str] | None = None
+    words: list[str] = []
+    last, free = "", words
     for argument in arguments:
         flag = "--help" if argument == "-h" else argument
         if flag.startswith("--"):
-            name, equals, value = flag[2:].partition("=")
-            words = flags[name.replace("-", "_")] = [value] if equals else []
-        elif words is None:
-            hint = "; did you mean --config?" if ".py" in argument else "; flags start with --."
-            raise UserError(f"unexpected argument {argument!r}{hint}")
-        else:
+            last, equals, value = flag[2:].partition("=")
+            last = last.replace("-", "_")
+            free = flags[last] = [value] if equals else []
+        elif free is not words and free and last in scalars:
             words.append(argument)
-    return flags
+        else:
+            free.append(argument)
+    return flags, words
 
 
 def _switch(flags: dict[str, list[str]], name: str) -> bool:

@@ -252,6 +252,30 @@ class EvalArguments:
     """Language of the structured reports' texts."""
 
 
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How tokens are chosen, and when a row ends."""
+
+    max_new_tokens: Count = 128
+    """Most tokens a row may get; its pages are taken for this many."""
+    temperature: Weight = 0.0
+    """Divides the logits; 0 takes the most probable token each time (greedy)."""
+    top_k: Natural = 0
+    """Draw from the k most probable tokens only; 0 from all."""
+    top_p: Annotated[float, Bounds("above 0 and at most 1", math.ulp(0.0), math.nextafter(1.0, 2.0))] = 1.0
+    """Draw from the fewest tokens whose probabilities reach this sum."""
+    min_p: Share = 0.0
+    """Draw from tokens at least this probable, as a share of the most probable one."""
+    repetition_penalty: Positive = 1.0
+    """Divides positive logits, and multiplies negative ones, of tokens that the prompt or the answer holds already."""
+    stop_tokens: tuple[Natural, ...] = ()
+    """A row ends after the first of these."""
+    speculate: bool = False
+    """Let MTP draft every second token and the decoder verify two at a time; greedy only, and the same tokens."""
+    page_size: Count = 64
+    """Tokens in a page of the cache."""
+
+
 def from_dict(values: Any, source: str = "config") -> Config:
     """Builds a config from what `to_dict` gave, and accepts nothing else.
 
@@ -301,7 +325,8 @@ def _relations(config: Config) -> Iterator[tuple[bool, str, str]]:
     """Yields (does it hold, field, what it must be) for each rule that ties fields; later ones rely on earlier ones."""
     for name in ("name", "workdir"):
         yield bool(getattr(config, name).strip()), name, "a name, not empty"
-    yield from _decoder_relations(config.model.decoder)
+    for holds, name, rule in decoder_relations(config.model.decoder):
+        yield holds, f"model.decoder.{name}", rule
     yield from _encoder_relations(config.model)
     yield from _task_relations(config)
     data, train, mesh = config.data, config.train, config.mesh
@@ -318,27 +343,33 @@ def _relations(config: Config) -> Iterator[tuple[bool, str, str]]:
     yield mesh.data > 0 or mesh.fsdp > 0, "mesh.fsdp", "a number of devices: only one axis can take what is left"
 
 
-def _decoder_relations(decoder: DecoderConfig) -> Iterator[tuple[bool, str, str]]:
-    """Yields the decoder's rules; DeepSeek-V3's group limit scores a group by its two best experts."""
+def decoder_relations(decoder: DecoderConfig) -> Iterator[tuple[bool, str, str]]:
+    """Ties the decoder's fields; DeepSeek-V3's group limit scores a group by its two best experts.
+
+    Args:
+      decoder: Values that fit their fields.
+
+    Yields:
+      (does it hold, field, what it must be) for each rule.
+    """
     experts, groups, kept = decoder.n_routed_experts, decoder.n_group, decoder.topk_group
-    model = "model.decoder."
-    yield decoder.qk_rope_head_dim % 2 == 0, model + "qk_rope_head_dim", "even: RoPE turns channels in pairs"
+    yield decoder.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim", "even: RoPE turns channels in pairs"
     yield (
         decoder.first_k_dense_replace <= decoder.num_hidden_layers,
-        model + "first_k_dense_replace",
+        "first_k_dense_replace",
         f"at most num_hidden_layers ({decoder.num_hidden_layers})",
     )
-    yield experts % groups == 0, model + "n_routed_experts", f"a multiple of n_group ({groups})"
+    yield experts % groups == 0, "n_routed_experts", f"a multiple of n_group ({groups})"
     yield (
         groups == 1 or experts >= 2 * groups or decoder.scoring_func == "softmax",
-        model + "n_group",
+        "n_group",
         f"at most half of n_routed_experts ({experts}): a group is scored by its two best experts",
     )
-    yield kept <= groups, model + "topk_group", f"at most n_group ({groups})"
+    yield kept <= groups, "topk_group", f"at most n_group ({groups})"
     reach = kept * (experts // groups)
     yield (
         decoder.num_experts_per_tok <= reach,
-        model + "num_experts_per_tok",
+        "num_experts_per_tok",
         f"at most the {reach} experts of topk_group ({kept}) groups",
     )
 

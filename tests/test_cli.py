@@ -1,6 +1,7 @@
 import json
 import operator
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import get_origin
 
@@ -8,8 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from r1jax.cli import load_config, load_eval_arguments
-from r1jax.config import Config, EvalData, from_dict, validate
+from r1jax.cli import EVAL_HELP, load_arguments, load_config
+from r1jax.config import Config, EvalArguments, EvalData, from_dict, validate
 from r1jax.errors import UserError
 from r1jax.fields import leaves, to_json
 
@@ -279,6 +280,10 @@ def test_help_lists_every_field_with_its_default(config_file, capsys):
     assert "smoke: bool = False" in text
 
 
+def load_eval_arguments(words):
+    return load_arguments(EvalArguments, words, "eval.py", EVAL_HELP)
+
+
 def test_eval_arguments(capsys):
     arguments = load_eval_arguments(["--data.split", "all", "--checkpoint", "runs/x", "--batch-size=3"])
     assert arguments.checkpoint == "runs/x"
@@ -291,7 +296,7 @@ def test_eval_arguments(capsys):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ([], "no checkpoint was named; add --checkpoint DIR"),
+        ([], "no checkpoint was named; add --checkpoint, for example: python eval.py"),
         (["--checkpoint"], "--checkpoint has no value"),
         (["--checkpoint", "a", "--chekpoint", "b"], "did you mean '--checkpoint'?"),
         (["--checkpoint", "a", "--data.split", "tets"], "one of train, val, test, all or None"),
@@ -309,3 +314,49 @@ def test_tuples_are_lists_of_words_only_where_the_field_is_a_list():
         "task.fields",
         *(f"model.{kind}.{name}" for kind in ("volume", "image") for name in ("size", "widths", "blocks")),
     }
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What a command with words of its own takes."""
+
+    folder: str
+    output: str
+    sizes: tuple[int, ...] = ()
+    batch_size: int = 1
+    loud: bool = False
+
+
+def load_words(line):
+    return load_arguments(Arguments, line.split(), "do", "Does.\n\nExamples:\n  do DIR OUT\n", ("folder", "output"))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "a b --batch-size 3 --sizes 1 2",
+        "a --batch-size 3 b --sizes 1 2",
+        "--batch_size 3 a b --sizes 1 2",
+        "b --sizes 1 2 --folder=a --batch-size=3",
+        "--folder a --output b --sizes 1,2 --batch-size 3",
+    ],
+)
+def test_words_without_flag_fill_positional_fields(line):
+    assert load_words(line) == Arguments("a", "b", (1, 2), 3)
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("", "no folder was named; add FOLDER, for example: do DIR OUT"),
+        ("a", "no output was named; add OUTPUT, for example: do DIR OUT"),
+        ("a b c", "unexpected argument 'c'"),
+        ("a b --batch-size", "--batch_size has no value"),
+        ("a b --loud yes", "--loud is 'yes'"),
+        ("a b --sizes 1 x", "--sizes is '1 x'"),
+        ("a b --btch-size 3", "did you mean '--batch_size'?"),
+    ],
+)
+def test_bad_words_are_one_sentence(line, told):
+    with pytest.raises(UserError, match=re.escape(told)):
+        load_words(line)

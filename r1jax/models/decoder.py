@@ -1,5 +1,7 @@
 """The DeepSeek-V3 decoder: causal, blind to modality, with multi-token prediction (DeepSeek-V3, section 2)."""
 
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -10,6 +12,7 @@ from r1jax.models.attention import MLA
 from r1jax.models.layers import MLP, Linear, RMSNorm
 from r1jax.models.lora import Lora
 from r1jax.models.moe import MoE, RouterStats
+from r1jax.ops.latent_attention import PagedLatents
 
 
 class DecoderLayer(nn.Module):
@@ -23,19 +26,32 @@ class DecoderLayer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], valid: Bool[Array, "B T"], *, train: bool
-    ) -> tuple[Float[Array, "B T D"], RouterStats | None]:
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        valid: Bool[Array, "B T"],
+        *,
+        train: bool,
+        cache: PagedLatents | None = None,
+        fresh: bool = False,
+    ) -> tuple[Float[Array, "B T D"], RouterStats | None, PagedLatents | None]:
         c = self.config
         drop = nn.Dropout(self.dropout, deterministic=not train)
         normed = RMSNorm(c.rms_norm_eps, name="input_layernorm")(x)
-        x = x + drop(MLA(c, self.dtype, self.lora, name="self_attn")(normed, positions, valid))
+        attention = MLA(c, self.dtype, self.lora, name="self_attn")
+        if cache is None:
+            mixed = attention(normed, positions, valid)
+        else:
+            mixed, cache = attention.cached(normed, positions, valid, cache, fresh=fresh)
+        x = x + drop(mixed)
         normed = RMSNorm(c.rms_norm_eps, name="post_attention_layernorm")(x)
         if self.dense:
             mlp = MLP(c.intermediate_size, self.dtype, c.initializer_range, self.lora, name="mlp")
             y, stats = mlp(normed), None
         else:
-            y, stats = MoE(c, self.dtype, self.lora, name="mlp")(normed, valid)
-        return x + drop(y), stats
+            few = cache is not None and not fresh  # decoding: blocks of 128 rows would be nearly empty
+            y, stats = MoE(c, self.dtype, self.lora, name="mlp")(normed, valid, few=few)
+        return x + drop(y), stats, cache
 
 
 class MTP(nn.Module):
@@ -55,15 +71,27 @@ class MTP(nn.Module):
         valid: Bool[Array, "B T"],
         *,
         train: bool,
-    ) -> tuple[Float[Array, "B T D"], RouterStats]:
+        cache: PagedLatents | None = None,
+        fresh: bool = False,
+    ) -> tuple[Float[Array, "B T D"], RouterStats, PagedLatents | None]:
         c = self.config
         # The paper writes [h; emb]; the published weights are for [emb; h].
         pair = [RMSNorm(c.rms_norm_eps, name="enorm")(next_embedding), RMSNorm(c.rms_norm_eps, name="hnorm")(hidden)]
         eh_proj = Linear(c.hidden_size, self.dtype, init_std=c.initializer_range, lora=self.lora, name="eh_proj")
         layer = DecoderLayer(c, self.dtype, self.dropout, dense=False, lora=self.lora, name="layer")
-        x, stats = layer(eh_proj(jnp.concatenate(pair, axis=-1)), positions, valid, train=train)
+        x = eh_proj(jnp.concatenate(pair, axis=-1))
+        x, stats, cache = layer(x, positions, valid, train=train, cache=cache, fresh=fresh)
         assert stats is not None
-        return RMSNorm(c.rms_norm_eps, name="shared_head_norm")(x), stats
+        return RMSNorm(c.rms_norm_eps, name="shared_head_norm")(x), stats, cache
+
+
+class LatentCache(NamedTuple):
+    """What decoding remembers of each row, kv_lora_rank + qk_rope_head_dim numbers a token and layer."""
+
+    pages: tuple[Float[Array, "P page C"], ...]
+    """Pool of each layer; the last one is MTP's where it decodes too."""
+    table: Int[Array, "B n"]
+    """Pages of each row, the same in every layer."""
 
 
 class LanguageHead(nn.Module):
@@ -128,10 +156,38 @@ class Decoder(nn.Module):
         """
         stats = []
         for layer in self.layers:
-            x, layer_stats = layer(x, positions, valid, train=train)
+            x, layer_stats, _ = layer(x, positions, valid, train=train)
             if layer_stats is not None:
                 stats.append(layer_stats)
         return self.norm(x), tuple(stats)
+
+    def cached(
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        valid: Bool[Array, "B T"],
+        cache: LatentCache,
+        *,
+        fresh: bool,
+    ) -> tuple[Float[Array, "B T D"], LatentCache]:
+        """Runs the layers on the next tokens of each row: all of a prompt, or one or two while decoding.
+
+        Args:
+          x: Embeddings.
+          positions: Place of each token in its row, from 0 without gaps; what stood there before is overwritten.
+          valid: Tokens that exist.
+          cache: What came before.
+          fresh: Nothing came before.
+
+        Returns:
+          Hidden states after the final norm, equal to those of `__call__` on the whole row, and the cache with x in it.
+        """
+        pools = list(cache.pages)
+        for i, layer in enumerate(self.layers):
+            paged = PagedLatents(pools[i], cache.table)
+            x, _, paged = layer(x, positions, valid, train=False, cache=paged, fresh=fresh)
+            pools[i] = paged.pages
+        return self.norm(x), cache._replace(pages=tuple(pools))
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Next-token logits in fp32; main model and MTP share this head."""
@@ -158,4 +214,20 @@ class Decoder(nn.Module):
         Returns:
           MTP states and the statistics of its mixture layer.
         """
-        return self.mtp(hidden, self.embed(next_tokens), positions, valid, train=train)
+        return self.mtp(hidden, self.embed(next_tokens), positions, valid, train=train)[:2]
+
+    def predict_second_cached(
+        self,
+        hidden: Float[Array, "B T D"],
+        next_tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        valid: Bool[Array, "B T"],
+        cache: LatentCache,
+        *,
+        fresh: bool,
+    ) -> tuple[Float[Array, "B T D"], LatentCache]:
+        """`predict_second` with the last pool of the cache as its own; arguments as there and in `cached`."""
+        paged = PagedLatents(cache.pages[-1], cache.table)
+        embedded = self.embed(next_tokens)
+        states, _, paged = self.mtp(hidden, embedded, positions, valid, train=False, cache=paged, fresh=fresh)
+        return states, cache._replace(pages=(*cache.pages[:-1], paged.pages))

@@ -37,6 +37,14 @@ class Linear(nn.Module):
             y = y + jnp.broadcast_to(offset.astype(self.dtype), y.shape)
         return y
 
+    def matrix(self) -> Float[Array, "O I"]:
+        """The weight in the product's dtype, for a product in another order; `__call__` makes it."""
+        weight = self.get_variable("params", "weight").astype(self.dtype)
+        if self.lora.rank:
+            a, b = (self.get_variable("params", name).astype(self.dtype) for name in ("lora_a", "lora_b"))
+            weight = weight + self.lora.scale * (b @ a)
+        return weight
+
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight, in fp32 (Zhang and Sennrich 2019)."""
@@ -48,7 +56,7 @@ class RMSNorm(nn.Module):
         weight = self.param("weight", nn.initializers.ones, (x.shape[-1],), jnp.float32)
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.eps)
-        return (wide * jnp.broadcast_to(weight, wide.shape)).astype(x.dtype)
+        return (wide * jnp.broadcast_to(weight.astype(jnp.float32), wide.shape)).astype(x.dtype)
 
 
 class MLP(nn.Module):

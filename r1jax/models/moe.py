@@ -89,7 +89,8 @@ class Router(nn.Module):
         weight = self.param("weight", nn.initializers.normal(c.initializer_range), shape, jnp.float32)
         # A buffer that the train step moves by its sign rule; no gradient flows into it.
         bias = self.param("e_score_correction_bias", nn.initializers.zeros, shape[:1], jnp.float32)
-        logits = jnp.einsum("TD,ED->TE", x.astype(jnp.float32), weight, precision=jax.lax.Precision.HIGHEST)
+        exact = jax.lax.Precision.HIGHEST
+        logits = jnp.einsum("TD,ED->TE", x.astype(jnp.float32), weight.astype(jnp.float32), precision=exact)
         scores = nn.sigmoid(logits) if c.scoring_func == "sigmoid" else nn.softmax(logits, axis=-1)
         return scores, jax.lax.stop_gradient(bias)
 
@@ -102,14 +103,16 @@ class Experts(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "T D"], experts: Int[Array, "T K"], weights: Float[Array, "T K"]
+        self, x: Float[Array, "T D"], experts: Int[Array, "T K"], weights: Float[Array, "T K"], *, few: bool = False
     ) -> Float[Array, "T D"]:
         c = self.config
         width, hidden = x.shape[-1], c.moe_intermediate_size
         init = nn.initializers.normal(c.initializer_range)
         gate_up = self.param("gate_up_proj", init, (c.n_routed_experts, 2 * hidden, width), jnp.float32)
         down = self.param("down_proj", init, (c.n_routed_experts, width, hidden), jnp.float32)
-        plan = plan_dispatch(experts, c.n_routed_experts)
+        # Few tokens: blocks as long as an expert's mean share, and with one row a block no expert unasked is read.
+        block = min(128, -(-experts.size // c.n_routed_experts)) if few else 128
+        plan = plan_dispatch(experts, c.n_routed_experts, block=block)
         rows = scatter_rows(x.astype(self.dtype), plan)
         gate, up = jnp.split(grouped_matmul(rows, gate_up.astype(self.dtype), plan.block_expert), 2, axis=-1)
         rows = grouped_matmul(nn.silu(gate) * up, down.astype(self.dtype), plan.block_expert)
@@ -127,14 +130,14 @@ class MoE(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T D"], valid: Bool[Array, "B T"]
+        self, x: Float[Array, "B T D"], valid: Bool[Array, "B T"], *, few: bool = False
     ) -> tuple[Float[Array, "B T D"], RouterStats]:
         c = self.config
         batch, length, width = x.shape
         flat = x.reshape(-1, width)
         scores, bias = Router(c, name="gate")(flat)
         experts, weights = select_experts(scores, bias, c)
-        routed = Experts(c, self.dtype, name="experts")(flat, experts, weights).reshape(x.shape)
+        routed = Experts(c, self.dtype, name="experts")(flat, experts, weights, few=few).reshape(x.shape)
         shared_width = c.n_shared_experts * c.moe_intermediate_size
         if shared_width:
             shared = MLP(shared_width, self.dtype, c.initializer_range, self.lora, name="shared_experts")

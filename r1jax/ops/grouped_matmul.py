@@ -43,6 +43,8 @@ def plan_dispatch(experts: Int[Array, "T K"], num_experts: int, *, block: int = 
     padded = (counts + block - 1) // block * block
     start, padded_start = jnp.cumsum(counts) - counts, jnp.cumsum(padded) - padded
     blocks = -(-tokens * k // block) + num_experts
+    if block == 1:  # nothing is padded
+        blocks = tokens * k
     ranked = flat[order]
     row = padded_start[ranked] + jnp.arange(tokens * k) - start[ranked]
     slot = jnp.zeros(tokens * k, jnp.int32).at[order].set(row.astype(jnp.int32), unique_indices=True)

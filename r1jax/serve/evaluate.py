@@ -102,9 +102,9 @@ def scoring_config(checkpoint: Checkpoint, arguments: EvalArguments) -> Config:
         if config.task.name == "medical":
             trained_here |= folder_fingerprint(Path(chosen.path)) == checkpoint.meta()["data"]["fingerprint"]
         split = data.split if trained_here else "all"
+        how = "trained on" if trained_here else "not trained on"
         print(
-            f"--data.split was not given: {split!r} is scored, as {chosen.path} is {'' if trained_here else 'not '}what "
-            "the checkpoint was trained on",
+            f"--data.split was not given: {split!r} is scored, as the checkpoint was {how} {chosen.path}",
             file=sys.stderr,
         )
     return dataclasses.replace(config, data=dataclasses.replace(data, path=chosen.path or data.path, split=split))

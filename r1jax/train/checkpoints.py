@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from r1jax.config import Config, differences, from_dict
@@ -102,6 +103,66 @@ class Checkpoint:
                 "arrays: use that version, or train anew in another --workdir"
             ) from error
 
+    def restore_decoder(self) -> dict[str, Any]:
+        """Verifies the checkpoint and reads its decoder alone: the averaged weights where there are some.
+
+        Returns:
+          Parameters of the decoder as NumPy arrays, in the dtypes that they are stored in.
+
+        Raises:
+          UserError: The checkpoint is damaged or holds no decoder.
+        """
+        self.verify()
+        path = (self.path / "state").absolute()
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            stored = checkpointer.metadata(path).item_metadata.tree
+            group = next((g for g in ("ema", "params") if "decoder" in (stored.get(g) or {})), None)
+            if group is None:
+                raise UserError(f"checkpoint {self.path} holds no decoder: give one that r1jax has trained or imported")
+            wanted = {group: {"decoder": stored[group]["decoder"]}}
+            abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), wanted)
+            how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), abstract)
+            asked = ocp.args.PyTreeRestore(item=abstract, restore_args=how, partial_restore=True)
+            return checkpointer.restore(path, args=asked)[group]["decoder"]
+
+
+def write_sealed(final: Path, state: Any, config: Config, meta: dict[str, Any]) -> Checkpoint:
+    """Writes a checkpoint aside, seals it and renames it into place; a failure leaves nothing.
+
+    Args:
+      final: Where it shall be; nothing may be there, or an empty folder.
+      state: Tree of arrays.
+      config: The config that describes them.
+      meta: JSON-able.
+
+    Returns:
+      The published checkpoint.
+
+    Raises:
+      OSError: The disk is full or the folder cannot be written.
+    """
+    draft = final.with_name(f".draft-{final.name}")
+    try:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        needed = sum(x.nbytes for x in jax.tree.leaves(state))
+        if shutil.disk_usage(draft).free < needed:  # asked first: Orbax fails late and with pages of tracebacks
+            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {needed / 2**20:,.1f} MiB are needed")
+        _write_arrays(draft.absolute() / "state", state)
+        (draft / "config.json").write_text(to_json(config))
+        (draft / "meta.json").write_text(json.dumps(meta, indent=1))
+        files = sorted(p for p in draft.rglob("*") if p.is_file())
+        manifest = {str(p.relative_to(draft)): _sha256(p) for p in files}
+        (draft / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        for path in (*draft.rglob("*"), draft):
+            _flush(path)
+        os.rename(draft, final)
+        _flush(final.parent)
+    except OSError:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    return Checkpoint(final)
+
 
 class CheckpointFolder:
     """The checkpoints of one run; the newest and the best are kept."""
@@ -145,25 +206,9 @@ class CheckpointFolder:
         final = self.path / f"{step:08d}"
         if final.is_dir():
             return Checkpoint(final)
-        draft = self.path / f".draft-{step:08d}"
         try:
-            shutil.rmtree(draft, ignore_errors=True)
-            draft.mkdir(parents=True)
-            needed = sum(x.nbytes for x in jax.tree.leaves(state))
-            if shutil.disk_usage(draft).free < needed:  # asked first: Orbax fails late and with pages of tracebacks
-                raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {needed / 2**20:,.1f} MiB are needed")
-            _write_arrays(draft.absolute() / "state", state)
-            (draft / "config.json").write_text(to_json(config))
-            (draft / "meta.json").write_text(json.dumps(meta, indent=1))
-            files = sorted(p for p in draft.rglob("*") if p.is_file())
-            manifest = {str(p.relative_to(draft)): _sha256(p) for p in files}
-            (draft / MANIFEST).write_text(json.dumps(manifest, indent=1))
-            for path in (*draft.rglob("*"), draft):
-                _flush(path)
-            os.rename(draft, final)
-            _flush(self.path)
+            write_sealed(final, state, config, meta)
         except OSError as error:
-            shutil.rmtree(draft, ignore_errors=True)
             raise UserError(
                 f"checkpoint {final} could not be written ({error.strerror or error}); earlier checkpoints are "
                 "untouched: make room or choose another --workdir, and run the same command again"

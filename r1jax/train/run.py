@@ -134,6 +134,11 @@ def restore_or_init(
 
 def describe(source: Source) -> dict[str, Any]:
     """What a checkpoint says about its making: data, versions, command, revision."""
+    return {"data": {"name": source.name, "fingerprint": source.fingerprint}} | provenance()
+
+
+def provenance() -> dict[str, Any]:
+    """What any checkpoint says about its making: versions, device, command, revision."""
     try:
         git = subprocess.run(
             ["git", "rev-parse", "HEAD"],
@@ -147,7 +152,6 @@ def describe(source: Source) -> dict[str, Any]:
     except (OSError, subprocess.SubprocessError):
         revision = "unknown"
     return {
-        "data": {"name": source.name, "fingerprint": source.fingerprint},
         "versions": {
             "r1jax": __version__,
             "python": platform.python_version(),

@@ -17,7 +17,15 @@ from r1jax.ops.grouped_matmul import (
     scatter_rows,
 )
 
-SHAPES = [(1, 1, 1, 1), (3, 2, 4, 4), (5, 3, 4, 2), (7, 1, 3, 4), (9, 2, 8, 3), (6, 4, 4, 8)]  # T, K, E, block
+SHAPES = [
+    (1, 1, 1, 1),
+    (3, 2, 4, 4),
+    (5, 3, 4, 2),
+    (7, 1, 3, 4),
+    (9, 2, 8, 3),
+    (6, 4, 4, 8),
+    (4, 3, 8, 1),
+]  # T, K, E, block
 
 
 @st.composite
@@ -39,10 +47,18 @@ def routing(name):
         "empty experts": (np.tile([[1, 6]], (7, 1)), 8, 4),
         "block larger than all": (anything[:2], 6, 128),
         "rows fill blocks exactly": (np.tile([[0, 3]], (8, 1)), 4, 4),
+        "a row a block": (anything[:3], 20, 1),
     }[name]
 
 
-NAMES = ["any", "all to one expert", "empty experts", "block larger than all", "rows fill blocks exactly"]
+NAMES = [
+    "any",
+    "all to one expert",
+    "empty experts",
+    "block larger than all",
+    "rows fill blocks exactly",
+    "a row a block",
+]
 plan_of = jax.jit(plan_dispatch, static_argnums=1, static_argnames="block")
 
 

@@ -1,0 +1,1 @@
+"""Hugging Face checkpoints of DeepSeek-V2, V3 and R1, in and out."""

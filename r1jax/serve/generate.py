@@ -1,0 +1,176 @@
+"""Generation with the decoder: one compiled program for prompt and answer, or one a piece for streaming."""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, Key
+
+from r1jax.config import DecoderConfig, GenerationSettings
+from r1jax.models.decoder import Decoder
+from r1jax.serve.prompts import Batch, lay_out
+from r1jax.serve.rounds import Params, State, read_prompt, run_rounds
+
+Prompts = Sequence[Sequence[int]] | Int[np.ndarray, "B T"]
+
+
+class Generated(NamedTuple):
+    """Answers of a batch; what stands beyond a row's length is 0."""
+
+    tokens: Int[np.ndarray, "B n"]
+    lengths: Int[np.ndarray, " B"]
+    """Tokens of each answer, its stop token included."""
+    logprobs: Float[np.ndarray, "B n"]
+    """ln of each token's probability under the model itself: temperature, filters and penalty are not in it."""
+    drafted: Int[np.ndarray, " B"]
+    """Guesses of MTP that the decoder has checked."""
+    accepted: Int[np.ndarray, " B"]
+    """Those that were right."""
+
+    @property
+    def acceptance(self) -> float:
+        """Share of MTP's guesses that were right; NaN where none was made."""
+        drafted = int(self.drafted.sum())
+        return int(self.accepted.sum()) / drafted if drafted else float("nan")
+
+
+class Piece(NamedTuple):
+    """What a stream brings at a time."""
+
+    tokens: list[list[int]]
+    """New tokens of each row."""
+    logprobs: list[list[float]]
+    drafted: Int[np.ndarray, " B"]
+    """Guesses of MTP that were checked so far."""
+    accepted: Int[np.ndarray, " B"]
+
+
+class Generator:
+    """A decoder with its weights, ready to answer; answers depend on nothing but the arguments."""
+
+    def __init__(self, config: DecoderConfig, params: Params, *, dtype: DTypeLike = jnp.float32) -> None:
+        """Takes the weights as they are placed; matrices are kept in `dtype`.
+
+        Args:
+          config: The decoder.
+          params: Its parameter tree.
+          dtype: Of products and cache.
+        """
+        self.model = Decoder(config, dtype)
+        self.params = cast_matrices(params, dtype)
+
+    def generate(
+        self,
+        prompts: Prompts,
+        settings: GenerationSettings,
+        *,
+        attention_mask: np.ndarray | None = None,
+        seed: int = 0,
+        rows: Sequence[int] | None = None,
+    ) -> Generated:
+        """Answers a batch of prompts.
+
+        Args:
+          prompts: Tokens of each prompt, of any lengths; or an array, padded on either side.
+          settings: How tokens are chosen, and when a row ends.
+          attention_mask: Which tokens of an array exist, bool or 0 and 1 [B, T]; None takes all.
+          seed: Of the draws.
+          rows: Number of each row, by which it keeps its draws in another batch; None counts from 0.
+
+        Returns:
+          Tokens, lengths and log-probabilities.
+
+        Raises:
+          UserError: A prompt is empty or holds an unknown token, or the settings do not fit the model.
+        """
+        batch, pages = lay_out(prompts, attention_mask, rows, self.model.config, settings)
+        answers = _generate(self.model, settings, pages, self.params, batch, jax.random.key(seed))
+        return Generated(*map(np.asarray, answers))
+
+    def stream(
+        self,
+        prompts: Prompts,
+        settings: GenerationSettings,
+        *,
+        attention_mask: np.ndarray | None = None,
+        seed: int = 0,
+        rows: Sequence[int] | None = None,
+        rounds: int = 1,
+    ) -> Iterator[Piece]:
+        """Answers a batch of prompts piece by piece; the pieces together are the tokens of `generate`.
+
+        Args:
+          prompts: As in `generate`.
+          settings: As in `generate`.
+          attention_mask: As in `generate`.
+          seed: As in `generate`.
+          rows: As in `generate`.
+          rounds: Rounds between two pieces.
+
+        Yields:
+          What each row got since the last piece; nothing for rows that have ended.
+
+        Raises:
+          UserError: As in `generate`.
+        """
+        batch, pages = lay_out(prompts, attention_mask, rows, self.model.config, settings)
+        state = _start(self.model, settings, pages, self.params, batch, jax.random.key(seed))
+        told = np.zeros(len(batch.lengths), np.int32)
+        while True:
+            # Copies: the next rounds write into the state's own memory.
+            parts = (state.tokens, state.logprobs, state.count, state.drafted, state.accepted, state.done)
+            tokens, logprobs, count, drafted, accepted, done = map(np.array, parts)
+            new = [(row, slice(told[row], count[row])) for row in range(len(told))]
+            yield Piece([tokens[at].tolist() for at in new], [logprobs[at].tolist() for at in new], drafted, accepted)
+            if done.all():
+                return
+            told = count
+            state = _advance(self.model, settings, self.params, state, rounds)
+
+
+def cast_matrices(params: Params, dtype: DTypeLike) -> Params:
+    """Casts what `dtype` products read, once instead of in every round; router and norms stay fp32.
+
+    Args:
+      params: Parameter tree of the decoder.
+      dtype: Of the products.
+
+    Returns:
+      The tree; leaves that keep their dtype are not copied.
+    """
+
+    def cast(path: tuple[Any, ...], leaf: Array) -> Array:
+        router = any(getattr(part, "key", None) == "gate" for part in path)
+        return leaf if router or leaf.ndim < 2 else jnp.asarray(leaf, dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _generate(
+    model: Decoder, settings: GenerationSettings, pages: int, params: Params, batch: Batch, key: Key[Array, ""]
+) -> tuple[Array, ...]:
+    """Prompt and all rounds, one program; the cache does not outlive it."""
+    state = read_prompt(model, settings, pages, params, batch, key)
+    state = run_rounds(model, settings, params, state, settings.max_new_tokens)
+    return state.tokens, state.count, state.logprobs, state.drafted, state.accepted
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _start(
+    model: Decoder, settings: GenerationSettings, pages: int, params: Params, batch: Batch, key: Key[Array, ""]
+) -> State:
+    """Prompt and first token."""
+    return read_prompt(model, settings, pages, params, batch, key)
+
+
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def _advance(
+    model: Decoder, settings: GenerationSettings, params: Params, state: State, rounds: int | Int[Array, ""]
+) -> State:
+    """A few rounds, in the state's own memory."""
+    return run_rounds(model, settings, params, state, rounds)

@@ -1,0 +1,186 @@
+"""Rounds of generation: prompt and answer over a paged cache of latents, with or without speculation.
+
+A row lives through rounds. In a round the decoder reads the row's last token, which gives one new token. With
+speculation (Leviathan et al. 2023; DeepSeek-V3, section 5.4.3) it reads MTP's guess of the next token too, which gives
+a second one where the guess was right. Rows advance at their own pace and end at their own time.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from r1jax.config import GenerationSettings
+from r1jax.models.decoder import Decoder, LatentCache
+from r1jax.serve.prompts import Batch
+from r1jax.serve.sampling import draw, process_logits
+
+Params = Any
+
+
+class State(NamedTuple):
+    """Everything that passes from one round to the next."""
+
+    cache: LatentCache
+    length: Int[Array, " B"]
+    """Tokens of each row in the cache; the last token that it got is not in it yet."""
+    feed: Int[Array, "B W"]
+    """What the next round reads: the last token and, with speculation, MTP's guess of the one after it."""
+    tokens: Int[Array, "B n"]
+    logprobs: Float[Array, "B n"]
+    count: Int[Array, " B"]
+    """Tokens that each row has got."""
+    done: Bool[Array, " B"]
+    seen: Bool[Array, "B V"] | None
+    """Tokens that the row holds, for the repetition penalty."""
+    drafted: Int[Array, " B"]
+    accepted: Int[Array, " B"]
+    key: Key[Array, ""]
+    rows: Int[Array, " B"]
+
+
+def run_rounds(
+    model: Decoder, settings: GenerationSettings, params: Params, state: State, most: int | Int[Array, ""]
+) -> State:
+    """Runs rounds until every row has ended, or so many.
+
+    Args:
+      model: The decoder.
+      settings: How tokens are chosen, and when a row ends.
+      params: Weights of the decoder.
+      state: From `read_prompt`, or from here.
+      most: Rounds at most; each gives every living row one token or two.
+
+    Returns:
+      The state after them.
+    """
+
+    def goes_on(carry: tuple[Int[Array, ""], State]) -> Bool[Array, ""]:
+        return (carry[0] < most) & ~jnp.all(carry[1].done)
+
+    def body(carry: tuple[Int[Array, ""], State]) -> tuple[Int[Array, ""], State]:
+        return carry[0] + 1, _round(model, settings, params, carry[1])
+
+    return jax.lax.while_loop(goes_on, body, (jnp.int32(0), state))[1]
+
+
+def read_prompt(
+    model: Decoder, settings: GenerationSettings, pages: int, params: Params, batch: Batch, key: Key[Array, ""]
+) -> State:
+    """Reads the prompts into an empty cache and chooses each row's first token.
+
+    Args:
+      model: The decoder.
+      settings: How tokens are chosen, and when a row ends.
+      pages: P, pages in each layer's pool.
+      params: Weights of the decoder.
+      batch: Prompts, and which pages are whose.
+      key: Of the draws.
+
+    Returns:
+      The state that `run_rounds` goes on from.
+    """
+    run = partial(model.apply, {"params": params})
+    config, (size, length) = model.config, batch.tokens.shape
+    layers = config.num_hidden_layers + settings.speculate
+    width = config.kv_lora_rank + config.qk_rope_head_dim
+    pools = tuple(jnp.zeros((pages, settings.page_size, width), model.dtype) for _ in range(layers))
+    positions = jnp.broadcast_to(jnp.arange(length)[None], batch.tokens.shape)
+    valid = positions < batch.lengths[:, None]
+    every = jnp.arange(size)
+    seen = None
+    if settings.repetition_penalty != 1:
+        held = jnp.where(valid, batch.tokens, config.vocab_size)
+        seen = jnp.zeros((size, config.vocab_size), bool).at[every[:, None], held].set(True, mode="drop")
+
+    embedded = run(batch.tokens, method="embed")
+    cache = LatentCache(pools, batch.table)
+    hidden, cache = run(embedded, positions, valid, cache, fresh=True, method="cached")
+    nothing = jnp.zeros(size, jnp.int32)
+    state = State(
+        cache=cache,
+        length=batch.lengths,
+        feed=jnp.zeros((size, 1 + settings.speculate), jnp.int32),
+        tokens=jnp.zeros((size, settings.max_new_tokens), jnp.int32),
+        logprobs=jnp.zeros((size, settings.max_new_tokens), jnp.float32),
+        count=nothing,
+        done=jnp.zeros(size, bool),
+        seen=seen,
+        drafted=nothing,
+        accepted=nothing,
+        key=key,
+        rows=batch.rows,
+    )
+    last = batch.lengths - 1
+    first, state = _choose(settings, run(hidden[every, last][:, None], method="logits")[:, 0], state, ~state.done)
+    feed = [first]
+    if settings.speculate:
+        following = jnp.roll(batch.tokens, -1, axis=1).at[every, last].set(first)
+        states, cache = run(hidden, following, positions, valid, cache, fresh=True, method="predict_second_cached")
+        feed.append(_greedy(run(states[every, last][:, None], method="logits")[:, 0]))
+    return state._replace(cache=cache, feed=jnp.stack(feed, axis=1))
+
+
+def _round(model: Decoder, settings: GenerationSettings, params: Params, state: State) -> State:
+    """One pass of the decoder over what each living row feeds: one token, or two with speculation."""
+    run = partial(model.apply, {"params": params})
+    alive, feed = ~state.done, state.feed
+    positions = state.length[:, None] + jnp.arange(feed.shape[1])[None]
+    # A guess beyond the last token that a row may get has no page, and nobody will ask for what follows it.
+    valid = alive[:, None] & (state.count[:, None] + jnp.arange(feed.shape[1])[None] <= settings.max_new_tokens)
+    embedded = run(feed, method="embed")
+    hidden, cache = run(embedded, positions, valid, state.cache, fresh=False, method="cached")
+    logits = run(hidden, method="logits")
+    first, state = _choose(settings, logits[:, 0], state, alive)
+    if not settings.speculate:
+        return state._replace(cache=cache, length=_add(state.length, alive), feed=first[:, None])
+
+    right = alive & (first == feed[:, 1])
+    second, state = _choose(settings, logits[:, 1], state, right & ~state.done)
+    following = jnp.stack([first, second], axis=1)
+    valid = valid & jnp.stack([alive, right], axis=1)
+    states, cache = run(hidden, following, positions, valid, cache, fresh=False, method="predict_second_cached")
+    guess = _greedy(run(states, method="logits"))
+    return state._replace(
+        cache=cache,
+        length=_add(state.length, alive, right),
+        feed=jnp.stack([jnp.where(right, second, first), jnp.where(right, guess[:, 1], guess[:, 0])], axis=1),
+        drafted=_add(state.drafted, alive),
+        accepted=_add(state.accepted, right),
+    )
+
+
+def _choose(
+    settings: GenerationSettings, logits: Float[Array, "B V"], state: State, who: Bool[Array, " B"]
+) -> tuple[Int[Array, " B"], State]:
+    """Chooses a token a row, and notes it for the rows in `who`."""
+    processed = process_logits(logits, state.seen, settings)
+    greedy = settings.temperature == 0
+    token = _greedy(processed) if greedy else draw(processed, state.key, state.rows, state.count)
+    every = jnp.arange(token.shape[0])
+    place = jnp.where(who, state.count, settings.max_new_tokens)  # outside: dropped
+    logprob = jax.nn.log_softmax(logits, axis=-1)[every, token]
+    count = _add(state.count, who)
+    stop = jnp.any(token[:, None] == jnp.asarray(settings.stop_tokens, jnp.int32)[None], axis=1)
+    seen = state.seen
+    if seen is not None:
+        seen = seen.at[every, jnp.where(who, token, seen.shape[1])].set(True, mode="drop")
+    return token, state._replace(
+        tokens=state.tokens.at[every, place].set(token, mode="drop"),
+        logprobs=state.logprobs.at[every, place].set(logprob, mode="drop"),
+        count=count,
+        done=state.done | (who & (stop | (count >= settings.max_new_tokens))),
+        seen=seen,
+    )
+
+
+def _greedy(logits: Float[Array, "*B V"]) -> Int[Array, "*B"]:
+    """The most probable token."""
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
+def _add(count: Int[Array, " B"], *who: Bool[Array, " B"]) -> Int[Array, " B"]:
+    """One more for each row in `who`."""
+    return count + sum(rows.astype(jnp.int32) for rows in who)

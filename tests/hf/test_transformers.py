@@ -1,0 +1,186 @@
+"""Checkpoints of many shapes against `transformers`, both ways and both passes (needs torch and transformers)."""
+
+import importlib.util
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from r1jax.config import DecoderConfig, YarnConfig
+from r1jax.errors import UserError
+from r1jax.hf.forward import logits_of, whole
+from r1jax.hf.load import load_params, read_config
+from r1jax.hf.save import save_params
+from r1jax.hf.verify import verify
+from r1jax.models import moe
+from r1jax.models.decoder import Decoder
+from tests.hf import reference
+from tests.hf.checkpoints import quantise, write_folder
+from tests.hf.test_save import random_params
+from tests.models.test_decoder import run_all
+
+pytestmark = [
+    pytest.mark.skipif(
+        any(importlib.util.find_spec(name) is None for name in ("torch", "transformers")),
+        reason="torch and transformers are not installed (r1jax[hf])",
+    ),
+    pytest.mark.filterwarnings("ignore"),  # theirs
+]
+ONE_LAYER = {"num_hidden_layers": 1, "first_k_dense_replace": 0}  # compiles faster
+GREEDY = {"arch": "v2", "topk_method": "greedy", "n_group": None, "topk_group": None}
+ODD = {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 1, "kv_lora_rank": 13, "q_lora_rank": 11, "v_head_dim": 7}
+ODD["norm_topk_prob"] = False  # with top 1 the router would have no gradient
+THREE = {"n_routed_experts": 9, "n_group": 3, "topk_group": 2, "num_attention_heads": 5, "num_key_value_heads": 5}
+PLAIN_YARN = {key: value for key, value in reference.YARN.items() if not key.startswith("mscale")}
+CASES = {
+    "default": {"padding": 3, "n_shared_experts": 2},
+    "dense only": {"num_hidden_layers": 1},
+    "no query compression": {"q_lora_rank": None, **ONE_LAYER},
+    "no yarn": {"rope_scaling": None, "norm_topk_prob": False, **ONE_LAYER},
+    "yarn without mscale": {"rope_scaling": PLAIN_YARN, **ONE_LAYER},
+    "rope in halves": {"rope_interleave": False, **ONE_LAYER},
+    "big eps": {"rms_norm_eps": 1e-2, **ONE_LAYER},
+    "one group, top 1, odd ranks": {**ODD, **ONE_LAYER},
+    "three groups": {**THREE, **ONE_LAYER},
+    "mtp": {"mtp": True, "seed": 3, **ONE_LAYER},
+    "v2, groups": {"arch": "v2", "padding": 5},
+    "v2, greedy": {"q_lora_rank": None, **GREEDY, **ONE_LAYER},
+    "v2, one expert": {"n_routed_experts": 1, "num_experts_per_tok": 1, **GREEDY, **ONE_LAYER},
+}
+
+
+def tensors_of(folder):
+    found = {}
+    for file in folder.glob("*.safetensors"):
+        found |= load_file(file)
+    return found
+
+
+def assert_same_tensors(one, other):
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert value.dtype == other[name].dtype and value.tobytes() == other[name].tobytes(), name
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_everything_equals_transformers(tmp_path, case):
+    arrays = reference.make(tmp_path / "theirs", **case)
+    assert 0.5 < arrays["logits"].std() < 2
+    report = verify(tmp_path / "theirs")
+    rows = {row.name: row for row in report.rows}
+    assert rows.keys() == arrays.keys() - {"input_ids"}, "something was not compared"
+    for name, row in rows.items():
+        assert row.holds, row
+        if name.startswith("grad/"):
+            assert row.tolerance == 1e-4
+        elif name.startswith("topk_idx"):
+            assert row.tolerance == 0
+        else:
+            assert row.tolerance <= 5.001e-6 * max(1, arrays[name].std())
+
+    config = read_config(tmp_path / "theirs")
+    params = load_params(tmp_path / "theirs", config)
+    published = reference.published(tmp_path / "theirs")
+    save_params(tmp_path / "ours", config, params, base=published, shard_bytes=40_000)
+    assert len(list((tmp_path / "ours").glob("*.safetensors"))) > 1
+    assert_same_tensors(tensors_of(tmp_path / "ours"), tensors_of(tmp_path / "theirs"))
+    assert reference.published(tmp_path / "ours") == {k: v for k, v in published.items() if k != "transformers_version"}
+    if not case.get("mtp"):  # of which `transformers` knows the published layer 61 only
+        import torch
+
+        model = reference.load(tmp_path / "ours", case.get("arch", "v3"), "float32")
+        with torch.no_grad():
+            logits = model(input_ids=torch.from_numpy(arrays["input_ids"]).long()).logits.numpy()
+        np.testing.assert_allclose(logits, arrays["logits"], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("arch", ["v3", "v2"])
+def test_block_fp8_equals_what_it_stands_for(tmp_path, arch):
+    """`transformers` runs the dequantised weights: it cannot read ragged blocks itself."""
+    change = {"hidden_size": 144, "moe_intermediate_size": 136, "q_lora_rank": 130, **ONE_LAYER}
+    reference.make(tmp_path / "plain", arch, **change)
+    quantised, plain = quantise(load_file(tmp_path / "plain" / "model.safetensors"))
+    assert any(v.shape == (2, 2) for n, v in quantised.items() if n.endswith("scale_inv"))
+    published = reference.published(tmp_path / "plain")
+    save_file(plain, tmp_path / "plain" / "model.safetensors", metadata={"format": "pt"})
+    import torch
+
+    ids = torch.arange(24).reshape(2, 12)
+    with torch.no_grad():
+        logits = reference.load(tmp_path / "plain", arch, "float32")(input_ids=ids).logits.numpy()
+    told = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    folder = write_folder(tmp_path / "fp8", published | {"quantization_config": told}, quantised, shards=2)
+    np.savez(folder / "reference.npz", input_ids=ids.numpy().astype(np.int32), logits=logits)
+    (row,) = verify(folder).rows
+    assert row.holds and row.tolerance <= 5.001e-6 * max(1, logits.std())
+
+
+BF16_KL = 5e-4
+"""Mean divergence, in nats, of bf16 from fp32 with the same experts; logits have a standard deviation near 1."""
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_bf16_is_near_fp32_under_the_same_experts(tmp_path, monkeypatch, seed):
+    """Near ties of experts flip in bf16, so the choices of fp32 are forced; their weights are those of bf16."""
+    arrays = reference.make(tmp_path / "x", seed=seed, dtype="bfloat16")
+    config = read_config(tmp_path / "x")
+    tokens = jnp.asarray(arrays["input_ids"])
+    choose, chosen = moe.select_experts, []
+
+    def record(scores, bias, config):
+        experts, weights = choose(scores, bias, config)
+        chosen.append(experts)
+        return experts, weights
+
+    def force(scores, bias, config):
+        experts = chosen.pop(0)
+        weights = jnp.take_along_axis(scores, experts, axis=-1)
+        return experts, weights / jnp.sum(weights, axis=-1, keepdims=True) * config.routed_scaling_factor
+
+    logits = {}
+    for dtype, select in (("float32", record), ("bfloat16", force)):
+        params = load_params(tmp_path / "x", config, dtype=dtype)
+        with monkeypatch.context() as patch:
+            patch.setattr(moe, "select_experts", select)
+            decoder = Decoder(config, jnp.dtype(dtype))
+            logits[dtype] = decoder.apply({"params": params}, tokens, method=run_all)[0]
+    log_p, log_q = (jax.nn.log_softmax(logits[dtype]) for dtype in ("float32", "bfloat16"))
+    divergence = float(jnp.mean(jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)))
+    assert 1e-7 < divergence < BF16_KL
+    (row,) = verify(tmp_path / "x").rows  # theirs in bf16 against ours in fp32, with free choices
+    assert row.holds
+
+
+def test_verify_asks_transformers_where_there_is_no_reference(tmp_path):
+    reference.make(tmp_path / "x", **ONE_LAYER)
+    (tmp_path / "x" / "reference.npz").unlink()
+    report = verify(tmp_path / "x")
+    assert report.against.startswith("transformers 5") and report.holds
+    assert [row.name for row in report.rows] == ["logits"]
+    (tmp_path / "x" / "config.json").write_text("{")
+    with pytest.raises(UserError, match="is no JSON"):
+        verify(tmp_path / "x")
+
+
+@pytest.mark.parametrize("arch", ["v3", "v2"])
+def test_decoders_made_here_load_there(tmp_path, arch):
+    """Without a config.json that came from elsewhere, and in half precision."""
+    change = {"v3": {}, "v2": {"scoring_func": "softmax", "norm_topk_prob": False, "num_nextn_predict_layers": 0}}
+    config = DecoderConfig(num_hidden_layers=2, rope_scaling=YarnConfig(factor=4.0, mscale=0.5), **change[arch])
+    params = random_params(config)
+    save_params(
+        tmp_path / "x", replace(config, num_nextn_predict_layers=0), {k: params[k] for k in params if k != "mtp"}
+    )
+    import torch
+
+    ids = np.arange(24, dtype=np.int32).reshape(2, 12)
+    with torch.no_grad():
+        theirs = reference.load(tmp_path / "x", arch, "float32")(input_ids=torch.from_numpy(ids).long()).logits.numpy()
+    ours = logits_of(config, jax.tree.map(jnp.asarray, params), jnp.asarray(ids), *whole(jnp.asarray(ids)))
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=5e-6)
+    save_params(tmp_path / "half", config, params, dtype="bfloat16", shard_bytes=100_000)
+    if arch == "v2":
+        reference.load(tmp_path / "half", arch, "bfloat16")
