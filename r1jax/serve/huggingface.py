@@ -143,7 +143,7 @@ def import_folder(words: list[str]) -> int:
     meta = {"step": 0, "validation": None, "hugging_face": published} | provenance()
     try:
         write_sealed(output.absolute(), {"params": {"decoder": params}}, config, meta)
-    except (OSError, ValueError) as error:  # TensorStore reports a full disk as ValueError
+    except OSError as error:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise UserError(f"{output} could not be written ({reason}): make room or name another folder.") from error
     print(f"{output}: a decoder of {sum(x.size for x in _arrays(params)):,} parameters")
