@@ -4,7 +4,7 @@ import sys
 import time
 from pathlib import Path
 
-from r1jax.cli import EVAL_HELP, load_arguments
+from r1jax.cli import load_arguments
 from r1jax.config import EvalArguments, MeshConfig
 from r1jax.errors import run_main
 from r1jax.models.r1 import R1
@@ -18,10 +18,18 @@ from r1jax.tasks.catalog import TASKS
 from r1jax.train.checkpoints import find_checkpoint
 from r1jax.train.evaluation import Evaluator
 
+HELP = """\
+Scores a checkpoint: metrics.json, one HTML page and a structured report of every case.
+
+Examples:
+  python eval.py --checkpoint runs/medical
+  python eval.py --checkpoint runs/medical --data.path my_cases --data.split all --output my_results
+"""
+
 
 def main(arguments: list[str]) -> int:
     """Scores the checkpoint that the command line names, on its own data or on a folder of the same format."""
-    began, asked = time.perf_counter(), load_arguments(EvalArguments, arguments, "eval.py", EVAL_HELP)
+    began, asked = time.perf_counter(), load_arguments(EvalArguments, arguments, "eval.py", HELP)
     checkpoint = find_checkpoint(Path(asked.checkpoint))
     checkpoint.verify()
     config = scoring_config(checkpoint, asked)

@@ -1,7 +1,7 @@
 """Host memory that loading a sharded Hugging Face checkpoint onto eight CPU devices takes beyond the arrays themselves.
 
     python benchmarks/hf_loading.py --output benchmarks/results/hf_loading.json     # 4 GB
-    python benchmarks/hf_loading.py --size 0.2 --output /tmp/hf_loading.json        # a quick try
+    python benchmarks/hf_loading.py --size 0.2 --output hf_loading.json# a quick try
 
 Writes a synthetic DeepSeek-V3 checkpoint in bfloat16, loads it in a child process (Linux: the peak of resident memory
 is reset when everything is imported), checks every number, and removes the files. Time is given as a ratio to reading

@@ -30,13 +30,6 @@ Examples:
   python train.py --config configs/medical.py
   python train.py --config configs/medical.py:smoke --train.steps 200 --model.volume.size 32 32 32
 """
-EVAL_HELP = """\
-Scores a checkpoint: metrics.json, one HTML page and a structured report of every case.
-
-Examples:
-  python eval.py --checkpoint runs/medical
-  python eval.py --checkpoint runs/medical --data.path my_cases --data.split all --output my_results
-"""
 T = TypeVar("T")
 SWITCHES = ("--config", "--print-config", "--dry-run", "--help")
 

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from r1jax.cli import EVAL_HELP, load_arguments, load_config
+from eval import HELP
+from r1jax.cli import load_arguments, load_config
 from r1jax.config import Config, EvalArguments, EvalData, from_dict, validate
 from r1jax.errors import UserError
 from r1jax.fields import leaves, to_json
@@ -281,7 +282,7 @@ def test_help_lists_every_field_with_its_default(config_file, capsys):
 
 
 def load_eval_arguments(words):
-    return load_arguments(EvalArguments, words, "eval.py", EVAL_HELP)
+    return load_arguments(EvalArguments, words, "eval.py", HELP)
 
 
 def test_eval_arguments(capsys):

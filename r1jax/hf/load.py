@@ -150,17 +150,20 @@ def _copy(piece: Piece, shape: tuple[int, ...], box: Box, buffer: np.ndarray, te
         source.append(slice(low - first, high - first))
         target.append(slice(low - start, high - start))
     tensor, part = tensors[piece.name], buffer[tuple(target)]
-    for rows, values in read_blocks(tensor, tensors.get(piece.name + SCALE), source[0]):
-        part[rows] = values[(slice(None), *source[1:])]
+    for rows, values in read_blocks(tensor, tensors.get(piece.name + SCALE), *source):
+        part[rows] = values
 
 
-def read_blocks(tensor: Stored, scale: Stored | None, rows: slice) -> Iterator[tuple[slice, np.ndarray]]:
-    """Reads rows of a tensor a few megabytes at a time; block fp8 is dequantised exactly, in fp32.
+def read_blocks(
+    tensor: Stored, scale: Stored | None, rows: slice, columns: slice = slice(None)
+) -> Iterator[tuple[slice, np.ndarray]]:
+    """Reads a part of a tensor a few megabytes at a time; block fp8 is dequantised exactly, in fp32.
 
     Args:
       tensor: A vector or matrix.
       scale: Its `weight_scale_inv`, where it is fp8.
       rows: Rows to read.
+      columns: Columns of a matrix to keep.
 
     Yields:
       Places within `rows`, and the values there.
@@ -171,8 +174,10 @@ def read_blocks(tensor: Stored, scale: Stored | None, rows: slice) -> Iterator[t
     for start in range(rows.start, rows.stop, step):
         stop = min(start + step, rows.stop)
         values = tensor.read_rows(start, stop)
+        if len(tensor.shape) > 1:
+            values = values[:, columns]
         if factors is not None:
-            row, column = np.arange(start, stop) // FP8_BLOCK, np.arange(width) // FP8_BLOCK
+            row, column = np.arange(start, stop) // FP8_BLOCK, np.arange(width)[columns] // FP8_BLOCK
             values = FP8_VALUES[values.view(np.uint8)] * factors[row][:, column]
         yield slice(start - rows.start, stop - rows.start), values
 

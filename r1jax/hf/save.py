@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from r1jax.config import DecoderConfig
+from r1jax.disk import flush
 from r1jax.errors import UserError
 from r1jax.hf.config import CONFIG_FILE, published_config
 from r1jax.hf.files import DTYPES, FP8, INDEX, SINGLE
@@ -89,9 +90,9 @@ def save_params(
             _write_shards(draft, _shards(entries, shard_bytes), arrays, progress)
             for file, content in ((CONFIG_FILE, published), (GENERATION_FILE, generation)):
                 _write(draft / file, json.dumps(content, indent=2, sort_keys=True).encode())
-            _flush(draft)
+            flush(draft)
             draft.rename(folder)
-            _flush(draft.parent)
+            flush(draft.parent)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
     except OSError as error:
@@ -159,8 +160,7 @@ def _write_shards(
                 done += entry.nbytes
                 if progress is not None:
                     progress(done, total)
-            opened.flush()
-            os.fsync(opened.fileno())
+        flush(draft / file)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
     _write(draft / INDEX, json.dumps(index, indent=2).encode())
 
@@ -195,16 +195,5 @@ def _values(shard: list[Entry], arrays: dict[tuple[str, ...], Any]) -> Iterator[
 
 
 def _write(path: Path, content: bytes) -> None:
-    with path.open("wb") as opened:
-        opened.write(content + b"\n")
-        opened.flush()
-        os.fsync(opened.fileno())
-
-
-def _flush(folder: Path) -> None:
-    """Has the names in a folder written to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    path.write_bytes(content + b"\n")
+    flush(path)

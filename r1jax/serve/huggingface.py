@@ -199,6 +199,8 @@ def write_logits(words: list[str]) -> int:
     """
     asked = load_arguments(LogitsArguments, words, "r1jax hf logits", LOGITS_HELP, ("folder",))
     folder, output = Path(asked.folder), Path(asked.output)
+    if output.is_dir() or not output.absolute().parent.is_dir():
+        raise UserError(f"--output {output} must be a file in a folder that exists.")
     decoder = replace(read_config(folder), num_nextn_predict_layers=0)
     tokens = _tokens(Path(asked.input), decoder.vocab_size)
     print(start_platform(asked.platform), file=sys.stderr)

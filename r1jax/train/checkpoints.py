@@ -19,6 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from r1jax.config import Config, differences, from_dict
+from r1jax.disk import flush, sha256
 from r1jax.errors import UserError
 from r1jax.fields import to_json
 
@@ -75,7 +76,7 @@ class Checkpoint:
             file = self.path / name
             if not file.is_file():
                 raise UserError(f"checkpoint {self.path} is damaged: {name} is missing; use another checkpoint")
-            if _sha256(file) != expected:
+            if sha256(file) != expected:
                 raise UserError(
                     f"checkpoint {self.path} is damaged: {name} is not what was written (truncated or altered); "
                     "use another checkpoint"
@@ -152,12 +153,12 @@ def write_sealed(final: Path, state: Any, config: Config, meta: dict[str, Any]) 
         (draft / "config.json").write_text(to_json(config))
         (draft / "meta.json").write_text(json.dumps(meta, indent=1))
         files = sorted(p for p in draft.rglob("*") if p.is_file())
-        manifest = {str(p.relative_to(draft)): _sha256(p) for p in files}
+        manifest = {str(p.relative_to(draft)): sha256(p) for p in files}
         (draft / MANIFEST).write_text(json.dumps(manifest, indent=1))
         for path in (*draft.rglob("*"), draft):
-            _flush(path)
+            flush(path)
         os.rename(draft, final)
-        _flush(final.parent)
+        flush(final.parent)
     except OSError:
         shutil.rmtree(draft, ignore_errors=True)
         raise
@@ -299,20 +300,6 @@ def _write_arrays(path: Path, state: Any) -> None:
     except (Exception, asyncio.CancelledError, BaseExceptionGroup) as error:
         reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
         raise OSError(errno.EIO, reason) from error
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """Has a file or the names in a folder written to the disk: after a power loss, what is published must be there."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _read_json(path: Path) -> Any:

@@ -154,6 +154,21 @@ def test_tokens_that_are_none(sources, tmp_path, tokens, told):
     assert not (tmp_path / "out.npy").exists()
 
 
+def test_logits_that_cannot_be_written(sources, tmp_path, monkeypatch):
+    np.save(tmp_path / "ids.npy", np.zeros((1, 2), np.int32))
+    for output in (tmp_path, tmp_path / "nowhere" / "out.npy"):
+        with pytest.raises(UserError, match="must be a file in a folder that exists"):
+            call("hf logits", sources["v2"], "--input", tmp_path / "ids.npy", "--output", output)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(huggingface.os, "replace", full)
+    with pytest.raises(UserError, match=r"out.npy cannot be written \(No space left on device\)"):
+        call("hf logits", sources["v2"], "--input", tmp_path / "ids.npy", "--output", tmp_path / "out.npy")
+    assert [path.name for path in tmp_path.iterdir()] == ["ids.npy"]
+
+
 def test_verify_tells_by_exit_code(sources, tmp_path, capsys):
     assert call("hf verify", sources["v2"]) == 0
     assert " ok" in capsys.readouterr().out
