@@ -25,7 +25,6 @@ CONFIG = DecoderConfig(
     moe_intermediate_size=8,
     num_experts_per_tok=3,
     rope_scaling=YarnConfig(factor=8.0, original_max_position_embeddings=32),
-    initializer_range=0.3,
 )
 PAGE, LENGTHS = 4, (7, 11, 3)
 
@@ -46,12 +45,13 @@ def model(request):
         states, _ = decoder.predict_second(hidden, jnp.roll(tokens, -1, axis=1), positions, valid, train=False)
         return decoder.logits(hidden), decoder.logits(states)
 
-    @jax.jit
-    def run(key):
-        params = Decoder(config).init(key, tokens, method=everything)
-        return params, Decoder(config).apply(params, tokens, method=everything)
-
-    return config, *run(jax.random.key(0)), tokens
+    init = partial(Decoder(config).init, jax.random.key(0), tokens, method=everything)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda leaf: jnp.asarray(rng.normal(leaf.ndim == 1, 0.3, leaf.shape), jnp.float32), jax.eval_shape(init)
+    )
+    logits = jax.jit(lambda params: Decoder(config).apply(params, tokens, method=everything))(params)
+    return config, params, logits, tokens
 
 
 @pytest.mark.parametrize("width", [1, 2])

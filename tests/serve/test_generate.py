@@ -27,7 +27,6 @@ CONFIG = DecoderConfig(
     intermediate_size=24,
     moe_intermediate_size=8,
     rope_scaling=YarnConfig(factor=8.0, original_max_position_embeddings=32),
-    initializer_range=0.3,
 )
 GREEDY = GenerationSettings(max_new_tokens=10, page_size=4)
 RANDOM = replace(GREEDY, temperature=1.0, top_k=4, top_p=0.95, min_p=0.01, repetition_penalty=1.1)
@@ -43,9 +42,11 @@ def forward(decoder, tokens):
     return decoder.logits(hidden), decoder.logits(states)
 
 
-@jax.jit
-def params_of(key):
-    return Decoder(CONFIG).init(key, jnp.zeros((1, 4), jnp.int32), method=forward)["params"]
+def params_of(config, seed=0):
+    """Random weights, norms and biases about 1."""
+    rng, tokens = np.random.default_rng(seed), jnp.zeros((1, 4), jnp.int32)
+    shapes = jax.eval_shape(lambda: Decoder(config).init(jax.random.key(0), tokens, method=forward))["params"]
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(leaf.ndim == 1, 0.3, leaf.shape), jnp.float32), shapes)
 
 
 @jax.jit
@@ -64,7 +65,7 @@ def row_logits(params, prompt, answer):
 
 @pytest.fixture(scope="module")
 def generator():
-    return Generator(CONFIG, params_of(jax.random.key(0)))
+    return Generator(CONFIG, params_of(CONFIG))
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +143,7 @@ def test_rows_end_at_their_stop_tokens(generator, greedy):
 def test_speculation_changes_no_token(settings):
     accepted = drafted = 0
     for seed in range(10):
-        generator = Generator(CONFIG, params_of(jax.random.key(seed)))
+        generator = Generator(CONFIG, params_of(CONFIG, seed))
         plain = generator.generate(PROMPTS, settings)
         faster = generator.generate(PROMPTS, replace(settings, speculate=True))
         np.testing.assert_array_equal(faster.tokens, plain.tokens)
@@ -170,9 +171,7 @@ def check_counts(params, result):
 
 def test_perfect_guesses_are_all_accepted():
     config = replace(CONFIG, vocab_size=1)
-    init = jax.jit(lambda key: Decoder(config).init(key, jnp.zeros((1, 4), jnp.int32), method=forward)["params"])
-    params = init(jax.random.key(0))
-    result = Generator(config, params).generate([[0, 0], [0]], replace(GREEDY, speculate=True))
+    result = Generator(config, params_of(config)).generate([[0, 0], [0]], replace(GREEDY, speculate=True))
     assert result.acceptance == 1.0
     assert result.drafted.tolist() == [5, 5]  # the first token, four rounds of two, and one of which one is left
 
