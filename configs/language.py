@@ -48,7 +48,7 @@ def get_config(*, smoke: bool = False, init: str = "") -> Config:
     if smoke:
         config = _smoke(config)
     if init:
-        decoder = find_checkpoint(Path(init)).config().model.decoder
+        decoder = find_checkpoint(Path(init), "init").config().model.decoder
         config = replace(
             config,
             name="language-from-checkpoint",

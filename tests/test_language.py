@@ -60,5 +60,5 @@ def test_eval_scores_it_on_its_own_data_and_on_other_text(trained, monkeypatch, 
 def test_a_variant_starts_from_a_checkpoint(trained):
     config = load_config(["--config", f"{CONFIG}:init={trained[0]}"]).config
     assert config.train.init == str(trained[0]) and config.model.decoder.hidden_size == 32
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(UserError, match="init nowhere does not exist"):
         load_config(["--config", f"{CONFIG}:init=nowhere"])
