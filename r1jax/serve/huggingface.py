@@ -12,13 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from r1jax.cli import load_arguments
-from r1jax.config import Config, Count, MeshConfig, ModelConfig, Platform, TrainConfig
+from r1jax.config import Config, Count, MeshConfig, ModelConfig, Platform, TaskConfig, TrainConfig
 from r1jax.errors import UserError
 from r1jax.hf.config import CONFIG_FILE, read_json
 from r1jax.hf.forward import token_logits
 from r1jax.hf.load import Progress, load_params, read_config
 from r1jax.hf.save import GENERATION_FILE, SHARD_BYTES, Dtype, save_params
 from r1jax.hf.verify import table, verify
+from r1jax.models.lora import merge_lora
 from r1jax.parallel.mesh import make_mesh
 from r1jax.parallel.platform import start_platform
 from r1jax.serve.progress import progress
@@ -136,7 +137,8 @@ def import_folder(words: list[str]) -> int:
     mesh = make_mesh(MeshConfig(data=1, fsdp=-1))
     with _percent(f"loading {folder}, %") as told:
         params = load_params(folder, decoder, mesh=mesh, dtype=asked.dtype, progress=told)
-    config = Config(name=folder.name, model=ModelConfig(decoder=decoder), train=TrainConfig(ema=0.0))
+    model = ModelConfig(modalities=("text",), decoder=decoder)
+    config = Config(name=folder.name, model=model, task=TaskConfig(name="language"), train=TrainConfig(ema=0.0))
     published = {"config": read_json(folder / CONFIG_FILE)}
     if (folder / GENERATION_FILE).exists():
         published["generation_config"] = read_json(folder / GENERATION_FILE)
@@ -144,8 +146,9 @@ def import_folder(words: list[str]) -> int:
     try:
         write_sealed(output.absolute(), {"params": {"decoder": params}}, config, meta)
     except OSError as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise UserError(f"{output} could not be written ({reason}): make room or name another folder.") from error
+        raise UserError(
+            f"{output} could not be written ({error.strerror or error}): make room or name another folder."
+        ) from error
     print(f"{output}: a decoder of {sum(x.size for x in _arrays(params)):,} parameters")
     return 0
 
@@ -165,7 +168,8 @@ def export_folder(words: list[str]) -> int:
     asked = load_arguments(ExportArguments, words, "r1jax hf export", EXPORT_HELP, ("checkpoint", "output"))
     _refuse_taken(Path(asked.output))
     checkpoint = find_checkpoint(Path(asked.checkpoint))
-    decoder, params = checkpoint.config().model.decoder, checkpoint.restore_decoder()
+    model = checkpoint.config().model
+    decoder, params = model.decoder, merge_lora(checkpoint.restore_decoder(), model)
     if not asked.mtp:
         decoder = replace(decoder, num_nextn_predict_layers=0)
         params.pop("mtp", None)
