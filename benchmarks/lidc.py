@@ -3,11 +3,13 @@
     python benchmarks/lidc.py --data DIR --baselines benchmarks/results/lidc_baselines.json \
         --output benchmarks/results/lidc.json
 
-Words after `--` are overrides of train.py. Nothing is chosen on a held-out fold: its predictions are those of the last
-checkpoint's averaged weights. Predictions of the held-out folds are pooled, figures taken over all cases; the rating is
-the median of the predicted distribution, the score its expected value. The headline is the mean over the model seeds
-on fold seed 0, its interval the bootstrap over cases of that mean. An ensemble (mean of the seeds' probabilities) is a
-row of its own. `--fold-seeds` cuts the folds anew, as `--seeds` of lidc_baselines.py does.
+The runs start from the weights that `train.init` names, by default those of the default run, runs/medical: train it
+first. Words after `--` are overrides of train.py (`--train.init None` starts from scratch). Nothing is chosen on a
+held-out fold: its predictions are those of the last checkpoint's averaged weights. Predictions of the held-out folds
+are pooled, figures taken over all cases; the rating is the median of the predicted distribution, the score its expected
+value. The headline is the mean over the model seeds on fold seed 0, its interval the bootstrap over cases of that mean.
+An ensemble (mean of the seeds' probabilities) is a row of its own. `--fold-seeds` cuts the folds anew, as `--seeds` of
+lidc_baselines.py does.
 """
 
 import argparse

@@ -3,14 +3,16 @@
     python train.py --config configs/medical.py                  generated cases, minutes on 2 CPU cores
     python train.py --config configs/medical.py:smoke            the same in small, about a minute
 
-On 2048 generated test cases (seed 0, one training, 95 % bootstrap intervals): presence AUC .984 (.980 to .988);
-malignancy AUC .890 (.874 to .907) from image and record, .765 from the image and .765 from the record alone, where
-.932, .801 and .780 are attainable: 90.2 % (86.4 to 94.0) of the way from chance to the ceiling.
+On 2048 generated test cases (seed 0, one training, 95 % bootstrap intervals): presence AUC .981 (.977 to .986);
+malignancy AUC .893 (.877 to .909) from image and record, .765 from the image and .768 from the record alone, where
+.932, .801 and .780 are attainable: 90.9 % (87.2 to 94.7) of the way from chance to the ceiling.
 
 Real data, by path (docs/data.md says how a folder looks):
 
     python train.py --config configs/medical.py:luna16_fpr_2d --data.path DIR    nodule candidates, one slice each
     python train.py --config configs/medical.py:lidc_3d --data.path DIR          reader's ratings of nodules in 3-D
+
+lidc_3d starts from the weights of the default run, runs/medical: train it first.
 """
 
 from r1jax.config import (

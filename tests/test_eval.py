@@ -244,7 +244,7 @@ def test_a_folder_of_pictures_alone_is_scored_as_such(run, folder, checkpoint, t
     assert found["provenance"]["data"]["cases"] == 20 and not found["provenance"]["data"]["synthetic"]
     assert found["image_only"]["interval"].endswith("over groups")
     assert found["warnings"] == []
-    assert f"not given: 'all' is scored, as {folder} is not the folder that" in capsys.readouterr().err
+    assert f"not given: 'all' is scored, as the checkpoint was not trained on {folder}" in capsys.readouterr().err
     report = (out / "reports/患者 1.json").read_text("utf-8")
     assert "HTEST" not in report and "缺失的输入" in report
     assert "SYNTHETIC" not in (out / "index.html").read_text("utf-8")

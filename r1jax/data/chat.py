@@ -65,7 +65,8 @@ def check_template(folder: Path) -> None:
             template = json.loads(source.read_bytes()).get("chat_template")
         except (ValueError, AttributeError) as error:
             raise UserError(f"{source} is no JSON object ({error}): download it again.") from None
-    if template is not None and not all(mark in str(template) for mark in (USER, ASSISTANT)):
+    if template is not None and not all(mark in str(template) for mark in (USER, ASSISTANT, "<think>")):
         raise UserError(
-            f"{source} has a chat template other than DeepSeek's ({USER} ...): give the prompt without --chat."
+            f"{source} has a chat template other than DeepSeek-R1's ({USER} ... <think>): give the prompt without "
+            "--chat."
         )

@@ -187,10 +187,15 @@ def _check_copies(folder: Path, tensors: dict[str, Stored], config: DecoderConfi
     for copy, main in copies(config).items():
         if copy not in tensors:
             continue
-        every = slice(0, tensors[main].shape[0])
-        pair = (read_blocks(tensors[name], tensors.get(name + SCALE), every) for name in (copy, main))
-        for (_, one), (_, other) in zip(*pair, strict=True):
-            if not np.array_equal(one.astype(np.float32), other.astype(np.float32)):
+        rows, width = tensors[main].shape
+        step = max(READ_BYTES // (4 * width), 1)
+        for start in range(0, rows, step):  # of both at once, whatever their dtypes
+            part = slice(start, min(start + step, rows))
+            one, other = (
+                np.concatenate([x.astype(np.float32) for _, x in read_blocks(tensors[n], tensors.get(n + SCALE), part)])
+                for n in (copy, main)
+            )
+            if not np.array_equal(one, other):
                 raise UserError(
                     f"{folder}: {copy} differs from {main}, but the decoder has one for both: load it with "
                     "num_nextn_predict_layers 0."

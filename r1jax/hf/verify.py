@@ -20,6 +20,7 @@ from r1jax.hf.names import layout
 from r1jax.ops.rope import inverse_frequencies, softmax_scale
 
 REFERENCE = "reference.npz"
+HALF = ("bfloat16", "float16")
 FP32 = 5e-6
 """Largest difference of fp32 numbers whose standard deviation is at most 1; it grows with theirs."""
 GRADIENT = 1e-4
@@ -76,7 +77,8 @@ def verify(folder: str | Path, *, mesh: Mesh | None = None, progress: Progress |
     reference, against = _reference(folder, config)
     params = load_params(folder, config, mesh=mesh, dtype=jnp.float32, progress=progress)
     published = read_json(folder / CONFIG_FILE)
-    half = published.get("dtype", published.get("torch_dtype")) in ("bfloat16", "float16")
+    # Numbers that were stored in half precision; `transformers` is asked for fp32.
+    half = against.endswith(REFERENCE) and published.get("dtype", published.get("torch_dtype")) in HALF
     with jax.default_matmul_precision("highest"):  # or a GPU would multiply in TF32
         rows = (_half if half else _exact)(config, params, reference)
     compared = {row.name for row in rows}
@@ -122,6 +124,11 @@ def _reference(folder: Path, config: DecoderConfig) -> tuple[dict[str, np.ndarra
         ids = arrays.get("input_ids")
         if ids is None or ids.ndim != 2 or "logits" not in arrays:
             raise UserError(f"{path} must hold input_ids [B, T] and logits [B, T, V]; it has {', '.join(arrays)}.")
+        if ids.dtype.kind not in "iu" or not ids.size or arrays["logits"].shape != (*ids.shape, config.vocab_size):
+            raise UserError(
+                f"{path}: input_ids are {ids.dtype}{list(ids.shape)} and logits {list(arrays['logits'].shape)}, but "
+                f"they must be whole numbers [B, T] and [B, T, {config.vocab_size}]."
+            )
         if ids.min() < 0 or ids.max() >= config.vocab_size:
             raise UserError(
                 f"{path}: input_ids go from {ids.min()} to {ids.max()}, but the vocabulary has "

@@ -11,7 +11,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
 from r1jax.config import DecoderConfig, GenerationSettings
+from r1jax.errors import UserError
 from r1jax.models.decoder import Decoder
+from r1jax.models.lora import split_adapters
 from r1jax.serve.prompts import Batch, lay_out
 from r1jax.serve.rounds import Params, State, read_prompt, run_rounds
 
@@ -59,7 +61,12 @@ class Generator:
           config: The decoder.
           params: Its parameter tree.
           dtype: Of products and cache.
+
+        Raises:
+          UserError: The tree holds LoRA adapters, which the decoder would ignore.
         """
+        if split_adapters(params)[0]:
+            raise UserError("params hold LoRA adapters: merge them first with r1jax.models.lora.merge_lora.")
         self.model = Decoder(config, dtype)
         self.params = cast_matrices(params, dtype)
 

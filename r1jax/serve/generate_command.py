@@ -31,6 +31,8 @@ Examples:
   r1jax generate DeepSeek-R1 --chat --prompt "Is 97 prime?" --temperature 0.6 --top_p 0.95
   r1jax generate DeepSeek-V3 --prompt_file question.txt --speculate --max_new_tokens 500
 """
+BYTE_VOCABULARY = 1024
+"""Bytes need 259 tokens; a vocabulary above this was made by another tokenizer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,15 +122,20 @@ def stop_tokens(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
 def _settings(
     asked: GenerateArguments, folder: Path, config: DecoderConfig, tokenizer: Tokenizer
 ) -> GenerationSettings:
-    """The settings, checked before the weights are read; the checkpoint's stop tokens where none were given."""
+    """The settings, checked before the weights are read; the checkpoint's own stop tokens end an answer too."""
     values = {item.name: getattr(asked, item.name) for item in fields(GenerationSettings)}
-    values["stop_tokens"] = values["stop_tokens"] or stop_tokens(folder, tokenizer)
+    values["stop_tokens"] = tuple(dict.fromkeys([*values["stop_tokens"], *stop_tokens(folder, tokenizer)]))
     settings = GenerationSettings(**values)
     check_settings(config, settings)
     if tokenizer.size > config.vocab_size:
         what = "its tokenizer.json has" if tokenizer.library else "it has no tokenizer.json, and bytes need"
         raise UserError(
             f"{folder}: {what} {tokenizer.size} tokens, but vocab_size is {config.vocab_size}: "
+            "add the checkpoint's own tokenizer.json."
+        )
+    if tokenizer.library is None and config.vocab_size > BYTE_VOCABULARY:
+        raise UserError(
+            f"{folder} has no tokenizer.json, and a vocabulary of {config.vocab_size} tokens is not bytes: "
             "add the checkpoint's own tokenizer.json."
         )
     return settings

@@ -129,7 +129,7 @@ def restore_or_init(
     (run.workdir / "config.json").write_text(to_json(config))
     (run.workdir / RECORD).unlink(missing_ok=True)
     fresh = jax.jit(lambda: init_state(config, model, task, batch), out_shardings=where)()
-    return start_from(config.train.init, fresh, run.workdir) if config.train.init else (fresh, [])
+    return start_from(config.train.init, fresh, config.model, run.workdir) if config.train.init else (fresh, [])
 
 
 def describe(source: Source) -> dict[str, Any]:

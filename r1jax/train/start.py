@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from r1jax.config import ModelConfig
 from r1jax.errors import UserError
 from r1jax.train.checkpoints import Checkpoint, find_checkpoint
 from r1jax.train.step import TrainState
@@ -20,7 +21,7 @@ NAMED = 6
 """Arrays that are named on the screen; the record has all."""
 
 
-def start_from(path: str, state: TrainState, workdir: Path) -> tuple[TrainState, list[str]]:
+def start_from(path: str, state: TrainState, model: ModelConfig, workdir: Path) -> tuple[TrainState, list[str]]:
     """Puts the weights of a checkpoint into a fresh state, wherever path and shape are the same.
 
     Averaged weights are taken where the checkpoint has some; a checkpoint of weights alone will do. Moments of the
@@ -29,16 +30,23 @@ def start_from(path: str, state: TrainState, workdir: Path) -> tuple[TrainState,
     Args:
       path: Run folder, checkpoints folder, or one checkpoint.
       state: Fresh, on its devices.
+      model: What the run trains.
       workdir: Run folder, for the record.
 
     Returns:
       The state, and lines to print.
 
     Raises:
-      UserError: There is no such checkpoint, it is damaged, or nothing of it fits.
+      UserError: There is no such checkpoint, it is damaged, nothing of it fits, or its adapters would be lost.
     """
     checkpoint = find_checkpoint(Path(path), "--train.init")
     checkpoint.verify()
+    made_with = checkpoint.config().model
+    if made_with.lora_rank and (made_with.lora_rank, made_with.lora_alpha) != (model.lora_rank, model.lora_alpha):
+        raise UserError(
+            f"--train.init {path} was trained with adapters (model.lora_rank {made_with.lora_rank}, model.lora_alpha "
+            f"{made_with.lora_alpha:g}): set both alike, or merge them by `r1jax hf export` and `r1jax hf import`"
+        )
     group, stored = _stored(checkpoint)
     wanted = _flat(state.params)
     taken = [name for name, x in wanted.items() if name in stored and tuple(stored[name].shape) == x.shape]

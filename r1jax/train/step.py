@@ -116,7 +116,7 @@ def make_step(config: Config, model: R1, task: Task) -> Any:
         (loss, (parts, router)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(trained)
         updates, moments = optimizer.update(gradients, state.optimizer, trained)
         trained = optax.apply_updates(trained, updates)
-        if not frozen:
+        if not frozen and config.model.decoder.scoring_func == "sigmoid":  # DeepSeek-V2's routers have no such bias
             gamma = jnp.where(share < config.train.router_bias_until, config.train.router_bias_rate, 0.0)
             trained = balance_routers(trained, router, config.model.decoder, gamma)
         # Averaging over the steps so far keeps the first average from being the random start.

@@ -48,9 +48,10 @@ def test_a_template_of_another_form_is_refused(tmp_path):
     check_template(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}), "utf-8")
     check_template(tmp_path)
-    (tmp_path / "chat_template.jinja").write_text("<|im_start|>{{ messages }}", "utf-8")
-    with pytest.raises(UserError, match="chat_template.jinja has a chat template other than DeepSeek's"):
-        check_template(tmp_path)
+    for other in ("<|im_start|>{{ messages }}", TEMPLATE.replace("<think>", "")):  # the second is DeepSeek-V3's
+        (tmp_path / "chat_template.jinja").write_text(other, "utf-8")
+        with pytest.raises(UserError, match="chat_template.jinja has a chat template other than DeepSeek-R1's"):
+            check_template(tmp_path)
     (tmp_path / "chat_template.jinja").unlink()
     (tmp_path / "tokenizer_config.json").write_text("{", "utf-8")
     with pytest.raises(UserError, match="is no JSON object"):

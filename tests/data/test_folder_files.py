@@ -127,7 +127,7 @@ def test_member_that_is_no_array(tmp_path):
             ["'000002'", "neither a picture nor a record"],
         ),
         ({"label": np.array([0, 1])}, ["'000000'", "neither a picture nor a record"]),
-        ({"age": np.array([50, np.nan, 3])}, ["'000001'", "neither a picture nor a record", "0 others"]),
+        ({"age": np.array([50, np.nan, 3])}, ["'000001'", "has neither a picture nor a record: leave"]),
     ],
 )
 def test_bad_arrays(tmp_path, arrays, words):

@@ -69,6 +69,9 @@ def test_half_precision_is_held_by_divergence(tmp_path, folders):
         ({"input_ids": np.full((1, 3), 40, np.int32)}, "input_ids go from 40 to 40, but the vocabulary has 40 tokens"),
         ({"input_ids": np.zeros(3, np.int32)}, "must hold input_ids"),
         ({"logits": None}, "must hold input_ids"),
+        ({"logits": np.zeros((1, 3, 39), np.float32)}, r"must be whole numbers \[B, T\] and \[B, T, 40\]"),
+        ({"input_ids": np.zeros((1, 3), np.float32)}, "input_ids are float32"),
+        ({"input_ids": np.zeros((1, 0), np.int32)}, "must be whole numbers"),
         (b"PK\x03\x04", "cannot be read"),
     ],
 )

@@ -218,6 +218,11 @@ def test_bad_input_is_named(generator, prompts, change, words):
         generator.generate(prompts, replace(GREEDY, **change))
 
 
+def test_adapters_are_refused():
+    with pytest.raises(UserError, match="merge them first"):
+        Generator(CONFIG, {"lm_head": {"lora_a": np.zeros((1, 2), np.float32)}})
+
+
 def test_speculation_needs_mtp():
     with pytest.raises(UserError, match="num_nextn_predict_layers is 0"):
         lay_out([[1]], None, None, replace(CONFIG, num_nextn_predict_layers=0), replace(GREEDY, speculate=True))

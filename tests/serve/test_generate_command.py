@@ -131,13 +131,17 @@ def test_bad_input_is_one_sentence(folder, words, message):
         dispatch(["generate", str(folder), *words])
 
 
-def test_a_vocabulary_too_small_for_bytes_is_refused(folder, tmp_path):
-    config = replace(CONFIG, vocab_size=40)
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [(40, "bytes need 259 tokens, but vocab_size is 40"), (1025, "a vocabulary of 1025 tokens is not bytes")],
+)
+def test_a_vocabulary_that_is_not_bytes_is_refused(folder, tmp_path, size, message):
+    config = replace(CONFIG, vocab_size=size)
     rng = np.random.default_rng(0)
-    shapes = jax.tree.map(lambda x: (40, *x.shape[1:]) if 264 in x.shape else x.shape, load_params(folder, CONFIG))
+    shapes = jax.tree.map(lambda x: (size, *x.shape[1:]) if 264 in x.shape else x.shape, load_params(folder, CONFIG))
     params = jax.tree.map(lambda s: rng.random(s, np.float32), shapes, is_leaf=lambda s: isinstance(s, tuple))
     save_params(tmp_path / "small", config, params, dtype="float32")
-    with pytest.raises(UserError, match="bytes need 259 tokens, but vocab_size is 40"):
+    with pytest.raises(UserError, match=message):
         dispatch(["generate", str(tmp_path / "small"), "--prompt", "a"])
 
 

@@ -99,14 +99,14 @@ def test_views_are_averaged(tiny, params):
     np.testing.assert_allclose(found["both"]["nodule_present"], mean, rtol=2e-4, atol=1e-5)
 
 
-def test_centres_come_back_in_the_frame_of_the_given_picture(tiny, params):
+def test_centres_come_back_in_the_frame_of_the_given_picture(tiny, predict):
     """One more voxel at the end of each axis is cut off again: only the middle that centres count from has moved."""
 
     def grown(raw):
         return {"volume": np.pad(raw["volume"], [(0, 0), *[(0, 1)] * 3], constant_values=-1000)}
 
-    found, _, _ = tiny.evaluator.predict(params, Fixed(tiny.validation, 8), batch_size=8)
-    other, targets, _ = tiny.evaluator.predict(params, Fixed(tiny.validation, 8, grown), batch_size=8)
+    found, _, _ = predict(Fixed(tiny.validation, 8))
+    other, targets, _ = predict(Fixed(tiny.validation, 8, grown))
     raw = tiny.validation.read_batch(np.arange(8))
     moved = found["both"]["center_mm"] - 0.5 * raw["volume_spacing"]
     np.testing.assert_allclose(other["both"]["center_mm"], moved, rtol=0, atol=1e-4)

@@ -140,7 +140,7 @@ def test_what_does_not_fit_is_left(text, done, tmp_path):
     decoder["surplus"] = np.zeros(3, np.float32)
     del decoder["norm"]
     path = weights_only(tmp_path / "given", text, {"decoder": decoder})
-    state, said = start_from(str(path), text.init(), tmp_path)
+    state, said = start_from(str(path), text.init(), text.config.model, tmp_path)
     left = {"decoder.embed_tokens", "decoder.norm.weight"}
     for name, x in leaves(state.params).items():
         given = leaves(done[1].params)[name]
@@ -160,9 +160,9 @@ def test_what_does_not_fit_is_left(text, done, tmp_path):
 def test_nothing_to_start_from(text, tmp_path):
     path = weights_only(tmp_path / "given", text, {"other": {"weight": np.zeros((2, 3), np.float32)}})
     with pytest.raises(UserError, match="none of the 1 arrays .* fits this model .the first is other.weight."):
-        start_from(str(path), text.init(), tmp_path)
+        start_from(str(path), text.init(), text.config.model, tmp_path)
     with pytest.raises(UserError, match="--train.init .*nowhere does not exist"):
-        start_from(str(tmp_path / "nowhere"), text.init(), tmp_path)
+        start_from(str(tmp_path / "nowhere"), text.init(), text.config.model, tmp_path)
 
 
 def test_only_adapters_are_trained(text, done, tmp_path):
@@ -178,3 +178,19 @@ def test_only_adapters_are_trained(text, done, tmp_path):
     size = sum(x.size for x in jax.tree.leaves(adapters))
     held = sum(x.size for x in jax.tree.leaves(state.optimizer) if x.ndim)
     assert held == 2 * size < 2 * sum(x.size for x in jax.tree.leaves(base))
+
+
+def test_adapters_are_not_lost_at_a_start(text, done, tmp_path):
+    adapted = replace(text.config, model=replace(text.config.model, lora_rank=2, lora_alpha=3.0))
+    meta = {"step": 0, "validation": None}
+    path = CheckpointFolder(tmp_path / "given").save(0, {"params": done[1].params}, adapted, meta).path
+    for model in (text.config.model, replace(adapted.model, lora_alpha=1.0)):
+        with pytest.raises(UserError, match="model.lora_rank 2, model.lora_alpha 3.: set both alike"):
+            start_from(str(path), text.init(), model, tmp_path)
+
+
+def test_softmax_routers_have_no_bias_to_move(tmp_path):
+    flags = ("--model.decoder.scoring_func", "softmax", "--train.steps", "3")
+    state, _, _ = make_experiment(*flags, file="tiny_language.py").train(tmp_path)
+    biases = [x for name, x in leaves(state.params).items() if "e_score_correction_bias" in name]
+    assert biases and not np.any(biases)
