@@ -138,6 +138,11 @@ def _check_arrays(checkpoint: Checkpoint, abstract: Any) -> None:
     """Compares the shapes of the weights on disk with those that the config gives; the message names the array."""
     with ocp.StandardCheckpointer() as checkpointer:
         stored = _shapes(checkpointer.metadata(checkpoint.path.absolute() / "state").item_metadata.tree)
+    if not any(name.startswith("optimizer") for name in stored):
+        raise UserError(
+            f"checkpoint {checkpoint.path} holds weights alone, as `r1jax hf import` writes them, and eval.py scores "
+            "runs of train.py: start one from it with --train.init, or compare it by `r1jax hf verify`"
+        )
     wanted = _shapes(abstract)
     for name in sorted(stored.keys() | wanted.keys()):
         if name.startswith(("params.", "ema.")) and stored.get(name) != wanted.get(name):

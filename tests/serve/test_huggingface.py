@@ -16,6 +16,7 @@ from r1jax.config import Config, ModelConfig
 from r1jax.errors import UserError
 from r1jax.hf.load import load_params, read_config
 from r1jax.serve import huggingface
+from r1jax.serve.evaluate import _check_arrays
 from r1jax.train.checkpoints import Checkpoint, CheckpointFolder
 from tests.hf.checkpoints import stored, write_folder
 
@@ -97,6 +98,11 @@ def test_training_checkpoints_are_exported(tmp_path, sources, averaged):
     for name, value in load_file(sources["v2"] / "model.safetensors").items():
         np.testing.assert_array_equal(exported[name], value, strict=True)
     assert read_config(tmp_path / "out") == decoder
+
+
+def test_imports_cannot_be_scored_and_are_told_so(imported):
+    with pytest.raises(UserError, match="holds weights alone, as `r1jax hf import` writes them"):
+        _check_arrays(Checkpoint(imported), {})
 
 
 def test_adapters_are_merged_into_what_is_exported(tmp_path, sources):
