@@ -13,7 +13,9 @@ from jaxtyping import Int
 from r1jax.data.folder_cases import Cases, read_cases
 from r1jax.data.folder_checks import unpack_mask
 from r1jax.data.folder_files import RANK
+from r1jax.data.schema import Schema
 from r1jax.errors import UserError
+from r1jax.tasks.medical.schema import case_schema
 
 PARTS = ("train", "val", "test")
 FOLD_STREAM = 0xF01D
@@ -27,7 +29,7 @@ class FolderCases:
     Attributes:
       name: Folder, part, number of cases and what the format does not know, for people.
       fingerprint: sha256 over the bytes of the files, the same for all parts of a folder.
-      modalities: Subset of volume, image, table and text that the folder has.
+      schema: What a batch holds for sure.
       ignored: Arrays and columns that the format does not know.
       splits: How many cases the folder marks with each split.
       cases: All cases of the folder.
@@ -36,7 +38,7 @@ class FolderCases:
 
     name: str
     fingerprint: str
-    modalities: frozenset[str]
+    schema: Schema
     ignored: tuple[str, ...]
     splits: dict[str, int]
     cases: Cases
@@ -66,9 +68,12 @@ class FolderCases:
         files = _list_files(folder)
         cases, ignored = read_cases(files)
         rows = _choose_rows(cases, folder, split, fold, folds, seed)
-        modalities = {name for name in RANK if name in cases.pictures}
-        modalities |= {"table"} if cases.table is not None else set()
-        modalities |= {"text"} if cases.text is not None else set()
+        pictures = {name: cases.pictures[name] for name in RANK if name in cases.pictures}
+        schema = case_schema(
+            {name: (str(stored.dtype), stored.shape[1:]) for name, stored in pictures.items()},
+            table=cases.table is not None,
+            text=cases.text is not None,
+        )
         part = split if fold is None or split not in ("train", "val") else f"{split} (fold {fold} of {folds})"
         name = f"{folder.resolve().name}, {part}: {len(rows)} of {len(cases.case_id)} cases"
         if ignored:
@@ -76,7 +81,7 @@ class FolderCases:
         return cls(
             name=name,
             fingerprint=folder_fingerprint(folder),
-            modalities=frozenset(modalities),
+            schema=schema,
             ignored=tuple(ignored),
             splits=dict(Counter(mark for mark in cases.marks if mark)),
             cases=cases,

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 from jaxtyping import Int
 
+from r1jax.data.schema import Field, Schema
 from r1jax.data.sentences import document
 from r1jax.data.vocabulary import Vocabulary
 
@@ -24,8 +25,6 @@ class PackedText:
     midst of a document and hold several; attention crosses their borders, as in DeepSeek-V3 (section 4.1). The last
     sequence is padded.
     """
-
-    modalities: frozenset[str] = frozenset({"text"})
 
     def __init__(
         self,
@@ -52,6 +51,14 @@ class PackedText:
             size, count = size + sum(len(text.encode()) for text in group), count + len(group)
         self.tokens: Int[np.ndarray, " n"] = np.concatenate(stream)
         self.length, self.end = length, vocabulary.end
+        self.schema = Schema(
+            (
+                Field("case_id", "category"),
+                Field("text", "text", "int32", (length,)),
+                Field("text_valid", "number", "bool", (length,)),
+                Field("bytes", "number", "float32"),
+            )
+        )
         self.name = f"{name}, {len(self.tokens):,} tokens ({vocabulary.name}) in sequences of {length}"
         head = f"{VERSION} {length} {vocabulary.end} {vocabulary.size} ".encode()
         self.fingerprint = hashlib.sha256(head + self.tokens.tobytes()).hexdigest()

@@ -5,6 +5,8 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int
 
+from r1jax.data.schema import Schema
+
 
 @runtime_checkable
 class Source(Protocol):
@@ -13,12 +15,12 @@ class Source(Protocol):
     Attributes:
       name: What the cases are, for people; printed and stored with every result.
       fingerprint: sha256 (hex) over what defines the cases.
-      modalities: Which of "volume", "image", "table" and "text" `read_batch` gives.
+      schema: What `read_batch` gives; `schema.modalities` is what a model can read of it.
     """
 
     name: str
     fingerprint: str
-    modalities: frozenset[str]
+    schema: Schema
 
     def __len__(self) -> int:
         """Number of cases."""

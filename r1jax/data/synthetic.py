@@ -14,7 +14,7 @@ from r1jax.data.canvas import Point, Shape
 from r1jax.data.patients import FACTORS, INTERCEPT, MISSING, PRESENCE, Patient, attainable_probability, draw_patient
 from r1jax.data.phantom import draw_scene, nodule_center_mm, render
 from r1jax.errors import UserError, nearest
-from r1jax.tasks.medical.schema import FINDINGS
+from r1jax.tasks.medical.schema import FINDINGS, case_schema
 
 VERSION = 2
 """Raised whenever the same seed gives other cases."""
@@ -58,8 +58,6 @@ class SyntheticCases:
     The first `KEPT` cases stay in memory once drawn.
     """
 
-    modalities: frozenset[str] = frozenset({"volume", "table", "text"})
-
     def __init__(self, seed: int, size: int, part: str, shape: Shape = (32, 32, 32)):
         """Defines the cases; nothing is drawn yet.
 
@@ -79,6 +77,7 @@ class SyntheticCases:
                 f"synthetic cases: size {size} and seed {seed}; use a size of at least 1 and a seed from 0 on"
             )
         self.seed, self.size, self.part, self.shape = seed, size, part, shape
+        self.schema = case_schema({"volume": ("int16", shape)}, table=True, text=True)
         self.name = f"synthetic chest CT (generated, not patients), seed {seed}, {part}"
         model = [(factor.name, factor.unit, factor.weight) for factor in FACTORS]
         definition = [VERSION, seed, size, part, shape, model, INTERCEPT, PRESENCE, MISSING]

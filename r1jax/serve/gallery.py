@@ -30,7 +30,9 @@ def gallery(reporter: Reporter, count: int, finding: str, saliency: Saliency) ->
       The pictures, mistakes first; none where the model or the data has no picture.
     """
     scored = reporter.scored
-    picture = next((name for name in PICTURES if name in scored.reads and name in scored.source.modalities), None)
+    picture = next(
+        (name for name in PICTURES if name in scored.reads and name in scored.source.schema.modalities), None
+    )
     if picture is None or count == 0:
         return []
     chosen = _choose(scored, count, finding, _pictured(scored, picture))

@@ -90,7 +90,7 @@ def score(
     Raises:
       UserError: A prediction is not finite; names the case.
     """
-    modes = shown_modes(task.config.model.modalities, source.modalities)
+    modes = shown_modes(task.config.model.modalities, source.schema.modalities)
     with progress("cases", len(source)) as steps:
         predicted, targets, ids = evaluator.predict(
             params, Watched(source, steps), batch_size=batch_size, modes=tuple(modes)
@@ -127,7 +127,7 @@ class Watched:
           steps: Is told of every batch.
         """
         self.source, self.steps = source, steps
-        self.name, self.fingerprint, self.modalities = source.name, source.fingerprint, source.modalities
+        self.name, self.fingerprint, self.schema = source.name, source.fingerprint, source.schema
 
     def __len__(self) -> int:
         """Number of cases."""

@@ -27,7 +27,7 @@ def test_image_folder(tmp_path):
     source = FolderCases.open(tmp_path)
     batch = source.read_batch(np.array([4, 1]))
     assert len(source) == 6
-    assert source.modalities == {"image"}
+    assert source.schema.modalities == {"image"}
     assert source.ignored == ("candidate_row",)
     assert "candidate_row" in source.name and tmp_path.name in source.name
     assert batch["case_id"] == ["000004", "000001"]
@@ -56,7 +56,7 @@ def test_volume_folder_with_table(tmp_path):
     write(tmp_path, table, volume=volume, mask=np.packbits(mask.reshape(4, -1), axis=1), **{"target.center_mm": center})
     batch = read_all(tmp_path)
     source = FolderCases.open(tmp_path)
-    assert source.modalities == {"volume", "table", "text"}
+    assert source.schema.modalities == {"volume", "table", "text"}
     assert source.ignored == ("Filename", "text_note")
     np.testing.assert_array_equal(batch["volume"], volume)
     assert batch["volume"].dtype == np.int16
@@ -136,7 +136,7 @@ def test_both_pictures_and_a_mask_of_the_volume(tmp_path):
     volume, mask = np.zeros((2, 3, 4, 5), np.uint8), np.eye(5, dtype=np.uint8)[None, None, :4].repeat(2, 0).repeat(3, 1)
     write(tmp_path, volume=volume, image=images(2), mask=mask, spacing=np.array([2.5, 0.7, 0.8]))
     batch = read_all(tmp_path)
-    assert FolderCases.open(tmp_path).modalities == {"volume", "image"}
+    assert FolderCases.open(tmp_path).schema.modalities == {"volume", "image"}
     np.testing.assert_array_equal(batch["mask"], mask == 1)
     np.testing.assert_array_equal(batch["volume_spacing"][0], np.float32([2.5, 0.7, 0.8]))
     np.testing.assert_array_equal(batch["image_spacing"][0], np.float32([0.7, 0.8]))
@@ -144,7 +144,7 @@ def test_both_pictures_and_a_mask_of_the_volume(tmp_path):
 
 def test_records_without_pictures(tmp_path):
     write(tmp_path, age=np.array([50.0, 60.0]), crp=np.array([np.nan, 3.0]))
-    assert FolderCases.open(tmp_path).modalities == {"table"}
+    assert FolderCases.open(tmp_path).schema.modalities == {"table"}
     assert set(read_all(tmp_path)) == {"case_id", "table", *(f"target.{name}" for name in FINDING)}
 
 

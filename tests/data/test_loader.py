@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 
 from r1jax.data.loader import padded_batches, training_batches
+from r1jax.data.schema import Field, Schema
 
 
 class Numbers:
     """A source of which case i is the number i; even requests are slow, so that threads finish out of order."""
 
-    name, fingerprint, modalities = "numbers", "0", frozenset({"table"})
+    name, fingerprint, schema = "numbers", "0", Schema((Field("table", "table", "int64"),))
 
     def __init__(self, count):
         self.count, self.requests = count, []

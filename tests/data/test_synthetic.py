@@ -74,7 +74,7 @@ def test_caller_cannot_spoil_the_cache():
 def test_batch_has_the_shape_of_a_source():
     source: Source = SyntheticCases(1, 40, "test", shape=(24, 32, 28))
     batch = source.read_batch(np.arange(40))
-    assert len(source) == 40 and source.modalities == {"volume", "table", "text"}
+    assert len(source) == 40 and source.schema.modalities == {"volume", "table", "text"}
     assert "synthetic" in source.name and len(source.fingerprint) == 64
     assert batch["volume"].shape == (40, 24, 32, 28) and batch["volume"].dtype == np.int16
     assert batch["table"].shape == (40, len(RECORD_FIELDS)) and batch["table"].dtype == np.float32

@@ -3,8 +3,11 @@
 Ratings follow the LIDC-IDRI reader form (Armato et al. 2011, table 2): levels, order and wording.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
+
+from r1jax.data.schema import Field, Schema
 
 
 @dataclass(frozen=True)
@@ -110,3 +113,24 @@ RECORD_FIELDS: tuple[RecordField, ...] = (
     RecordField("crp", "C-reactive protein", "mg/L", 10.0, 20.0, 0.0, 1000.0),
     RecordField("hemoglobin", "Haemoglobin", "g/L", 140.0, 15.0, 10.0, 260.0),
 )
+
+
+def case_schema(pictures: Mapping[str, tuple[str, tuple[int, ...]]], *, table: bool, text: bool) -> Schema:
+    """Says what a source of cases gives.
+
+    Args:
+      pictures: dtype and shape of "volume" and "image", those of them that there are.
+      table: Whether there are record fields.
+      text: Whether there are texts.
+
+    Returns:
+      The fields of `Source.read_batch` that are there for sure.
+    """
+    fields = [Field("case_id", "category")]
+    for name, (dtype, shape) in pictures.items():
+        fields += [Field(name, name, dtype, shape), Field(f"{name}_spacing", "number", "float32", (len(shape),))]
+    fields += [Field("table", "table", "float32", (len(RECORD_FIELDS),))] if table else []
+    fields += [Field("text", "text")] if text else []
+    widths = {"vector": (3,)}
+    fields += [Field(f"target.{f.name}", "number", "float32", widths.get(f.kind, ())) for f in FINDINGS]
+    return Schema(tuple(fields))

@@ -67,11 +67,11 @@ class Medical:
             source = SyntheticCases(data.seed, sizes[split], split, self.config.model.volume.size)
         else:
             source = FolderCases.open(data.path, split, fold=data.fold, folds=data.folds, seed=data.seed)
-        missing = [m for m in self.config.model.modalities if m not in source.modalities]
-        if missing and not source.modalities & set(self.config.model.modalities):
+        given, read = source.schema.modalities, self.config.model.modalities
+        if not given & set(read):
             raise UserError(
-                f"{data.path or 'the synthetic data'} has {', '.join(sorted(source.modalities))}, but the model reads "
-                f"{', '.join(self.config.model.modalities)}: choose a config or checkpoint for this kind of data"
+                f"{data.path or 'the synthetic data'} has {', '.join(sorted(given))}, but the model reads "
+                f"{', '.join(read)}: choose a config or checkpoint for this kind of data"
             )
         return source
 
@@ -270,5 +270,5 @@ class Medical:
 
     def closing(self, figures: dict[str, Figures], source: Source, step: int) -> str:
         """Findings as rows, what the model was shown as columns."""
-        shown = shown_modes(self.config.model.modalities, source.modalities)
+        shown = shown_modes(self.config.model.modalities, source.schema.modalities)
         return findings_table(figures, shown, best_attainable(source))
