@@ -93,11 +93,18 @@ def _luna16_fpr_2d() -> Config:
         workdir="runs/luna16_fpr_2d",
         model=ModelConfig(
             modalities=("image",),
-            image=VisionConfig(size=(48, 48), widths=(64, 128, 256), blocks=(2, 2, 2)),
+            image=VisionConfig(size=(48, 48), stem_stride=1, widths=(48, 96, 192, 384), blocks=(2, 2, 4, 2)),
             dropout=0.2,
             precision="bf16",
         ),
-        task=TaskConfig(fields=("nodule_present",), modality_dropout=0.0, augment="affine", views=8, text_weight=0.0),
+        task=TaskConfig(
+            fields=("nodule_present",),
+            modality_dropout=0.0,
+            augment="affine",
+            views=8,
+            text_weight=0.0,
+            label_smoothing=0.1,
+        ),
         data=DataConfig(path="data/luna16_fpr_2d", split="val"),
         train=TrainConfig(
             steps=5280,  # 120 epochs
