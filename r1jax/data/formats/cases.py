@@ -32,8 +32,8 @@ class FileCases:
     name: str
     fingerprint: str
     schema: Schema
-    known: pa.Table
-    read: Callable[[int], Mapping[str, Any]] | None = None
+    known: pa.Table = field(repr=False)
+    read: Callable[[int], Mapping[str, Any]] | None = field(default=None, repr=False)
     channels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __len__(self) -> int:

@@ -1,6 +1,7 @@
 """MHD: MetaImage headers with their voxels beside them (.raw, .zraw) or behind them (.mha)."""
 
 import functools
+import re
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,8 +32,12 @@ TYPES = {
 ORIGIN = ("Offset", "Position", "Origin")
 DIRECTION = ("TransformMatrix", "Rotation", "Orientation")
 ORDER = ("BinaryDataByteOrderMSB", "ElementByteOrderMSB")
+PACKED = "CompressedDataSize"
 NEEDED = ("NDims", "DimSize", "ElementType", "ElementSpacing", "ElementDataFile")
-KEYS = (*NEEDED, *ORIGIN, *DIRECTION, *ORDER, "BinaryData", "CompressedData", "HeaderSize", "ElementNumberOfChannels")
+KEYS = (
+    *(*NEEDED, *ORIGIN, *DIRECTION, *ORDER),
+    *("BinaryData", "CompressedData", PACKED, "HeaderSize", "ElementNumberOfChannels"),
+)
 UNITS = "DistanceUnits"
 HARMLESS = (
     "ObjectType",
@@ -55,6 +60,7 @@ class Header:
       compressed: Whether the voxels are a zlib stream.
       data: File of the voxels, relative to the folder of the data set.
       skip: Bytes before the voxels in that file; -1 where they are its end.
+      size: Bytes of the voxels in that file; None where they are compressed and the header does not say.
     """
 
     grid: Grid
@@ -62,6 +68,7 @@ class Header:
     compressed: bool
     data: str
     skip: int
+    size: int | None
 
 
 def open_mhd(path: str | Path) -> FileCases:
@@ -79,8 +86,8 @@ def open_mhd(path: str | Path) -> FileCases:
     root, names = list_files(path, SUFFIXES, "MetaImage header")
     headers = tuple(read_header(root, name) for name in names)
     for name, header in zip(names, headers, strict=True):
-        size, wanted = file_size(root, header.data), _bytes(header) + max(header.skip, 0)
-        if not header.compressed and (size < wanted if header.skip < 0 else size != wanted):
+        size, wanted = file_size(root, header.data), (header.size or 0) + max(header.skip, 0)
+        if header.size is not None and (size < wanted if header.skip < 0 else size != wanted):
             raise UserError(f"{root / header.data} has {size} bytes but {name} says {wanted}: copy both again")
     grids = [header.grid for header in headers]
     dtype = common_dtype([grid.dtype for grid in grids], root)
@@ -122,8 +129,11 @@ def read_header(root: Path, name: str) -> Header:
     skip = end if local else _whole(keys, "HeaderSize", 1, file)[0] if "HeaderSize" in keys else 0
     if skip < (0 if compressed else -1):
         raise UserError(f"{file} has HeaderSize {skip}: 0 or more, or -1 if not compressed")
+    size = int(np.prod(grid.shape)) * stored.itemsize
+    if compressed:
+        size = _whole(keys, PACKED, 1, file)[0] if PACKED in keys else None
     data = name if local else _data_file(keys["ElementDataFile"], name, file)
-    return Header(grid, stored.str, compressed, data, skip)
+    return Header(grid, stored.str, compressed, data, skip, size)
 
 
 def _keys(head: bytes, file: Path) -> tuple[dict[str, str], int]:
@@ -138,10 +148,15 @@ def _keys(head: bytes, file: Path) -> tuple[dict[str, str], int]:
             key, mark, value = (part.strip() for part in line.decode("utf-8").partition("="))
         except UnicodeDecodeError as error:
             raise UserError(f"{file} is no MetaImage header or damaged: write or copy it again") from error
-        if line.strip() and (not mark or key in keys):
-            raise UserError(f"{file} has {key[:40]!r} twice or without a value: write or copy it again")
-        if key not in KEYS + HARMLESS and (close := nearest(key, KEYS + HARMLESS, cutoff=0.8)):
-            raise UserError(f"{file} has the key {key!r}{close}: correct it")
+        if line.strip() and (
+            not mark or not re.fullmatch(r"[A-Za-z]\w*", key) or not value.isprintable() or "=" in value
+        ):
+            raise UserError(f"{file} is no MetaImage header or damaged: {line[:40]!r} is no line `key = value`")
+        if key in keys:
+            raise UserError(f"{file} has {key!r} twice: keep one")
+        known = KEYS + HARMLESS
+        if key not in known and (nearest(key, known, cutoff=0.8) or key.startswith(KEYS)):
+            raise UserError(f"{file} has the key {key!r}{nearest(key, known)}: correct it")
         if mark:
             keys[key] = value
         if end < 0:
@@ -207,16 +222,14 @@ def _data_file(value: str, name: str, file: Path) -> str:
     return f"{folder}/{value}" if folder and not Path(value).is_absolute() else value
 
 
-def _bytes(header: Header) -> int:
-    return int(np.prod(header.grid.shape)) * np.dtype(header.stored).itemsize
-
-
 def _read(
     root: Path, names: tuple[str, ...], headers: tuple[Header, ...], dtype: str, row: int
 ) -> dict[str, np.ndarray]:
     header, file = read_header(root, names[row]), root / names[row]
-    data, wanted = read_bytes(root, header.data), _bytes(header)
+    data, wanted = read_bytes(root, header.data), int(np.prod(header.grid.shape)) * np.dtype(header.stored).itemsize
     body = data[-wanted:] if header.skip < 0 else data[header.skip :]
+    if header.size not in (None, len(body)):
+        raise UserError(f"{root / header.data} has {len(body)} bytes but {file} says {header.size}: copy both again")
     if header.compressed:
         stream = zlib.decompressobj()
         try:

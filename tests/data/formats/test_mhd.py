@@ -12,10 +12,11 @@ from r1jax.errors import UserError
 
 sitk = pytest.importorskip("SimpleITK")
 RNG = np.random.default_rng(0)
+STRAIGHT = (1, 0, 0, 0, 1, 0, 0, 0, 1)
 TURNED = (0.0, 0.6, 0.8, 0.0, -0.8, 0.6, 1.0, 0.0, 0.0)  # x points to z, with a tilt
 
 
-def picture(dtype="int16", direction=np.eye(3).ravel(), size=(4, 5, 6)):
+def picture(dtype="int16", direction=STRAIGHT, size=(4, 5, 6)):
     info = np.iinfo(dtype) if np.dtype(dtype).kind in "iu" else None
     values = (
         RNG.normal(size=size) if info is None else RNG.integers(info.min, info.max, size, endpoint=True, dtype=dtype)
