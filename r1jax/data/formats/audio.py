@@ -89,7 +89,7 @@ def _header(root: Path, name: str) -> wav.Header:
     return wav.Header(found.samplerate, found.channels, found.frames)
 
 
-def _soundfile(file: Path):  # noqa: ANN202 (the type is the module itself)
+def _soundfile(file: Path):  # the type is the module itself
     if importlib.util.find_spec("soundfile") is None:
         raise UserError(f"{file} needs soundfile: pip install 'r1jax[audio]'")
     import soundfile

@@ -136,7 +136,7 @@ def _check_bits(data: bytes, known: Slice) -> None:
         raise ValueError(f"values beyond its {stored} stored bits")
 
 
-def _dataset(data: bytes, file: Path, pixels: bool):  # noqa: ANN202 (pydicom may not be installed)
+def _dataset(data: bytes, file: Path, pixels: bool):  # pydicom may not be installed
     """Has pydicom read a file; also gives the transfer syntax."""
     try:
         import pydicom
@@ -154,7 +154,7 @@ def _dataset(data: bytes, file: Path, pixels: bool):  # noqa: ANN202 (pydicom ma
         raise UserError(f"{file} is damaged or no DICOM file ({error}): copy or export it again") from error
 
 
-def _parse(dataset, syntax: str, name: str, file: Path) -> Slice:  # noqa: ANN001 (see _dataset)
+def _parse(dataset, syntax: str, name: str, file: Path) -> Slice:  # see _dataset
     """Reads the values of a header and checks them."""
     try:
         values = {tag: dataset.get(tag) for tag in (*NEEDED, *OPTIONAL)}

@@ -80,7 +80,7 @@ def inside(root: Path, name: str) -> Path:
       The file.
 
     Raises:
-      UserError: The name is absolute, or leads out of the folder, by itself or by a link.
+      UserError: The name is absolute, or leads out of the folder, by itself or by a link; or it is of a folder or pipe.
     """
     try:
         path = (root / name).resolve()
@@ -88,6 +88,8 @@ def inside(root: Path, name: str) -> Path:
         raise UserError(f"{root / name!r} cannot be followed ({error}): put the file itself there") from error
     if Path(name).is_absolute() or not path.is_relative_to(root):
         raise UserError(f"{name!r} leads out of {root}: only files inside of the folder are read, copy it there")
+    if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+        raise UserError(f"{path} is no file: put one there")
     return path
 
 

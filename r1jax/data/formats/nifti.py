@@ -99,7 +99,7 @@ def _parse(head: bytes, file: Path) -> Header:
         raise UserError(f"{file} is damaged or no NIfTI file ({error}): write or copy it again") from error
 
 
-def _header(header, bits: int, file: Path) -> Header:  # noqa: ANN001 (nibabel's headers, which may not be installed)
+def _header(header, bits: int, file: Path) -> Header:  # nibabel's headers, which may not be installed
     shape = tuple(int(size) for size in header.get_data_shape())
     if len(shape) < 3 or any(size != 1 for size in shape[3:]):
         raise UserError(f"{file} has {list(shape)} voxels: give each volume a file of its own")

@@ -133,6 +133,13 @@ def test_names_and_links_stay_inside(tmp_path):
             data_files.read_bytes(tmp_path / "in", name)
 
 
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "x.raw")
+    (tmp_path / "x.mhd").write_bytes(MHA.replace(b"LOCAL", b"x.raw"))
+    with pytest.raises(UserError, match="x.raw is no file"):
+        open_format("mhd", tmp_path)
+
+
 def test_a_large_file_is_refused_before_it_is_read(tmp_path):
     with (tmp_path / "x.csv").open("wb") as file:
         file.truncate(data_files.MAX_BYTES + 1)

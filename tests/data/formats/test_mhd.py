@@ -112,6 +112,7 @@ def test_bytes_in_the_other_order_and_behind_a_foreign_header(tmp_path):
         ("DimSize = 3 2 1", "DimSize = 99999 99999 99999", "more than"),
         ("DimSize = 3 2 1\n", "", "DimSize is missing"),
         ("ElementSpacing", "ElementSpacjng", "did you mean 'ElementSpacing'"),
+        ("Offset = 0 0 0\nElement", "OffsetElement", "the key 'OffsetElementSpacing'"),
         ("Offset", "Ofset", "did you mean 'Offset'"),
         ("ElementSpacing = 1 1 1", "ElementSpacing = 1 nan 1", "give 3 numbers"),
         ("ElementSpacing = 1 1 1", "ElementSpacing = 1 -1 1", "above 0"),
