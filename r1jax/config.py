@@ -227,7 +227,7 @@ class EvalData:
     """Which cases to score, where they are not those that the checkpoint was trained beside."""
 
     path: str | None = None
-    """Folder of cases (docs/data.md); none takes the data of the checkpoint's own config."""
+    """Folder of cases (docs/data.md) or text (docs/language.md); none takes the data of the checkpoint's own config."""
     split: Split | None = None
     """Part of the data; none takes the config's `data.split`, and all of data that was not trained on."""
     tokenizer: str | None = None
@@ -239,10 +239,10 @@ class EvalArguments:
     """What eval.py is told."""
 
     checkpoint: str
-    """Run folder, its checkpoints folder, or one checkpoint; must be given."""
+    """Run folder, its checkpoints folder, one checkpoint, or what `r1jax hf import` has written; must be given."""
     data: EvalData = field(default_factory=EvalData)
     output: str | None = None
-    """Folder of the results; none writes `eval/` beside the checkpoints."""
+    """Folder of the results; none writes `eval/` beside the checkpoints, or into an import."""
     platform: Platform = "auto"
     """cuda refuses to start without a GPU instead of falling back to the CPU."""
     batch_size: Count = 64

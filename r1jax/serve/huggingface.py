@@ -3,7 +3,6 @@
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -17,14 +16,13 @@ from r1jax.data import tokenizer as byte_level
 from r1jax.data.tokenizer_files import TOKENIZER, byte_files
 from r1jax.errors import UserError
 from r1jax.hf.forward import token_logits
-from r1jax.hf.load import Progress
 from r1jax.hf.save import SHARD_BYTES, Dtype, save_params
 from r1jax.hf.verify import table, verify
 from r1jax.models.lora import merge_lora
 from r1jax.parallel.mesh import make_mesh
 from r1jax.parallel.platform import start_platform
 from r1jax.serve.pretrained import Pretrained, from_checkpoint, from_hugging_face
-from r1jax.serve.progress import progress
+from r1jax.serve.progress import percent, progress
 from r1jax.train.checkpoints import write_sealed
 from r1jax.train.run import provenance
 
@@ -176,7 +174,7 @@ def export_folder(words: list[str]) -> int:
     params = merge_lora(source.checkpoint.restore_decoder(), source.checkpoint.config().model)
     if not asked.mtp:
         params.pop("mtp", None)
-    with _percent(f"writing {asked.output}, %") as told:
+    with percent(f"writing {asked.output}") as told:
         save_params(
             asked.output,
             source.decoder,
@@ -262,7 +260,7 @@ def verify_folder(words: list[str]) -> int:
     """
     asked = load_arguments(VerifyArguments, words, "r1jax hf verify", VERIFY_HELP, ("folder",))
     print(start_platform(asked.platform), file=sys.stderr)
-    with _percent(f"loading {asked.folder}, %") as told:
+    with percent(f"loading {asked.folder}") as told:
         report = verify(asked.folder, mesh=make_mesh(MeshConfig(data=1, fsdp=-1)), progress=told)
     print(table(report))
     return 0 if report.holds else 1
@@ -297,10 +295,3 @@ def _refuse_taken(output: Path) -> None:
 def _arrays(params: dict) -> Iterator[np.ndarray]:
     for value in params.values():
         yield from _arrays(value) if isinstance(value, dict) else [value]
-
-
-@contextmanager
-def _percent(what: str) -> Iterator[Progress]:
-    """Shows the share of bytes that is done."""
-    with progress(what, 100) as steps:
-        yield lambda done, total: steps.advance(100 * done // total - steps.done)

@@ -17,7 +17,7 @@ from r1jax.hf.save import GENERATION_FILE
 from r1jax.models.lora import merge_lora
 from r1jax.parallel.mesh import make_mesh
 from r1jax.parallel.platform import start_platform
-from r1jax.serve.progress import progress
+from r1jax.serve.progress import percent
 from r1jax.train.checkpoints import MANIFEST, Checkpoint, CheckpointFolder, find_checkpoint
 
 
@@ -50,13 +50,12 @@ class Pretrained:
         """
         print(start_platform(platform), file=sys.stderr)
         mesh = make_mesh(MeshConfig(data=1, fsdp=-1))
-        with progress(f"loading {self.path}, %", 100) as steps:
-            if self.checkpoint is not None:
-                params = merge_lora(self.checkpoint.restore_decoder(mesh, dtype), self.checkpoint.config().model)
-                steps.advance(100)
-                return params
-            told = lambda done, total: steps.advance(100 * done // total - steps.done)  # noqa: E731
-            return load_params(self.path, self.decoder, mesh=mesh, dtype=dtype, progress=told)
+        with percent(f"loading {self.path}") as told:
+            if self.checkpoint is None:
+                return load_params(self.path, self.decoder, mesh=mesh, dtype=dtype, progress=told)
+            params = merge_lora(self.checkpoint.restore_decoder(mesh, dtype), self.checkpoint.config().model)
+            told(1, 1)
+            return params
 
     def tokenizer(self) -> Tokenizer:
         """Opens its tokenizer.
