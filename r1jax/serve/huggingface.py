@@ -139,7 +139,8 @@ def import_folder(words: list[str]) -> int:
     if TOKENIZER not in files:
         files = {}
     params = source.load(asked.platform, asked.dtype)
-    length = min(source.published["config"].get("max_position_embeddings") or TEXT_TOKENS, TEXT_TOKENS)
+    most = source.published["config"].get("max_position_embeddings")
+    length = most if type(most) is int and 2 < most < TEXT_TOKENS else TEXT_TOKENS
     model = ModelConfig(modalities=("text",), decoder=source.decoder, text_tokens=length)
     config = Config(name=folder.name, model=model, task=TaskConfig(name="language"), train=TrainConfig(ema=0.0))
     meta = {"step": 0, "validation": None, "hugging_face": source.published} | provenance()

@@ -231,6 +231,15 @@ def test_a_damaged_checkpoint_is_not_exported(imported, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("most", "length"), [(64, 64), (1 << 20, 1024), (1, 1024), ("many", 1024)])
+def test_an_import_is_scored_in_sequences_that_it_can_read(sources, tmp_path, most, length):
+    folder = shutil.copytree(sources["v2"], tmp_path / "x")
+    published = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(published | {"max_position_embeddings": most}))
+    assert call("hf import", folder, tmp_path / "in") == 0
+    assert Checkpoint(tmp_path / "in").config().model.text_tokens == length
+
+
 def test_settings_that_a_weights_only_checkpoint_has(imported):
     config = Checkpoint(imported).config()
     assert (config.name, config.task.name, config.train.ema) == ("v3", "language", 0)
