@@ -24,6 +24,7 @@ Scores a checkpoint: metrics.json, one HTML page and a structured report of ever
 Examples:
   python eval.py --checkpoint runs/medical
   python eval.py --checkpoint runs/medical --data.path my_cases --data.split all --output my_results
+  python eval.py --checkpoint runs/v2-lite --data.path my_texts     # what `r1jax hf import` has written
 """
 
 

@@ -16,7 +16,9 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "generate": Command("r1jax.serve.generate_command", "generate", "text from a Hugging Face checkpoint"),
+    "generate": Command(
+        "r1jax.serve.generate_command", "generate", "text from a checkpoint, Hugging Face's or r1jax's"
+    ),
     "hf import": Command("r1jax.serve.huggingface", "import_folder", "Hugging Face checkpoint -> r1jax checkpoint"),
     "hf export": Command("r1jax.serve.huggingface", "export_folder", "r1jax checkpoint -> Hugging Face checkpoint"),
     "hf logits": Command("r1jax.serve.huggingface", "write_logits", "next-token logits of a Hugging Face checkpoint"),

@@ -154,7 +154,7 @@ class DataConfig:
     path: str | None = None
     """Folder of cases (docs/data.md) or text (docs/language.md); none uses the embedded synthetic generator."""
     tokenizer: str | None = None
-    """tokenizer.json of the language task, or its folder; none reads bytes."""
+    """tokenizer.json of the language task, or its folder; none takes that of `train.init`, and else bytes."""
     split: Split = "test"
     """Part that eval.py scores."""
     train_cases: Count = 12288
@@ -227,9 +227,11 @@ class EvalData:
     """Which cases to score, where they are not those that the checkpoint was trained beside."""
 
     path: str | None = None
-    """Folder of cases (docs/data.md); none takes the data of the checkpoint's own config."""
+    """Folder of cases (docs/data.md) or text (docs/language.md); none takes the data of the checkpoint's own config."""
     split: Split | None = None
     """Part of the data; none takes the config's `data.split`, and all of data that was not trained on."""
+    tokenizer: str | None = None
+    """tokenizer.json or its folder, for an import that was made without; none takes the checkpoint's own."""
 
 
 @dataclass(frozen=True)
@@ -237,10 +239,10 @@ class EvalArguments:
     """What eval.py is told."""
 
     checkpoint: str
-    """Run folder, its checkpoints folder, or one checkpoint; must be given."""
+    """Run folder, its checkpoints folder, one checkpoint, or what `r1jax hf import` has written; must be given."""
     data: EvalData = field(default_factory=EvalData)
     output: str | None = None
-    """Folder of the results; none writes `eval/` beside the checkpoints."""
+    """Folder of the results; none writes `eval/` beside the checkpoints, or into an import."""
     platform: Platform = "auto"
     """cuda refuses to start without a GPU instead of falling back to the CPU."""
     batch_size: Count = 64
@@ -379,6 +381,7 @@ def _task_relations(config: Config) -> Iterator[tuple[bool, str, str]]:
     kinds = config.model.modalities
     if config.task.name == "medical":
         yield bool(set(kinds) - {"text"}), "model.modalities", "at least one modality besides text"
+        yield config.data.tokenizer is None, "data.tokenizer", "None: the medical task reads text as bytes"
     else:
         yield kinds == ("text",), "model.modalities", "text alone for the language task"
         yield config.model.text_tokens > 2, "model.text_tokens", "at least 3: MTP predicts the token after next"

@@ -5,7 +5,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +16,7 @@ import numpy as np
 from r1jax.config import DecoderConfig
 from r1jax.disk import flush
 from r1jax.errors import UserError
-from r1jax.hf.config import CONFIG_FILE, published_config
+from r1jax.hf.config import CONFIG_FILE, SPECIAL, published_config
 from r1jax.hf.files import DTYPES, FP8, INDEX, SINGLE
 from r1jax.hf.load import Progress
 from r1jax.hf.names import Leaf, Piece, copies, layout
@@ -50,6 +50,7 @@ def save_params(
     dtype: Dtype | None = None,
     base: dict[str, Any] | None = None,
     generation: dict[str, Any] | None = None,
+    tokenizer: Mapping[str, bytes] | None = None,
     shard_bytes: int = SHARD_BYTES,
     progress: Progress | None = None,
 ) -> None:
@@ -61,8 +62,10 @@ def save_params(
       params: Its parameters, as `Decoder.init` or `load_params` gives them; float32, bfloat16 or float16.
       dtype: What to store them in; None keeps each array's own. The router's bias and a router weight in float32 stay
         in float32, as `transformers` keeps them.
-      base: config.json that the decoder was imported from; keys that r1jax does not use are kept.
-      generation: Content of generation_config.json; None names the tokens of start and end only.
+      base: config.json that the decoder was imported from, or a part of it such as the numbers of special tokens; keys
+        that r1jax does not use are kept. None is a decoder of bytes.
+      generation: Content of generation_config.json; None names the special tokens only.
+      tokenizer: Tokenizer files by name, written byte for byte.
       shard_bytes: Largest shard; a tensor that is larger has a shard of its own.
       progress: Called with bytes that are written and bytes of all.
 
@@ -76,7 +79,7 @@ def save_params(
     name = dtype or arrays[("lm_head", "weight")].dtype.name
     published = published_config(config, name, base)
     if generation is None:
-        generation = {"_from_model_config": True} | {k: v for k, v in published.items() if k.endswith("os_token_id")}
+        generation = {"_from_model_config": True} | {k: v for k, v in published.items() if k in SPECIAL}
     try:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"{folder} exists and is not empty: choose another folder, or delete it.")
@@ -89,7 +92,9 @@ def save_params(
                 raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {needed / 2**20:,.1f} MiB are needed")
             _write_shards(draft, _shards(entries, shard_bytes), arrays, progress)
             for file, content in ((CONFIG_FILE, published), (GENERATION_FILE, generation)):
-                _write(draft / file, json.dumps(content, indent=2, sort_keys=True).encode())
+                _write(draft / file, json.dumps(content, indent=2, sort_keys=True).encode() + b"\n")
+            for file, content in (tokenizer or {}).items():
+                _write(draft / file, content)
             flush(draft)
             draft.rename(folder)
             flush(draft.parent)
@@ -162,7 +167,7 @@ def _write_shards(
                     progress(done, total)
         flush(draft / file)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
-    _write(draft / INDEX, json.dumps(index, indent=2).encode())
+    _write(draft / INDEX, json.dumps(index, indent=2).encode() + b"\n")
 
 
 def _header(shard: list[Entry]) -> bytes:
@@ -195,5 +200,5 @@ def _values(shard: list[Entry], arrays: dict[tuple[str, ...], Any]) -> Iterator[
 
 
 def _write(path: Path, content: bytes) -> None:
-    path.write_bytes(content + b"\n")
+    path.write_bytes(content)
     flush(path)

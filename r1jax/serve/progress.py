@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -56,3 +56,17 @@ def progress(what: str, total: int) -> Iterator[Steps]:
     bar = Progress(*columns, TextColumn("ETA"), TimeRemainingColumn(), console=console, disable=not console.is_terminal)
     with bar:
         yield Steps(what, total, bar)
+
+
+@contextmanager
+def percent(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Shows on stderr which share is done while the block runs.
+
+    Args:
+      what: A word or two.
+
+    Yields:
+      Takes what is done and all there is, for example bytes.
+    """
+    with progress(f"{what}, %", 100) as steps:
+        yield lambda done, total: steps.advance(100 * done // total - steps.done)

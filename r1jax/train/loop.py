@@ -1,6 +1,7 @@
 """The loop: step, log, evaluate, save; and the table that closes a run."""
 
 import signal
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from jax.sharding import Mesh
 from r1jax.config import Config
 from r1jax.data.loader import training_batches
 from r1jax.data.source import Source
+from r1jax.data.tokenizer_files import read_files
 from r1jax.errors import UserError
 from r1jax.parallel.mesh import batch_sharding
 from r1jax.tasks.task import Task
@@ -66,11 +68,13 @@ def fit(
         source, task.collate, batch_size=t.batch_size, seed=config.data.seed, start=start, threads=config.data.threads
     )
     made = describe(source) | start_record(run.workdir)
+    # Read before the first step, as the task has read them: what they lie in may go.
+    tokenizer = {} if config.data.tokenizer is None else read_files(Path(config.data.tokenizer))
     note = ""
 
     def save(done: int, validated: dict[str, Any] | None) -> None:
         check_finite(done, float(metrics["loss"]), state.params, run)
-        run.checkpoints.save(done, state, config, {"step": done, "validation": validated, **made})
+        run.checkpoints.save(done, state, config, {"step": done, "validation": validated, **made}, tokenizer)
 
     try:
         for done in range(start + 1, t.steps + 1):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from r1jax.__main__ import dispatch
 from r1jax.config import DecoderConfig, YarnConfig
 from r1jax.errors import UserError
 from r1jax.hf.forward import logits_of, whole
@@ -17,8 +18,11 @@ from r1jax.hf.save import save_params
 from r1jax.hf.verify import verify
 from r1jax.models import moe
 from r1jax.models.decoder import Decoder
+from r1jax.models.lora import merge_lora
+from r1jax.serve.pretrained import open_pretrained
+from r1jax.train.checkpoints import Checkpoint, CheckpointFolder
 from tests.hf import reference
-from tests.hf.checkpoints import quantise, write_folder
+from tests.hf.checkpoints import quantise, write_folder, write_tokenizer
 from tests.hf.test_save import random_params
 from tests.models.test_decoder import run_all
 
@@ -184,3 +188,49 @@ def test_decoders_made_here_load_there(tmp_path, arch):
     save_params(tmp_path / "half", config, params, dtype="bfloat16", shard_bytes=100_000)
     if arch == "v2":
         reference.load(tmp_path / "half", arch, "bfloat16")
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("own", [True, False], ids=["own tokenizer", "bytes"])
+def test_a_fine_tuned_import_loads_there_with_its_tokenizer(tmp_path, own, caplog, request):
+    """There -> import -> adapters -> export -> there: no warning, the same logits, the same tokens."""
+    import torch
+    import transformers
+
+    transformers.logging.enable_propagation()  # so that what it says is seen here
+    request.addfinalizer(transformers.logging.disable_propagation)
+    texts = ["The old cat sees 3 只猫.", "a\n\n  <b> don't", "<｜end▁of▁sentence｜> é"]
+    reference.make(tmp_path / "theirs", vocab_size=320, bos_token_id=0, eos_token_id=1, **ONE_LAYER)
+    files = write_tokenizer(tmp_path / "theirs", texts, 300) if own else {}
+    assert dispatch(["hf", "import", str(tmp_path / "theirs"), str(tmp_path / "in")]) == 0
+    imported = Checkpoint(tmp_path / "in")
+    params, config = imported.restore_decoder(), imported.config()
+    adapted = params["layers_0"]["self_attn"]["o_proj"]
+    rng, (out, into) = np.random.default_rng(0), adapted["weight"].shape
+    adapted |= {"lora_a": rng.standard_normal((2, into), np.float32), "lora_b": np.full((out, 2), 0.03, np.float32)}
+    config = replace(config, model=replace(config.model, lora_rank=2))
+    meta = {"step": 1, "validation": None, "data": {}}
+    meta |= {"hugging_face": imported.meta()["hugging_face"]} if own else {}
+    CheckpointFolder(tmp_path / "run" / "checkpoints").save(1, {"params": {"decoder": params}}, config, meta, files)
+    assert dispatch(["hf", "export", str(tmp_path / "run"), str(tmp_path / "ours")]) == 0
+
+    caplog.clear()
+    assert {name: (tmp_path / "ours" / name).read_bytes() for name in files} == files
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "ours")
+    source = open_pretrained(tmp_path / "run")
+    ours = source.tokenizer()
+    for text in texts:
+        assert [ours.first, *tokenizer(text, add_special_tokens=False).input_ids] == ours.encode(text)
+        assert own or tokenizer(text).input_ids == ours.encode(text)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (ours.first, ours.end)
+    model = reference.load(tmp_path / "ours", "v3", "float32")
+    assert (model.generation_config.bos_token_id, model.generation_config.eos_token_id) == (ours.first, ours.end)
+    assert not caplog.records
+    ids = jnp.asarray([ours.encode(texts[0])])
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor(ids.tolist())).logits.numpy()
+    merged = jax.tree.map(jnp.asarray, merge_lora(params, config.model))
+    before = load_params(tmp_path / "theirs", source.decoder)
+    now, then = (np.asarray(logits_of(source.decoder, x, ids, *whole(ids))) for x in (merged, before))
+    np.testing.assert_allclose(logits, now, rtol=0, atol=5e-6 * now.std())
+    assert np.abs(logits - then).max() > 0.01

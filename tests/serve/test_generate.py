@@ -231,5 +231,7 @@ def test_speculation_needs_mtp():
 def test_mask_and_rows_must_fit(generator):
     with pytest.raises(UserError, match="attention_mask has shape"):
         generator.generate(np.ones((1, 3), int), GREEDY, attention_mask=np.ones((1, 2), int))
+    with pytest.raises(UserError, match="lists of unequal lengths; pad both to one array"):
+        generator.generate([[1, 2], [3]], GREEDY, attention_mask=np.ones((2, 2), int))
     with pytest.raises(UserError, match="rows has 2 numbers"):
         generator.generate([[1]], GREEDY, rows=[0, 1])
