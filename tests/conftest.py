@@ -15,7 +15,7 @@ import jax
 import jaxtyping
 import pytest
 
-from tests.data.services import redis_server  # noqa: F401
+from tests.data.services import hdfs, redis_server, s3_url  # noqa: F401
 
 jaxtyping.install_import_hook("r1jax", "beartype.beartype")
 

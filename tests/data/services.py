@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from pyarrow.fs import FileSystem
 
-from tests.data.get_servers import SERVERS, redis_binary
+from tests.data.get_servers import SERVERS, hadoop_jars, redis_binary
 
 START_S = 90.0
 """A busy machine with other tests on it starts a JVM slowly."""
@@ -127,3 +128,126 @@ def redis_server(tmp_path_factory) -> Iterator[RedisServer]:
     """One Redis server for all tests that leave it running; those that kill it call `start_redis` themselves."""
     with start_redis(tmp_path_factory.mktemp("redis")) as server:
         yield server
+
+
+CORE = """fs.defaultFS=hdfs://127.0.0.1:{rpc}
+hadoop.tmp.dir={folder}/scratch"""
+SITE = """dfs.replication=1
+dfs.webhdfs.enabled=false
+dfs.permissions.enabled=false
+dfs.namenode.datanode.registration.ip-hostname-check=false
+dfs.namenode.name.dir=file://{folder}/nn
+dfs.datanode.data.dir=file://{folder}/dn
+dfs.namenode.http-address=127.0.0.1:{web}
+dfs.datanode.address=127.0.0.1:{data}
+dfs.datanode.http.address=127.0.0.1:{data_web}
+dfs.datanode.ipc.address=127.0.0.1:{ipc}"""
+LOG = """log4j.rootLogger=INFO,A
+log4j.appender.A=org.apache.log4j.ConsoleAppender
+log4j.appender.A.layout=org.apache.log4j.PatternLayout
+log4j.appender.A.layout.ConversionPattern=%d %p %c{1}: %m%n
+"""
+SERVER = "org.apache.hadoop.hdfs.server"
+
+
+@dataclass
+class Hdfs:
+    """An HDFS of one NameNode and one DataNode.
+
+    Attributes:
+      folder: Its files and logs.
+      command: How its JVMs are called.
+      port: RPC port of the NameNode.
+      nodes: Running JVMs by role.
+    """
+
+    folder: Path
+    command: list[str]
+    port: int
+    nodes: dict[str, subprocess.Popen]
+
+    @property
+    def url(self) -> str:
+        """hdfs:// URL of the root."""
+        return f"hdfs://127.0.0.1:{self.port}"
+
+    def start(self, role: str, log: str, ready: str) -> None:
+        """Starts a node and waits until its log, or the NameNode's, says so once more than before."""
+        path = self.folder / log
+        before = path.read_text("utf-8", "replace").count(ready) if path.exists() else 0
+        process = launch([*self.command, f"{SERVER}.{role}"], self.folder / f"{role.rpartition('.')[2]}.log")
+        self.nodes[role] = process
+        until(lambda: path.read_text("utf-8", "replace").count(ready) > before, process, path)
+
+    def start_datanode(self) -> None:
+        """Starts the DataNode, for the first time or after a test has killed it."""
+        self.start("datanode.DataNode", "NameNode.log", "BLOCK* processReport: from storage")
+
+    def kill_datanode(self) -> None:
+        """Ends the DataNode as a crash would."""
+        stop(self.nodes.pop("datanode.DataNode"))
+
+
+@contextmanager
+def start_hdfs(folder: Path) -> Iterator[Hdfs]:
+    """Runs an HDFS; skips where Java or Hadoop's jars are missing.
+
+    Args:
+      folder: Empty folder for its files.
+    """
+    jars, java = hadoop_jars(), shutil.which("java")
+    if java is None:
+        pytest.skip("no Java on this machine, which HDFS needs: install a JRE, 11 or newer")
+    if jars is None:
+        pytest.skip(f"no Hadoop jars in {SERVERS}: {HELP}")
+    ports = {name: free_port() for name in ("rpc", "web", "data", "data_web", "ipc")}
+    conf = folder / "conf"
+    for name in ("hdfs", "datanode"):  # the nodes insist on their web pages, and are content with empty ones
+        (conf / "webapps" / name / "WEB-INF").mkdir(parents=True)
+        (conf / "webapps" / name / "WEB-INF/web.xml").write_text("<web-app/>", "utf-8")
+    for name, text in (("core-site.xml", CORE), ("hdfs-site.xml", SITE)):
+        pairs = (line.split("=", 1) for line in text.format(folder=folder, **ports).splitlines())
+        listed = "".join(f"<property><name>{key}</name><value>{value}</value></property>" for key, value in pairs)
+        (conf / name).write_text(f"<configuration>{listed}</configuration>", "utf-8")
+    (conf / "log4j.properties").write_text(LOG, "utf-8")
+    command = [java, *OPENED, "-Xmx256m", "-cp", f"{conf}:{jars}/*"]
+    hdfs = Hdfs(folder, command, ports["rpc"], {})
+    with (folder / "format.log").open("wb") as log:
+        arguments = [f"{SERVER}.namenode.NameNode", "-format", "-nonInteractive"]
+        subprocess.run([*command, *arguments], stdout=log, stderr=log, cwd=folder, timeout=START_S, check=True)
+    try:
+        hdfs.start("namenode.NameNode", "NameNode.log", "NameNode RPC up at")
+        hdfs.start_datanode()
+        yield hdfs
+    finally:
+        for process in hdfs.nodes.values():
+            stop(process)
+
+
+@pytest.fixture(scope="session")
+def hdfs(tmp_path_factory) -> Iterator[Hdfs]:
+    """One HDFS for all tests; who kills its DataNode starts it again."""
+    with start_hdfs(tmp_path_factory.mktemp("hdfs")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def s3_url() -> Iterator[str]:
+    """s3:// URL of an empty bucket on a server of this process; its address and keys are in the environment."""
+    pytest.importorskip("moto", reason="moto is not installed: pip install 'moto[server]'")
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "test")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        try:
+            FileSystem.from_uri("s3://r1jax-bucket?allow_bucket_creation=true")[0].create_dir("r1jax-bucket")
+            yield "s3://r1jax-bucket"
+        finally:
+            server.stop()
