@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from r1jax import __version__
 from r1jax.config import Config, EvalArguments
+from r1jax.data.filesystem import is_remote
 from r1jax.data.folder import folder_fingerprint
 from r1jax.data.source import Source
 from r1jax.errors import UserError
@@ -91,7 +92,7 @@ def scoring_config(checkpoint: Checkpoint, arguments: EvalArguments) -> Config:
             "use the revision that its meta.json names, or train again"
         ) from None
     data, chosen = config.data, arguments.data
-    if chosen.path is None and data.path is not None and not Path(data.path).exists():
+    if chosen.path is None and data.path is not None and not (is_remote(data.path) or Path(data.path).exists()):
         raise UserError(
             f"the checkpoint was trained on the folder {data.path}, which is not here: give the folder of the cases "
             "to score with --data.path"
@@ -100,7 +101,7 @@ def scoring_config(checkpoint: Checkpoint, arguments: EvalArguments) -> Config:
     if chosen.path is not None and chosen.split is None:
         trained_here = data.path is not None and Path(data.path).resolve() == Path(chosen.path).resolve()
         if config.task.name == "medical":
-            trained_here |= folder_fingerprint(Path(chosen.path)) == checkpoint.meta()["data"]["fingerprint"]
+            trained_here |= folder_fingerprint(chosen.path) == checkpoint.meta()["data"]["fingerprint"]
         split = data.split if trained_here else "all"
         how = "trained on" if trained_here else "not trained on"
         print(
