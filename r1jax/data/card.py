@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt32
 
-from r1jax.data.filesystem import Files
+from r1jax.data.files import Files
 from r1jax.data.schema import Field, Schema
 from r1jax.errors import UserError
 

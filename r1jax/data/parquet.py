@@ -13,8 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Int64
 
+from r1jax.data.bounded import FAILURES
 from r1jax.data.card import CARD, read_card
-from r1jax.data.filesystem import FAILURES, Files, is_remote
+from r1jax.data.files import Files
+from r1jax.data.filesystem import is_remote
 from r1jax.data.parquet_files import Columns, ParquetPart, chunk_range, common_schema, read_parts
 from r1jax.data.schema import Schema
 from r1jax.errors import UserError

@@ -12,8 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import UInt32
 
+from r1jax.data.bounded import FAILURES
 from r1jax.data.card import CARD, Card
-from r1jax.data.filesystem import FAILURES, Files, Listed
+from r1jax.data.files import Files, Listed
 from r1jax.data.schema import Field, Schema, from_arrow
 from r1jax.errors import UserError, nearest
 

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from r1jax import __version__
 from r1jax.data.card import CARD, UNFINISHED, Card, Shard, read_card
-from r1jax.data.filesystem import Files
+from r1jax.data.files import Files
 from r1jax.data.parquet_files import MAGIC, chunk_range
 from r1jax.data.schema import Schema
 from r1jax.data.source import Source
@@ -182,7 +182,7 @@ def _done(files: Files, plan: Card) -> tuple[Card, tuple[Shard, ...]]:
 def _exists(files: Files) -> bool:
     """Whether the folder is there."""
     filesystem, root = files.root
-    return bool(files.bounded("", [lambda: filesystem.get_file_info(root).type.value])[0])
+    return bool(files.ask("", [lambda: filesystem.get_file_info(root).type.value])[0])
 
 
 def _short(value: Any) -> str:

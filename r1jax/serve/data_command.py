@@ -10,7 +10,7 @@ from typing import Literal
 from r1jax.cli import load_arguments
 from r1jax.config import Natural
 from r1jax.data.card import CARD, read_card
-from r1jax.data.filesystem import Files
+from r1jax.data.files import Files
 from r1jax.data.folder import FolderCases
 from r1jax.data.parquet import ParquetStore
 from r1jax.data.parquet_cases import stored_rows, stored_schema
