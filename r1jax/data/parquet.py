@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Int64
 
 from r1jax.data.bounded import FAILURES
-from r1jax.data.card import CARD, read_card
+from r1jax.data.card import CARD, UNFINISHED, read_card
 from r1jax.data.files import Files
 from r1jax.data.filesystem import is_remote
 from r1jax.data.parquet_files import Columns, ParquetPart, chunk_range, common_schema, read_parts
@@ -68,11 +68,18 @@ class ParquetStore:
         """
         files, single = _files(url)
         listed = [item for item in files.listing() if item.name.endswith(SUFFIX) and single in (None, item.name)]
+        card = read_card(files)
+        unfinished = None if card else read_card(files, UNFINISHED)
+        if unfinished:
+            done = sum(shard.rows for shard in unfinished.shards)
+            raise UserError(
+                f"{url} is not written to its end ({done} of {unfinished.rows} rows): run the command that writes it"
+                f" again: {unfinished.command}"
+            )
         if not listed:
             raise UserError(
                 f"{url} has no {SUFFIX} file: give a folder that holds some, or write it: r1jax data convert"
             )
-        card = read_card(files)
         if card and single:
             card = dataclasses.replace(card, shards=tuple(shard for shard in card.shards if shard.name == single))
         parts = read_parts(files, listed, card)
@@ -178,6 +185,7 @@ class _PartReader:
         self.label = f"{store.files.url}/{self.part.name}"
         self.metadata = self.part.metadata
         self.names = [name for name in schema.names if name not in self.part.partitions]
+        self.categories = [f.name for f in schema.fields if f.kind == "category" and f.name in self.names]
         names = [self.metadata.schema.column(index).path for index in range(self.metadata.num_columns)]
         self.columns = [index for index, name in enumerate(names) if name in set(self.names)]
         self.chunks = {
@@ -212,7 +220,7 @@ class _PartReader:
                 metadata=self.metadata,
                 pre_buffer=False,
                 page_checksum_verification=True,
-                read_dictionary=[field.name for field in self.schema.fields if field.kind == "category"],
+                read_dictionary=self.categories,
             )
             table = opened.read_row_group(group, columns=self.names, use_threads=False).combine_chunks()
         except (*FAILURES, pa.ArrowException, MemoryError) as error:

@@ -174,8 +174,9 @@ def common_schema(files: Files, parts: Sequence[ParquetPart], columns: Columns) 
     first, fields = schemas[0]
     for wanted in () if columns is None or callable(columns) else columns:
         if wanted not in fields:
+            there = [*parts[0].metadata.schema.to_arrow_schema().names, *parts[0].partitions]
             raise UserError(
-                f"{files.url}/{first} has no column {wanted!r}{nearest(wanted, fields)}: it has {', '.join(fields)}"
+                f"{files.url}/{first} has no column {wanted!r}{nearest(wanted, there)}: it has {', '.join(there)}"
             )
     for name, others in schemas[1:]:
         for column in dict.fromkeys([*fields, *others]):

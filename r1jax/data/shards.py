@@ -113,6 +113,8 @@ def write_shards(
     advance(done)
     supply = rows(done)
     try:
+        if not shards:  # from the first file on, nobody takes the folder for a whole data set
+            files.publish(UNFINISHED, plan.to_json())
         for start in range(done, total, shard_rows):
             name, count = f"part-{start // shard_rows:05}.parquet", min(shard_rows, total - start)
             shard, content = _shard(name, schema, itertools.islice(supply, count), group_rows)
@@ -146,7 +148,7 @@ def _sizes(schema: Schema, rows: Rows, group_rows: int | None, shard_rows: int |
     """Rows of a row group and of a file, from the size of the first rows."""
     sample = list(itertools.islice(rows(0), SAMPLE))
     each = max(schema.encode(sample).nbytes // len(sample), 1)
-    group_rows = group_rows or min(max(GROUP_BYTES // each, 1), GROUP_ROWS)
+    group_rows = group_rows or min(max(round(GROUP_BYTES / each), 1), GROUP_ROWS)
     groups = max(-(-(shard_rows or SHARD_BYTES // each) // group_rows), 1)
     return group_rows, groups * group_rows
 
@@ -162,7 +164,7 @@ def _done(files: Files, plan: Card) -> tuple[Card, tuple[Shard, ...]]:
         sizes = {item.name: item.size for item in files.listing() if item.name.endswith(".parquet")}
     card = read_card(files) or read_card(files, UNFINISHED)
     if card is None:
-        if sizes and set(sizes) != {"part-00000.parquet"}:  # the first one may be there before the card is
+        if sizes:
             raise UserError(f"{files.url} holds other Parquet files ({next(iter(sizes))}): choose another folder")
         return plan, ()
     plan = dataclasses.replace(plan, command=card.command)
