@@ -180,7 +180,7 @@ class ArchivePictures:
     """
 
     paths: tuple[Path, ...]
-    starts: Int[np.ndarray, "archives+1"]
+    starts: Int[np.ndarray, "starts"]
     layout: dict[str, tuple[str, tuple[int, ...]]]
     latest: dict[int, dict[str, np.ndarray]] = field(default_factory=dict, repr=False)
 

@@ -107,6 +107,7 @@ def write_shards(
     plan = Card(schema, total, group_rows, shard_rows, origin.name, origin.fingerprint, origin.command, _versions())
     plan, shards = _done(files, plan)
     if len(shards) == -(-total // shard_rows) and files.find(CARD) is not None:
+        files.remove(UNFINISHED)
         advance(total)
         return dataclasses.replace(plan, shards=shards)
     done = sum(shard.rows for shard in shards)
