@@ -144,7 +144,10 @@ def read_card(files: Files, name: str = CARD) -> Card | None:
         for shard in shards:
             shard.sums()
     except (ValueError, TypeError, KeyError, AttributeError, UserError) as error:
-        raise UserError(f"{files.url}/{name} is damaged ({error}): copy the data set again") from error
+        raise UserError(
+            f"{files.url}/{name} is damaged or none of r1jax ({type(error).__name__}: {error}): copy the data set"
+            " again, or move that file away"
+        ) from error
     if made != FORMAT or card.fingerprint != fingerprint:
         raise UserError(f"{files.url}/{name} is no {FORMAT} or was changed by hand: write the data set again")
     return card

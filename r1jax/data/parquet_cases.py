@@ -97,11 +97,15 @@ def is_parquet(path: str | Path) -> bool:
     if is_remote(text) or text.startswith("file:") or text.endswith(SUFFIX):
         return True
     folder = Path(path)
-    if not folder.is_dir() or not any(folder.rglob(f"*{SUFFIX}")):
+    try:
+        here = {entry.suffix.lower() for entry in folder.iterdir()} if folder.is_dir() else set()
+    except OSError:  # reading it says why
         return False
-    if any(entry.suffix.lower() == ".npz" for entry in folder.iterdir()):
+    if ".npz" not in here:
+        return any(folder.rglob(f"*{SUFFIX}"))
+    if SUFFIX in here:
         raise UserError(f"{folder} holds .npz and {SUFFIX} files: which are the cases? Give each a folder of its own")
-    return True
+    return False
 
 
 def open_cases(url: str) -> ParquetStore:

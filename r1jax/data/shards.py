@@ -17,7 +17,7 @@ from r1jax import __version__
 from r1jax.data.card import CARD, UNFINISHED, Card, Shard, read_card
 from r1jax.data.files import Files
 from r1jax.data.parquet_files import MAGIC, chunk_range
-from r1jax.data.schema import Schema
+from r1jax.data.schema import Field, Schema
 from r1jax.data.source import Source
 from r1jax.errors import FULL, UserError
 
@@ -64,9 +64,17 @@ def rows_of(source: Source) -> Rows:
             batch = source.read_batch(np.arange(first, min(first + AT_A_TIME, len(source))))
             columns = [batch[name] for name in source.schema.names]
             for values in zip(*columns, strict=True):
-                yield dict(zip(source.schema.names, values, strict=True))
+                pairs = zip(source.schema.fields, values, strict=True)
+                yield {field.name: _plain(field, value) for field, value in pairs}
 
     return rows
+
+
+def _plain(field: Field, value: Any) -> Any:
+    """None where a batch marks a single number as missing: a column of integers has no NaN."""
+    if not field.dtype or field.shape or value is None:
+        return value
+    return None if np.isnan(value) else np.dtype(field.dtype).type(value)
 
 
 def write_shards(

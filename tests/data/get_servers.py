@@ -55,7 +55,12 @@ def hadoop_jars() -> Path | None:
 
 def get_redis(work: Path) -> None:
     """Unpacks Redis and the libraries that it needs; nothing is installed."""
-    run(["apt-get", "download", "-q", *DEBIAN.split()], work)
+    download = ["apt-get", "download", "-q", "-o", "Acquire::http::Timeout=20", *DEBIAN]
+    try:
+        run(download, work)
+    except RuntimeError:  # a fresh system has no lists of packages yet
+        run(["apt-get", "update", "-q", "-o", "Acquire::http::Timeout=20"], work)
+        run(download, work)
     packages = sorted(work.glob("*.deb"))
     for package in packages:
         run(["dpkg", "-x", package.name, "root"], work)
@@ -67,6 +72,7 @@ def get_hadoop(work: Path) -> None:
     (work / "build.txt").write_text("pypandoc<1.8\n", "utf-8")  # its setup.py calls what later releases lack
     constraint = str(work / "build.txt")
     command = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check", "--no-cache-dir"]
+    command += ["--retries=1"]
     # Older pip hands PIP_CONSTRAINT on to the build, newer pip has a name of its own for that.
     names = {"PIP_CONSTRAINT": constraint, "PIP_BUILD_CONSTRAINT": constraint, "TMPDIR": str(work)}
     run([*command, "--no-deps", "--no-binary", ":all:", SPARK], work, names)

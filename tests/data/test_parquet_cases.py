@@ -162,6 +162,8 @@ def test_a_picture_that_is_not_there_is_never_a_black_one(tmp_path):
 def test_a_folder_with_both_kinds_of_files_is_refused(tmp_path):
     folder = write_folder(tmp_path / "cases", image=images(4))
     convert(folder, folder / "parquet")
+    assert len(FolderCases.open(folder)) == 4  # folders below do not count
+    (folder / "parquet/part-00000.parquet").rename(folder / "part-00000.parquet")
     refused(folder, "holds .npz and .parquet files")
 
 

@@ -76,9 +76,17 @@ def test_any_source_can_be_written(tmp_path):
         def read_batch(self, indices):
             return SCHEMA.decode(SCHEMA.encode([row(n) for n in indices.tolist()])) | {"other": indices}
 
+    gaps = Schema((Field("n", "number", "int16"), Field("on", "number", "bool")))
     source = Numbers()
     write_shards(str(tmp_path), SCHEMA, rows_of(source), len(source), Origin("numbers", "f", "c"), group_rows=4)
     assert_rows(read_everything(tmp_path), range(21))
+    source.schema = gaps
+    source.read_batch = lambda numbers: {"n": np.where(numbers % 2, numbers, np.nan), "on": numbers > 9}
+    given = list(rows_of(source)(0))
+    assert gaps.encode(given).column("n").to_pylist() == [n if n % 2 else None for n in range(21)]
+    assert [value["on"] for value in given] == [n > 9 for n in range(21)]
+    source.schema = SCHEMA
+    del source.read_batch
     assert [given["target.size"] for given in rows_of(source)(19)] == [19, 20]
 
 
@@ -122,7 +130,7 @@ def test_killed_at_random_and_called_again_the_files_are_the_same(tmp_path):
     while True:
         process = child(tmp_path / "x")
         with process:
-            for _ in range(draw.randint(2, 5)):
+            for _ in range(draw.randint(2, 6)):
                 process.stdout.readline()
             time.sleep(draw.random() * 0.005)
             process.kill()
