@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from r1jax import __version__
 from r1jax.config import Config, EvalArguments
+from r1jax.data.filesystem import is_remote
 from r1jax.data.folder import folder_fingerprint
 from r1jax.data.source import Source
 from r1jax.data.tokenizer_files import check_bytes, check_same
@@ -95,7 +96,7 @@ def scoring_config(checkpoint: Checkpoint, arguments: EvalArguments) -> Config:
         raise UserError(
             f"{checkpoint.path} is an import, which brings no data of its own: name the text to score by --data.path"
         )
-    if chosen.path is None and data.path is not None and not Path(data.path).exists():
+    if chosen.path is None and data.path is not None and not (is_remote(data.path) or Path(data.path).exists()):
         raise UserError(
             f"the checkpoint was trained on the folder {data.path}, which is not here: give the folder of the cases "
             "to score with --data.path"
@@ -104,7 +105,7 @@ def scoring_config(checkpoint: Checkpoint, arguments: EvalArguments) -> Config:
     if chosen.path is not None and chosen.split is None:
         trained_here = data.path is not None and Path(data.path).resolve() == Path(chosen.path).resolve()
         if config.task.name == "medical" and not imported:
-            trained_here |= folder_fingerprint(Path(chosen.path)) == checkpoint.meta()["data"]["fingerprint"]
+            trained_here |= folder_fingerprint(chosen.path) == checkpoint.meta()["data"]["fingerprint"]
         split = data.split if trained_here else "all"
         how = "trained on" if trained_here else "not trained on"
         print(

@@ -37,7 +37,9 @@ class Steps:
         now = time.perf_counter()
         if self.bar.disable and (self.done == self.total or now - self.spoke > PLAIN_INTERVAL_S):
             self.spoke = now
-            print(f"{self.what} {self.done}/{self.total}, {now - self.began:.0f} s", file=sys.stderr, flush=True)
+            left = (now - self.began) * (self.total - self.done) / max(self.done, 1)
+            ahead = f", about {left:.0f} s to go" if self.done < self.total else ""
+            print(f"{self.what} {self.done}/{self.total}, {now - self.began:.0f} s{ahead}", file=sys.stderr, flush=True)
 
 
 @contextmanager
