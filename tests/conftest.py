@@ -15,6 +15,8 @@ import jax
 import jaxtyping
 import pytest
 
+from tests.data.services import redis_server  # noqa: F401
+
 jaxtyping.install_import_hook("r1jax", "beartype.beartype")
 
 jax.config.update("jax_num_cpu_devices", 8)
