@@ -108,7 +108,7 @@ def test_every_room_has_its_storey():
 
 def test_third_party_imports_are_declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-    extras = [line for name in ("medical", "hf", "full") for line in project["optional-dependencies"][name]]
+    extras = [line for name in ("cache", "medical", "hf", "full") for line in project["optional-dependencies"][name]]
     declared = {re.match(r"[\w.-]+", line)[0].lower() for line in project["dependencies"] + extras}
     for module, path in modules().items():
         for name in imports(ast.parse(path.read_text("utf-8")), module):

@@ -1,0 +1,195 @@
+"""Process memory of bounded size: which values stay, in training and in serving."""
+
+import math
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+CHURN = 0.4
+"""Share of recent misses on what was let go shortly before, above which what is in use gets more room."""
+MEMORY_OF_CHURN = 200
+"""Number of misses over which that share is taken."""
+SHORTLY = 64
+"""Least number of lookups that count as shortly after; a third of the values held, where that is more."""
+SMALL = 0.1
+"""Share of the bytes where S3-FIFO tries newcomers."""
+
+
+@runtime_checkable
+class Memory(Protocol):
+    """Values by key within a number of bytes; not safe for threads, the store that owns it has a lock."""
+
+    capacity: int
+    """Bytes that it may hold."""
+    used: int
+    """Bytes held now."""
+
+    def get(self, key: Hashable) -> Any | None:
+        """Finds a value; None if it is not there."""
+        ...
+
+    def put(self, key: Hashable, value: Any, size: int) -> None:
+        """Offers a value of so many bytes, which may be refused or push others out."""
+        ...
+
+
+class TrainMemory:
+    """Admits until it is full and then keeps that, beside just as much room as the blocks in use need.
+
+    Where every value is used once an epoch in a new order, no cache without foresight beats one that never evicts: of C
+    values that stay, each is a hit in every epoch. Row groups read in windows are used many times within a window, so a
+    part of the room, `reserve`, goes by last use. It starts at nothing and grows only while values are asked for again
+    shortly after they were let go, which a plain epoch order does not do.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.reserve = 0
+        self.used = 0
+        self._kept: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
+        self._recent: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
+        self._ghosts: OrderedDict[Hashable, int] = OrderedDict()  # the lookup after which each was let go
+        self._kept_bytes = 0
+        self._lookups = 0
+        self._churn = 0.0
+
+    def get(self, key: Hashable) -> Any | None:
+        """Finds a value.
+
+        Args:
+          key: Its name.
+
+        Returns:
+          The value, or None.
+        """
+        self._lookups += 1
+        if key in self._kept:
+            return self._kept[key][0]
+        if key in self._recent:
+            self._recent.move_to_end(key)
+            return self._recent[key][0]
+        return None
+
+    def put(self, key: Hashable, value: Any, size: int) -> None:
+        """Takes a value in, if only for a while.
+
+        Args:
+          key: Its name.
+          value: Anything.
+          size: Its bytes.
+        """
+        if size > self.capacity or key in self._kept or key in self._recent:
+            return
+        again = self._lookups - self._ghosts.pop(key, -math.inf) <= self._horizon
+        self._churn += (again - self._churn) / MEMORY_OF_CHURN
+        if again and self._churn > CHURN:
+            self.reserve = min(self.reserve + size, self.capacity)
+        self.used += size
+        if self._kept_bytes + size <= self.capacity - self.reserve and self.used <= self.capacity:
+            self._kept[key] = value, size
+            self._kept_bytes += size
+        else:
+            self._recent[key] = value, size
+        while self.used > self.capacity:
+            self._let_go()
+
+    @property
+    def _horizon(self) -> int:
+        return max(SHORTLY, (len(self._kept) + len(self._recent)) // 3)
+
+    def _let_go(self) -> None:
+        recent = self.used - self._kept_bytes
+        if self._recent and (recent > self.reserve or not self._kept):
+            key, (_, size) = self._recent.popitem(last=False)
+            self._ghosts[key] = self._lookups
+            while self._lookups - next(iter(self._ghosts.values())) > self._horizon:
+                self._ghosts.popitem(last=False)
+        else:  # the reserve has grown: the oldest of what was kept was read the longest ago
+            _, (_, size) = self._kept.popitem(last=False)
+            self._kept_bytes -= size
+        self.used -= size
+
+
+@dataclass(slots=True)
+class _Entry:
+    value: Any
+    size: int
+    expires: float
+    hits: int = 0
+
+
+class ServeMemory:
+    """S3-FIFO (Yang et al., SOSP 2023) in bytes, with a time to live: popular values stay, single uses pass through."""
+
+    def __init__(self, capacity: int, ttl_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self.capacity = capacity
+        self.used = 0
+        self._ttl_s, self._clock = ttl_s, clock
+        self._small: OrderedDict[Hashable, _Entry] = OrderedDict()
+        self._main: OrderedDict[Hashable, _Entry] = OrderedDict()
+        self._ghosts: OrderedDict[Hashable, None] = OrderedDict()
+        self._small_bytes = 0
+
+    def get(self, key: Hashable) -> Any | None:
+        """Finds a value that has not expired.
+
+        Args:
+          key: Its name.
+
+        Returns:
+          The value, or None.
+        """
+        for queue in (self._small, self._main):
+            entry = queue.get(key)
+            if entry is not None:
+                if self._clock() >= entry.expires:
+                    self._remove(queue, key)
+                    return None
+                entry.hits = min(entry.hits + 1, 3)
+                return entry.value
+        return None
+
+    def put(self, key: Hashable, value: Any, size: int) -> None:
+        """Takes a value in and lets the least popular go.
+
+        Args:
+          key: Its name.
+          value: Anything.
+          size: Its bytes.
+        """
+        if size > self.capacity or key in self._small or key in self._main:
+            return
+        while self.used + size > self.capacity:
+            self._let_go()
+        entry = _Entry(value, size, self._clock() + self._ttl_s)
+        if key in self._ghosts:
+            del self._ghosts[key]
+            self._main[key] = entry
+        else:
+            self._small[key] = entry
+            self._small_bytes += size
+        self.used += size
+
+    def _remove(self, queue: OrderedDict[Hashable, _Entry], key: Hashable) -> _Entry:
+        entry = queue.pop(key)
+        self.used -= entry.size
+        self._small_bytes -= entry.size if queue is self._small else 0
+        return entry
+
+    def _let_go(self) -> None:
+        """Lets one value go, or moves one on."""
+        queue = self._small if self._small_bytes > SMALL * self.capacity or not self._main else self._main
+        key = next(iter(queue))
+        entry = self._remove(queue, key)
+        if entry.hits and queue is self._small:
+            self._main[key], entry.hits = entry, 0
+            self.used += entry.size
+        elif entry.hits:
+            self._main[key], entry.hits = entry, entry.hits - 1
+            self.used += entry.size
+        elif queue is self._small:
+            self._ghosts[key] = None
+            while len(self._ghosts) > max(1, len(self._main)):
+                self._ghosts.popitem(last=False)

@@ -1,0 +1,88 @@
+"""Work that several threads ask for at once is done by the first of them."""
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Generic, NamedTuple, TypeVar
+
+V = TypeVar("V")
+
+
+class Landed(NamedTuple, Generic[V]):
+    """What was asked for, and where it came from."""
+
+    values: dict[int, V]
+    """By number."""
+    ready: int
+    """How many were there."""
+    waited: int
+    """How many another thread was loading."""
+
+
+class SingleFlight(Generic[V]):
+    """Loads values by number, each at most once at a time.
+
+    A thread loads what it claimed before it waits for others, so two threads never wait for each other.
+    """
+
+    def __init__(self, ready: Callable[[int], V | None], keep: Callable[[int, V], None]) -> None:
+        """Takes what holds the values afterwards.
+
+        Args:
+          ready: Finds a value that is there; called under the lock.
+          keep: Is given each loaded value; called under the lock.
+        """
+        self._ready, self._keep = ready, keep
+        self._lock = threading.Lock()
+        self._flights: dict[int, Future[V]] = {}
+
+    def fetch(self, numbers: Sequence[int], load: Callable[[list[int]], dict[int, V]]) -> Landed[V]:
+        """Gets values.
+
+        Args:
+          numbers: Which, each once.
+          load: Gets those that neither are there nor under way.
+
+        Returns:
+          All of them.
+
+        Raises:
+          Exception: What `load` raised, here or in the thread that was waited for.
+        """
+        values: dict[int, V] = {}
+        mine: list[int] = []
+        others: dict[int, Future[V]] = {}
+        with self._lock:
+            for number in numbers:
+                value = self._ready(number)
+                flight = self._flights.get(number)
+                if value is not None:
+                    values[number] = value
+                elif flight is not None:
+                    others[number] = flight
+                else:
+                    mine.append(number)
+                    self._flights[number] = Future()
+        ready = len(values)
+        if mine:
+            values |= self._fly(mine, load)
+        for number, flight in others.items():
+            values[number] = flight.result()
+        return Landed(values, ready, len(others))
+
+    def _fly(self, mine: list[int], load: Callable[[list[int]], dict[int, V]]) -> dict[int, V]:
+        try:
+            loaded = load(mine)
+        except BaseException as error:
+            with self._lock:
+                flights = [self._flights.pop(number) for number in mine]
+            for flight in flights:
+                flight.set_exception(error)
+            raise
+        with self._lock:
+            flights = [self._flights.pop(number) for number in mine]
+            for number in mine:
+                self._keep(number, loaded[number])
+        for number, flight in zip(mine, flights, strict=True):
+            flight.set_result(loaded[number])
+        return loaded
