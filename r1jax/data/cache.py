@@ -111,6 +111,7 @@ class GuardedTier:
         self._full_pause_s = full_pause_s
         self._writes_after = 0.0
         self._told_full = False
+        self._told_rejected = False
 
     def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
         """Finds values.
@@ -122,7 +123,7 @@ class GuardedTier:
           The value of each key, None where it is missing or the tier fails.
         """
         nothing: list[bytes | None] = [None] * len(keys)
-        return self._try(lambda: self._tier.get_many(keys), nothing) if keys else nothing
+        return self._try(lambda: self._tier.get_many(keys), nothing, proves=True) if keys else nothing
 
     def put_many(self, values: Mapping[bytes, bytes]) -> bool:
         """Stores values if the tier takes them.
@@ -133,7 +134,7 @@ class GuardedTier:
         Returns:
           Whether all are stored.
         """
-        return self.writable and self._try(lambda: self._put(values), False)
+        return self.writable and self._try(lambda: self._put(values), False, proves=True)
 
     @property
     def writable(self) -> bool:
@@ -171,6 +172,15 @@ class GuardedTier:
         """
         self._try(lambda: self._tier.release(keys), None)
 
+    def rejected(self) -> None:
+        """Hears that values did not verify; they are read from the cold store, and stored again, without harm."""
+        if not self._told_rejected:
+            self._told_rejected = True
+            _say(
+                f"cache {self.breaker.name} gave values that are damaged or another key's: such rows come from the "
+                "cold store and are counted as rejected"
+            )
+
     def add_counts(self, dataset: str, counts: Mapping[str, float]) -> bool:
         """Adds to the stored counters.
 
@@ -192,19 +202,23 @@ class GuardedTier:
         self._tier.put_many(values)
         return True
 
-    def _try(self, call: Callable[[], T], otherwise: T) -> T:
-        """Calls if the breaker allows it; a tier is optional, so whatever it raises is counted and told, not passed."""
+    def _try(self, call: Callable[[], T], otherwise: T, proves: bool = False) -> T:
+        """Calls if the breaker allows it; a tier is optional, so whatever it raises is counted and told, not passed.
+
+        Only values that came or went (`proves`) show that the tier works.
+        """
         if not self.breaker.allows():
             return otherwise
         try:
             answer = call()
         except NotStored as error:
             self._full(error)
-            answer = otherwise
+            return otherwise
         except Exception as error:  # noqa: BLE001
             self.breaker.failed(error)
             return otherwise
-        self.breaker.succeeded()
+        if proves:
+            self.breaker.succeeded()
         return answer
 
     def _full(self, error: NotStored) -> None:

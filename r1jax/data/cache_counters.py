@@ -62,12 +62,12 @@ class Tally:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._counts: dict[str, float] = dict.fromkeys(CacheCounters._fields, 0) | {
+        self._counts: dict[str, int | float] = dict.fromkeys(CacheCounters._fields, 0) | {
             name: 0.0 for name in CacheCounters._fields if name.endswith("_s")
         }
-        self._stored = dict.fromkeys(STORED, 0.0)
+        self._stored: dict[str, int | float] = dict.fromkeys(STORED, 0)
 
-    def add(self, **counts: float) -> None:
+    def add(self, **counts: int | float) -> None:
         """Adds to some counters.
 
         Args:
@@ -96,7 +96,7 @@ class Tally:
           Counts by name, those that have grown.
         """
         with self._lock:
-            grown = {name: self._counts[name] - self._stored[name] for name in STORED}
+            grown = {name: float(self._counts[name] - self._stored[name]) for name in STORED}
             self._stored = {name: self._counts[name] for name in STORED}
         return {name: value for name, value in grown.items() if value}
 

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import json
+import math
 import os
 import struct
 import threading
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from r1jax.data.cache_redis import counters_key
-from r1jax.data.cache_values import NotStored
+from r1jax.data.cache_values import NAMESPACE, NotStored
 from r1jax.errors import UserError
 
 EXPIRES = struct.Struct("<d")
@@ -22,6 +23,9 @@ WAIT_S = 0.25
 """Most that a writer waits for another one, who may have been stopped."""
 PURGE_S = 60.0
 """Least time between two searches for expired values."""
+STEP = 16
+"""Values deleted in one transaction, which needs free pages as well."""
+PURGED = f"{NAMESPACE}:purged".encode()
 READERS = 1024
 
 
@@ -39,13 +43,9 @@ class LmdbTier:
         Raises:
           UserError: The library is not installed.
         """
-        try:
-            import lmdb  # an extra of the package
-        except ModuleNotFoundError:
-            raise UserError("an LMDB cache needs lmdb: pip install 'r1jax[cache]'") from None
+        self._lmdb = lmdb_library()
         self.name = f"lmdb:{folder}"
         self.folder, self.capacity, self.ttl_s = folder, capacity, ttl_s
-        self._lmdb = lmdb
         self._file: _OpenFile | None = None
         self._purged = -PURGE_S
 
@@ -182,13 +182,31 @@ class LmdbTier:
         with environment.begin(buffers=True) as reader:
             dead = [bytes(key) for key, value in reader.cursor() if _expired(key, value, today)]
         try:
-            for start in range(0, len(dead), 64):  # in small steps: deleting needs free pages as well
+            for start in range(0, len(dead), STEP):
                 with environment.begin(write=True) as writer:
-                    for key in dead[start : start + 64]:
+                    for key in dead[start : start + STEP]:
                         writer.delete(key)
+            with environment.begin(write=True) as writer:  # pages are free again one transaction after the deletion
+                writer.put(PURGED, EXPIRES.pack(math.inf))
         except self._lmdb.MapFullError:
             return False
         return bool(dead)
+
+
+def lmdb_library() -> Any:
+    """Imports lmdb, an extra of the package.
+
+    Returns:
+      The module.
+
+    Raises:
+      UserError: It is not installed.
+    """
+    try:
+        import lmdb
+    except ModuleNotFoundError:
+        raise UserError("an LMDB cache needs lmdb: pip install 'r1jax[cache]'") from None
+    return lmdb
 
 
 class _OpenFile:

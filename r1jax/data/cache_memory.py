@@ -30,6 +30,10 @@ class Memory(Protocol):
         """Finds a value; None if it is not there."""
         ...
 
+    def expect(self, key: Hashable) -> Any | None:
+        """Hears that a value will be asked for soon; finds it if it is there."""
+        ...
+
     def put(self, key: Hashable, value: Any, size: int) -> None:
         """Offers a value of so many bytes, which may be refused or push others out."""
         ...
@@ -40,8 +44,8 @@ class TrainMemory:
 
     Where every value is used once an epoch in a new order, no cache without foresight beats one that never evicts: of C
     values that stay, each is a hit in every epoch. Row groups read in windows are used many times within a window, so a
-    part of the room, `reserve`, goes by last use. It starts at nothing and grows only while values are asked for again
-    shortly after they were let go, which a plain epoch order does not do.
+    part of the room, `reserve`, goes by last use. It starts at nothing and grows for what is expected, and while values
+    are asked for again shortly after they were let go, which a plain epoch order does not do.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -50,6 +54,8 @@ class TrainMemory:
         self.used = 0
         self._kept: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
         self._recent: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
+        self._awaited: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
+        self._expected: set[Hashable] = set()  # named by `expect`, and not there yet
         self._ghosts: OrderedDict[Hashable, int] = OrderedDict()  # the lookup after which each was let go
         self._kept_bytes = 0
         self._lookups = 0
@@ -65,11 +71,30 @@ class TrainMemory:
           The value, or None.
         """
         self._lookups += 1
-        if key in self._kept:
-            return self._kept[key][0]
-        if key in self._recent:
+        self._expected.discard(key)
+        if key in self._awaited:
+            self._recent[key] = self._awaited.pop(key)
+        elif key in self._recent:
             self._recent.move_to_end(key)
-            return self._recent[key][0]
+        else:
+            return self._kept.get(key, (None, 0))[0]
+        return self._recent[key][0]
+
+    def expect(self, key: Hashable) -> Any | None:
+        """Keeps a value, or the place of one that is on its way, until it has been asked for.
+
+        Args:
+          key: Its name.
+
+        Returns:
+          The value if it is there, or None.
+        """
+        if key in self._recent:
+            self._awaited[key] = self._recent.pop(key)
+        for part in (self._kept, self._awaited):
+            if key in part:
+                return part[key][0]
+        self._expected.add(key)
         return None
 
     def put(self, key: Hashable, value: Any, size: int) -> None:
@@ -80,7 +105,7 @@ class TrainMemory:
           value: Anything.
           size: Its bytes.
         """
-        if size > self.capacity or key in self._kept or key in self._recent:
+        if size > self.capacity or any(key in part for part in (self._kept, self._recent, self._awaited)):
             return
         again = self._lookups - self._ghosts.pop(key, -math.inf) <= self._horizon
         self._churn += (again - self._churn) / MEMORY_OF_CHURN
@@ -90,8 +115,11 @@ class TrainMemory:
         if self._kept_bytes + size <= self.capacity - self.reserve and self.used <= self.capacity:
             self._kept[key] = value, size
             self._kept_bytes += size
+        elif key in self._expected:
+            self._awaited[key] = value, size
         else:
             self._recent[key] = value, size
+        self._expected.discard(key)
         while self.used > self.capacity:
             self._let_go()
 
@@ -100,15 +128,18 @@ class TrainMemory:
         return max(SHORTLY, (len(self._kept) + len(self._recent)) // 3)
 
     def _let_go(self) -> None:
-        recent = self.used - self._kept_bytes
-        if self._recent and (recent > self.reserve or not self._kept):
+        transient = self.used - self._kept_bytes
+        if self._recent and (transient > self.reserve or not self._kept):
             key, (_, size) = self._recent.popitem(last=False)
             self._ghosts[key] = self._lookups
             while self._lookups - next(iter(self._ghosts.values())) > self._horizon:
                 self._ghosts.popitem(last=False)
-        else:  # the reserve has grown: the oldest of what was kept was read the longest ago
+        elif self._kept:  # the oldest of what was kept was read the longest ago
             _, (_, size) = self._kept.popitem(last=False)
             self._kept_bytes -= size
+            self.reserve = max(self.reserve, transient)
+        else:
+            _, (_, size) = self._awaited.popitem(last=False)
         self.used -= size
 
 
@@ -141,13 +172,27 @@ class ServeMemory:
         Returns:
           The value, or None.
         """
+        return self._find(key, 1)
+
+    def expect(self, key: Hashable) -> Any | None:
+        """Finds a value without taking that for a sign of its popularity.
+
+        Args:
+          key: Its name.
+
+        Returns:
+          The value, or None.
+        """
+        return self._find(key, 0)
+
+    def _find(self, key: Hashable, hits: int) -> Any | None:
         for queue in (self._small, self._main):
             entry = queue.get(key)
             if entry is not None:
                 if self._clock() >= entry.expires:
                     self._remove(queue, key)
                     return None
-                entry.hits = min(entry.hits + 1, 3)
+                entry.hits = min(entry.hits + hits, 3)
                 return entry.value
         return None
 

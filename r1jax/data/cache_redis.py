@@ -2,6 +2,7 @@
 
 import os
 import threading
+import weakref
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -92,11 +93,11 @@ class RedisTier:
           Exception: It fails.
         """
         for some in _portions(values):
-            with self._deadline() as client:
-                pipe = self._pipeline(client)
+            with self._deadline():
+                pipe = self.pipeline()
                 for key, value in some:
                     pipe.set(key, value, px=max(1, round(1000 * jittered(key, self.ttl_s))))
-                self._check(pipe.execute(raise_on_error=False))
+                self._check(pipe.execute(raise_on_error=False), (True,))
         if any(len(value) > LARGEST for value in values.values()):
             raise NotStored(f"a block is larger than {LARGEST >> 20} MiB: write smaller row groups")
 
@@ -113,12 +114,12 @@ class RedisTier:
           NotStored: The server refuses.
           Exception: It fails.
         """
-        with self._deadline() as client:
-            pipe = self._pipeline(client)
+        with self._deadline():
+            pipe = self.pipeline()
             for key in keys:
                 pipe.set(_lease_of(key), str(os.getpid()), nx=True, px=LEASE_MS)
             answers = pipe.execute(raise_on_error=False)
-        self._check(answers)
+        self._check(answers, (True, None))
         return [bool(answer) for answer in answers]
 
     def leased(self, keys: Sequence[bytes]) -> list[bool]:
@@ -144,8 +145,8 @@ class RedisTier:
         Raises:
           Exception: The server fails.
         """
-        with self._deadline() as client:
-            pipe = self._pipeline(client)
+        with self._deadline():
+            pipe = self.pipeline()
             for key in keys:
                 pipe.delete(_lease_of(key))
             pipe.execute(raise_on_error=False)
@@ -161,8 +162,8 @@ class RedisTier:
           NotStored: The server refuses.
           Exception: It fails.
         """
-        with self._deadline() as client:
-            pipe = self._pipeline(client)
+        with self._deadline():
+            pipe = self.pipeline()
             for name, value in counts.items():
                 pipe.hincrbyfloat(counters_key(dataset), name, value)
             self._check(pipe.execute(raise_on_error=False))
@@ -176,9 +177,12 @@ class RedisTier:
                 self._connected = kind.from_url(
                     self._address, socket_timeout=TIMEOUT_S, socket_connect_timeout=TIMEOUT_S, retry=never
                 )
+                weakref.finalize(self, _cut, self._connected)
             return self._connected
 
-    def _pipeline(self, client: Any) -> Any:
+    def pipeline(self) -> Any:
+        """Starts one round trip of several commands, none of which waits for another."""
+        client = self.client()
         return client.pipeline() if self._cluster else client.pipeline(transaction=False)
 
     @contextmanager
@@ -193,13 +197,15 @@ class RedisTier:
         finally:
             watch.cancel()
 
-    def _check(self, answers: Sequence[Any]) -> None:
+    def _check(self, answers: Sequence[Any], right: Sequence[Any] | None = None) -> None:
         """Sorts refusals, after which the server still serves what it has, from failures."""
         for answer in answers:
             if isinstance(answer, self._redis.ResponseError):
                 raise NotStored(str(answer))
             if isinstance(answer, Exception):
                 raise answer
+            if right is not None and answer not in right:
+                raise ValueError(f"the answer to SET is {answer!r:.40}")
 
 
 def counters_key(dataset: str) -> bytes:

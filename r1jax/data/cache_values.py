@@ -152,7 +152,7 @@ class BlockCodec:
         try:
             batch = pa.ipc.read_record_batch(pa.py_buffer(payload), self.plain)
             batch.validate(full=True)
-        except (pa.ArrowException, OSError):
+        except (pa.ArrowException, OSError, EOFError, ValueError):
             return None  # sealed by hand or by another program: counted by the caller as rejected
         return batch if batch.num_rows == rows else None
 

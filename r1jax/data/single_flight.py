@@ -3,15 +3,15 @@
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 V = TypeVar("V")
 
 
-class Landed(NamedTuple, Generic[V]):
+class Landed(NamedTuple):
     """What was asked for, and where it came from."""
 
-    values: dict[int, V]
+    values: dict[int, Any]
     """By number."""
     ready: int
     """How many were there."""
@@ -25,22 +25,24 @@ class SingleFlight(Generic[V]):
     A thread loads what it claimed before it waits for others, so two threads never wait for each other.
     """
 
-    def __init__(self, ready: Callable[[int], V | None], keep: Callable[[int, V], None]) -> None:
+    def __init__(self, keep: Callable[[int, V], None]) -> None:
         """Takes what holds the values afterwards.
 
         Args:
-          ready: Finds a value that is there; called under the lock.
           keep: Is given each loaded value; called under the lock.
         """
-        self._ready, self._keep = ready, keep
+        self._keep = keep
         self._lock = threading.Lock()
         self._flights: dict[int, Future[V]] = {}
 
-    def fetch(self, numbers: Sequence[int], load: Callable[[list[int]], dict[int, V]]) -> Landed[V]:
+    def fetch(
+        self, numbers: Sequence[int], ready: Callable[[int], V | None], load: Callable[[list[int]], dict[int, V]]
+    ) -> Landed:
         """Gets values.
 
         Args:
           numbers: Which, each once.
+          ready: Finds a value that is there; called under the lock.
           load: Gets those that neither are there nor under way.
 
         Returns:
@@ -54,7 +56,7 @@ class SingleFlight(Generic[V]):
         others: dict[int, Future[V]] = {}
         with self._lock:
             for number in numbers:
-                value = self._ready(number)
+                value = ready(number)
                 flight = self._flights.get(number)
                 if value is not None:
                     values[number] = value

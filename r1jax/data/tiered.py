@@ -128,8 +128,8 @@ class _Tiers:
             self.memory = TrainMemory(0 if cache.url is None else cache.capacity)
         self.shared: GuardedTier | None = open_tier(cache)
         self.tally = Tally()
-        self.units: SingleFlight[pa.RecordBatch] = SingleFlight(self.memory.get, partial(_keep, self.memory))
-        self.blocks: SingleFlight[pa.RecordBatch] = SingleFlight(lambda block: None, lambda block, batch: None)
+        self.units: SingleFlight[pa.RecordBatch] = SingleFlight(partial(_keep, self.memory))
+        self.blocks: SingleFlight[pa.RecordBatch] = SingleFlight(lambda block, batch: None)
         self.prefetcher = Prefetcher(self, _Tiers.bring)
         self.stored_at = time.monotonic()
 
@@ -139,7 +139,7 @@ class _Tiers:
         numbers, places = np.unique(self._units_of(indices), return_inverse=True)
         start = time.perf_counter()
         loads = _Loads()
-        landed = self.units.fetch(numbers.tolist(), lambda mine: self._load(mine, loads))
+        landed = self.units.fetch(numbers.tolist(), self.memory.get, lambda mine: self._load(mine, loads))
         spent = time.perf_counter() - start
         self.tally.add(
             requests=1,
@@ -166,7 +166,8 @@ class _Tiers:
         """Loads units that are not in memory, a few at a time."""
         for start in range(0, len(numbers), AHEAD):
             loads = _Loads()
-            self.units.fetch(numbers[start : start + AHEAD], lambda mine, loads=loads: self._load(mine, loads))
+            some = numbers[start : start + AHEAD]
+            self.units.fetch(some, self.memory.expect, lambda mine, loads=loads: self._load(mine, loads))
             self.tally.add(prefetched=loads.shared_hits + loads.misses)
 
     def counters(self) -> CacheCounters:
@@ -264,6 +265,8 @@ class _Tiers:
             rejected += value is not None and batch is None
             if batch is not None:
                 found[number] = batch
+        if rejected:
+            self.shared.rejected()
         self.tally.add(rejected=rejected, shared_s=time.perf_counter() - start)
         return found
 
@@ -276,7 +279,7 @@ class _Tiers:
 
     def _from_cold(self, numbers: list[int]) -> dict[int, pa.RecordBatch]:
         blocks = numbers if self.unit == "group" else np.unique(self._blocks_of(np.array(numbers))).tolist()
-        batches = self.blocks.fetch(blocks, self._read_blocks).values
+        batches = self.blocks.fetch(blocks, lambda block: None, self._read_blocks).values
         if self.unit == "group":
             return batches
         rows = {}
