@@ -28,7 +28,7 @@ class CacheCounters(NamedTuple):
     prefetched: int = 0
     """Brought into memory ahead of any request."""
     dropped: int = 0
-    """Calls of `prefetch` that found too many others waiting."""
+    """Calls of `prefetch` that found too many others waiting, or memory full of what is needed sooner."""
     rejected: int = 0
     """Values of LMDB or Redis that were damaged, cut or another's, and so were read from the cold store."""
     cold_blocks: int = 0

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -30,8 +30,21 @@ class Memory(Protocol):
         """Finds a value; None if it is not there."""
         ...
 
-    def expect(self, key: Hashable) -> Any | None:
-        """Hears that a value will be asked for soon; finds it if it is there."""
+    def expect(self, key: Hashable) -> None:
+        """Hears that a value will be asked for soon, once more."""
+        ...
+
+    def fulfil(self, key: Hashable) -> None:
+        """Hears that one request that was announced has been made, or will not be."""
+        ...
+
+    def peek(self, key: Hashable) -> Any | None:
+        """Finds a value without taking that for a use of it."""
+        ...
+
+    @property
+    def crowded(self) -> bool:
+        """Whether there is no room for more that is expected."""
         ...
 
     def put(self, key: Hashable, value: Any, size: int) -> None:
@@ -55,9 +68,10 @@ class TrainMemory:
         self._kept: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
         self._recent: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
         self._awaited: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
-        self._expected: set[Hashable] = set()  # named by `expect`, and not there yet
+        self._expected: Counter[Hashable] = Counter()  # how often each was announced and not yet asked for
         self._ghosts: OrderedDict[Hashable, int] = OrderedDict()  # the lookup after which each was let go
         self._kept_bytes = 0
+        self._awaited_bytes = 0
         self._lookups = 0
         self._churn = 0.0
 
@@ -71,31 +85,53 @@ class TrainMemory:
           The value, or None.
         """
         self._lookups += 1
-        self._expected.discard(key)
-        if key in self._awaited:
-            self._recent[key] = self._awaited.pop(key)
-        elif key in self._recent:
-            self._recent.move_to_end(key)
-        else:
-            return self._kept.get(key, (None, 0))[0]
-        return self._recent[key][0]
+        for part in (self._awaited, self._recent):
+            if key in part:
+                part.move_to_end(key)
+        return self.peek(key)
 
-    def expect(self, key: Hashable) -> Any | None:
-        """Keeps a value, or the place of one that is on its way, until it has been asked for.
+    def expect(self, key: Hashable) -> None:
+        """Keeps a value, which may be on its way yet, until `fulfil` was called as often.
+
+        Args:
+          key: Its name.
+        """
+        self._expected[key] += 1
+        if key in self._recent:
+            self._awaited[key] = self._recent.pop(key)
+            self._awaited_bytes += self._awaited[key][1]
+
+    def fulfil(self, key: Hashable) -> None:
+        """Takes back one `expect`.
+
+        Args:
+          key: Its name.
+        """
+        self._expected[key] -= 1
+        if self._expected[key] <= 0:
+            del self._expected[key]
+            if key in self._awaited:
+                self._recent[key] = self._awaited.pop(key)
+                self._awaited_bytes -= self._recent[key][1]
+
+    def peek(self, key: Hashable) -> Any | None:
+        """Finds a value without taking that for a use of it.
 
         Args:
           key: Its name.
 
         Returns:
-          The value if it is there, or None.
+          The value, or None.
         """
-        if key in self._recent:
-            self._awaited[key] = self._recent.pop(key)
-        for part in (self._kept, self._awaited):
+        for part in (self._kept, self._awaited, self._recent):
             if key in part:
                 return part[key][0]
-        self._expected.add(key)
         return None
+
+    @property
+    def crowded(self) -> bool:
+        """Whether expected values take all the room, so that one more would push out one that is needed sooner."""
+        return self._awaited_bytes * (1 + 1 / max(1, len(self._awaited))) > self.capacity
 
     def put(self, key: Hashable, value: Any, size: int) -> None:
         """Takes a value in, if only for a while.
@@ -117,9 +153,9 @@ class TrainMemory:
             self._kept_bytes += size
         elif key in self._expected:
             self._awaited[key] = value, size
+            self._awaited_bytes += size
         else:
             self._recent[key] = value, size
-        self._expected.discard(key)
         while self.used > self.capacity:
             self._let_go()
 
@@ -140,6 +176,7 @@ class TrainMemory:
             self.reserve = max(self.reserve, transient)
         else:
             _, (_, size) = self._awaited.popitem(last=False)
+            self._awaited_bytes -= size
         self.used -= size
 
 
@@ -174,7 +211,21 @@ class ServeMemory:
         """
         return self._find(key, 1)
 
-    def expect(self, key: Hashable) -> Any | None:
+    def expect(self, key: Hashable) -> None:
+        """Takes no note: popularity is what was asked for, not what was announced.
+
+        Args:
+          key: Its name.
+        """
+
+    def fulfil(self, key: Hashable) -> None:
+        """Has nothing to take back.
+
+        Args:
+          key: Its name.
+        """
+
+    def peek(self, key: Hashable) -> Any | None:
         """Finds a value without taking that for a sign of its popularity.
 
         Args:
@@ -184,6 +235,11 @@ class ServeMemory:
           The value, or None.
         """
         return self._find(key, 0)
+
+    @property
+    def crowded(self) -> bool:
+        """Never: what is expected takes its chance with the rest."""
+        return False
 
     def _find(self, key: Hashable, hits: int) -> Any | None:
         for queue in (self._small, self._main):

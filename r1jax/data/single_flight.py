@@ -32,7 +32,8 @@ class SingleFlight(Generic[V]):
           keep: Is given each loaded value; called under the lock.
         """
         self._keep = keep
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
+        """Also for what else concerns the place where values are kept."""
         self._flights: dict[int, Future[V]] = {}
 
     def fetch(
@@ -54,7 +55,7 @@ class SingleFlight(Generic[V]):
         values: dict[int, V] = {}
         mine: list[int] = []
         others: dict[int, Future[V]] = {}
-        with self._lock:
+        with self.lock:
             for number in numbers:
                 value = ready(number)
                 flight = self._flights.get(number)
@@ -76,12 +77,12 @@ class SingleFlight(Generic[V]):
         try:
             loaded = load(mine)
         except BaseException as error:
-            with self._lock:
+            with self.lock:
                 flights = [self._flights.pop(number) for number in mine]
             for flight in flights:
                 flight.set_exception(error)
             raise
-        with self._lock:
+        with self.lock:
             flights = [self._flights.pop(number) for number in mine]
             for number in mine:
                 self._keep(number, loaded[number])

@@ -25,6 +25,8 @@ STORE_EVERY_S = 10.0
 LEASE_WAIT_S = 1.0
 """Most that a reader waits for another process that reads the same block."""
 LEASE_POLL_S = 0.01
+ANNOUNCED = 1024
+"""Most requests that are expected; the oldest of more will not be made."""
 AHEAD = 8
 """Units that the prefetch thread reads in one go: what it holds in its hands is bounded."""
 
@@ -86,7 +88,7 @@ class TieredStore:
         """Brings rows that will be read into the tiers, in the background; returns at once.
 
         Args:
-          indices: Which; those outside the store are ignored.
+          indices: Of one later call of `read_rows`; those outside the store are ignored.
         """
         inside = indices[(indices >= 0) & (indices < len(self))]
         self._here().prefetch(inside)
@@ -130,6 +132,7 @@ class _Tiers:
         self.tally = Tally()
         self.units: SingleFlight[pa.RecordBatch] = SingleFlight(partial(_keep, self.memory))
         self.blocks: SingleFlight[pa.RecordBatch] = SingleFlight(lambda block, batch: None)
+        self.announced: dict[bytes, list[int]] = {}
         self.prefetcher = Prefetcher(self, _Tiers.bring)
         self.stored_at = time.monotonic()
 
@@ -141,6 +144,8 @@ class _Tiers:
         loads = _Loads()
         landed = self.units.fetch(numbers.tolist(), self.memory.get, lambda mine: self._load(mine, loads))
         spent = time.perf_counter() - start
+        with self.units.lock:
+            self._fulfil(indices.tobytes())
         self.tally.add(
             requests=1,
             rows=len(indices),
@@ -158,16 +163,33 @@ class _Tiers:
     def prefetch(self, indices: np.ndarray) -> None:
         if not self.memory.capacity and self.shared is None:
             return  # there is nowhere to bring them
-        numbers = dict.fromkeys(self._units_of(indices).tolist())  # in the order of reading
-        if numbers and not self.prefetcher.ask(list(numbers)):
+        numbers = list(dict.fromkeys(self._units_of(indices).tolist()))  # in the order of reading
+        self._announce(indices.tobytes(), numbers)
+        if numbers and not self.prefetcher.ask(numbers):
             self.tally.add(dropped=1)
+
+    def _announce(self, request: bytes, numbers: list[int]) -> None:
+        """Tells memory what a request will need, once a request."""
+        with self.units.lock:
+            if request not in self.announced:
+                self.announced[request] = numbers
+                for number in numbers:
+                    self.memory.expect(number)
+            if len(self.announced) > ANNOUNCED:
+                self._fulfil(next(iter(self.announced)))
+
+    def _fulfil(self, request: bytes) -> None:
+        for number in self.announced.pop(request, ()):
+            self.memory.fulfil(number)
 
     def bring(self, numbers: list[int]) -> None:
         """Loads units that are not in memory, a few at a time."""
         for start in range(0, len(numbers), AHEAD):
             loads = _Loads()
+            if self.memory.crowded and (self.shared is None or not self.shared.writable):
+                return self.tally.add(dropped=1)  # too far ahead for the room that there is
             some = numbers[start : start + AHEAD]
-            self.units.fetch(some, self.memory.expect, lambda mine, loads=loads: self._load(mine, loads))
+            self.units.fetch(some, self.memory.peek, lambda mine, loads=loads: self._load(mine, loads))
             self.tally.add(prefetched=loads.shared_hits + loads.misses)
 
     def counters(self) -> CacheCounters:

@@ -29,7 +29,11 @@ def test_memory_stays_within_its_bytes_and_gives_what_was_put(capacity, trace):
         put: dict[int, int] = {}
         for key, size, expected in trace:
             size = put.setdefault(key, size)
-            assert (memory.expect if expected else memory.get)(key) in (None, key * 100)
+            if expected:
+                memory.expect(key)
+            else:
+                memory.fulfil(key)
+            assert (memory.peek if expected else memory.get)(key) in (None, key * 100)
             memory.put(key, key * 100, size)
             assert memory.used <= capacity
         assert memory.used == sum(put[key] for key in put if memory.get(key) is not None)
@@ -75,6 +79,8 @@ def test_what_is_expected_stays_until_it_was_asked_for():
         memory.put(key, key, 1)
     hits(memory, range(100, 120))
     assert [memory.get(key) for key in range(20, 26)] == [*range(20, 26)]
+    for key in range(20, 26):
+        memory.fulfil(key)
     hits(memory, range(200, 220))
     assert [memory.get(key) for key in range(20, 26)] == [None] * 6
 
