@@ -186,9 +186,7 @@ def table(report: dict) -> str:
     ]
     for name, case in report["cases"].items():
         value = {what: numbers["median"] for what, numbers in case.items()}
-        below = f"{100 * (value['belady'] - value['found']):.1f}"
-        if "ahead" in name:
-            below = "-"
+        below = "-" if "ahead" in name else f"{100 * (value['belady'] - value['found']):.1f}"
         read = ("", "")
         if "units" in value:
             read = (f"{value['read_per_epoch']:,.0f} of {value['units']:,.0f} an epoch",

@@ -58,11 +58,18 @@ class TrainMemory:
     Where every value is used once an epoch in a new order, no cache without foresight beats one that never evicts: of C
     values that stay, each is a hit in every epoch. Row groups read in windows are used many times within a window, so a
     part of the room, `reserve`, goes by last use. It starts at nothing and grows for what is expected, and while values
-    are asked for again shortly after they were let go, which a plain epoch order does not do.
+    are asked for again shortly after they were let go.
     """
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, reused: bool = True) -> None:
+        """Starts empty.
+
+        Args:
+          capacity: Bytes that it may hold.
+          reused: Whether a value serves several requests of an epoch (a row group does, a row does not).
+        """
         self.capacity = capacity
+        self._reused = reused
         self.reserve = 0
         self.used = 0
         self._kept: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
@@ -145,7 +152,7 @@ class TrainMemory:
             return
         again = self._lookups - self._ghosts.pop(key, -math.inf) <= self._horizon
         self._churn += (again - self._churn) / MEMORY_OF_CHURN
-        if again and self._churn > CHURN:
+        if again and self._reused and self._churn > CHURN:
             self.reserve = min(self.reserve + size, self.capacity)
         self.used += size
         if self._kept_bytes + size <= self.capacity - self.reserve and self.used <= self.capacity:

@@ -15,7 +15,7 @@ END_S = 5.0
 class Prefetcher:
     """Hands requests to a method of an object that it does not keep alive."""
 
-    def __init__(self, owner: Any, bring: Callable[[Any, list[int]], None]) -> None:
+    def __init__(self, owner: Any, bring: Callable[[Any, bytes], None]) -> None:
         """Prepares; the thread starts with the first request.
 
         Args:
@@ -24,18 +24,18 @@ class Prefetcher:
         """
         self._owner = weakref.ref(owner)
         self._bring = bring
-        self._requests: queue.SimpleQueue[list[int] | None] = queue.SimpleQueue()
+        self._requests: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._idle = threading.Condition()
         self._pending = 0
         self._ended = False
         self._thread: threading.Thread | None = None
         weakref.finalize(owner, Prefetcher.stop, self)  # when it is collected, and at the end of the program
 
-    def ask(self, numbers: list[int]) -> bool:
+    def ask(self, request: bytes) -> bool:
         """Takes a request without waiting.
 
         Args:
-          numbers: What to bring.
+          request: Its name, which `bring` understands.
 
         Returns:
           False if too many wait: it is left to the reader then.
@@ -47,7 +47,7 @@ class Prefetcher:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="r1jax-prefetch", daemon=True)
                 self._thread.start()
-        self._requests.put(numbers)
+        self._requests.put(request)
         return True
 
     def drain(self) -> None:
@@ -65,12 +65,12 @@ class Prefetcher:
 
     def _run(self) -> None:
         while True:
-            numbers = self._requests.get()
+            request = self._requests.get()
             owner = self._owner()
-            if numbers is None or owner is None or self._ended:
+            if request is None or owner is None or self._ended:
                 return self._leave()
             try:
-                self._bring(owner, numbers)
+                self._bring(owner, request)
             except Exception:  # noqa: BLE001, S110
                 pass  # the cold store fails: the reader who comes for these rows meets the error itself
             finally:

@@ -123,11 +123,12 @@ class _Tiers:
         self.cold, self.unit = cold, cache.unit
         self.codec = BlockCodec(cold.schema)
         self.dataset = dataset_name(cold)
+        room = 0 if cache.url is None else cache.capacity
         self.memory: Memory
         if cache.policy == "serve":
-            self.memory = ServeMemory(0 if cache.url is None else cache.capacity, cache.ttl_s)
+            self.memory = ServeMemory(room, cache.ttl_s)
         else:
-            self.memory = TrainMemory(0 if cache.url is None else cache.capacity)
+            self.memory = TrainMemory(room, reused=cache.unit == "group")
         self.shared: GuardedTier | None = open_tier(cache)
         self.tally = Tally()
         self.units: SingleFlight[pa.RecordBatch] = SingleFlight(partial(_keep, self.memory))
@@ -145,7 +146,7 @@ class _Tiers:
         landed = self.units.fetch(numbers.tolist(), self.memory.get, lambda mine: self._load(mine, loads))
         spent = time.perf_counter() - start
         with self.units.lock:
-            self._fulfil(indices.tobytes())
+            self._fulfil(_name(indices))
         self.tally.add(
             requests=1,
             rows=len(indices),
@@ -163,9 +164,11 @@ class _Tiers:
     def prefetch(self, indices: np.ndarray) -> None:
         if not self.memory.capacity and self.shared is None:
             return  # there is nowhere to bring them
-        numbers = list(dict.fromkeys(self._units_of(indices).tolist()))  # in the order of reading
-        self._announce(indices.tobytes(), numbers)
-        if numbers and not self.prefetcher.ask(numbers):
+        if not len(indices):
+            return
+        request = _name(indices)
+        self._announce(request, list(dict.fromkeys(self._units_of(indices).tolist())))  # in the order of reading
+        if not self.prefetcher.ask(request):
             self.tally.add(dropped=1)
 
     def _announce(self, request: bytes, numbers: list[int]) -> None:
@@ -182,8 +185,10 @@ class _Tiers:
         for number in self.announced.pop(request, ()):
             self.memory.fulfil(number)
 
-    def bring(self, numbers: list[int]) -> None:
-        """Loads units that are not in memory, a few at a time."""
+    def bring(self, request: bytes) -> None:
+        """Loads units that are not in memory, a few at a time; none for a request that was made meanwhile."""
+        with self.units.lock:
+            numbers = self.announced.get(request, [])
         for start in range(0, len(numbers), AHEAD):
             loads = _Loads()
             if self.memory.crowded and (self.shared is None or not self.shared.writable):
@@ -333,6 +338,11 @@ class _Loads:
     @property
     def any(self) -> bool:
         return bool(self.shared_hits or self.misses)
+
+
+def _name(indices: np.ndarray) -> bytes:
+    """Names a request by its rows."""
+    return indices.astype(np.int64, copy=False).tobytes()
 
 
 def _own(batch: pa.RecordBatch) -> pa.RecordBatch:

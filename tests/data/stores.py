@@ -48,16 +48,18 @@ class MemoryStore:
 
 
 class SlowStore(MemoryStore):
-    """Waits for `go` before it gives anything."""
+    """Waits for `go` before it gives some blocks, or any."""
 
-    def __init__(self, sizes):
+    def __init__(self, sizes, slow=None):
         super().__init__(sizes)
+        self.slow = slow
         self.go = threading.Event()
         self.asked = threading.Semaphore(0)
 
     def read_blocks(self, blocks):
         self.asked.release()
-        assert self.go.wait(20)
+        if self.slow is None or set(blocks) & set(self.slow):
+            assert self.go.wait(20)
         return super().read_blocks(blocks)
 
 

@@ -118,7 +118,10 @@ def test_tls_with_its_own_authority(tmp_path):
 
 
 def test_a_cluster(tmp_path):
-    with start_redis(tmp_path, "--cluster-enabled", "yes") as server:
+    port = free_port()
+    while port > 55_535:  # the servers of a cluster talk to each other 10,000 ports higher
+        port = free_port()
+    with start_redis(tmp_path, "--cluster-enabled", "yes", port=port) as server:
         with redis.Redis.from_url(server.url) as client:
             client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
             client.execute_command("CONFIG", "SET", "cluster-require-full-coverage", "no")

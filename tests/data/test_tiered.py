@@ -185,6 +185,18 @@ def test_too_many_prefetches_are_dropped_and_counted():
     store.drain()
 
 
+def test_what_was_read_meanwhile_is_not_brought():
+    cold = SlowStore([4] * 10, slow=[0])
+    store = TieredStore(cold, CacheConfig(capacity=1))  # keeps nothing: bringing block 9 would read it again
+    store.prefetch(np.array([0]))
+    assert cold.asked.acquire(timeout=20)
+    store.prefetch(np.array([39]))
+    same(store.read_rows(np.array([39], np.int32)), cold, [39])
+    cold.go.set()
+    store.drain()
+    assert cold.read == [9, 0]
+
+
 def test_the_thread_ends_with_the_store():
     def threads():
         return [thread for thread in threading.enumerate() if thread.name == "r1jax-prefetch"]
