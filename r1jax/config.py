@@ -5,8 +5,9 @@ import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from r1jax.errors import UserError
+from r1jax.errors import UserError, nearest
 from r1jax.fields import Bounds, build, leaves, to_dict
 
 Count = Annotated[int, Bounds("of at least 1", 1)]
@@ -148,6 +149,28 @@ class TaskConfig:
 
 
 @dataclass(frozen=True)
+class CacheConfig:
+    """Tiers that keep rows of a cold store (Parquet on HDFS, say) at hand: process memory, then LMDB or Redis."""
+
+    url: str | None = "memory"
+    """memory: of each process; lmdb:DIR: also a folder that processes of a machine share; redis://, rediss:// (TLS),
+    unix:// or redis+cluster://: also a server, its password as $NAME of the environment; None reads cold each time."""
+    capacity: Count = 2**28
+    """Bytes of process memory, in each process that reads."""
+    disk_capacity: Count = 2**32
+    """Bytes of an LMDB folder; a Redis server is bounded by its own `maxmemory`."""
+    ttl_s: Positive = 604800.0
+    """Seconds until a value of LMDB or Redis expires (in Redis +-10 %, in the memory of policy serve too)."""
+    policy: Literal["train", "serve"] = "train"
+    """train: memory admits until it is full and keeps that, beside the blocks in use; serve: keeps what is popular."""
+    unit: Literal["group", "row"] = "group"
+    """What is kept: whole row groups, for training, or single rows, for requests without order."""
+
+
+CACHE_SCHEMES = ("redis", "rediss", "unix", "redis+cluster", "rediss+cluster", "lmdb")
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Where cases come from."""
 
@@ -166,6 +189,7 @@ class DataConfig:
     seed: Seed = 0
     """Seed of the generator and of the order of cases."""
     threads: Count = 2
+    cache: CacheConfig = field(default_factory=CacheConfig)
 
 
 @dataclass(frozen=True)
@@ -331,6 +355,7 @@ def _relations(config: Config) -> Iterator[tuple[bool, str, str]]:
         yield holds, f"model.decoder.{name}", rule
     yield from _encoder_relations(config.model)
     yield from _task_relations(config)
+    check_cache_url("data.cache.url", config.data.cache.url)
     data, train, mesh = config.data, config.train, config.mesh
     yield data.path is None or bool(data.path.strip()), "data.path", "a folder, or None for generated cases"
     yield data.fold is None or data.fold < data.folds, "data.fold", f"below data.folds ({data.folds})"
@@ -343,6 +368,46 @@ def _relations(config: Config) -> Iterator[tuple[bool, str, str]]:
     for name in ("data", "fsdp"):
         yield getattr(mesh, name) != 0, f"mesh.{name}", "a number of devices of at least 1, or -1"
     yield mesh.data > 0 or mesh.fsdp > 0, "mesh.fsdp", "a number of devices: only one axis can take what is left"
+
+
+def check_cache_url(name: str, url: str | None, secrets: bool = False) -> None:
+    """Refuses a cache that cannot exist, and a password that would be stored in every checkpoint.
+
+    Args:
+      name: Of the field, for the message.
+      url: As in `CacheConfig.url`.
+      secrets: Whether the password itself may stand in the URL: nothing stores it.
+
+    Raises:
+      UserError: The scheme is unknown, a part is missing, or the URL holds a password; it is not repeated then.
+    """
+    if url in (None, "memory"):
+        return
+    scheme, colon, rest = url.partition(":")
+    if not colon or scheme not in CACHE_SCHEMES:
+        meant = nearest(scheme, ("memory", *CACHE_SCHEMES))
+        raise UserError(
+            f"{name} starts with {scheme[:40]!r}, which is no kind of cache{meant}: it must be memory, lmdb:DIR, "
+            "redis://HOST:PORT, rediss://HOST:PORT, unix:///SOCKET or redis+cluster://HOST:PORT"
+        )
+    if scheme == "lmdb":
+        if not rest.strip():
+            raise UserError(f"{name} is {url!r}, but the folder is missing: write lmdb:DIR")
+        return
+    try:
+        parts = urlsplit(url)
+        port, password = parts.port, parts.password
+    except ValueError as error:
+        raise UserError(f"{name}: {error}: write {scheme}://HOST:PORT") from None
+    if scheme == "unix" and not parts.path.strip("/"):
+        raise UserError(f"{name} names no socket: write unix:///SOCKET, with three slashes before an absolute path")
+    if scheme != "unix" and (not parts.hostname or port == 0):
+        raise UserError(f"{name} names no host: write {scheme}://HOST:PORT")
+    if "password=" in parts.query or (password is not None and not password.startswith("$") and not secrets):
+        raise UserError(
+            f"{name} holds a password, which every checkpoint would store: write {scheme}://USER:$NAME@... and put the "
+            "password into the environment variable NAME"
+        )
 
 
 def decoder_relations(decoder: DecoderConfig) -> Iterator[tuple[bool, str, str]]:

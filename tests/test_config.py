@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from r1jax.config import (
+    CacheConfig,
     Config,
     DataConfig,
     DecoderConfig,
@@ -18,6 +19,7 @@ from r1jax.config import (
     TaskConfig,
     TrainConfig,
     VisionConfig,
+    check_cache_url,
     differences,
     from_dict,
     to_dict,
@@ -233,3 +235,48 @@ def test_deepseek_v3_itself_is_valid():
         first_k_dense_replace=3,
     )
     validate(Config(model=ModelConfig(decoder=big)))
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        None,
+        "memory",
+        "lmdb:/var/cache",
+        "redis://host",
+        "rediss://host:6379/2?ssl_ca_certs=ca.pem",
+        "unix:///run/redis.sock?db=1",
+        "redis+cluster://host:7000",
+        "redis://me:$SECRET@host",
+    ],
+)
+def test_caches_that_can_be(url):
+    check_cache_url("data.cache.url", url)
+
+
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        ("", "no kind of cache"),
+        ("reddis://host", "did you mean 'redis'"),
+        ("Memory", "did you mean 'memory'"),
+        ("host:6379", "no kind of cache"),
+        ("lmdb:", "the folder is missing"),
+        ("redis://", "names no host"),
+        ("redis://host:0", "names no host"),
+        ("redis://host:port", "write redis://HOST:PORT"),
+        ("redis://host:99999", "write redis://HOST:PORT"),
+        ("unix://", "names no socket"),
+        ("redis://me:s3cret@host", "every checkpoint would store"),
+        ("unix:///run/redis.sock?password=s3cret", "every checkpoint would store"),
+    ],
+)
+def test_caches_that_cannot_be_are_refused_without_telling_secrets(url, told):
+    with pytest.raises(UserError, match=re.escape(told)) as error:
+        validate(Config(data=DataConfig(cache=CacheConfig(url=url))))
+    assert "data.cache.url" in str(error.value)
+    assert "s3cret" not in str(error.value)
+
+
+def test_a_password_may_stand_where_nothing_stores_it():
+    check_cache_url("--cache", "redis://me:s3cret@host", secrets=True)

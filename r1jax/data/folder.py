@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
+from r1jax.config import CacheConfig
 from r1jax.data.filesystem import is_remote
 from r1jax.data.folder_cases import Cases, read_cases
 from r1jax.data.folder_checks import unpack_mask
 from r1jax.data.folder_files import RANK
-from r1jax.data.parquet_cases import is_parquet, open_cases, read_parquet_cases
+from r1jax.data.parquet_cases import StoredPictures, is_parquet, open_cases, read_parquet_cases
 from r1jax.data.schema import Schema
 from r1jax.errors import UserError
 from r1jax.tasks.medical.schema import case_schema
@@ -55,6 +56,7 @@ class FolderCases:
         folds: int = 5,
         seed: int = 0,
         hold: bool = True,
+        cache: CacheConfig = CacheConfig(),  # noqa: B008
     ) -> "FolderCases":
         """Reads a folder and chooses a part of it.
 
@@ -68,6 +70,7 @@ class FolderCases:
           seed: Seed of the folds.
           hold: Keeps the pictures of `.npz` files in memory; without, whole archives are read again when they are
             asked for. Pictures of Parquet files are always read when they are asked for.
+          cache: Tiers that pictures of Parquet files are read through.
 
         Returns:
           The chosen cases, in the order of the files.
@@ -76,7 +79,7 @@ class FolderCases:
           UserError: The folder or a value in it is not as docs/data.md says, or the part has no cases.
         """
         if is_parquet(path):
-            cases, ignored, remarks, fingerprint = read_parquet_cases(str(path))
+            cases, ignored, remarks, fingerprint = read_parquet_cases(str(path), cache)
         else:
             cases, ignored = read_cases(_list_files(Path(path)), hold)
             remarks, fingerprint = (), folder_fingerprint(path)
@@ -105,6 +108,30 @@ class FolderCases:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def starts(self) -> Int[np.ndarray, " G_plus_1"]:
+        """Where row groups of Parquet files begin among these cases, and their number; a folder is one group."""
+        pictures = self.cases.pictures
+        if not isinstance(pictures, StoredPictures):
+            return np.array([0, len(self.rows)])
+        groups = np.searchsorted(pictures.rows.cold.starts, self.rows, side="right")
+        return np.concatenate([[0], np.flatnonzero(np.diff(groups)) + 1, [len(self.rows)]])
+
+    def prefetch(self, indices: Int[np.ndarray, " B"]) -> None:
+        """Brings what one later `read_batch` of Parquet files needs into the cache, in the background.
+
+        Args:
+          indices: The same as that call gets.
+        """
+        if isinstance(self.cases.pictures, StoredPictures):
+            self.cases.pictures.rows.prefetch(self.rows[indices])
+
+    def counters(self) -> dict[str, float]:
+        """What the cache of Parquet files has done in this process, by name; see `CacheCounters`."""
+        if not isinstance(self.cases.pictures, StoredPictures):
+            return {}
+        return {name: float(value) for name, value in self.cases.pictures.rows.counters()._asdict().items()}
 
     def known_findings(self) -> frozenset[str]:
         """Findings whose answer is known in at least one case of this part."""

@@ -4,53 +4,22 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from jaxtyping import Int
 
+from r1jax.config import CacheConfig
 from r1jax.data.filesystem import is_remote
 from r1jax.data.folder_cases import Cases, check_cases, stand_in
 from r1jax.data.folder_files import PICTURES, RANK, TEXTS, Column, bare_name
 from r1jax.data.parquet import SUFFIX, ParquetStore
 from r1jax.data.schema import Field, Schema
+from r1jax.data.tiered import TieredStore
 from r1jax.errors import UserError
 from r1jax.tasks.medical.schema import RECORD_FIELDS
 
 AT_A_TIME = 16
-
-
-@runtime_checkable
-class RowStore(Protocol):
-    """Gives rows by number."""
-
-    def read_rows(self, indices: Int[np.ndarray, " B"]) -> pa.Table:
-        """Reads rows.
-
-        Args:
-          indices: Which, in any order.
-
-        Returns:
-          These rows in that order.
-        """
-        ...
-
-
-@dataclass(frozen=True, eq=False)
-class ColdRows:
-    """Rows straight from the cold store, every row group read each time."""
-
-    store: ParquetStore
-
-    def read_rows(self, indices: Int[np.ndarray, " B"]) -> pa.Table:
-        """See `RowStore`."""
-        starts = self.store.starts
-        blocks = np.searchsorted(starts, indices, side="right") - 1
-        kept = np.unique(blocks)
-        table = pa.Table.from_batches(self.store.read_blocks(kept.tolist()), self.store.schema.arrow)
-        first = np.concatenate([[0], np.cumsum(np.diff(starts)[kept])])
-        return table.take(first[np.searchsorted(kept, blocks)] + indices - starts[blocks])
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +35,7 @@ class StoredPictures:
 
     layout: dict[str, tuple[str, tuple[int, ...]]]
     schema: Schema
-    rows: RowStore
+    rows: TieredStore
     optional: frozenset[str]
 
     def read(self, rows: Int[np.ndarray, " B"]) -> dict[str, np.ndarray]:
@@ -123,13 +92,14 @@ def open_cases(url: str) -> ParquetStore:
     return ParquetStore.open(url, lambda label: bare_name(label) is not None)
 
 
-def read_parquet_cases(url: str) -> tuple[Cases, list[str], tuple[str, ...], str]:
+def read_parquet_cases(url: str, cache: CacheConfig) -> tuple[Cases, list[str], tuple[str, ...], str]:
     """Reads all but the pictures, and checks it as a folder's is.
 
     Pixels were checked when they were written; since then the sums of the files vouch for them.
 
     Args:
       url: Of the Parquet files.
+      cache: Tiers that the pictures are read through.
 
     Returns:
       The cases, the labels that the format does not know, remarks for people, the fingerprint.
@@ -163,7 +133,7 @@ def read_parquet_cases(url: str) -> tuple[Cases, list[str], tuple[str, ...], str
     cases = check_cases(columns, len(store))
     pictures = store.select([labels[name] for name in PICTURES if name in labels])
     optional = frozenset(name for name in RANK if f"has_{name}" in labels)
-    stored = StoredPictures(cases.pictures.layout, pictures.schema, ColdRows(pictures), optional)
+    stored = StoredPictures(cases.pictures.layout, pictures.schema, TieredStore(pictures, cache), optional)
     return dataclasses.replace(cases, pictures=stored), unknown, store.remarks, store.fingerprint
 
 

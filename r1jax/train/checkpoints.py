@@ -35,6 +35,7 @@ FREE_TO_CHANGE = (
     "platform",
     "train.log_every",
     "train.save_every",
+    "data.cache.",
     "data.threads",
     "data.path",
     "data.split",

@@ -66,7 +66,9 @@ class Medical:
                 raise UserError(f"data.split is {split!r}, but the synthetic data has {', '.join(sizes)}")
             source = SyntheticCases(data.seed, sizes[split], split, self.config.model.volume.size)
         else:
-            source = FolderCases.open(data.path, split, fold=data.fold, folds=data.folds, seed=data.seed)
+            source = FolderCases.open(
+                data.path, split, fold=data.fold, folds=data.folds, seed=data.seed, cache=data.cache
+            )
         given, read = source.schema.modalities, self.config.model.modalities
         if not given & set(read):
             raise UserError(
