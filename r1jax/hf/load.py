@@ -62,8 +62,8 @@ def load_params(
 ) -> dict[str, Any]:
     """Loads the weights into the sharding that training uses.
 
-    Every byte of a tensor is read once (of those that MTP repeats, twice). Host memory beyond the arrays themselves stays
-    below a few `weights.READ_BYTES`, whatever the size of a tensor, of an array or of a shard.
+    Every byte of a tensor is read once (of those that MTP repeats, twice). Host memory beyond the arrays themselves
+    stays below a few `weights.READ_BYTES`, whatever the size of a tensor, of an array or of a shard.
 
     Args:
       folder: Holds model.safetensors, or shards and their index.

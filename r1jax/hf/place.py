@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-STAGED_BYTES = 2**24
-"""Arrays up to this size are put together on the host: a program that writes into each shape would take longer."""
+STAGED_BYTES = 2**25
+"""Arrays up to this size are put together on the host: for each shape and device the rest needs a program that writes."""
 Box = tuple[tuple[int, int], ...]
 """Start and stop on each axis."""
 
@@ -29,15 +29,13 @@ class Filling:
         for device, index in sharding.addressable_devices_indices_map(shape).items():
             box = tuple(s.indices(n)[:2] for s, n in zip(index or (), shape, strict=True))
             self._devices.setdefault(box, []).append(device)
-        sizes = {box: tuple(stop - start for start, stop in box) for box in self._devices}
         self._staged: dict[Box, np.ndarray] = {}
         self._arrays: dict[jax.Device, jax.Array] = {}
-        if sum(math.prod(size) for size in sizes.values()) * dtype.itemsize <= STAGED_BYTES:
-            self._staged = {box: np.zeros(size, dtype) for box, size in sizes.items()}
-            return
-        for box, devices in self._devices.items():
-            for device in devices:
-                self._arrays[device] = jnp.zeros(sizes[box], dtype, device=device)
+        if math.prod(shape) * dtype.itemsize <= STAGED_BYTES:
+            self._staged = {box: np.zeros([stop - start for start, stop in box], dtype) for box in self._devices}
+        else:
+            zeros = jax.jit(partial(jnp.zeros, shape, dtype), out_shardings=sharding)()
+            self._arrays = {shard.device: shard.data for shard in zeros.addressable_shards}
 
     def wants(self, place: Box) -> bool:
         """Whether a device of this process holds any of that place."""

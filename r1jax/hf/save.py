@@ -58,7 +58,7 @@ def save_params(
       folder: Where to; it must not exist, or be empty.
       config: The decoder.
       params: Its parameters, as `Decoder.init` or `load_params` gives them, or anything with a shape and a dtype that
-        NumPy can read, as `Checkpoint.restore_decoder` gives it; float32, bfloat16 or float16. Each array is brought to
+        NumPy can read, as `lazy_decoder` gives it; float32, bfloat16 or float16. Each array is brought to
         the host when its turn comes, and is gone before the next one.
       dtype: What to store them in; None keeps each array's own. The router's bias and a router weight in float32 stay
         in float32, as `transformers` keeps them.

@@ -19,11 +19,11 @@ from r1jax.hf.forward import token_logits
 from r1jax.hf.load import Progress, load_params, read_config
 from r1jax.hf.save import GENERATION_FILE, SHARD_BYTES, Dtype, save_params
 from r1jax.hf.verify import table, verify
-from r1jax.models.lora import merge_lora
 from r1jax.parallel.mesh import make_mesh
 from r1jax.parallel.platform import start_platform
 from r1jax.serve.progress import progress
 from r1jax.train.checkpoints import find_checkpoint, write_sealed
+from r1jax.train.lazy import lazy_decoder
 from r1jax.train.run import provenance
 
 IMPORT_HELP = """\
@@ -168,8 +168,7 @@ def export_folder(words: list[str]) -> int:
     asked = load_arguments(ExportArguments, words, "r1jax hf export", EXPORT_HELP, ("checkpoint", "output"))
     _refuse_taken(Path(asked.output))
     checkpoint = find_checkpoint(Path(asked.checkpoint))
-    model = checkpoint.config().model
-    decoder, params = model.decoder, merge_lora(checkpoint.restore_decoder(), model)
+    decoder, params = checkpoint.config().model.decoder, lazy_decoder(checkpoint)
     if not asked.mtp:
         decoder = replace(decoder, num_nextn_predict_layers=0)
         params.pop("mtp", None)

@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from r1jax.config import Config, differences, from_dict
 from r1jax.disk import flush, sha256
 from r1jax.errors import UserError
 from r1jax.fields import to_json
-from r1jax.models.lora import merge_lora
-from r1jax.train.lazy import merge_later, stored_arrays
 
 MANIFEST = "manifest.json"
 FREE_TO_CHANGE = (
@@ -106,10 +105,10 @@ class Checkpoint:
             ) from error
 
     def restore_decoder(self) -> dict[str, Any]:
-        """Verifies the checkpoint and finds its decoder: the averaged weights where there are some, adapters merged.
+        """Verifies the checkpoint and reads its decoder alone: the averaged weights where there are some.
 
         Returns:
-          Parameters of the decoder as a tree of `LazyArray`, in the dtypes that they are stored in; nothing is read yet.
+          Parameters of the decoder as NumPy arrays, in the dtypes that they are stored in.
 
         Raises:
           UserError: The checkpoint is damaged or holds no decoder.
@@ -118,11 +117,14 @@ class Checkpoint:
         path = (self.path / "state").absolute()
         with ocp.PyTreeCheckpointer() as checkpointer:
             stored = checkpointer.metadata(path).item_metadata.tree
-        group = next((g for g in ("ema", "params") if "decoder" in (stored.get(g) or {})), None)
-        if group is None:
-            raise UserError(f"checkpoint {self.path} holds no decoder: give one that r1jax has trained or imported")
-        decoder = stored_arrays(path, (group, "decoder"), stored[group]["decoder"])
-        return merge_lora(decoder, self.config().model, merge_later)
+            group = next((g for g in ("ema", "params") if "decoder" in (stored.get(g) or {})), None)
+            if group is None:
+                raise UserError(f"checkpoint {self.path} holds no decoder: give one that r1jax has trained or imported")
+            wanted = {group: {"decoder": stored[group]["decoder"]}}
+            abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), wanted)
+            how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), abstract)
+            asked = ocp.args.PyTreeRestore(item=abstract, restore_args=how, partial_restore=True)
+            return checkpointer.restore(path, args=asked)[group]["decoder"]
 
 
 def write_sealed(final: Path, state: Any, config: Config, meta: dict[str, Any]) -> Checkpoint:
@@ -292,7 +294,7 @@ def abstract_like(state: Any, shardings: Any) -> Any:
 def _write_arrays(path: Path, state: Any) -> None:
     """Has Orbax write the arrays; whatever it raises on a failed write is an OSError with the first line of it.
 
-    Copies on the host are limited to a gigabyte or so beyond the largest array, or Orbax would hold all of them at once.
+    Copies on the host are limited to a gigabyte or so beyond the largest array; else Orbax would hold all at once.
     """
     largest = max((x.nbytes for x in jax.tree.leaves(state)), default=0)
     try:

@@ -11,7 +11,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.typing import DTypeLike
 
-from r1jax.models.lora import merge_weight
+from r1jax.errors import UserError
+from r1jax.models.lora import merge_lora, merge_weight
+from r1jax.train.checkpoints import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -33,20 +35,34 @@ class LazyArray:
         return self.read().astype(dtype or self.dtype, copy=False)
 
 
-def stored_arrays(state: Path, keys: tuple[str, ...], metadata: Any) -> Any:
-    """Describes a part of a state that Orbax has written.
+def lazy_decoder(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Verifies a checkpoint and finds its decoder: the averaged weights where there are some, adapters merged.
 
     Args:
-      state: Folder of the state.
-      keys: Where the part is within it.
-      metadata: Orbax's description of the part: nested dicts of shapes and dtypes.
+      checkpoint: Of training, or of `r1jax hf import`.
 
     Returns:
-      The part, as a tree of `LazyArray`.
+      Parameters of the decoder as a tree of `LazyArray`, in their stored dtypes; nothing is read yet.
+
+    Raises:
+      UserError: The checkpoint is damaged or holds no decoder.
     """
-    if isinstance(metadata, dict):
-        return {key: stored_arrays(state, (*keys, key), part) for key, part in metadata.items()}
-    shape, dtype = tuple(metadata.shape), np.dtype(metadata.dtype)
+    checkpoint.verify()
+    state = (checkpoint.path / "state").absolute()
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        stored = checkpointer.metadata(state).item_metadata.tree
+    group = next((g for g in ("ema", "params") if "decoder" in (stored.get(g) or {})), None)
+    if group is None:
+        raise UserError(f"checkpoint {checkpoint.path} holds no decoder: give one that r1jax has trained or imported")
+    decoder = _lazy(state, (group, "decoder"), stored[group]["decoder"])
+    return merge_lora(decoder, checkpoint.config().model, _merge_later)
+
+
+def _lazy(state: Path, keys: tuple[str, ...], described: Any) -> Any:
+    """A part of a state that Orbax has written and describes by nested dicts of shapes and dtypes."""
+    if isinstance(described, dict):
+        return {key: _lazy(state, (*keys, key), part) for key, part in described.items()}
+    shape, dtype = tuple(described.shape), np.dtype(described.dtype)
 
     def nested(value: Any) -> Any:
         for key in reversed(keys):
@@ -63,8 +79,8 @@ def stored_arrays(state: Path, keys: tuple[str, ...], metadata: Any) -> Any:
     return LazyArray(shape, dtype, read)
 
 
-def merge_later(weight: LazyArray, a: LazyArray, b: LazyArray, scale: float) -> LazyArray:
-    """`r1jax.models.lora.merge_weight`, done when somebody asks for the sum."""
+def _merge_later(weight: LazyArray, a: LazyArray, b: LazyArray, scale: float) -> LazyArray:
+    """`merge_weight`, done when somebody asks for the sum."""
     return LazyArray(
         weight.shape, weight.dtype, lambda: np.asarray(merge_weight(*map(np.asarray, (weight, a, b)), scale))
     )
