@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 STAGED_BYTES = 2**25
-"""Arrays up to this size are put together on the host: for each shape and device the rest needs a program that writes."""
+"""Arrays up to this size are put together on the host; larger ones need a program for each shape and device."""
 Box = tuple[tuple[int, int], ...]
 """Start and stop on each axis."""
 

@@ -294,7 +294,7 @@ def abstract_like(state: Any, shardings: Any) -> Any:
 def _write_arrays(path: Path, state: Any) -> None:
     """Has Orbax write the arrays; whatever it raises on a failed write is an OSError with the first line of it.
 
-    Copies on the host are limited to a gigabyte or so beyond the largest array; else Orbax would hold all at once.
+    Copies on the host are limited to two gigabytes beyond the largest array; else Orbax would hold all at once.
     """
     largest = max((x.nbytes for x in jax.tree.leaves(state)), default=0)
     try:

@@ -80,7 +80,7 @@ def numpy_of(value):
 
 
 def make(folder, arch="v3", *, seed=0, mtp=False, dtype="float32", padding=0, batch=2, length=12, **change):
-    """Writes a checkpoint with its reference; returns the arrays of it, and gradients of the MTP loss as mtp_grad/<name>.
+    """Writes a checkpoint with its reference; returns its arrays and, as mtp_grad/<name>, gradients of the MTP loss.
 
     Args:
       folder: A new folder.
@@ -262,7 +262,7 @@ def load_mtp(model):
     from transformers.modeling_layers import MtpModel
 
     where = [rf"model\.layers\.{model.config.num_hidden_layers}\..*"]  # it finds the published layer 61 by itself
-    with mock.patch.object(type(model), "_keys_to_ignore_on_load_unexpected", where):
+    with mock.patch.object(model, "_keys_to_ignore_on_load_unexpected", where):
         return MtpModel.from_pretrained(model).eval()
 
 

@@ -146,7 +146,8 @@ def test_block_fp8_equals_what_it_stands_for(tmp_path, arch, mtp):
     with torch.no_grad():
         arrays["logits"] = model(input_ids=ids).logits.numpy()
     if mtp:
-        arrays |= reference.run_mtp(model, reference.load_mtp(model), ids)
+        # Not its states, which reach 4 here: their rounding in `transformers` alone is near the tolerance.
+        arrays["mtp_logits"] = reference.run_mtp(model, reference.load_mtp(model), ids)["mtp_logits"]
     told = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
     folder = write_folder(tmp_path / "fp8", published | {"quantization_config": told}, quantised, shards=2)
     np.savez(folder / "reference.npz", **arrays)
