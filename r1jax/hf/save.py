@@ -5,7 +5,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -59,7 +59,9 @@ def save_params(
     Args:
       folder: Where to; it must not exist, or be empty.
       config: The decoder.
-      params: Its parameters, as `Decoder.init` or `load_params` gives them; float32, bfloat16 or float16.
+      params: Its parameters, as `Decoder.init` or `load_params` gives them, or anything with a shape and a dtype that
+        NumPy can read, as `lazy_decoder` gives it; float32, bfloat16 or float16. Each array is brought to
+        the host when its turn comes, and is gone before the next one.
       dtype: What to store them in; None keeps each array's own. The router's bias and a router weight in float32 stay
         in float32, as `transformers` keeps them.
       base: config.json that the decoder was imported from, or a part of it such as the numbers of special tokens; keys
@@ -116,7 +118,7 @@ def _arrays(leaves: tuple[Leaf, ...], params: dict[str, Any]) -> dict[tuple[str,
     if wrong:
         raise UserError(f"these parameters are not those of the config: {', '.join(sorted(wrong)[:20])}.")
     for leaf in leaves:
-        if not leaf.pieces and np.any(np.asarray(given[leaf.path])):
+        if not leaf.pieces and np.any(_on_host(given[leaf.path])):
             raise UserError(
                 f"{'/'.join(leaf.path)} is not zero, but Hugging Face's deepseek_v2 has no such tensor: "
                 "a softmax router must be trained with --train.router-bias-rate 0."
@@ -155,13 +157,17 @@ def _write_shards(
 ) -> None:
     """Writes the shards and the index that names them."""
     total, done, where = sum(entry.nbytes for shard in shards for entry in shard), 0, {}
+    path, leaf = None, None
     for number, shard in enumerate(shards, 1):
         file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         where |= {entry.piece.name: file for entry in shard}
         with (draft / file).open("wb") as opened:
             opened.write(_header(shard))
-            for entry, values in _values(shard, arrays):
-                opened.write(memoryview(values.reshape(-1).view(np.uint8)))
+            for entry in shard:
+                if entry.path != path:
+                    leaf = None  # gone before the next one comes
+                    path, leaf = entry.path, _on_host(arrays[entry.path])
+                opened.write(_bytes(entry, leaf[entry.piece.place]))
                 done += entry.nbytes
                 if progress is not None:
                     progress(done, total)
@@ -183,20 +189,24 @@ def _header(shard: list[Entry]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _values(shard: list[Entry], arrays: dict[tuple[str, ...], Any]) -> Iterator[tuple[Entry, np.ndarray]]:
-    """The numbers of each tensor of a shard; each leaf is brought to the host once."""
-    path, leaf = None, np.empty(0)
-    for entry in shard:
-        if entry.path != path:
-            path, leaf = entry.path, np.asarray(arrays[entry.path])
-        values = np.ascontiguousarray(leaf[entry.piece.place])
-        if entry.dtype != values.dtype:
-            with np.errstate(over="ignore"):
-                cast = values.astype(np.float32).astype(entry.dtype)
-            if entry.dtype == np.float16 and not np.isfinite(cast).all() and np.isfinite(values).all():
-                raise UserError(f"{entry.piece.name} has numbers beyond the range of float16: export bfloat16.")
-            values = cast
-        yield entry, values
+def _bytes(entry: Entry, values: np.ndarray) -> memoryview:
+    """The numbers of a tensor as they stand in the file."""
+    values = np.ascontiguousarray(values)
+    if entry.dtype != values.dtype:
+        with np.errstate(over="ignore"):
+            cast = values.astype(np.float32).astype(entry.dtype)
+        if entry.dtype == np.float16 and not np.isfinite(cast).all() and np.isfinite(values).all():
+            raise UserError(f"{entry.piece.name} has numbers beyond the range of float16: export bfloat16.")
+        values = cast
+    return memoryview(values.reshape(-1).view(np.uint8))
+
+
+def _on_host(array: Any) -> np.ndarray:
+    """The numbers of a leaf; JAX would keep a copy of them beside the array as long as that lives."""
+    if isinstance(array, jax.Array):
+        parts = [shard.data for shard in array.addressable_shards]
+        array = jax.make_array_from_single_device_arrays(array.shape, array.sharding, parts)
+    return np.asarray(array)
 
 
 def _write(path: Path, content: bytes) -> None:

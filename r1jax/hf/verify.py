@@ -17,6 +17,7 @@ from r1jax.hf.config import CONFIG_FILE, read_json
 from r1jax.hf.forward import logits_of, trace, trace_gradients, whole
 from r1jax.hf.load import Progress, load_params, read_config
 from r1jax.hf.names import layout
+from r1jax.ops.precision import exact_products
 from r1jax.ops.rope import inverse_frequencies, softmax_scale
 
 REFERENCE = "reference.npz"
@@ -79,7 +80,7 @@ def verify(folder: str | Path, *, mesh: Mesh | None = None, progress: Progress |
     published = read_json(folder / CONFIG_FILE)
     # Numbers that were stored in half precision; `transformers` is asked for fp32.
     half = against.endswith(REFERENCE) and published.get("dtype", published.get("torch_dtype")) in HALF
-    with jax.default_matmul_precision("highest"):  # or a GPU would multiply in TF32
+    with exact_products(jnp.float32):
         rows = (_half if half else _exact)(config, params, reference)
     compared = {row.name for row in rows}
     skipped = tuple(n for n in reference if n not in compared and n not in ("input_ids", "attention_mask"))

@@ -18,12 +18,12 @@ from r1jax.errors import UserError
 from r1jax.hf.forward import token_logits
 from r1jax.hf.save import SHARD_BYTES, Dtype, save_params
 from r1jax.hf.verify import table, verify
-from r1jax.models.lora import merge_lora
 from r1jax.parallel.mesh import make_mesh
 from r1jax.parallel.platform import start_platform
 from r1jax.serve.pretrained import Pretrained, from_checkpoint, from_hugging_face
 from r1jax.serve.progress import percent, progress
 from r1jax.train.checkpoints import write_sealed
+from r1jax.train.lazy import lazy_decoder
 from r1jax.train.run import provenance
 
 TEXT_TOKENS = 1024
@@ -172,7 +172,7 @@ def export_folder(words: list[str]) -> int:
     files, base = source.tokenizer_files(), source.published.get("config")
     if base is None:
         base, files = _own_text(source, files)
-    params = merge_lora(source.checkpoint.restore_decoder(), source.checkpoint.config().model)
+    params = lazy_decoder(source.checkpoint)
     if not asked.mtp:
         params.pop("mtp", None)
     with percent(f"writing {asked.output}") as told:

@@ -160,6 +160,22 @@ class Checkpoint:
         with ocp.PyTreeCheckpointer() as checkpointer:
             return checkpointer.restore((self.path / "state").absolute(), args=asked)
 
+    def find_decoder(self) -> tuple[str, dict[str, Any]]:
+        """Verifies the checkpoint and looks for its decoder: the averaged weights where there are some.
+
+        Returns:
+          The group of the state that it lies in, and its tree of shapes and dtypes.
+
+        Raises:
+          UserError: The checkpoint is damaged or holds no decoder.
+        """
+        self.verify()
+        stored = self.stored()
+        group = next((g for g in ("ema", "params") if "decoder" in (stored.get(g) or {})), None)
+        if group is None:
+            raise UserError(f"checkpoint {self.path} holds no decoder: give one that r1jax has trained or imported")
+        return group, stored[group]["decoder"]
+
     def restore_decoder(self, mesh: Mesh | None = None, dtype: DTypeLike | None = None) -> dict[str, Any]:
         """Verifies the checkpoint and reads its decoder alone: the averaged weights where there are some.
 
@@ -173,17 +189,13 @@ class Checkpoint:
         Raises:
           UserError: The checkpoint is damaged or holds no decoder.
         """
-        self.verify()
-        stored = self.stored()
-        group = next((g for g in ("ema", "params") if "decoder" in (stored.get(g) or {})), None)
-        if group is None:
-            raise UserError(f"checkpoint {self.path} holds no decoder: give one that r1jax has trained or imported")
+        group, described = self.find_decoder()
 
         def shape(path: tuple[Any, ...], x: Any) -> jax.ShapeDtypeStruct:
             router = any(getattr(part, "key", None) == "gate" for part in path) and x.dtype == np.float32
             return jax.ShapeDtypeStruct(x.shape, x.dtype if dtype is None or router else dtype)
 
-        wanted = jax.tree_util.tree_map_with_path(shape, stored[group]["decoder"])
+        wanted = jax.tree_util.tree_map_with_path(shape, described)
         if mesh is not None:
             wanted = abstract_like(wanted, shard_tree(mesh, wanted))
         return self.read({group: {"decoder": wanted}})[group]["decoder"]
@@ -368,10 +380,15 @@ def abstract_like(state: Any, shardings: Any) -> Any:
 
 
 def _write_arrays(path: Path, state: Any) -> None:
-    """Has Orbax write the arrays; whatever it raises on a failed write is an OSError with the first line of it."""
+    """Has Orbax write the arrays; whatever it raises on a failed write is an OSError with the first line of it.
+
+    Copies on the host are limited to two gigabytes beyond the largest array; else Orbax would hold all at once.
+    """
+    largest = max((x.nbytes for x in jax.tree.leaves(state)), default=0)
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(path, state)
+        handler = ocp.StandardCheckpointHandler(save_concurrent_gb=2 + largest // 10**9)
+        with ocp.Checkpointer(handler) as checkpointer:
+            checkpointer.save(path, args=ocp.args.StandardSave(state))
     # TensorStore reports a full disk as ValueError; what its threads leave behind also ends Orbax's event loops.
     except (Exception, asyncio.CancelledError, BaseExceptionGroup) as error:
         reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]

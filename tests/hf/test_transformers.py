@@ -14,11 +14,13 @@ from r1jax.config import DecoderConfig, YarnConfig
 from r1jax.errors import UserError
 from r1jax.hf.forward import logits_of, whole
 from r1jax.hf.load import load_params, read_config
+from r1jax.hf.names import ROUTER_BIAS
 from r1jax.hf.save import save_params
-from r1jax.hf.verify import verify
+from r1jax.hf.verify import memory_names, verify
 from r1jax.models import moe
 from r1jax.models.decoder import Decoder
 from r1jax.models.lora import merge_lora
+from r1jax.ops.losses import cross_entropy
 from r1jax.serve.pretrained import open_pretrained
 from r1jax.train.checkpoints import Checkpoint, CheckpointFolder
 from tests.hf import reference
@@ -38,6 +40,10 @@ GREEDY = {"arch": "v2", "topk_method": "greedy", "n_group": None, "topk_group": 
 ODD = {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 1, "kv_lora_rank": 13, "q_lora_rank": 11, "v_head_dim": 7}
 ODD["norm_topk_prob"] = False  # with top 1 the router would have no gradient
 THREE = {"n_routed_experts": 9, "n_group": 3, "topk_group": 2, "num_attention_heads": 5, "num_key_value_heads": 5}
+HF_TEST = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 32, "moe_intermediate_size": 16}
+HF_TEST |= {"kv_lora_rank": 16, "q_lora_rank": 32, "qk_rope_head_dim": 16, "v_head_dim": 32, "qk_nope_head_dim": 32}
+HF_TEST |= {"n_group": 2, "topk_group": 1, "num_experts_per_tok": 4, "rope_scaling": None}
+"""The shapes of the tests of `transformers` itself, with a choice of experts that their groups allow."""
 PLAIN_YARN = {key: value for key, value in reference.YARN.items() if not key.startswith("mscale")}
 CASES = {
     "default": {"padding": 3, "n_shared_experts": 2},
@@ -49,7 +55,10 @@ CASES = {
     "big eps": {"rms_norm_eps": 1e-2, **ONE_LAYER},
     "one group, top 1, odd ranks": {**ODD, **ONE_LAYER},
     "three groups": {**THREE, **ONE_LAYER},
+    "hf_test": {**HF_TEST, "seed": 7, "padding": 2},
+    "another seed": {"seed": 11, **ONE_LAYER},
     "mtp": {"mtp": True, "seed": 3, **ONE_LAYER},
+    "mtp, no query compression": {"mtp": True, "seed": 4, "q_lora_rank": None, "rope_scaling": None, **ONE_LAYER},
     "v2, groups": {"arch": "v2", "padding": 5},
     "v2, greedy": {"q_lora_rank": None, **GREEDY, **ONE_LAYER},
     "v2, one expert": {"n_routed_experts": 1, "num_experts_per_tok": 1, **GREEDY, **ONE_LAYER},
@@ -69,9 +78,29 @@ def assert_same_tensors(one, other):
         assert value.dtype == other[name].dtype and value.tobytes() == other[name].tobytes(), name
 
 
+def assert_mtp_gradients(config, params, tokens, expected):
+    """Of the loss of the token after next, for all tensors of the MTP module and what it takes from the main model."""
+    tokens = jnp.asarray(tokens)
+
+    @jax.jit
+    @jax.grad
+    def gradient(params):
+        second = Decoder(config).apply({"params": params}, tokens, method=run_all)[1]
+        return jnp.mean(cross_entropy(second[:, :-1], tokens[:, 2:]))
+
+    found = {tuple(p.key for p in path): x for path, x in jax.tree_util.tree_leaves_with_path(gradient(params))}
+    named = {f"mtp_grad/{name}": path for name, path in memory_names(config) if path[-1] != ROUTER_BIAS}
+    assert named.keys() == expected.keys()
+    assert sum(path[0] == "mtp" for path in named.values()) > 12
+    for name, path in named.items():
+        size = np.linalg.norm(expected[name])
+        assert size > 0 and np.linalg.norm(np.asarray(found[path]) - expected[name]) <= 1e-4 * size, name
+
+
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_everything_equals_transformers(tmp_path, case):
     arrays = reference.make(tmp_path / "theirs", **case)
+    second = {name: arrays.pop(name) for name in list(arrays) if name.startswith("mtp_grad/")}
     assert 0.5 < arrays["logits"].std() < 2
     report = verify(tmp_path / "theirs")
     rows = {row.name: row for row in report.rows}
@@ -87,6 +116,8 @@ def test_everything_equals_transformers(tmp_path, case):
 
     config = read_config(tmp_path / "theirs")
     params = load_params(tmp_path / "theirs", config)
+    if case.get("mtp"):
+        assert_mtp_gradients(config, params, arrays["input_ids"], second)
     published = reference.published(tmp_path / "theirs")
     save_params(tmp_path / "ours", config, params, base=published, shard_bytes=40_000)
     assert len(list((tmp_path / "ours").glob("*.safetensors"))) > 1
@@ -101,25 +132,33 @@ def test_everything_equals_transformers(tmp_path, case):
         np.testing.assert_allclose(logits, arrays["logits"], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("arch", ["v3", "v2"])
-def test_block_fp8_equals_what_it_stands_for(tmp_path, arch):
+@pytest.mark.parametrize(("arch", "mtp"), [("v3", False), ("v2", False), ("v3", True)])
+def test_block_fp8_equals_what_it_stands_for(tmp_path, arch, mtp):
     """`transformers` runs the dequantised weights: it cannot read ragged blocks itself."""
-    change = {"hidden_size": 144, "moe_intermediate_size": 136, "q_lora_rank": 130, **ONE_LAYER}
-    reference.make(tmp_path / "plain", arch, **change)
-    quantised, plain = quantise(load_file(tmp_path / "plain" / "model.safetensors"))
-    assert any(v.shape == (2, 2) for n, v in quantised.items() if n.endswith("scale_inv"))
-    published = reference.published(tmp_path / "plain")
-    save_file(plain, tmp_path / "plain" / "model.safetensors", metadata={"format": "pt"})
     import torch
 
+    change = {"hidden_size": 144, "moe_intermediate_size": 136, "q_lora_rank": 130, **ONE_LAYER}
+    reference.make(tmp_path / "plain", arch, mtp=mtp, **change)
+    quantised, plain = quantise(load_file(tmp_path / "plain" / "model.safetensors"))
+    assert any(v.shape == (2, 2) for n, v in quantised.items() if n.endswith("scale_inv"))
+    assert any(n.startswith("model.layers.1.") for n in quantised if n.endswith("scale_inv")) == mtp
+    published = reference.published(tmp_path / "plain")
+    save_file(plain, tmp_path / "plain" / "model.safetensors", metadata={"format": "pt"})
     ids = torch.arange(24).reshape(2, 12)
+    arrays = {"input_ids": ids.numpy().astype(np.int32)}
+    model = reference.load(tmp_path / "plain", arch, "float32", mtp_of="model.layers.1." if mtp else None)
     with torch.no_grad():
-        logits = reference.load(tmp_path / "plain", arch, "float32")(input_ids=ids).logits.numpy()
+        arrays["logits"] = model(input_ids=ids).logits.numpy()
+    if mtp:
+        # Not its states, which reach 4 here: their rounding in `transformers` alone is near the tolerance.
+        arrays["mtp_logits"] = reference.run_mtp(model, reference.load_mtp(model), ids)["mtp_logits"]
     told = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
     folder = write_folder(tmp_path / "fp8", published | {"quantization_config": told}, quantised, shards=2)
-    np.savez(folder / "reference.npz", input_ids=ids.numpy().astype(np.int32), logits=logits)
-    (row,) = verify(folder).rows
-    assert row.holds and row.tolerance <= 5.001e-6 * max(1, logits.std())
+    np.savez(folder / "reference.npz", **arrays)
+    rows = verify(folder).rows
+    assert {row.name for row in rows} == arrays.keys() - {"input_ids"}
+    for row in rows:
+        assert row.holds and row.tolerance <= 5.001e-6 * max(1, arrays[row.name].std()), row
 
 
 BF16_KL = 5e-4
