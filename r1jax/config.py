@@ -166,8 +166,8 @@ class DataConfig:
     seed: Seed = 0
     """Seed of the generator and of the order of cases."""
     order: Literal["global", "window"] = "global"
-    """global: any row may follow any other; window: rows are shuffled within some row groups of Parquet files, which are
-    then read whole (docs/data.md)."""
+    """global: any row may follow any other; window: rows are shuffled within some row groups of Parquet files, which
+    are then read whole (docs/data.md)."""
     window: Count = 16
     """Row groups that are shuffled together."""
     threads: Count = 2

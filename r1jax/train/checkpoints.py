@@ -30,6 +30,8 @@ FREE_TO_CHANGE = (
     "train.log_every",
     "train.save_every",
     "data.threads",
+    "data.workers",
+    "data.ahead",
     "data.path",
     "data.split",
     "data.tokenizer",

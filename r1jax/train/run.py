@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from r1jax import __version__
 from r1jax.config import Config
+from r1jax.data.order import VERSION
 from r1jax.data.source import Source
 from r1jax.errors import UserError
 from r1jax.fields import to_json
@@ -123,6 +124,12 @@ def restore_or_init(
             raise UserError(
                 f"{run.workdir} was trained on {trained_on['name']!r}, but the data is now {source.name!r} with other "
                 "content: choose another --workdir"
+            )
+        ordered = newest.meta()["order"]["version"]
+        if ordered != VERSION:
+            raise UserError(
+                f"{run.workdir} was trained with version {ordered} of the order of cases, this is {VERSION}: use the "
+                "r1jax that started it, or choose another --workdir"
             )
         said = [f"skipped: {error}; it is now {run.checkpoints.set_aside(bad)}" for bad, error in damaged]
         return newest.restore(abstract_like(abstract, where)), [*said, f"goes on from {newest.path}"]
