@@ -24,7 +24,7 @@ STOREYS = (
 )
 STOREY = {name: level for level, names in enumerate(STOREYS) for name in names}
 NO_INPUT_OUTPUT = {"optax", "grain", "orbax", "tensorstore"}  # models and ops say what is computed, nothing else
-DISTRIBUTION = {"absl": "absl-py", "PIL": "pillow", "fhir": "fhir.resources", "orbax": "orbax-checkpoint"}
+DISTRIBUTION = {"PIL": "pillow", "fhir": "fhir.resources", "orbax": "orbax-checkpoint"}
 
 
 def python_files() -> list[Path]:

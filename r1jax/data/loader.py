@@ -1,17 +1,15 @@
 """Batches of a source in a stateless order: resuming needs one integer, whatever reads them."""
 
 import os
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import grain
 import numpy as np
 
 from r1jax.data.order import Order
 from r1jax.data.source import Source
-from r1jax.data.workers import Batches, Read, worker_batches
+from r1jax.data.workers import Batches, Read, Workers, read_in_threads
 from r1jax.errors import UserError
 
 Collate = Callable[[dict[str, Any]], dict[str, np.ndarray]]
@@ -122,12 +120,9 @@ def training_batches(
             "multiple"
         )
     reader = Reader(source, collate, order, share=share, ahead=ahead, stride=max(workers, 1))
-    numbers = grain.MapDataset.range(start, sys.maxsize)
-    # Two batches a thread: the default buffers 500, which are batches here.
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     if workers:
-        return worker_batches(numbers, reader, options, workers)
-    return Batches(iter(numbers.map(reader).to_iter_dataset(options)))
+        return Batches(Workers(reader, start, threads, workers))
+    return Batches(read_in_threads(reader, start, 1, threads))
 
 
 def padded_batches(

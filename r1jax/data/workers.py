@@ -1,4 +1,9 @@
-"""Batches from this process or from workers, whose deaths and errors come out as one clear message."""
+"""Batches from this process or from worker processes, whose deaths and errors come out as one clear message.
+
+grain reads in threads, here and in the workers. Its own worker processes (`mp_prefetch` of 0.2.18) are not used: they
+answer through queues whose writing end this process holds too, so that a worker killed amid a message is waited for
+without end. Here every worker has a pipe of its own, which ends when the worker does.
+"""
 
 import multiprocessing
 import os
@@ -7,23 +12,17 @@ import queue
 import signal
 import sys
 import threading
-import time
 import traceback
+import weakref
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
+import cloudpickle
 import grain
 import numpy as np
-from absl import flags
 
 from r1jax.errors import UserError
-
-POLL_S = 1.0
-"""How often a wait for a batch looks whether the workers live."""
-GRACE_S = 10.0
-"""How long a dead worker's last batches are waited for."""
-WORKER = "grain-process-prefetch"
-"""How the names of grain's worker processes begin."""
 
 
 class Read(NamedTuple):
@@ -34,6 +33,24 @@ class Read(NamedTuple):
     """Id of the process that read it."""
     counters: dict[str, float]
     """Of that process's source, summed since it was opened; empty where it counts nothing."""
+
+
+def read_in_threads(read: Callable[[int], Read], start: int, stride: int, threads: int) -> Any:
+    """Reads batches in the order of their numbers, some of them ahead.
+
+    Args:
+      read: Reads a batch, in any thread.
+      start: First batch.
+      stride: From one batch to the next.
+      threads: How many read.
+
+    Returns:
+      Iterator of grain, endless; to be closed.
+    """
+    numbers = grain.MapDataset.range(start, sys.maxsize, stride)
+    # Two batches a thread: the default buffers 500 elements, which are batches here.
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+    return iter(numbers.map(read).to_iter_dataset(options))
 
 
 class Batches(Iterator[dict[str, np.ndarray]]):
@@ -49,7 +66,7 @@ class Batches(Iterator[dict[str, np.ndarray]]):
         self._counted: dict[int, dict[str, float]] = {}
 
     def __next__(self) -> dict[str, np.ndarray]:
-        read = self._next()
+        read = next(self.iterator)
         self._counted[read.process] = read.counters
         return read.batch
 
@@ -65,150 +82,99 @@ class Batches(Iterator[dict[str, np.ndarray]]):
         """Ends threads and workers."""
         self.iterator.close()
 
-    def _next(self) -> Read:
-        return next(self.iterator)
 
+class Workers(Iterator[Read]):
+    """Processes that read every n-th batch each; a thread receives in turn, so that the next batch is here in time."""
 
-class WorkerBatches(Batches):
-    """Batches from worker processes.
-
-    A worker that dies in the middle of a message leaves its reader blocked for ever, so a thread reads, and this
-    process only waits for it as long as all workers live.
-    """
-
-    def __init__(self, iterator: Any, workers: int) -> None:
-        """Starts the thread that reads; the workers start with the first batch.
+    def __init__(self, read: Callable[[int], Read], start: int, threads: int, workers: int) -> None:
+        """Spawns the processes.
 
         Args:
-          iterator: Of grain, with its workers.
-          workers: How many there will be.
+          read: Reads a batch; a copy of it travels to each worker.
+          start: First batch.
+          threads: Reading threads of each worker.
+          workers: How many.
         """
-        super().__init__(iterator)
-        self.workers = workers
-        self._others = set(multiprocessing.active_children())
-        self._known: dict[int, Any] = {}
-        self._wanted: queue.SimpleQueue[bool] = queue.SimpleQueue()
-        self._found: queue.SimpleQueue[Read | BaseException] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._serve, daemon=True, name="r1jax-batches")
-        self._thread.start()
+        context, payload = multiprocessing.get_context("spawn"), cloudpickle.dumps(read)
+        self.processes, self.pipes = [], []
+        self.found: queue.Queue[Read | BaseException] = queue.Queue(maxsize=1)
+        self.stop = threading.Event()
+        self._end = weakref.finalize(self, _end, self.stop, self.processes)  # before the exit waits for the workers
+        for i in range(workers):
+            ours, theirs = context.Pipe(duplex=False)
+            work = (payload, theirs, start + i, workers, threads)
+            process = context.Process(target=run_worker, args=work, daemon=True, name=f"r1jax-data-{i}")
+            process.start()
+            theirs.close()  # the only other end is the worker's: its death ends the pipe
+            self.processes.append(process)
+            self.pipes.append(ours)
+        arguments = (self.processes, self.pipes, self.found, self.stop)
+        self.thread = threading.Thread(target=_receive, args=arguments, daemon=True, name="r1jax-data-receive")
+        self.thread.start()
+
+    def __next__(self) -> Read:
+        found = self.found.get()
+        if isinstance(found, Read):
+            return found
+        self.found.put(found)  # whoever asks again gets the same answer
+        raise found
 
     def close(self) -> None:
-        """Ends the workers; they finish the batch that they are at."""
-        self._wanted.put(False)
-        self._thread.join(2 * GRACE_S)
-        for worker in self._look():
-            if worker.is_alive():  # neither signals nor wishes reach it
-                worker.kill()
+        """Ends the workers at once: they only read."""
+        self._end()
+        self.thread.join()
+        for pipe in self.pipes:
+            pipe.close()
 
-    def _serve(self) -> None:
-        """Reads a batch a wish, until there is a wish to end."""
+
+def _end(stop: threading.Event, processes: list[Any]) -> None:
+    stop.set()
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.join()
+
+
+def _receive(processes: list[Any], pipes: list[Connection], found: queue.Queue, stop: threading.Event) -> None:
+    """Passes on what the workers send, in turn, until one fails or it is stopped."""
+    turn, message = 0, None
+    while not (stop.is_set() or isinstance(message, BaseException)):
         try:
-            while self._wanted.get():
-                try:
-                    self._found.put(next(self.iterator))
-                except BaseException as error:
-                    self._found.put(error)
-        finally:
-            self.iterator.close()
-
-    def _next(self) -> Read:
-        self._wanted.put(True)
-        dead_since = None
-        while True:
+            message = pickle.loads(pipes[turn].recv_bytes())
+        except (EOFError, OSError):
+            message = _death(processes[turn], turn, len(pipes))
+        except Exception as error:  # a class that cannot be unpickled here
+            message = error
+        while not stop.is_set():
             try:
-                found = self._found.get(timeout=POLL_S)
-            except queue.Empty:
-                dead = next((worker for worker in self._look() if worker.exitcode is not None), None)
-                if dead is not None:
-                    dead_since = dead_since or time.monotonic()
-                    if time.monotonic() - dead_since > GRACE_S:
-                        self._refuse(dead)
+                found.put(message, timeout=0.1)
+                break
+            except queue.Full:
                 continue
-            self._look()
-            if isinstance(found, Read):
-                return found
-            dead = next((worker for worker in self._known.values() if worker.exitcode), None)  # after an error it is 0
-            if dead is not None and not isinstance(found, UserError):
-                self._refuse(dead)
-            raise found
-
-    def _look(self) -> list[Any]:
-        """Worker processes seen so far, the dead ones too."""
-        for process in multiprocessing.active_children():
-            if process.name.startswith(WORKER) and process not in self._others:
-                self._known[process.pid] = process
-        return list(self._known.values())
-
-    def _refuse(self, dead: Any) -> None:
-        """Ends the other workers and says which one died."""
-        for worker in self._known.values():
-            worker.kill()
-        if dead.exitcode < 0:
-            how = f"was killed by {signal.Signals(-dead.exitcode).name}"
-        else:
-            how = f"ended with exit code {dead.exitcode} (why stands above)"
-        raise UserError(
-            f"a worker that reads data (process {dead.pid}, one of data.workers {self.workers}) {how}: run the same "
-            "command again, it goes on from the last checkpoint; if memory ran out, lower data.workers or data.ahead"
-        )
+        turn = (turn + 1) % len(pipes)
 
 
-class Portable:
-    """Runs a function in a worker; what it raises there can be sent to this process."""
-
-    def __init__(self, function: Callable[[int], Read]) -> None:
-        """Wraps a function.
-
-        Args:
-          function: To be run in the worker.
-        """
-        self.function = function
-
-    def __call__(self, k: int) -> Read:
-        """Runs it.
-
-        Raises:
-          UserError: As it was raised.
-          RuntimeError: In place of an error that cannot be pickled, which would never arrive.
-        """
-        try:
-            return self.function(k)
-        except Exception as error:
-            try:
-                pickle.loads(pickle.dumps(error))
-            except Exception:
-                raise RuntimeError("".join(traceback.format_exception(error))) from None
-            raise
+def _death(process: Any, turn: int, workers: int) -> UserError:
+    process.join()
+    if process.exitcode < 0:
+        how = f"was killed by {signal.Signals(-process.exitcode).name}"
+    else:
+        how = f"ended with exit code {process.exitcode}, why stands above"
+    return UserError(
+        f"data worker {turn + 1} of {workers} (process {process.pid}) {how}: run the same command again, it goes on "
+        "from the last checkpoint; if memory ran out, lower data.workers, data.threads or data.ahead"
+    )
 
 
-def worker_batches(numbers: Any, reader: Callable[[int], Read], options: Any, workers: int) -> WorkerBatches:
-    """Batches that spawned processes read.
+def run_worker(payload: bytes, pipe: Connection, start: int, stride: int, threads: int) -> None:
+    """Reads and sends batches until nobody reads them any more; the main function of a worker process.
 
     Args:
-      numbers: Dataset of batch numbers.
-      reader: Reads a batch; travels to the workers.
-      options: grain's `ReadOptions` of each worker.
-      workers: How many.
-
-    Returns:
-      The batches, in the order of their numbers.
-    """
-    if not flags.FLAGS.is_parsed():  # grain 0.2.18 asks for a flag of absl, which no absl.app has parsed here
-        flags.FLAGS.mark_as_parsed()
-    dataset = numbers.map(Portable(reader)).to_iter_dataset(options)
-    # Through pipes, not shared memory: a container has 64 MB of that by default, and killed processes leave theirs.
-    whole = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
-    dataset = grain.experimental.WithOptionsIterDataset(dataset, whole)
-    processes = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-    return WorkerBatches(iter(dataset.mp_prefetch(processes, worker_init_fn=start_worker)), workers)
-
-
-def start_worker(index: int, count: int) -> None:
-    """Prepares a worker process, before the source is unpickled in it.
-
-    Args:
-      index: Which worker.
-      count: How many there are.
+      payload: The reading function, pickled.
+      pipe: To the training process.
+      start: First batch of this worker.
+      stride: From one of its batches to the next.
+      threads: How many read.
     """
     # A terminal and a scheduler signal all processes; the training process decides when it has saved.
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -216,10 +182,29 @@ def start_worker(index: int, count: int) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"  # a preprocessor that uses JAX must not take the memory of the GPU
     if "jax" in sys.modules:
         sys.modules["jax"].config.update("jax_platforms", "cpu")
-    parent = multiprocessing.parent_process()
+    threading.Thread(target=_follow, daemon=True, name="r1jax-data-follow").start()
+    try:
+        for read in read_in_threads(cloudpickle.loads(payload), start, stride, threads):
+            pipe.send_bytes(pickle.dumps(read, protocol=5))
+    except BrokenPipeError:
+        pass
+    except Exception as error:
+        pipe.send_bytes(_portable(error))
+    pipe.close()
+    os._exit(0)  # without waiting for threads that read ahead
 
-    def follow() -> None:
-        parent.join()
-        os._exit(1)
 
-    threading.Thread(target=follow, daemon=True, name="r1jax-follow").start()
+def _follow() -> None:
+    """Ends this process when the one that started it has ended, however it did."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _portable(error: Exception) -> bytes:
+    """The error, or, where it cannot travel, its text."""
+    try:
+        stored = pickle.dumps(error)
+        pickle.loads(stored)
+    except Exception:
+        stored = pickle.dumps(RuntimeError("".join(traceback.format_exception(error))))
+    return stored

@@ -3,18 +3,22 @@
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from r1jax.data import workers as workers_module
 from r1jax.data.loader import Reader, Share, padded_batches, training_batches
 from r1jax.data.order import GlobalOrder, WindowOrder
 from r1jax.data.schema import Field, Schema
 from r1jax.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Numbers:
@@ -35,6 +39,13 @@ class Numbers:
 
     def counters(self):
         return {"requests": float(len(self.requests))}
+
+
+class Large(Numbers):
+    """Each batch is 16 MB, far more than a pipe holds."""
+
+    def read_batch(self, indices):
+        return {"table": np.repeat(np.asarray(indices)[:, None], 2**19, axis=1)}
 
 
 class Broken(Numbers):
@@ -153,7 +164,7 @@ def test_a_source_is_told_what_comes(threads, ahead):
     if not ahead:
         assert told == []
         return
-    assert set(told) >= set(range(2 + threads, 14)) and max(told) <= max(asked) + ahead
+    assert set(told) >= set(range(2 + threads, 14)) and max(told) <= 2 + 12 + 2 * threads + ahead
     if ahead >= threads:  # then before it is read
         assert all(told.index(k) < count for k, count in asked.items() if k >= 2 + threads)
 
@@ -190,19 +201,24 @@ def test_errors_that_cannot_travel_arrive_as_text():
         take(6, Broken(24, unsendable), GlobalOrder(24, 4, 0), workers=1)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
-def test_a_killed_worker_is_named_and_the_run_goes_on_from_where_it_was(number):
+@pytest.mark.parametrize(
+    ("number", "large"), [(signal.SIGKILL, False), (signal.SIGSEGV, False), (signal.SIGKILL, True)]
+)
+def test_a_killed_worker_is_named_and_the_run_goes_on_from_where_it_was(number, large):
     order = GlobalOrder(64, 4, 0)
-    batches = stream(Numbers(64, pause=0.01), order, workers=2)
+    batches = stream(Large(64) if large else Numbers(64, pause=0.01), order, workers=2)
     try:
-        read = [next(batches)["index"].tolist()]
-        pids = [worker.pid for worker in batches._look()]
-        assert len(pids) == 2 and os.getpid() not in pids
+        read = [next(batches)["index"][:, 0].tolist() if large else next(batches)["index"].tolist()]
+        pids = [worker.pid for worker in batches.iterator.processes]
+        if large:
+            time.sleep(1)  # now it is in the midst of a message that is larger than the pipe
         os.kill(pids[1], number)
         began = time.monotonic()
-        with pytest.raises(UserError, match=f"process {pids[1]}, .*killed by {number.name}: run the same command"):
+        with pytest.raises(UserError, match=f"worker 2 of 2 .process {pids[1]}. was killed by {number.name}: run the"):
             while True:
-                read.append(next(batches)["index"].tolist())
+                read.append(np.asarray(next(batches)["index"]).reshape(4, -1)[:, 0].tolist())
+        with pytest.raises(UserError, match="worker 2 of 2"):
+            next(batches)
         assert time.monotonic() - began < 30
     finally:
         batches.close()
@@ -213,42 +229,12 @@ def test_a_killed_worker_is_named_and_the_run_goes_on_from_where_it_was(number):
             os.kill(pid, 0)
 
 
-class Dead:
-    """A worker that was killed while it wrote: its reader waits for the rest for ever."""
-
-    pid, exitcode, name = 123, -9, workers_module.WORKER
-
-    def kill(self):
-        pass
-
-    def is_alive(self):
-        return False
-
-
-class Stuck:
-    def __next__(self):
-        threading.Event().wait(60)
-
-    def close(self):
-        pass
-
-
-def test_a_worker_killed_amid_a_message_is_no_hang(monkeypatch):
-    monkeypatch.setattr(workers_module, "POLL_S", 0.02)
-    monkeypatch.setattr(workers_module, "GRACE_S", 0.1)
-    batches = workers_module.WorkerBatches(Stuck(), 1)
-    monkeypatch.setattr(workers_module.multiprocessing, "active_children", lambda: [Dead()])
-    with pytest.raises(UserError, match="process 123, .*SIGKILL"):
-        next(batches)
-    batches.close()
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_workers_leave_signals_to_the_training_process(number):
     batches = stream(Numbers(64), GlobalOrder(64, 4, 0), workers=1)
     try:
         next(batches)
-        (worker,) = batches._look()
+        (worker,) = batches.iterator.processes
         os.kill(worker.pid, number)
         for _ in range(8):
             next(batches)
@@ -256,6 +242,34 @@ def test_workers_leave_signals_to_the_training_process(number):
     finally:
         batches.close()
     assert not worker.is_alive()
+
+
+LEFT = """
+import os, sys
+from r1jax.data.loader import training_batches
+from r1jax.data.order import GlobalOrder
+from tests.data.test_loader import Numbers, collate
+
+if __name__ == "__main__":
+    batches = training_batches(Numbers(64), collate, GlobalOrder(64, 4, 0), start=0, threads=1, workers=1)
+    next(batches)
+    print(batches.iterator.processes[0].pid, flush=True)
+    if sys.argv[1] == "killed":
+        os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.parametrize("how", ["left", "killed"])
+def test_workers_end_with_the_training_process(how, tmp_path):
+    (tmp_path / "left.py").write_text(LEFT)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(tmp_path / "left.py"), how]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == (0 if how == "left" else -9), done.stderr
+    pid, end = int(done.stdout), time.monotonic() + 20
+    while Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]:
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize(("count", "size"), [(10, 4), (8, 4), (3, 5), (1, 1)])
