@@ -176,6 +176,10 @@ class DataConfig:
     """Processes that read and preprocess; 0 does it in threads of this process."""
     ahead: Natural = 8
     """Batches that a source with a cache is told of before they are read."""
+    preprocess: str = ""
+    """What cases pass through, such as "text_clean|window(-1000, 400)" (docs/plugins.md)."""
+    plugins: tuple[str, ...] = ()
+    """Folders of further preprocessors, beside those of the environment variable R1JAX_PLUGIN_PATH."""
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from r1jax import __version__
 from r1jax.config import Config, EvalArguments
 from r1jax.data.folder import folder_fingerprint
+from r1jax.data.pipeline import original
 from r1jax.data.source import Source
 from r1jax.errors import UserError
 from r1jax.models.r1 import R1
@@ -200,7 +201,7 @@ def origin(run: Evaluation, source: Source, seen: int) -> dict[str, Any]:
     Returns:
       Checkpoint, data, versions and command; JSON as it stands.
     """
-    made, here, data = run.checkpoint.meta(), describe(source), run.config.data
+    made, here, data = run.checkpoint.meta(), describe(source, run.task.pipeline), run.config.data
     return {
         "name": run.config.name,
         "checkpoint": {
@@ -305,7 +306,7 @@ def _curves(scored: Scored) -> list[Scores]:
 
 def _warnings(run: Evaluation, scored: Scored, seen: int) -> list[str]:
     """What a reader of the figures must know."""
-    data, source = run.config.data, scored.source
+    data, source = run.config.data, original(scored.source)
     found = []
     if seen:
         found.append(

@@ -67,7 +67,7 @@ def fit(
     telemetry = Telemetry(run.workdir, steps=t.steps, start=start, batch_size=t.batch_size)
     batches = open_batches(config, task, source, start)
     place = functools.partial(jax.make_array_from_process_local_data, batch_sharding(mesh))
-    made = describe(source) | start_record(run.workdir)
+    made = describe(source, task.pipeline) | start_record(run.workdir)
     note = ""
 
     def save(done: int, validated: dict[str, Any] | None) -> None:

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from r1jax import __version__
 from r1jax.config import Config
 from r1jax.data.order import VERSION
+from r1jax.data.pipeline import Pipeline, changed, original
 from r1jax.data.source import Source
 from r1jax.errors import UserError
 from r1jax.fields import to_json
@@ -120,11 +121,14 @@ def restore_or_init(
         newest = sound[0]
         check_same_run(newest.config(), config, run.workdir)
         trained_on = newest.meta()["data"]
-        if trained_on["fingerprint"] != source.fingerprint:
+        if trained_on["fingerprint"] != original(source).fingerprint:
             raise UserError(
                 f"{run.workdir} was trained on {trained_on['name']!r}, but the data is now {source.name!r} with other "
                 "content: choose another --workdir"
             )
+        other = changed(newest.meta()["preprocess"], task.pipeline.provenance())
+        if other:
+            raise UserError(f"{run.workdir}: {other[0]}: bring that code back, or choose another --workdir")
         ordered = newest.meta()["order"]["version"]
         if ordered != VERSION:
             raise UserError(
@@ -139,9 +143,10 @@ def restore_or_init(
     return start_from(config.train.init, fresh, config.model, run.workdir) if config.train.init else (fresh, [])
 
 
-def describe(source: Source) -> dict[str, Any]:
-    """What a checkpoint says about its making: data, versions, command, revision."""
-    return {"data": {"name": source.name, "fingerprint": source.fingerprint}} | provenance()
+def describe(source: Source, pipeline: Pipeline) -> dict[str, Any]:
+    """What a checkpoint says about its making: data, preprocessors, versions, command, revision."""
+    data = {"name": source.name, "fingerprint": original(source).fingerprint}
+    return {"data": data, "preprocess": pipeline.provenance()} | provenance()
 
 
 def provenance() -> dict[str, Any]:
