@@ -1,6 +1,7 @@
 """In which order rows are read: batch k is a pure function of (seed, k), so that a run goes on from one integer."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,11 @@ class GlobalOrder:
         Returns:
           Row indices.
         """
-        return np.concatenate([self._at(epoch, places) for epoch, places in _places(k, self.batch_size, self.rows)])
+        return self.stretch(k * self.batch_size, self.batch_size)
+
+    def stretch(self, first: int, count: int) -> Int64[np.ndarray, " n"]:
+        """Rows `first` to `first + count` of the endless sequence that batches are cut from."""
+        return np.concatenate([self._at(epoch, places) for epoch, places in _places(first, count, self.rows)])
 
     def _at(self, epoch: int, places: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
         if self.rows <= SORTED:
@@ -92,13 +97,17 @@ class WindowOrder:
         Returns:
           Row indices.
         """
+        return self.stretch(k * self.batch_size, self.batch_size)
+
+    def stretch(self, first: int, count: int) -> Int64[np.ndarray, " n"]:
+        """Rows `first` to `first + count` of the endless sequence that batches are cut from."""
         found = []
-        for epoch, places in _places(k, self.batch_size, self.rows):
+        for epoch, places in _places(first, count, self.rows):
             _, ends = self._epoch(epoch)
             windows = np.searchsorted(ends, places, side="right")
             for window in range(int(windows[0]), int(windows[-1]) + 1):
-                first = int(ends[window - 1]) if window else 0
-                found.append(self._rows(epoch, window)[places[windows == window] - first])
+                begin = int(ends[window - 1]) if window else 0
+                found.append(self._rows(epoch, window)[places[windows == window] - begin])
         return np.concatenate(found)
 
     def _permute_groups(self, epoch: int) -> tuple[Int64[np.ndarray, " G"], Int64[np.ndarray, " W"]]:
@@ -115,7 +124,48 @@ class WindowOrder:
         return rows[np.argsort(_random(len(rows), self.seed, epoch, window + 1), kind="stable")]
 
 
-Order = GlobalOrder | WindowOrder
+class MixedOrder:
+    """Several sources by turns in exact proportions, each in its own order and with its own epochs.
+
+    Of every `sum(weights)` consecutive rows, wherever they begin, each source gives as many as its weight says.
+    """
+
+    def __init__(self, orders: Sequence[GlobalOrder | WindowOrder], weights: Sequence[int], batch_size: int) -> None:
+        """States the order.
+
+        Args:
+          orders: Of each source; their batch sizes do not matter.
+          weights: Rows of each source in a turn.
+          batch_size: Rows a batch.
+        """
+        self.orders, self.weights, self.batch_size = tuple(orders), tuple(weights), batch_size
+        self.offsets = np.cumsum([0, *(order.rows for order in orders)])
+        self.rows = int(self.offsets[-1])
+        owners = np.repeat(np.arange(len(weights)), weights)
+        due = np.concatenate([(np.arange(weight) + 0.5) / weight for weight in weights])
+        self._turn = owners[np.argsort(due, kind="stable")]  # evenly spread, not one source after the other
+
+    def batch(self, k: int) -> Int64[np.ndarray, " B"]:
+        """Finds the rows of a batch.
+
+        Args:
+          k: Which batch, from 0, without end.
+
+        Returns:
+          Row indices, those of a source after those of the sources before it.
+        """
+        first, length = k * self.batch_size, len(self._turn)
+        owners = self._turn[(first % length + np.arange(self.batch_size)) % length]
+        found = np.empty(self.batch_size, np.int64)
+        for i, (order, weight) in enumerate(zip(self.orders, self.weights, strict=True)):
+            mine = np.flatnonzero(owners == i)
+            before = first // length * weight + int((self._turn[: first % length] == i).sum())
+            if len(mine):
+                found[mine] = order.stretch(before, len(mine)) + self.offsets[i]
+        return found
+
+
+Order = GlobalOrder | WindowOrder | MixedOrder
 
 
 def feistel(places: Int64[np.ndarray, " n"], rows: int, keys: UInt64[np.ndarray, "8"]) -> Int64[np.ndarray, " n"]:
@@ -159,14 +209,14 @@ def _random(count: int, seed: int, epoch: int, part: int = 0) -> UInt64[np.ndarr
     return np.random.Philox(key=key).random_raw(count)
 
 
-def _places(k: int, batch_size: int, rows: int) -> list[tuple[int, Int64[np.ndarray, " n"]]]:
-    """The epochs that a batch touches, and its places in each."""
-    found, first, end = [], k * batch_size, (k + 1) * batch_size
+def _places(first: int, count: int, rows: int) -> list[tuple[int, Int64[np.ndarray, " n"]]]:
+    """The epochs that a stretch touches, and its places in each."""
+    found, end = [], first + count
     while first < end:
         epoch, place = divmod(first, rows)
-        count = min(rows - place, end - first)
-        found.append((epoch, np.arange(place, place + count)))
-        first += count
+        some = min(rows - place, end - first)
+        found.append((epoch, np.arange(place, place + some)))
+        first += some
     return found
 
 
@@ -174,7 +224,7 @@ def open_order(source: Source, batch_size: int, data: DataConfig) -> Order:
     """The order that the config asks for.
 
     Args:
-      source: The training cases.
+      source: The training cases; those of `Mixed` come in its proportions.
       batch_size: Cases a global batch.
       data: Seed, kind and window.
 
@@ -184,15 +234,24 @@ def open_order(source: Source, batch_size: int, data: DataConfig) -> Order:
     Raises:
       UserError: A window is asked of a source without row groups.
     """
+    weights = getattr(source, "weights", None)
+    if weights is None:
+        return _plain_order(source, batch_size, data, data.seed)
+    seeds = [int(_random(1, data.seed, 0, part=i + 1)[0] >> np.uint64(32)) for i in range(len(weights))]
+    parts = zip(source.sources, seeds, strict=True)
+    return MixedOrder([_plain_order(part, batch_size, data, seed) for part, seed in parts], weights, batch_size)
+
+
+def _plain_order(source: Source, batch_size: int, data: DataConfig, seed: int) -> GlobalOrder | WindowOrder:
     if data.order == "global":
-        return GlobalOrder(len(source), batch_size, data.seed)
+        return GlobalOrder(len(source), batch_size, seed)
     starts = getattr(source, "starts", None)
     if starts is None:
         raise UserError(
             f"data.order is 'window', but {source.name!r} has no row groups: give Parquet files as data.path, or set "
             "data.order to 'global'"
         )
-    return WindowOrder(starts, batch_size, data.seed, data.window)
+    return WindowOrder(starts, batch_size, seed, data.window)
 
 
 def describe_order(source: Source, batch_size: int, data: DataConfig) -> dict[str, Any]:

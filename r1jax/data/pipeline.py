@@ -188,7 +188,8 @@ class Preprocessed:
         self.name = f"{source.name}, through {'|'.join(step.text for step in pipeline.steps)}"
         made = json.dumps([source.fingerprint, pipeline.provenance()], sort_keys=True)
         self.fingerprint = hashlib.sha256(made.encode()).hexdigest()
-        self.starts = getattr(source, "starts", None)
+        self.starts, self.weights = (getattr(source, name, None) for name in ("starts", "weights"))
+        self.sources = getattr(source, "sources", None)
 
     def __len__(self) -> int:
         """Number of cases."""
