@@ -19,7 +19,7 @@ ROUNDS = 8
 
 
 class GlobalOrder:
-    """Each epoch is another pseudo-random permutation of all rows ; needs memory for one batch."""
+    """Each epoch is another pseudo-random permutation of all rows; needs memory for one batch, or for `SORTED` rows."""
 
     def __init__(self, rows: int, batch_size: int, seed: int) -> None:
         """States the order; nothing is permuted yet.

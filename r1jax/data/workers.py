@@ -142,6 +142,8 @@ def _receive(processes: list[Any], pipes: list[Connection], found: queue.Queue, 
         try:
             message = pickle.loads(pipes[turn].recv_bytes())
         except (EOFError, OSError):
+            if stop.is_set():
+                return
             message = _death(processes[turn], turn, len(pipes))
         except Exception as error:  # a class that cannot be unpickled here
             message = error
@@ -156,10 +158,11 @@ def _receive(processes: list[Any], pipes: list[Connection], found: queue.Queue, 
 
 def _death(process: Any, turn: int, workers: int) -> UserError:
     process.join()
-    if process.exitcode < 0:
-        how = f"was killed by {signal.Signals(-process.exitcode).name}"
+    code = process.exitcode or 0  # None where the main thread, which closes all this, has been told first
+    if code < 0:
+        how = f"was killed by {signal.Signals(-code).name}"
     else:
-        how = f"ended with exit code {process.exitcode}, why stands above"
+        how = f"ended with exit code {code}, why stands above"
     return UserError(
         f"data worker {turn + 1} of {workers} (process {process.pid}) {how}: run the same command again, it goes on "
         "from the last checkpoint; if memory ran out, lower data.workers, data.threads or data.ahead"

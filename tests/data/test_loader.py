@@ -10,8 +10,10 @@ import time
 from itertools import islice
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from r1jax.data.loader import Reader, Share, padded_batches, training_batches
 from r1jax.data.order import GlobalOrder, WindowOrder
@@ -131,7 +133,12 @@ def test_resuming_anywhere_with_anything_else_gives_the_remaining_batches(starts
             )
             for index in range(processes)
         ]
-        assert [sum(batch, []) for batch in zip(*parts, strict=True)] == whole[start:], trial
+        joined = [sum(batch, []) for batch in zip(*parts, strict=True)]
+        assert joined == whole[start:], trial
+        devices = draw.choice([1, 2, 4, 8])
+        mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
+        placed = jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec("data")), np.array(joined[0]))
+        assert len(placed.sharding.device_set) == devices and np.asarray(placed).tolist() == whole[start], trial
 
 
 @pytest.mark.parametrize(("workers", "threads", "start"), [(1, 3, 5), (2, 1, 13), (3, 2, 4)])
@@ -165,8 +172,8 @@ def test_a_source_is_told_what_comes(threads, ahead):
         assert told == []
         return
     assert set(told) >= set(range(2 + threads, 14)) and max(told) <= 2 + 12 + 2 * threads + ahead
-    if ahead >= threads:  # then before it is read
-        assert all(told.index(k) < count for k, count in asked.items() if k >= 2 + threads)
+    if threads == 1:  # several may be overtaken by a thread that reads what another is about to tell
+        assert all(told.index(k) < count for k, count in asked.items() if k > 2)
 
 
 def test_workers_are_told_their_own_batches():
