@@ -188,7 +188,21 @@ class DataConfig:
     folds: Annotated[int, Bounds("of at least 2", 2)] = 5
     seed: Seed = 0
     """Seed of the generator and of the order of cases."""
+    order: Literal["global", "window"] = "global"
+    """global: any row may follow any other; window: rows are shuffled within some row groups of Parquet files, which
+    are then read whole (docs/data.md)."""
+    window: Count = 16
+    """Row groups that are shuffled together."""
     threads: Count = 2
+    """Reading threads, in each worker where there are some."""
+    workers: Natural = 0
+    """Processes that read and preprocess; 0 does it in threads of this process."""
+    ahead: Natural = 8
+    """Batches that a source with a cache is told of before they are read."""
+    preprocess: str = ""
+    """What cases pass through, such as "text_clean|window(-1000, 400)" (docs/plugins.md)."""
+    plugins: tuple[str, ...] = ()
+    """Folders of further preprocessors, beside those of the environment variable R1JAX_PLUGIN_PATH."""
     cache: CacheConfig = field(default_factory=CacheConfig)
 
 

@@ -313,6 +313,7 @@ def test_tuples_are_lists_of_words_only_where_the_field_is_a_list():
     assert {name for name, hint in LEAVES.items() if get_origin(hint) is tuple} == {
         "model.modalities",
         "task.fields",
+        "data.plugins",
         *(f"model.{kind}.{name}" for kind in ("volume", "image") for name in ("size", "widths", "blocks")),
     }
 

@@ -19,6 +19,7 @@ import pytest
 import train
 from r1jax.errors import run_main
 from r1jax.train.checkpoints import CheckpointFolder
+from tests.train.experiment import CLOCK
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "tests" / "train" / "tiny.py"
@@ -65,7 +66,7 @@ def finish(process, folder):
 def rows(workdir):
     """Rows of metrics.jsonl without what depends on the clock."""
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "examples_per_second"} for line in lines]
+    return [{k: v for k, v in json.loads(line).items() if k not in CLOCK} for line in lines]
 
 
 def last_state(workdir):

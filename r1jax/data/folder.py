@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, Int64
 
 from r1jax.config import CacheConfig
 from r1jax.data.filesystem import is_remote
@@ -110,13 +110,13 @@ class FolderCases:
         return len(self.rows)
 
     @property
-    def starts(self) -> Int[np.ndarray, " G_plus_1"]:
-        """Where row groups of Parquet files begin among these cases, and their number; a folder is one group."""
+    def starts(self) -> Int64[np.ndarray, " G_plus_1"] | None:
+        """Where row groups of Parquet files begin among these cases, and the number of cases; None in a folder."""
         pictures = self.cases.pictures
         if not isinstance(pictures, StoredPictures):
-            return np.array([0, len(self.rows)])
+            return None
         groups = np.searchsorted(pictures.rows.cold.starts, self.rows, side="right")
-        return np.concatenate([[0], np.flatnonzero(np.diff(groups)) + 1, [len(self.rows)]])
+        return np.concatenate([[0], np.flatnonzero(np.diff(groups)) + 1, [len(self.rows)]]).astype(np.int64)
 
     def prefetch(self, indices: Int[np.ndarray, " B"]) -> None:
         """Brings what one later `read_batch` of Parquet files needs into the cache, in the background.

@@ -18,6 +18,7 @@ from r1jax import __version__
 from r1jax.config import Config, EvalArguments
 from r1jax.data.filesystem import is_remote
 from r1jax.data.folder import folder_fingerprint
+from r1jax.data.pipeline import original
 from r1jax.data.source import Source
 from r1jax.data.tokenizer_files import check_bytes, check_same
 from r1jax.errors import UserError
@@ -220,7 +221,7 @@ def origin(run: Evaluation, source: Source, seen: int | None) -> dict[str, Any]:
     Returns:
       Checkpoint, data, versions and command; JSON as it stands.
     """
-    made, here, data = run.checkpoint.meta(), describe(source), run.config.data
+    made, here, data = run.checkpoint.meta(), describe(source, run.task.pipeline), run.config.data
     return {
         "name": run.config.name,
         "checkpoint": {
@@ -327,7 +328,7 @@ def _curves(scored: Scored) -> list[Scores]:
 
 def _warnings(run: Evaluation, scored: Scored, seen: int) -> list[str]:
     """What a reader of the figures must know."""
-    data, source = run.config.data, scored.source
+    data, source = run.config.data, original(scored.source)
     found = []
     if seen:
         found.append(

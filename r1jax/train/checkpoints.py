@@ -37,6 +37,9 @@ FREE_TO_CHANGE = (
     "train.save_every",
     "data.cache.",
     "data.threads",
+    "data.workers",
+    "data.ahead",
+    "data.plugins",
     "data.path",
     "data.split",
     "data.tokenizer",
@@ -45,7 +48,7 @@ FREE_TO_CHANGE = (
 )
 """Fields that may differ when a run goes on: with other devices the last bits may change, with the rest nothing does.
 
-Data is compared by its fingerprint; the weights that a run started from are of the past.
+Data and plug-ins are compared by their hashes; the weights that a run started from are of the past.
 """
 
 

@@ -135,6 +135,6 @@ def test_first_signal_asks_and_second_leaves(tmp_path, number):
 
 
 def test_description_of_a_run(tiny):
-    made = describe(tiny.source)
+    made = describe(tiny.source, tiny.task.pipeline)
     assert made["data"] == {"name": tiny.source.name, "fingerprint": tiny.source.fingerprint}
     assert made["versions"]["jax"] == jax.__version__ and made["git"] and json.dumps(made)
