@@ -1,5 +1,5 @@
-import dataclasses
 import pickle
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +10,7 @@ import pytest
 from r1jax.data.card import CARD
 from r1jax.data.folder import FolderCases, folder_fingerprint
 from r1jax.data.loader import training_batches
+from r1jax.data.order import GlobalOrder
 from r1jax.data.parquet import ParquetStore
 from r1jax.data.parquet_cases import stored_rows, stored_schema
 from r1jax.data.shards import write_shards
@@ -171,13 +172,17 @@ def test_training_reads_the_same_batches_from_hdfs(tmp_path, hdfs):
     folder = write_folder(tmp_path / "cases", **FOLDERS["everything"])
     url = convert(folder, f"{hdfs.url}/{tmp_path.name}")
 
+    def collate(raw: dict) -> dict[str, np.ndarray]:
+        return {name: np.asarray(values) for name, values in raw.items()}
+
     def batches(path, start: int) -> list[dict]:
         source = FolderCases.open(path, "train")
-        stream = training_batches(source, dict, batch_size=3, seed=1, start=start, threads=2)
-        return [next(stream) for _ in range(4)]
+        order = GlobalOrder(len(source), 3, seed=1)
+        with closing(training_batches(source, collate, order, start=start, threads=2)) as found:
+            return [next(found) for _ in range(4)]
 
     wanted = batches(folder, 0) + batches(folder, 4)
     hdfs.kill_datanode()
     hdfs.start_datanode()
     for one, other in zip(wanted, batches(url, 0) + batches(url, 4), strict=True):
-        assert_same(dataclasses.asdict(one) if dataclasses.is_dataclass(one) else one, other)
+        assert_same(one, other)
