@@ -316,12 +316,14 @@ class GenerationSettings:
     """Tokens in a page of the cache."""
 
 
-def from_dict(values: Any, source: str = "config") -> Config:
+def from_dict(values: Any, source: str = "config", *, stored: bool = False) -> Config:
     """Builds a config from what `to_dict` gave, and accepts nothing else.
 
     Args:
       values: Nested dicts, for example the content of a checkpoint's config.json.
       source: File that the values came from, for error messages.
+      stored: Whether an older revision may have written them: fields that it did not have take their defaults. A new
+        field must therefore default to what was done before it came.
 
     Returns:
       The config, of hashable values only.
@@ -329,7 +331,7 @@ def from_dict(values: Any, source: str = "config") -> Config:
     Raises:
       UserError: A key is unknown or missing, or a value does not fit its field.
     """
-    return build(Config, values, source)
+    return build(Config, values, source, stored=stored)
 
 
 def differences(a: Config, b: Config) -> list[tuple[str, Any, Any]]:

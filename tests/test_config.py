@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import operator
 import re
@@ -158,6 +159,24 @@ def test_missing_field_and_wrong_root_are_named():
         from_dict(raw)
     with pytest.raises(UserError, match=re.escape("run/config.json must be a group of fields, not [1]")):
         from_dict([1], "run/config.json")
+
+
+def test_a_stored_config_of_an_older_revision_takes_defaults_for_what_came_later():
+    config = Config(data=DataConfig(order="window"), model=ModelConfig(image=VisionConfig(size=(32, 32))))
+    raw = to_dict(config)
+    del raw["data"]["cache"], raw["data"]["workers"], raw["model"]["image"]["blocks"], raw["mesh"]["fsdp"]
+    read = from_dict(raw, stored=True)
+    assert read.data == config.data and read.mesh == config.mesh
+    assert read.model.image == dataclasses.replace(config.model.image, blocks=VisionConfig().blocks)
+    with pytest.raises(UserError, match="'model.image.blocks' is missing"):
+        from_dict(raw)
+    raw["data"]["shards"] = 3
+    with pytest.raises(UserError, match="unknown field 'data.shards'"):
+        from_dict(raw, stored=True)
+    del raw["data"]["shards"]
+    raw["data"]["seed"] = -1
+    with pytest.raises(UserError, match="data.seed is -1"):
+        from_dict(raw, stored=True)
 
 
 def decoder(**changes) -> Config:

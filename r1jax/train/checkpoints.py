@@ -69,8 +69,8 @@ class Checkpoint:
         return "data" not in self.meta()
 
     def config(self) -> Config:
-        """The config it was trained with."""
-        return from_dict(_read_json(self.path / "config.json"), str(self.path / "config.json"))
+        """The config it was trained with; fields that came after it was written have their defaults."""
+        return from_dict(_read_json(self.path / "config.json"), str(self.path / "config.json"), stored=True)
 
     def meta(self) -> dict[str, Any]:
         """Validation figures, operating points, data and versions."""

@@ -126,15 +126,16 @@ def restore_or_init(
                 f"{run.workdir} was trained on {trained_on['name']!r}, but the data is now {source.name!r} with other "
                 "content: choose another --workdir"
             )
-        other = changed(newest.meta()["preprocess"], task.pipeline.provenance())
-        if other:
-            raise UserError(f"{run.workdir}: {other[0]}: bring that code back, or choose another --workdir")
-        ordered = newest.meta()["order"]["version"]
+        # Before there were versions of the order there were no preprocessors either.
+        ordered = newest.meta().get("order", {"version": 0})["version"]
         if ordered != VERSION:
             raise UserError(
                 f"{run.workdir} was trained with version {ordered} of the order of cases, this is {VERSION}: use the "
                 "r1jax that started it, or choose another --workdir"
             )
+        other = changed(newest.meta()["preprocess"], task.pipeline.provenance())
+        if other:
+            raise UserError(f"{run.workdir}: {other[0]}: bring that code back, or choose another --workdir")
         said = [f"skipped: {error}; it is now {run.checkpoints.set_aside(bad)}" for bad, error in damaged]
         return newest.restore(abstract_like(abstract, where)), [*said, f"goes on from {newest.path}"]
     (run.workdir / "config.json").write_text(to_json(config))

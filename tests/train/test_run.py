@@ -11,6 +11,7 @@ import pytest
 from r1jax.config import Config
 from r1jax.data.source import Source
 from r1jax.errors import UserError
+from r1jax.train.checkpoints import Checkpoint
 from r1jax.train.run import describe, open_run, restore_or_init
 
 
@@ -100,6 +101,14 @@ def test_other_data(tiny, workdir):
     with open_run(config) as run, pytest.raises(UserError, match="was trained on 'synthetic.*now 'other cases'"):
         restore_or_init(config, run, tiny.model, tiny.task, tiny.mesh, Other(), tiny.batch)
     assert content(workdir) == before
+
+
+def test_a_run_of_before_there_were_orders_does_not_go_on(tiny, workdir, monkeypatch):
+    whole = Checkpoint.meta
+    late = ("order", "preprocess")
+    monkeypatch.setattr(Checkpoint, "meta", lambda self: {k: v for k, v in whole(self).items() if k not in late})
+    with pytest.raises(UserError, match="version 0 of the order of cases, this is 1"):
+        restore(tiny, workdir)
 
 
 def test_one_process_a_folder(tmp_path):
