@@ -118,7 +118,7 @@ class BlockCodec:
                 raise UserError(f"column {field.name!r} is missing: there are {', '.join(batch.schema.names)}")
             column = batch.column(field.name)
             try:
-                columns.append(column.cast(field.type))
+                columns.append(column if column.type == field.type else column.cast(field.type))
             except pa.ArrowException as error:
                 raise UserError(f"column {field.name!r} is {column.type}, not {field.type}: {error}") from error
         return pa.RecordBatch.from_arrays(columns, schema=self.plain)

@@ -221,16 +221,13 @@ class _Tiers:
         self, indices: np.ndarray, numbers: np.ndarray, places: np.ndarray, batches: dict[int, pa.RecordBatch]
     ) -> pa.Table:
         """Picks rows out of units; `places` is the unit of each index, as a position in `numbers`."""
-        order = np.argsort(places, kind="stable")
-        counts = np.bincount(places, minlength=len(numbers))
-        pieces = []
-        for number, asked in zip(numbers.tolist(), np.split(order, np.cumsum(counts)[:-1]), strict=True):
-            first = self.cold.starts[number] if self.unit == "group" else number
-            pieces.append(batches[number].take(pa.array(indices[asked] - first)))
-        table = pa.Table.from_batches(pieces, self.codec.plain).combine_chunks()
-        back = np.empty_like(order)
-        back[order] = np.arange(len(order))
-        return table.take(pa.array(back))
+        if self.unit == "row":
+            found = [batches[number] for number in indices.tolist()]
+        else:
+            owners = numbers[places]
+            inside = (indices - self.cold.starts[owners]).tolist()
+            found = [batches[number].slice(row, 1) for number, row in zip(owners.tolist(), inside, strict=True)]
+        return pa.Table.from_batches(found, self.codec.plain).combine_chunks()  # copies each row once
 
     def _load(self, mine: list[int], loads: "_Loads") -> dict[int, pa.RecordBatch]:
         """Gets units that are not in memory, and stores those that the shared tier lacks."""

@@ -1,11 +1,12 @@
 """The commands `r1jax data ...`: converts sources to Parquet, describes a data set, compares it with its sums."""
 
+import ast
 import hashlib
 import importlib
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from r1jax.cli import load_arguments
 from r1jax.config import Natural
@@ -19,7 +20,7 @@ from r1jax.data.shards import Origin, Rows, rows_of, write_shards
 from r1jax.errors import UserError
 from r1jax.serve.progress import progress
 
-Format = Literal["auto", "cases", "images", "csv", "dicom", "nifti", "mhd", "audio", "series"]
+Format = Literal["auto", "cases", "images", "csv", "npz", "mhd", "nifti", "dicom", "audio", "series"]
 CONVERT_HELP = """\
 Writes a source as Parquet files with checksums, which training reads from a disk, HDFS or S3.
 The same command again goes on where it was cut off.
@@ -27,6 +28,7 @@ The same command again goes on where it was cut off.
 Examples:
   r1jax data convert my_cases hdfs://namenode:8020/cases
   r1jax data convert pictures s3://bucket/pictures --format images
+  r1jax data convert runs series --format series --options "time='timestamp'"
 """
 INFO_HELP = """\
 Describes the Parquet files below a path or URL: rows, columns, row groups, sizes, checksums.
@@ -52,6 +54,8 @@ class Convert:
     """Folder or URL to write to."""
     format: Format = "auto"
     """What the source is; auto takes a folder with .npz files for cases (docs/data.md), else looks at the names."""
+    options: str = ""
+    """Options of the reader of this format, such as "form='pixels'" (docs/formats.md)."""
     group_rows: Natural = 0
     """Rows of a row group, the unit of reading; 0 takes as many as make about 1 MiB, at most 512."""
     shard_rows: Natural = 0
@@ -79,7 +83,7 @@ def convert(words: list[str]) -> int:
       UserError: The source or the place to write to is not as it should be.
     """
     arguments = load_arguments(Convert, words, "r1jax data convert", CONVERT_HELP, ("source", "output"))
-    schema, rows, total, name, fingerprint = _open(arguments.format, arguments.source)
+    schema, rows, total, name, fingerprint = _open(arguments.format, arguments.source, _options(arguments.options))
     origin = Origin(name, fingerprint, shlex.join(["r1jax", "data", "convert", *words]))
     with progress("rows", total) as steps:
         card = write_shards(
@@ -97,11 +101,27 @@ def convert(words: list[str]) -> int:
     return 0
 
 
-def _open(kind: Format, path: str) -> tuple[Schema, Rows, int, str, str]:
+def _options(text: str) -> dict[str, Any]:
+    """Reads `name=value, ...` with values that are literals; nothing in the text is executed."""
+    try:
+        call = ast.parse(f"_({text})", mode="eval").body
+        if not isinstance(call, ast.Call) or call.args or any(item.arg is None for item in call.keywords):
+            raise ValueError("names are missing")
+        return {str(item.arg): ast.literal_eval(item.value) for item in call.keywords}
+    except (SyntaxError, ValueError, TypeError) as error:
+        raise UserError(
+            f"--options {text!r} cannot be read: write name=value, separated by commas, with words in quotes, such as"
+            " time='timestamp'"
+        ) from error
+
+
+def _open(kind: Format, path: str, options: dict[str, Any]) -> tuple[Schema, Rows, int, str, str]:
     """Opens what is to be converted."""
-    if kind == "auto" and Path(path).is_dir() and any(Path(path).glob("*.npz")):
+    if kind == "auto" and not options and Path(path).is_dir() and any(Path(path).glob("*.npz")):
         kind = "cases"
     if kind == "cases":
+        if options:
+            raise UserError("--options are those of other formats: cases have none, leave it out")
         source = FolderCases.open(path, hold=False)
         schema, cases = stored_schema(source.cases), source.cases
         return schema, lambda start: stored_rows(cases, start), len(source), source.name, source.fingerprint
@@ -109,7 +129,7 @@ def _open(kind: Format, path: str) -> tuple[Schema, Rows, int, str, str]:
         open_format = importlib.import_module("r1jax.data.formats").open_format
     except ImportError as error:
         raise UserError(f"--format {kind} is not known here ({error}): choose cases, a folder of .npz files") from error
-    other = open_format(kind, path)
+    other = open_format(kind, path, **options)
     return other.schema, rows_of(other), len(other), other.name, other.fingerprint
 
 

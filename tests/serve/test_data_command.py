@@ -66,7 +66,7 @@ def test_other_formats_are_converted_from_their_sources(tmp_path, monkeypatch):
             return SCHEMA.decode(SCHEMA.encode([row(n) for n in indices.tolist()]))
 
     formats = types.ModuleType("r1jax.data.formats")
-    formats.open_format = lambda kind, path: {("audio", "recordings"): Numbers()}[kind, path]
+    formats.open_format = lambda kind, path, **options: {("audio", "recordings"): Numbers()}[kind, path]
     monkeypatch.setitem(sys.modules, "r1jax.data.formats", formats)
     assert dispatch(["data", "convert", "recordings", str(tmp_path / "x"), "--format", "audio"]) == 0
     assert_rows(read_everything(tmp_path / "x"), range(21))
