@@ -2,7 +2,6 @@
 
 import ast
 import hashlib
-import importlib
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from r1jax.config import Natural
 from r1jax.data.card import CARD, read_card
 from r1jax.data.files import Files
 from r1jax.data.folder import FolderCases
+from r1jax.data.formats import open_format
 from r1jax.data.parquet import ParquetStore
 from r1jax.data.parquet_cases import stored_rows, stored_schema
 from r1jax.data.schema import Schema
@@ -125,10 +125,6 @@ def _open(kind: Format, path: str, options: dict[str, Any]) -> tuple[Schema, Row
         source = FolderCases.open(path, hold=False)
         schema, cases = stored_schema(source.cases), source.cases
         return schema, lambda start: stored_rows(cases, start), len(source), source.name, source.fingerprint
-    try:
-        open_format = importlib.import_module("r1jax.data.formats").open_format
-    except ImportError as error:
-        raise UserError(f"--format {kind} is not known here ({error}): choose cases, a folder of .npz files") from error
     other = open_format(kind, path, **options)
     return other.schema, rows_of(other), len(other), other.name, other.fingerprint
 

@@ -1,11 +1,9 @@
-import sys
-import types
-
 import numpy as np
 import pytest
 
 from r1jax.__main__ import dispatch
 from r1jax.data.parquet import ParquetStore
+from r1jax.serve import data_command
 from tests.data.folders import images, write
 from tests.data.parquet_sets import SCHEMA, assert_rows, read_everything, refused, row
 from tests.data.parquet_sets import write as write_parquet
@@ -65,9 +63,8 @@ def test_other_formats_are_converted_from_their_sources(tmp_path, monkeypatch):
         def read_batch(self, indices):
             return SCHEMA.decode(SCHEMA.encode([row(n) for n in indices.tolist()]))
 
-    formats = types.ModuleType("r1jax.data.formats")
-    formats.open_format = lambda kind, path, **options: {("audio", "recordings"): Numbers()}[kind, path]
-    monkeypatch.setitem(sys.modules, "r1jax.data.formats", formats)
+    known = {("audio", "recordings"): Numbers()}
+    monkeypatch.setattr(data_command, "open_format", lambda kind, path, **options: known[kind, path])
     assert dispatch(["data", "convert", "recordings", str(tmp_path / "x"), "--format", "audio"]) == 0
     assert_rows(read_everything(tmp_path / "x"), range(21))
 
