@@ -26,13 +26,6 @@ TINY = ROOT / "tests" / "train" / "tiny.py"
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory):
-    """A folder that all workers of this test run see, and no other test run."""
-    base = tmp_path_factory.getbasetemp()
-    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-
-
-@pytest.fixture(scope="module")
 def start(shared):
     """Starts train.py; its output goes to files of a folder, its programs come from a cache that kills may spoil."""
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {

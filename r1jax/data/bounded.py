@@ -117,4 +117,5 @@ def reason(error: BaseException) -> str:
       One line of up to 200 characters.
     """
     text = (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0].partition(": [")[0]
+    text = text.replace('("', ": ", 1)  # of `Kind("what": [everything]...)`
     return text if len(text) <= 200 else f"{text[:200]}..."

@@ -1,6 +1,7 @@
 """What a cache has done, in numbers."""
 
 import threading
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 
@@ -45,6 +46,20 @@ class CacheCounters(NamedTuple):
     """Bytes held in the memory of the process now."""
     breaker_open: int = 0
     """1 while LMDB or Redis is left alone because it fails."""
+
+    def figures(self, prefix: str) -> dict[str, float]:
+        """All of them by name, and `hit_rate`, for logs.
+
+        Args:
+          prefix: Put before each name.
+
+        Returns:
+          The numbers; none where nothing was asked for.
+        """
+        if not self.lookups:
+            return {}
+        named = self._asdict() | {"hit_rate": self.hit_rate}
+        return {f"{prefix}{name}": float(value) for name, value in named.items()}
 
     @property
     def hit_rate(self) -> float:
@@ -109,6 +124,39 @@ class Tally:
         with self._lock:
             for name, value in counts.items():
                 self._stored[name] -= value
+
+
+def total(counted: Iterable[Mapping[str, int | float]]) -> CacheCounters:
+    """Adds up the counters of several processes.
+
+    Args:
+      counted: By name, of each process.
+
+    Returns:
+      The sums; of `breaker_open`, the number of processes that leave the shared tier alone.
+    """
+    sums = dict.fromkeys(CacheCounters._fields, 0.0)
+    for counts in counted:
+        for name in sums:
+            sums[name] += counts.get(name, 0.0)
+    return CacheCounters(**{name: value if name.endswith("_s") else int(value) for name, value in sums.items()})
+
+
+def line(c: CacheCounters) -> str:
+    """Says in one line where rows came from.
+
+    Args:
+      c: The counters.
+
+    Returns:
+      The share of each tier, and what the cold store had to read.
+    """
+    found = [("memory", c.memory_hits), ("LMDB or Redis", c.shared_hits)]
+    hits = ", ".join(f"{share / c.lookups:.1%} in {name}" for name, share in found)
+    return (
+        f"cache: {c.lookups:,} lookups, {hits}, {c.waits / c.lookups:.1%} on their way, "
+        f"{c.misses / c.lookups:.1%} from the cold store, which read {c.cold_bytes / 2**20:,.1f} MiB"
+    )
 
 
 def table(counters: CacheCounters) -> str:

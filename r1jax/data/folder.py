@@ -1,5 +1,6 @@
 """A folder of cases in the documented format (docs/data.md) as a source: `.npz` arrays, and tables beside them."""
 
+import dataclasses
 import hashlib
 import sys
 from collections import Counter
@@ -33,6 +34,8 @@ class FolderCases:
       name: Folder, part, number of cases and what the format does not know, for people.
       fingerprint: sha256 over the bytes of the files, the same for all parts of a folder.
       schema: What a batch holds for sure.
+      path: Folder or URL, as it was given.
+      remarks: What a user should know of the files.
       ignored: Arrays and columns that the format does not know.
       splits: How many cases the folder marks with each split.
       cases: All cases of the folder.
@@ -42,6 +45,8 @@ class FolderCases:
     name: str
     fingerprint: str
     schema: Schema
+    path: str | Path
+    remarks: tuple[str, ...]
     ignored: tuple[str, ...]
     splits: dict[str, int]
     cases: Cases
@@ -83,28 +88,46 @@ class FolderCases:
         else:
             cases, ignored = read_cases(_list_files(Path(path)), hold)
             remarks, fingerprint = (), folder_fingerprint(path)
-        rows = _choose_rows(cases, path, split, fold, folds, seed)
         layout = cases.pictures.layout
-        schema = case_schema(
-            {name: layout[name] for name in RANK if name in layout},
-            table=cases.table is not None,
-            text=cases.text is not None,
-        )
-        part = split if fold is None or split not in ("train", "val") else f"{split} (fold {fold} of {folds})"
-        shown = str(path).rstrip("/") if is_remote(str(path)) else Path(path).resolve().name
-        name = f"{shown}, {part}: {len(rows)} of {len(cases.case_id)} cases"
-        if ignored:
-            name += f"; not used: {', '.join(ignored)}"
-        name = "; ".join([name, *remarks])
-        return cls(
-            name=name,
+        everything = cls(
+            name="",
             fingerprint=fingerprint,
-            schema=schema,
+            schema=case_schema(
+                {name: layout[name] for name in RANK if name in layout},
+                table=cases.table is not None,
+                text=cases.text is not None,
+            ),
+            path=path,
+            remarks=remarks,
             ignored=tuple(ignored),
             splits=dict(Counter(mark for mark in cases.marks if mark)),
             cases=cases,
-            rows=rows,
+            rows=np.arange(len(cases.case_id)),
         )
+        return everything.part(split, fold, folds, seed)
+
+    def part(self, split: str, fold: int | None = None, folds: int = 5, seed: int = 0) -> "FolderCases":
+        """Chooses a part of the same folder, which shares its memory, its files and its cache.
+
+        Args:
+          split: As `open` takes it, and so the others.
+          fold: Fold that is val.
+          folds: Number of folds.
+          seed: Seed of the folds.
+
+        Returns:
+          The chosen cases, in the order of the files.
+
+        Raises:
+          UserError: The part has no cases, or there is no such fold.
+        """
+        rows = _choose_rows(self.cases, self.path, split, fold, folds, seed)
+        part = split if fold is None or split not in ("train", "val") else f"{split} (fold {fold} of {folds})"
+        shown = str(self.path).rstrip("/") if is_remote(str(self.path)) else Path(self.path).resolve().name
+        name = f"{shown}, {part}: {len(rows)} of {len(self.cases.case_id)} cases"
+        if self.ignored:
+            name += f"; not used: {', '.join(self.ignored)}"
+        return dataclasses.replace(self, name="; ".join([name, *self.remarks]), rows=rows)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -124,11 +147,11 @@ class FolderCases:
         Args:
           indices: The same as that call gets.
         """
-        if isinstance(self.cases.pictures, StoredPictures):
+        if isinstance(self.cases.pictures, StoredPictures) and self.cases.pictures.layout:
             self.cases.pictures.rows.prefetch(self.rows[indices])
 
     def counters(self) -> dict[str, float]:
-        """What the cache of Parquet files has done in this process, by name; see `CacheCounters`."""
+        """What the cache of Parquet files has done in this process, for all parts; see `CacheCounters`."""
         if not isinstance(self.cases.pictures, StoredPictures):
             return {}
         return {name: float(value) for name, value in self.cases.pictures.rows.counters()._asdict().items()}

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from r1jax import __version__
-from r1jax.config import Config, EvalArguments
+from r1jax.config import CacheConfig, Config, EvalArguments
 from r1jax.data.filesystem import is_remote
 from r1jax.data.folder import folder_fingerprint
 from r1jax.data.pipeline import original
@@ -114,7 +114,10 @@ def scoring_config(checkpoint: Checkpoint, arguments: EvalArguments) -> Config:
             file=sys.stderr,
         )
     tokenizer = _tokenizer(checkpoint, config, chosen.tokenizer)
-    data = dataclasses.replace(data, path=chosen.path or data.path, split=split, tokenizer=tokenizer)
+    # Every case is read once, so the training's cache is of no use here, and its server may be out of reach.
+    data = dataclasses.replace(
+        data, path=chosen.path or data.path, split=split, tokenizer=tokenizer, cache=CacheConfig()
+    )
     return dataclasses.replace(config, data=data)
 
 

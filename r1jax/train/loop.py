@@ -11,6 +11,7 @@ import optax
 from jax.sharding import Mesh
 
 from r1jax.config import Config
+from r1jax.data.cache_counters import CacheCounters, line, total
 from r1jax.data.loader import Share, training_batches
 from r1jax.data.order import describe_order, open_order
 from r1jax.data.source import Source
@@ -80,6 +81,11 @@ def fit(
         meta = {"step": done, "validation": validated, "order": where, **made}
         run.checkpoints.save(done, state, config, meta, tokenizer)
 
+    def cached() -> CacheCounters:
+        """What the cache did here, where validation reads too, and in the workers."""
+        here = getattr(source, "counters", dict)()
+        return total([here, batches.counters()] if config.data.workers else [here])
+
     try:
         for done in range(start + 1, t.steps + 1):
             with telemetry.waiting():
@@ -89,7 +95,7 @@ def fit(
                 check_finite(done, float(metrics["loss"]), state.params, run)
             if done % t.log_every == 0 or done == t.steps:
                 figures = {k: float(v) for k, v in jax.device_get(metrics).items()}
-                figures |= telemetry.rates() | {f"source.{k}": v for k, v in batches.counters().items()}
+                figures |= telemetry.rates() | cached().figures("cache.")
                 telemetry.log(done, figures)
                 note = f"loss {figures['loss']:.3f}"
             telemetry.advance(done, note)
@@ -110,6 +116,8 @@ def fit(
                 name = signal.Signals(run.stop[0]).name
                 telemetry.say(f"{name}: saved at step {done}; the same command goes on from there")
                 break
+        if config.data.cache.url is not None and cached().lookups:
+            telemetry.say(line(cached()))
     finally:
         batches.close()
         telemetry.close()

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from r1jax.data.cache_counters import STORED, CacheCounters, Tally, table
+from r1jax.data.cache_counters import STORED, CacheCounters, Tally, line, table, total
 
 
 def test_threads_lose_no_count():
@@ -49,3 +49,18 @@ def test_the_table_shows_shares():
     assert (rows["waited"][1], rows["cold"][1]) == ("12.50%", "12.50%")
     assert "shared tier left alone" not in text
     assert "shared tier left alone" in table(CacheCounters(breaker_open=1))
+
+
+def test_processes_are_summed_and_told_in_one_line():
+    one = CacheCounters(lookups=6, memory_hits=3, shared_hits=1, misses=2, cold_bytes=2**20, cold_s=0.5, breaker_open=1)
+    both = total([one._asdict(), one._asdict(), {}, {"reads": 7.0}])
+    assert both.lookups == 12 and both.cold_s == 1.0 and both.breaker_open == 2
+    assert all(type(value) is (float if name.endswith("_s") else int) for name, value in both._asdict().items())
+    said = line(both)
+    assert said == (
+        "cache: 12 lookups, 50.0% in memory, 16.7% in LMDB or Redis, 0.0% on their way, 33.3% from the cold store, "
+        "which read 2.0 MiB"
+    )
+    named = both.figures("cache.")
+    assert named["cache.hit_rate"] == 8 / 12 and named["cache.misses"] == 4 and len(named) == len(both) + 1
+    assert total([]).figures("cache.") == {}

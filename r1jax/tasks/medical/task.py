@@ -53,6 +53,7 @@ class Medical:
         self.pipeline = open_pipeline(config.data.preprocess, config.data.plugins)
         self.fields = names
         self.heads = tuple((name, FINDING[name].width) for name in names)
+        self._opened: FolderCases | None = None  # once: the parts share its memory and its cache
         self.language = "text" in config.model.modalities and config.task.text_weight > 0
 
     def source(self, split: str) -> Source:
@@ -68,9 +69,8 @@ class Medical:
                 raise UserError(f"data.split is {split!r}, but the synthetic data has {', '.join(sizes)}")
             source = SyntheticCases(data.seed, sizes[split], split, self.config.model.volume.size)
         else:
-            source = FolderCases.open(
-                data.path, split, fold=data.fold, folds=data.folds, seed=data.seed, cache=data.cache
-            )
+            self._opened = self._opened or FolderCases.open(data.path, cache=data.cache)
+            source = self._opened.part(split, data.fold, data.folds, data.seed)
         if self.pipeline.steps:
             if split == "train":
                 self.pipeline.fit(source)
