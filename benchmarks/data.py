@@ -105,7 +105,10 @@ def variants(cases: Cases, hdfs: Cases | None, redis: RedisServer | None) -> dic
         found[f"grain, one element at a time, {place}"] = partial(readers.open_grain, there)
         for order in ("global", "window"):
             for name, cache in caches.items():
-                found[f"r1jax, {order}, {name}, {place}"] = partial(readers.open_ours, there, cache, order)
+                found[f"r1jax, {order}, {name}, {place}"] = partial(readers.open_ours, there, cache, order, True)
+    for order in ("global", "window"):
+        name = f"r1jax, {order}, all fits, in the asking thread, local"
+        found[name] = partial(readers.open_ours, cases, CacheConfig(), order, False)
     if readers.absent("torch") is None:
         for form, kind in {"Parquet": readers.ParquetRows, ".npz files": readers.NpzRows}.items():
             for workers in (0, 2):

@@ -6,6 +6,7 @@ arrays. `open_*` returns a function that starts the next pass over the cases.
 
 import importlib.util
 import io
+import itertools
 import json
 import os
 import tarfile
@@ -166,8 +167,10 @@ def stacked(rows: list[Batch]) -> Batch:
     return names | {name: np.stack(names[name]) for name in ("picture", "table")}
 
 
-def open_ours(cases: Cases, cache: CacheConfig, order: str, stack: ExitStack, counted: dict[str, float]) -> Passes:
-    """r1jax as train.py reads: `FolderCases` over Parquet, index batches, two threads, look-ahead."""
+def open_ours(
+    cases: Cases, cache: CacheConfig, order: str, threads: bool, stack: ExitStack, counted: dict[str, float]
+) -> Passes:
+    """r1jax over Parquet: as train.py reads, with two threads and look-ahead, or in the thread that asks."""
     data = DataConfig(order=order, cache=cache)  # type: ignore[arg-type]
     source = FolderCases.open(cases.url, cache=cache)
     order_ = open_order(source, BATCH, data)
@@ -176,15 +179,18 @@ def open_ours(cases: Cases, cache: CacheConfig, order: str, stack: ExitStack, co
         names = {"case_id": "case_id", "picture": cases.picture, "table": "table", "text": "text"}
         return {name: np.asarray(raw[stored]) for name, stored in names.items()}
 
-    batches = training_batches(source, collate, order_, start=0, threads=data.threads, ahead=data.ahead)
-    stack.callback(batches.close)
+    if threads:
+        batches = training_batches(source, collate, order_, start=0, threads=data.threads, ahead=data.ahead)
+        stack.callback(batches.close)
+    else:
+        batches = (collate(source.read_batch(order_.batch(k))) for k in itertools.count())
 
     def one() -> Iterator[Batch]:
         try:
             for _ in range(cases.rows // BATCH):
                 yield next(batches)
         finally:
-            counted.update(batches.counters())
+            counted.update(source.counters())
 
     return one
 
