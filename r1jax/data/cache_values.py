@@ -165,4 +165,4 @@ class BlockCodec:
         Returns:
           The same rows, categories as dictionaries.
         """
-        return rows.cast(self.schema)
+        return rows if self.plain == self.schema else rows.cast(self.schema)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -46,7 +47,7 @@ class Field:
         elif not self.dtype or np.dtype(self.dtype).kind not in "biuf":
             raise UserError(f"field {self.name!r} ({self.kind}) has dtype {self.dtype!r}: name a type of plain numbers")
 
-    @property
+    @cached_property
     def arrow(self) -> pa.Field:
         """Column of this field: words (dictionary-coded categories), single numbers, or little-endian bytes."""
         if self.kind == "category":
@@ -121,19 +122,23 @@ class Field:
 
     def _unpack_all(self, column: pa.BinaryArray) -> np.ndarray:
         """Arrays of a fixed shape, copied once, straight out of the column's memory."""
-        _, ends, values = column.buffers()
-        offsets = np.frombuffer(ends, np.int32, len(column) + 1, 4 * column.offset) if len(column) else np.zeros(1, int)
         dtype, each = np.dtype(self.dtype).newbyteorder("<"), math.prod(self.shape)
+        size = each * dtype.itemsize
+        _, ends, values = column.buffers()
+        if not len(column) or values is None:  # no rows, or nothing in any of them
+            offsets = np.zeros(len(column) + 1, np.int32)
+        else:
+            offsets = np.frombuffer(ends, np.int32, len(column) + 1, 4 * column.offset)
+        sizes = np.diff(offsets)
+        if size and not column.null_count and (sizes == size).all():
+            found = np.frombuffer(values, dtype, len(column) * each, int(offsets[0])) if len(column) else np.empty(0)
+            return found.reshape(len(column), *self.shape).astype(self.dtype)
         here = column.is_valid().to_numpy(zero_copy_only=False)
-        sizes = np.diff(offsets)[here]
-        wrong = sizes[sizes != each * dtype.itemsize]
+        wrong = sizes[here & (sizes != size)]
         if len(wrong):
             raise self._unfit(int(wrong[0]))
-        if here.all() and sizes.sum():
-            found = np.frombuffer(values, dtype, len(column) * each, int(offsets[0]))
-            return found.reshape(len(column), *self.shape).astype(self.dtype)
         rows = np.zeros((len(column), *self.shape), self.dtype)
-        for row in np.flatnonzero(here) if each else ():
+        for row in np.flatnonzero(here) if size else ():
             rows[row] = np.frombuffer(values, dtype, each, int(offsets[row])).reshape(self.shape)
         return rows
 

@@ -167,12 +167,12 @@ class _Tiers:
         if not len(indices):
             return
         request = _name(indices)
-        self._announce(request, list(dict.fromkeys(self._units_of(indices).tolist())))  # in the order of reading
-        if not self.prefetcher.ask(request):
+        numbers = list(dict.fromkeys(self._units_of(indices).tolist()))  # in the order of reading
+        if self._announce(request, numbers) and not self.prefetcher.ask(request):
             self.tally.add(dropped=1)
 
-    def _announce(self, request: bytes, numbers: list[int]) -> None:
-        """Tells memory what a request will need, once a request."""
+    def _announce(self, request: bytes, numbers: list[int]) -> bool:
+        """Tells memory what a request will need, once a request; returns whether anything of it must be brought."""
         with self.units.lock:
             if request not in self.announced:
                 self.announced[request] = numbers
@@ -180,6 +180,7 @@ class _Tiers:
                     self.memory.expect(number)
             if len(self.announced) > ANNOUNCED:
                 self._fulfil(next(iter(self.announced)))
+            return any(self.memory.peek(number) is None for number in numbers)
 
     def _fulfil(self, request: bytes) -> None:
         for number in self.announced.pop(request, ()):
