@@ -176,6 +176,10 @@ class DataConfig:
 
     path: str | None = None
     """Folder of cases (docs/data.md) or text (docs/language.md); none uses the embedded synthetic generator."""
+    mix: tuple[str, ...] = ()
+    """Further folders of cases whose training parts are mixed with that of `path`, which alone is validated on."""
+    weights: tuple[Count, ...] = ()
+    """Of every so many training cases, how many come from `path` and from each folder of `mix`: 3 1 takes 3 of 4."""
     tokenizer: str | None = None
     """tokenizer.json of the language task, or its folder; none takes that of `train.init`, and else bytes."""
     split: Split = "test"
@@ -374,6 +378,11 @@ def _relations(config: Config) -> Iterator[tuple[bool, str, str]]:
     check_cache_url("data.cache.url", config.data.cache.url)
     data, train, mesh = config.data, config.train, config.mesh
     yield data.path is None or bool(data.path.strip()), "data.path", "a folder, or None for generated cases"
+    yield not data.mix or data.path is not None, "data.path", "a folder, as data.mix is mixed with it"
+    folders = len(data.mix) + 1 if data.mix else 0
+    rule = f"{folders} numbers, for data.path and each of data.mix" if data.mix else "empty, as data.mix is"
+    yield len(data.weights) == folders, "data.weights", rule
+    yield len({data.path, *data.mix}) == len(data.mix) + 1, "data.mix", "other folders than data.path, each once"
     yield data.fold is None or data.fold < data.folds, "data.fold", f"below data.folds ({data.folds})"
     yield train.warmup_steps < train.steps, "train.warmup_steps", f"below train.steps ({train.steps})"
     yield (
@@ -464,6 +473,7 @@ def _task_relations(config: Config) -> Iterator[tuple[bool, str, str]]:
         yield bool(set(kinds) - {"text"}), "model.modalities", "at least one modality besides text"
         yield config.data.tokenizer is None, "data.tokenizer", "None: the medical task reads text as bytes"
     else:
+        yield not config.data.mix, "data.mix", "empty for the language task: put the files into one folder"
         yield kinds == ("text",), "model.modalities", "text alone for the language task"
         yield config.model.text_tokens > 2, "model.text_tokens", "at least 3: MTP predicts the token after next"
 

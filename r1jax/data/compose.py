@@ -129,7 +129,9 @@ class Mixed:
         """Reads cases, those of each source at once; see `Source.read_batch`."""
         parts = [(source.read_batch(own), mine) for source, own, mine in self._split(indices)]
         batch: dict[str, Any] = {}
-        for name in parts[0][0]:
+        for name in self._names([part for part, _ in parts]):
+            if name.startswith("has_"):  # a source without gaps does not say so
+                parts = [(part | {name: part.get(name, np.ones(len(mine), bool))}, mine) for part, mine in parts]
             if any(isinstance(part[name], list) for part, _ in parts):
                 values: list[Any] = [None] * len(indices)
                 for part, mine in parts:
@@ -149,6 +151,12 @@ class Mixed:
     def counters(self) -> dict[str, float]:
         """What the sources have counted, summed by name."""
         return _counted(self.sources)
+
+    def _names(self, batches: Sequence[dict[str, Any]]) -> list[str]:
+        """What every batch gives: all fields, what else they share, and any word on what is there."""
+        shared = [name for name in batches[0] if all(name in batch for batch in batches)]
+        flags = {name: None for batch in batches for name in batch if name.startswith("has_")}
+        return list(dict.fromkeys([*self.schema.names, *shared, *flags]))
 
     def _split(self, indices: Int[np.ndarray, " B"]) -> list[tuple[Source, np.ndarray, np.ndarray]]:
         """Sources that a batch touches, their own indices, and the places in the batch."""

@@ -234,6 +234,12 @@ def original(source: Source) -> Source:
     return source.source if isinstance(source, Preprocessed) else source
 
 
+def parts(source: Source) -> tuple[Source, ...]:
+    """The sources that a mixture is made of, beneath a pipeline; of any other, itself."""
+    source = original(source)
+    return getattr(source, "sources", (source,))
+
+
 def changed(stored: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Compares what `Pipeline.provenance` gave at two times; a line for each step whose code or text differs."""
     before, after = stored["steps"], now["steps"]

@@ -40,7 +40,7 @@ from r1jax.tasks.task import Task
 from r1jax.train.checkpoints import Checkpoint, abstract_like
 from r1jax.train.loop import served
 from r1jax.train.plan import example_batch
-from r1jax.train.run import describe
+from r1jax.train.run import describe, trained_fingerprints
 from r1jax.train.step import init_state
 
 
@@ -106,7 +106,7 @@ def scoring_config(checkpoint: Checkpoint, arguments: EvalArguments) -> Config:
     if chosen.path is not None and chosen.split is None:
         trained_here = data.path is not None and Path(data.path).resolve() == Path(chosen.path).resolve()
         if config.task.name == "medical" and not imported:
-            trained_here |= folder_fingerprint(chosen.path) == checkpoint.meta()["data"]["fingerprint"]
+            trained_here |= folder_fingerprint(chosen.path) in trained_fingerprints(checkpoint.meta())
         split = data.split if trained_here else "all"
         how = "trained on" if trained_here else "not trained on"
         print(
@@ -114,9 +114,11 @@ def scoring_config(checkpoint: Checkpoint, arguments: EvalArguments) -> Config:
             file=sys.stderr,
         )
     tokenizer = _tokenizer(checkpoint, config, chosen.tokenizer)
-    # Every case is read once, so the training's cache is of no use here, and its server may be out of reach.
+    # Every case is read once, so the training's cache is of no use here, and its server may be out of reach. One folder
+    # is scored: what training mixed with it was not what the checkpoint was chosen by.
+    path = chosen.path or data.path
     data = dataclasses.replace(
-        data, path=chosen.path or data.path, split=split, tokenizer=tokenizer, cache=CacheConfig()
+        data, path=path, mix=(), weights=(), split=split, tokenizer=tokenizer, cache=CacheConfig()
     )
     return dataclasses.replace(config, data=data)
 
@@ -209,7 +211,7 @@ def measure(run: Evaluation, scored: Scored) -> dict[str, Any]:
         groups=scored.groups,
         resamples=run.arguments.resamples,
     )
-    seen = seen_in_training(source, run.task, made["data"]["fingerprint"])
+    seen = seen_in_training(source, run.task, trained_fingerprints(made))
     return {"provenance": origin(run, source, seen), "warnings": _warnings(run, scored, seen), **figures}
 
 
@@ -332,13 +334,15 @@ def _curves(scored: Scored) -> list[Scores]:
 def _warnings(run: Evaluation, scored: Scored, seen: int) -> list[str]:
     """What a reader of the figures must know."""
     data, source = run.config.data, original(scored.source)
+    made = run.checkpoint.meta()["data"]
+    chosen_by = made.get("mixed", [made["fingerprint"]])[0]
     found = []
     if seen:
         found.append(
             f"{seen} of these {len(source)} cases were seen in training: the figures do not say how the model does on "
             "new cases"
         )
-    elif data.split == "val" and (run.synthetic or source.fingerprint == run.checkpoint.meta()["data"]["fingerprint"]):
+    elif data.split == "val" and (run.synthetic or source.fingerprint == chosen_by):
         found.append("these cases chose the checkpoint and its operating points: the figures are somewhat optimistic")
     unset = {name for mode in scored.points for name in scored.points[mode] if name not in scored.frozen[mode]}
     if unset:

@@ -1,5 +1,6 @@
 """What a checkpoint says of every case of a source, and the thresholds that turn it into calls."""
 
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any
 
@@ -169,20 +170,22 @@ def _has(raw: dict[str, Any], name: str, row: int) -> bool:
     return bool(raw["text"][row]) if name == "text" else not np.isnan(raw["table"][row]).all()
 
 
-def seen_in_training(source: Source, task: Medical, trained_on: str) -> int:
+def seen_in_training(source: Source, task: Medical, trained_on: Container[str]) -> int:
     """How many of the cases the checkpoint was trained on.
 
     Args:
       source: The cases that are scored.
       task: Opens the training cases as the checkpoint's config says.
-      trained_on: Fingerprint of the training data.
+      trained_on: Fingerprints of the training data, see `trained_fingerprints`.
 
     Returns:
       0 where the data is other data.
     """
     source = original(source)
-    if source.fingerprint != trained_on:
+    if source.fingerprint not in trained_on:
         return 0
     if not isinstance(source, FolderCases):
         return len(source)
-    return int(np.isin(source.rows, original(task.source("train")).rows).sum())
+    data = task.config.data
+    trained = source.part("train", data.fold, data.folds, data.seed)
+    return int(np.isin(source.rows, trained.rows).sum())

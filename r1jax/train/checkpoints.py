@@ -41,6 +41,7 @@ FREE_TO_CHANGE = (
     "data.ahead",
     "data.plugins",
     "data.path",
+    "data.mix",
     "data.split",
     "data.tokenizer",
     "train.init",

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from r1jax import __version__
 from r1jax.config import Config
 from r1jax.data.order import VERSION
-from r1jax.data.pipeline import Pipeline, changed, original
+from r1jax.data.pipeline import Pipeline, changed, original, parts
 from r1jax.data.source import Source
 from r1jax.errors import UserError
 from r1jax.fields import to_json
@@ -146,8 +146,22 @@ def restore_or_init(
 
 def describe(source: Source, pipeline: Pipeline) -> dict[str, Any]:
     """What a checkpoint says about its making: data, preprocessors, versions, command, revision."""
-    data = {"name": source.name, "fingerprint": original(source).fingerprint}
+    data: dict[str, Any] = {"name": source.name, "fingerprint": original(source).fingerprint}
+    if len(parts(source)) > 1:
+        data["mixed"] = [part.fingerprint for part in parts(source)]
     return {"data": data, "preprocess": pipeline.provenance()} | provenance()
+
+
+def trained_fingerprints(meta: dict[str, Any]) -> frozenset[str]:
+    """Fingerprints of the data of a checkpoint.
+
+    Args:
+      meta: Of the checkpoint.
+
+    Returns:
+      That of the whole, and of each part where it was mixed.
+    """
+    return frozenset([meta["data"]["fingerprint"], *meta["data"].get("mixed", ())])
 
 
 def provenance() -> dict[str, Any]:

@@ -28,8 +28,8 @@ def test_seen_cases_are_counted(folder):
     task = Medical(Config(model=ModelConfig(modalities=("image",)), data=DataConfig(path=str(folder))))
     for split, seen in (("train", 6), ("val", 0), ("all", 6)):
         source = FolderCases.open(folder, split)
-        assert seen_in_training(source, task, source.fingerprint) == seen
-    assert seen_in_training(source, task, "0" * 64) == 0
+        assert seen_in_training(source, task, {source.fingerprint}) == seen
+    assert seen_in_training(source, task, {"0" * 64}) == 0
     synthetic = SyntheticCases(0, 4, "test")
     assert seen_in_training(synthetic, task, synthetic.fingerprint) == 4
 
@@ -39,7 +39,7 @@ def test_an_unmarked_folder_is_known_to_hold_training_cases(tmp_path, capsys):
     task = Medical(Config(model=ModelConfig(modalities=("image",)), data=DataConfig(path=str(tmp_path))))
     source = task.source("test")
     assert len(source) == 10
-    assert seen_in_training(source, task, source.fingerprint) == 8
+    assert seen_in_training(source, task, {source.fingerprint}) == 8
 
 
 def scored_of(source, reads, modes) -> Scored:

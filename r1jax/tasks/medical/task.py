@@ -9,8 +9,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from r1jax.config import Config
+from r1jax.data.compose import Mixed
 from r1jax.data.folder import FolderCases
-from r1jax.data.pipeline import Preprocessed, open_pipeline, original
+from r1jax.data.pipeline import Preprocessed, open_pipeline, parts
 from r1jax.data.source import Source
 from r1jax.data.synthetic import SyntheticCases
 from r1jax.data.tokenizer import VOCAB_SIZE
@@ -53,7 +54,7 @@ class Medical:
         self.pipeline = open_pipeline(config.data.preprocess, config.data.plugins)
         self.fields = names
         self.heads = tuple((name, FINDING[name].width) for name in names)
-        self._opened: FolderCases | None = None  # once: the parts share its memory and its cache
+        self._opened: dict[str, FolderCases] = {}  # once each: the parts share its memory and its cache
         self.language = "text" in config.model.modalities and config.task.text_weight > 0
 
     def source(self, split: str) -> Source:
@@ -69,8 +70,9 @@ class Medical:
                 raise UserError(f"data.split is {split!r}, but the synthetic data has {', '.join(sizes)}")
             source = SyntheticCases(data.seed, sizes[split], split, self.config.model.volume.size)
         else:
-            self._opened = self._opened or FolderCases.open(data.path, cache=data.cache)
-            source = self._opened.part(split, data.fold, data.folds, data.seed)
+            source = self._part(data.path, split)
+            if split == "train" and data.mix:
+                source = Mixed([source, *(self._part(path, split) for path in data.mix)], data.weights)
         if self.pipeline.steps:
             if split == "train":
                 self.pipeline.fit(source)
@@ -83,22 +85,29 @@ class Medical:
             )
         return source
 
+    def _part(self, path: str, split: str) -> FolderCases:
+        data = self.config.data
+        if path not in self._opened:
+            self._opened[path] = FolderCases.open(path, cache=data.cache)
+        return self._opened[path].part(split, data.fold, data.folds, data.seed)
+
     def remarks(self, source: Source) -> list[str]:
         """Findings to learn of which no training case knows the answer.
 
         Raises:
           UserError: That is all of them.
         """
-        source = original(source)
-        if not isinstance(source, FolderCases):
+        folders = [part for part in parts(source) if isinstance(part, FolderCases)]
+        if not folders:
             return []
-        known = source.known_findings()
+        known = frozenset[str]().union(*(folder.known_findings() for folder in folders))
         unknown = [name for name in self.fields if name not in known]
         if len(unknown) == len(self.fields):
             has = ", ".join(finding.name for finding in FINDINGS if finding.name in known)
             mend = f"choose from what is known there ({has}) with --task.fields, or " if has else ""
+            where = " and ".join([str(self.config.data.path), *self.config.data.mix])
             raise UserError(
-                f"{self.config.data.path} has no training case with a known {' or '.join(unknown)}: {mend}add the "
+                f"{where} has no training case with a known {' or '.join(unknown)}: {mend}add the "
                 "answers to the folder (docs/data.md)"
             )
         return [f"note: no training case knows {', '.join(unknown)}: not learned"] if unknown else []
