@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int
 
+from r1jax.data.formats.cases import FileCases
 from r1jax.data.schema import WORDS, Field, Schema
 from r1jax.data.source import Source
 from r1jax.errors import UserError
@@ -23,16 +24,18 @@ class Joined:
     cannot say so themselves get a field `has_<name>`.
     """
 
-    def __init__(self, left: Source, right: Source, key: str) -> None:
+    def __init__(self, left: Source, right: Source, key: str, whole: bool = False) -> None:
         """Matches the keys.
 
         Args:
           left: Cases with the key.
           right: The same, of other fields.
           key: Name of a field of words or whole numbers in both.
+          whole: Whether every key must be in both; then there are no `has_<name>`.
 
         Raises:
-          UserError: A key occurs twice in a source, is missing or no word or number; or a field is in both.
+          UserError: A key occurs twice in a source, is missing or no word or number; a field is in both; or `whole` is
+            asked for and a key is in one alone.
         """
         self.left, self.right, self.key = left, right, key
         here, there = _keys(left, key), _keys(right, key)
@@ -42,12 +45,15 @@ class Joined:
         rows = [(row, place.get(value, -1)) for row, value in enumerate(here)]
         rows += [(-1, row) for row, value in enumerate(there) if value not in known]
         self.rows = np.array(rows, np.int64).reshape(-1, 2)
+        if whole:
+            _refuse_alone(left, right, key, [value for value in here if value not in place])
+            _refuse_alone(right, left, key, [value for value in there if value not in known])
         both = [field for field in right.schema.fields if field.name != key]
         given = {field.name for field in (*left.schema.fields, *both)}
         flags = [
             Field(f"has_{field.name}", "number", "bool")
             for field in (*left.schema.fields, *both)
-            if _needs_flag(field) and f"has_{field.name}" not in given
+            if not whole and _needs_flag(field) and f"has_{field.name}" not in given
         ]
         self.schema = Schema((*left.schema.fields, *both, *flags))
         alone = int((self.rows < 0).any(axis=1).sum())
@@ -171,8 +177,13 @@ def _keys(source: Source, key: str) -> list[Any]:
     if field.kind not in (*WORDS, "number") or field.shape or np.dtype(field.dtype or "S").kind not in "iuS":
         raise UserError(f"{source.name!r} has {key!r} as {field.kind} {field.dtype}: a key is words or whole numbers")
     found: list[Any] = []
-    for first in range(0, len(source), CHUNK):
-        values = source.read_batch(np.arange(first, min(first + CHUNK, len(source))))[key]
+    if isinstance(source, FileCases) and key in source.known.column_names:  # without reading any picture
+        batches = iter([source.schema.select([key]).decode(source.known)])
+    else:
+        places = (np.arange(first, min(first + CHUNK, len(source))) for first in range(0, len(source), CHUNK))
+        batches = (source.read_batch(rows) for rows in places)
+    for batch in batches:
+        values = batch[key]
         found += values.tolist() if isinstance(values, np.ndarray) else values
     missing = [row for row, value in enumerate(found) if value == "" or value != value]
     if missing:
@@ -180,9 +191,21 @@ def _keys(source: Source, key: str) -> list[Any]:
     if len(set(found)) < len(found):
         seen: set[Any] = set()
         twice = sorted({value for value in found if value in seen or seen.add(value)})
-        some = ", ".join(map(repr, twice[:5])) + (f" and {len(twice) - 5} more" if len(twice) > 5 else "")
-        raise UserError(f"{source.name!r} has {key!r} {some} more than once: keys must be unique to join by them")
+        raise UserError(
+            f"{source.name!r} has {key!r} {_some(twice)} more than once: keys must be unique to join by them"
+        )
     return found
+
+
+def _some(values: Sequence[Any]) -> str:
+    """The first of many, for a message."""
+    return ", ".join(map(repr, values[:5])) + (f" and {len(values) - 5} more" if len(values) > 5 else "")
+
+
+def _refuse_alone(source: Source, other: Source, key: str, alone: Sequence[Any]) -> None:
+    if alone:
+        some = _some(alone)
+        raise UserError(f"{source.name!r} has {key!r} {some}, which {other.name!r} lacks: add or remove them")
 
 
 def _needs_flag(field: Field) -> bool:

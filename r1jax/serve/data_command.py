@@ -1,18 +1,25 @@
 """The commands `r1jax data ...`: converts sources to Parquet, describes a data set, compares it with its sums."""
 
 import ast
+import dataclasses
 import hashlib
 import shlex
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import pyarrow as pa
+
 from r1jax.cli import load_arguments
 from r1jax.config import Natural
 from r1jax.data.card import CARD, read_card
+from r1jax.data.compose import Joined
 from r1jax.data.files import Files
 from r1jax.data.folder import FolderCases
 from r1jax.data.formats import open_format
+from r1jax.data.formats.cases import FileCases
+from r1jax.data.formats.tables import open_table
 from r1jax.data.parquet import ParquetStore
 from r1jax.data.parquet_cases import stored_rows, stored_schema
 from r1jax.data.schema import Schema
@@ -29,6 +36,7 @@ Examples:
   r1jax data convert my_cases hdfs://namenode:8020/cases
   r1jax data convert pictures s3://bucket/pictures --format images
   r1jax data convert runs series --format series --options "time='timestamp'"
+  r1jax data convert scans cases --join patients.csv --key scan
 """
 INFO_HELP = """\
 Describes the Parquet files below a path or URL: rows, columns, row groups, sizes, checksums.
@@ -56,6 +64,10 @@ class Convert:
     """What the source is; auto takes a folder with .npz files for cases (docs/data.md), else looks at the names."""
     options: str = ""
     """Options of the reader of this format, such as "form='pixels'" (docs/formats.md)."""
+    join: str = ""
+    """Table (.csv) with a row for each case, whose columns are written beside those of the source."""
+    key: str = "case_id"
+    """Column of this table that holds the case_id of the source: the name of the file, with or without its suffix."""
     group_rows: Natural = 0
     """Rows of a row group, the unit of reading; 0 takes as many as make about 1 MiB, at most 512."""
     shard_rows: Natural = 0
@@ -83,14 +95,14 @@ def convert(words: list[str]) -> int:
       UserError: The source or the place to write to is not as it should be.
     """
     arguments = load_arguments(Convert, words, "r1jax data convert", CONVERT_HELP, ("source", "output"))
-    schema, rows, total, name, fingerprint = _open(arguments.format, arguments.source, _options(arguments.options))
-    origin = Origin(name, fingerprint, shlex.join(["r1jax", "data", "convert", *words]))
-    with progress("rows", total) as steps:
+    given = _open(arguments)
+    origin = Origin(given.name, given.fingerprint, shlex.join(["r1jax", "data", "convert", *words]))
+    with progress("rows", given.total) as steps:
         card = write_shards(
             arguments.output,
-            schema,
-            rows,
-            total,
+            given.schema,
+            given.rows,
+            given.total,
             origin,
             group_rows=arguments.group_rows or None,
             shard_rows=arguments.shard_rows or None,
@@ -115,18 +127,55 @@ def _options(text: str) -> dict[str, Any]:
         ) from error
 
 
-def _open(kind: Format, path: str, options: dict[str, Any]) -> tuple[Schema, Rows, int, str, str]:
+@dataclass(frozen=True)
+class _Given:
+    """What is to be converted: see `write_shards` and `Origin`."""
+
+    schema: Schema
+    rows: Rows
+    total: int
+    name: str
+    fingerprint: str
+
+
+def _open(arguments: Convert) -> _Given:
     """Opens what is to be converted."""
+    if arguments.key != "case_id" and not arguments.join:
+        raise UserError(f"--key {arguments.key!r} is a column of a table: name the table by --join")
+    kind, path, options = arguments.format, arguments.source, _options(arguments.options)
     if kind == "auto" and not options and Path(path).is_dir() and any(Path(path).glob("*.npz")):
         kind = "cases"
     if kind == "cases":
         if options:
             raise UserError("--options are those of other formats: cases have none, leave it out")
+        if arguments.join:
+            raise UserError(f"--join is for other formats: put {arguments.join} into {path}, cases are read with it")
         source = FolderCases.open(path, hold=False)
         schema, cases = stored_schema(source.cases), source.cases
-        return schema, lambda start: stored_rows(cases, start), len(source), source.name, source.fingerprint
+        return _Given(schema, lambda start: stored_rows(cases, start), len(source), source.name, source.fingerprint)
     other = open_format(kind, path, **options)
-    return other.schema, rows_of(other), len(other), other.name, other.fingerprint
+    if arguments.join:
+        other = _joined(other, arguments.join, arguments.key)
+    return _Given(other.schema, rows_of(other), len(other), other.name, other.fingerprint)
+
+
+def _joined(source: FileCases, path: str, key: str) -> Joined:
+    """Puts the rows of a table beside the cases that they are about.
+
+    Raises:
+      UserError: Either has cases that the other lacks, or two of one name; or a column is in both.
+    """
+    table = open_table(path, case_id=key)
+    both = [name for name in table.schema.names if name in source.schema.names and name != "case_id"]
+    if both:
+        raise UserError(f"{path} has a column {both[0]!r}, as {source.name} has: rename it")
+    names = source.known.column("case_id").to_pylist()
+    stems = Counter(name.rsplit(".", 1)[0] for name in names)
+    full = {name.rsplit(".", 1)[0]: name for name in names if stems[name.rsplit(".", 1)[0]] == 1}
+    full |= {name: name for name in names}
+    keys = [full.get(cell, cell) for cell in table.known.column("case_id").to_pylist()]
+    known = table.known.set_column(0, table.known.schema.field(0), pa.array(keys, table.known.schema.field(0).type))
+    return Joined(source, dataclasses.replace(table, known=known), "case_id", whole=True)
 
 
 def info(words: list[str]) -> int:
