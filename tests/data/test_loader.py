@@ -115,30 +115,30 @@ def starts():
 
 
 def test_resuming_anywhere_with_anything_else_gives_the_remaining_batches(starts):
-    draw = random.Random(0)
+    draw, spawned = random.Random(0), 0
     for trial in range(50):
         order = GlobalOrder(37, 8, trial) if trial % 2 else WindowOrder(starts, 8, trial, draw.randint(1, 5))
         whole = [order.batch(k).tolist() for k in range(24)]
         start, processes = draw.randrange(20), draw.choice([1, 2, 4, 8])
-        source = Numbers(37, pause=0.0005)
-        parts = [
-            take(
-                24 - start,
-                source,
-                order,
-                start=start,
-                threads=draw.randint(1, 6),
-                ahead=draw.randint(0, 9),
-                share=Share(index, processes),
-            )
-            for index in range(processes)
-        ]
+        with_workers = trial % 6 == 0  # spawning takes most of the time
+        processes = min(processes, 2) if with_workers else processes
+        parts = []
+        for index in range(processes):
+            workers = draw.randint(1, 2) if with_workers and index == 0 else 0
+            spawned += workers
+            how = {"threads": draw.randint(1, 6), "ahead": draw.randint(0, 9), "share": Share(index, processes)}
+            source = Numbers(37, pause=0.0005)
+            parts.append(take(24 - start, source, order, start=start, workers=workers, **how))
+            assert bool(source.requests) == (not workers)  # workers have a source of their own
         joined = [sum(batch, []) for batch in zip(*parts, strict=True)]
         assert joined == whole[start:], trial
         devices = draw.choice([1, 2, 4, 8])
         mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
-        placed = jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec("data")), np.array(joined[0]))
-        assert len(placed.sharding.device_set) == devices and np.asarray(placed).tolist() == whole[start], trial
+        sharding = NamedSharding(mesh, PartitionSpec("data"))
+        for batch, wanted in zip(joined[:3], whole[start:], strict=False):
+            placed = jax.make_array_from_process_local_data(sharding, np.array(batch))
+            assert len(placed.sharding.device_set) == devices and np.asarray(placed).tolist() == wanted, trial
+    assert spawned >= 9
 
 
 @pytest.mark.parametrize(("workers", "threads", "start"), [(1, 3, 5), (2, 1, 13), (3, 2, 4)])
