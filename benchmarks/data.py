@@ -149,7 +149,7 @@ def measure(open_: Callable[..., Passes], check: Callable[[Batch], None], second
             check(batch)
             figures[name] = rows / spent
             total += rows
-        del batches, later  # what is left of them is closed, and counted
+        del batches, later, passes  # what is left of them is closed, and counted; nothing holds the store any longer
         figures |= {"rows": total}
         if "cold_bytes" in counted:
             figures["decoded_bytes_per_row"] = counted["cold_bytes"] / total
@@ -290,8 +290,8 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     with ExitStack() as stack:
         redis = server(start_redis, folder / "redis", stack, "Redis", absent)
         node = server(start_hdfs, folder / "hdfs", stack, "HDFS", absent)
-        for picture, rows in ROWS.items():
-            cases = make(folder / picture, picture, max(int(rows * args.scale), 2 * BATCH))
+        for picture in args.pictures:
+            cases = make(folder / picture, picture, max(int(ROWS[picture] * args.scale), 2 * BATCH))
             sets[picture] = compare(cases, upload(cases, node.url) if node else None, redis, args)
     training = starvation(folder, args.training, args.training_cases) if args.training else {}
     return {"sets": sets, "training": training, "absent": absent}
@@ -303,6 +303,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=1.0, help="of each measurement after the first pass")
     parser.add_argument("--scale", type=float, default=1.0, help="of the number of rows")
+    parser.add_argument("--pictures", nargs="+", choices=ROWS, default=list(ROWS), help="of the cases")
     parser.add_argument("--training", type=int, default=60, help="steps of train.py; 0 leaves it out")
     parser.add_argument("--training-cases", type=int, default=512)
     args = parser.parse_args()
