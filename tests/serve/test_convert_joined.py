@@ -83,9 +83,3 @@ def test_other_things_that_cannot_be_joined_are_said(pictures, tmp_path):
     words = ["data", "convert", str(pictures), str(tmp_path / "out"), "--join", "records.csv"]
     refused(lambda: dispatch(words), "put records.csv into", str(pictures))
     refused(lambda: dispatch([*words[:-2], *PIXELS, "--key", "scan"]), "--key", "--join")
-
-
-def test_a_changed_table_does_not_go_on_with_an_unfinished_conversion(pictures, tmp_path):
-    rows = ["a,1", "b,2", "c,3"]
-    assert join(tmp_path, pictures, rows, header="scan,age") == 0
-    refused(lambda: join(tmp_path, pictures, ["a,9", *rows[1:]], header="scan,age"), "fingerprint", "empty this one")
