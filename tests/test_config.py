@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from r1jax.config import (
+    BEFORE,
     Config,
     DataConfig,
     DecoderConfig,
@@ -132,7 +133,7 @@ def test_whole_numbers_become_floats():
         ("train", "learning_rate", float("inf"), "a number above 0"),
         ("train", "learning_rate", 10**400, "a number above 0"),
         ("train", "ema", 1.0, "at least 0 and below 1"),
-        ("model", "precision", "fp16", "one of fp32, bf16"),
+        ("model", "precision", "fp8", "one of fp32, bf16, fp16, bf16_pure"),
         ("model", "modalities", ["volume", "sound"], "each item one of volume, image, table, text"),
         ("model", "modalities", "volume", "a list"),
         ("model", "decoder", 3, "model.decoder must be a group of fields, not 3"),
@@ -156,6 +157,18 @@ def test_missing_field_and_wrong_root_are_named():
         from_dict(raw)
     with pytest.raises(UserError, match=re.escape("run/config.json must be a group of fields, not [1]")):
         from_dict([1], "run/config.json")
+
+
+def test_a_config_of_before_a_field_existed_means_what_it_did_then():
+    raw = to_dict(Config())
+    for name in BEFORE:
+        *path, last = name.split(".")
+        group = raw
+        for part in path:
+            group = group[part]
+        del group[last]
+    assert from_dict(raw) == Config()  # the defaults are what was done before
+    assert "accumulation" not in raw["train"], "what is read stays as it is"
 
 
 def decoder(**changes) -> Config:

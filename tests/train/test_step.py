@@ -7,7 +7,6 @@ import optax
 import pytest
 
 from r1jax.config import DecoderConfig
-from r1jax.models.moe import RouterStats
 from r1jax.models.r1 import R1
 from r1jax.tasks.medical.task import Medical
 from r1jax.train.optimizer import BALANCE_BIAS
@@ -117,16 +116,12 @@ def test_routers_move_against_their_load():
     tree = lambda: {"mlp": {"gate": {BALANCE_BIAS: jnp.zeros(4), "weight": jnp.ones((4, 2))}}}  # noqa: E731
     params = {"decoder": {"layers_1": tree(), "layers_2": tree(), "mtp": {"layer": tree()}}}
     loads = [[4.0, 0.0, 2.0, 2.0], [1.0, 1.0, 1.0, 5.0], [2.0, 2.0, 2.0, 2.0]]
-    stats = tuple(make_stats(load) for load in loads)
-    moved = balance_routers(params, stats, config, 0.5)["decoder"]
+    loads = tuple(jnp.asarray(load) for load in loads)
+    moved = balance_routers(params, loads, config, 0.5)["decoder"]
     at = lambda part: np.asarray(part["mlp"]["gate"][BALANCE_BIAS])  # noqa: E731
     np.testing.assert_array_equal(at(moved["layers_1"]), [-0.5, 0.5, 0, 0])
     np.testing.assert_array_equal(at(moved["layers_2"]), [0.5, 0.5, 0.5, -0.5])
     np.testing.assert_array_equal(at(moved["mtp"]["layer"]), 0)
     np.testing.assert_array_equal(moved["layers_1"]["mlp"]["gate"]["weight"], 1)
-    without = balance_routers(params, stats[:2], config, 0.5)["decoder"]  # the MTP module did not run
+    without = balance_routers(params, loads[:2], config, 0.5)["decoder"]  # the MTP module did not run
     np.testing.assert_array_equal(at(without["mtp"]["layer"]), 0)
-
-
-def make_stats(load):
-    return RouterStats(load=jnp.asarray(load), **{k: jnp.zeros(()) for k in RouterStats._fields if k != "load"})

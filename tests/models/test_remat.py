@@ -1,0 +1,81 @@
+"""Rematerialisation changes memory, never numbers; parameters keep their names under every policy."""
+
+from dataclasses import replace
+from typing import get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from r1jax.config import DecoderConfig, ModelConfig, TableConfig, VisionConfig
+from r1jax.models.r1 import R1, Inputs
+from r1jax.models.remat import Remat
+
+CONFIG = ModelConfig(
+    modalities=("image", "table", "text"),
+    decoder=DecoderConfig(
+        vocab_size=32,
+        hidden_size=16,
+        num_hidden_layers=3,
+        q_lora_rank=None,
+        kv_lora_rank=8,
+        intermediate_size=64,
+        moe_intermediate_size=8,
+        n_routed_experts=4,
+        n_group=2,
+    ),
+    image=VisionConfig(size=(16, 16), widths=(8, 16), blocks=(1, 1), num_attention_heads=2),
+    table=TableConfig(num_attention_heads=2),
+    text_tokens=192,
+    dropout=0.2,
+)
+HEADS = (("a", 1),)
+BATCH = 2
+
+
+def inputs():
+    rng = np.random.default_rng(0)
+    return Inputs(
+        image=jnp.asarray(rng.standard_normal((BATCH, 16, 16)), jnp.float32),
+        image_spacing=jnp.ones((BATCH, 2)),
+        has_image=jnp.ones(BATCH, bool),
+        table=jnp.asarray(rng.standard_normal((BATCH, 3)), jnp.float32),
+        has_table=jnp.ones(BATCH, bool),
+        text=jnp.asarray(rng.integers(0, 32, (BATCH, 192)), jnp.int32),
+        text_valid=jnp.ones((BATCH, 192), bool),
+    )
+
+
+@pytest.fixture(scope="module")
+def computed():
+    """Loss and gradients, and the bytes of temporaries, of every policy; with dropout."""
+    read, found = inputs(), {}
+    params = jax.jit(lambda: R1(CONFIG, HEADS).init(jax.random.key(0), read, language=True)["params"])()
+    for policy in get_args(Remat):
+        model = R1(replace(CONFIG, remat=policy), HEADS)
+        shapes = jax.eval_shape(lambda m=model: m.init(jax.random.key(0), read, language=True)["params"])
+        assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, params), policy
+
+        def loss(params, m=model):
+            rngs = {"dropout": jax.random.key(1)}
+            out = m.apply({"params": params}, read, cases=jnp.arange(BATCH), language=True, rngs=rngs)
+            return jnp.mean(out.heads["a"] ** 2) + jnp.mean(out.text_logits**2) + jnp.mean(out.mtp_logits**2)
+
+        compiled = jax.jit(jax.value_and_grad(loss)).lower(params).compile()
+        found[policy] = jax.device_get(compiled(params)), compiled.memory_analysis().temp_size_in_bytes
+    return found
+
+
+@pytest.mark.parametrize("policy", get_args(Remat)[1:])
+def test_numbers_stay(computed, policy):
+    (loss, gradients), (again, slopes) = computed["none"][0], computed[policy][0]
+    np.testing.assert_allclose(again, loss, rtol=1e-6)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(gradients), jax.tree.leaves(slopes), strict=True):
+        assert np.abs(a - b).max() <= 1e-6 * max(np.abs(a).max(), 1e-3), jax.tree_util.keystr(path)
+
+
+def test_memory_falls(computed):
+    size = {policy: bytes_ for policy, (_, bytes_) in computed.items()}
+    assert size["none"] > size["attention"] > size["full"], size
+    assert size["none"] > size["minimal"] > size["full"], size
