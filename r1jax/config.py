@@ -122,6 +122,8 @@ class ModelConfig:
     remat: Literal["none", "attention", "minimal", "full", "offload"] = "none"
     """Activations that the backward pass computes again instead of keeping them (docs/training.md): attention scores;
     all but products; whole blocks; or all but products, which wait in the host's memory."""
+    scan_layers: bool = False
+    """Compile the decoder's mixture layers as one loop: faster to compile, one more copy of their weights in memory."""
 
 
 @dataclass(frozen=True)
@@ -307,6 +309,7 @@ class GenerationSettings:
 
 BEFORE = {
     "model.remat": "none",
+    "model.scan_layers": False,
     "train.accumulation": 1,
     "train.moments": "float32",
     "train.schedule": "cosine",

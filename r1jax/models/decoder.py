@@ -1,8 +1,9 @@
 """The DeepSeek-V3 decoder: causal, blind to modality, with multi-token prediction (DeepSeek-V3, section 2)."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
@@ -140,6 +141,7 @@ class Decoder(nn.Module):
     dropout: float = 0.0
     lora: Lora = Lora()
     remat: Remat = "none"
+    scan_layers: bool = False
 
     def setup(self) -> None:
         c = self.config
@@ -178,11 +180,40 @@ class Decoder(nn.Module):
           Hidden states after the final norm, and the statistics of each mixture layer.
         """
         stats = []
-        for layer in self.layers:
+        looped = self.config.first_k_dense_replace if self.scan_layers and not self.is_initializing() else None
+        for layer in self.layers[:looped]:
             x, layer_stats = block(_uncached, self.remat)(layer, x, positions, valid, cases)
             if layer_stats is not None:
                 stats.append(layer_stats)
+        if looped is not None and self.layers[looped:]:
+            x, scanned = self._scanned(x, positions, valid, cases)
+            stats += scanned
         return self.norm(x), tuple(stats)
+
+    def _scanned(
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        valid: Bool[Array, "B T"],
+        cases: Int[Array, " B"] | None,
+    ) -> tuple[Float[Array, "B T D"], list[RouterStats]]:
+        """The mixture layers as one loop of the compiled program, whose size then does not grow with the depth.
+
+        The weights keep their places in the tree and are stacked on the way in.
+        """
+        c, params = self.config, self.variables["params"]
+        numbers = range(c.first_k_dense_replace, c.num_hidden_layers)
+        stacked = jax.tree.map(lambda *x: jnp.stack(x), *(params[f"layers_{i}"] for i in numbers))
+        layer = DecoderLayer(c, self.dtype, self.dropout, False, self.lora, self.remat, parent=None)
+        key = self.make_rng("dropout") if cases is not None and self.dropout else None
+
+        def turn(x: Float[Array, "B T D"], item: tuple[Any, Int[Array, ""]]) -> tuple[Array, RouterStats]:
+            rngs = {} if key is None else {"dropout": jax.random.fold_in(key, item[1])}
+            call = block(_uncached, self.remat)
+            return layer.apply({"params": item[0]}, x, positions, valid, cases, rngs=rngs, method=call)
+
+        x, stats = jax.lax.scan(turn, x, (stacked, jnp.asarray(numbers)))
+        return x, [jax.tree.map(lambda s, i=i: s[i], stats) for i in range(len(numbers))]
 
     def cached(
         self,

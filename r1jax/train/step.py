@@ -221,6 +221,22 @@ def _unless_overflown(
     return state._replace(step=done.step, optimizer=ScaledState(state.optimizer, following)), shown
 
 
+def check_offload(remat: str, device: Any) -> None:
+    """Refuses to keep activations in the host's memory where a device cannot reach it.
+
+    Args:
+      remat: Policy.
+      device: A JAX device.
+
+    Raises:
+      UserError: It cannot.
+    """
+    if remat == "offload" and "pinned_host" not in {memory.kind for memory in device.addressable_memories()}:
+        raise UserError(
+            f"model.remat is 'offload', but {device.device_kind} cannot reach the host's memory: use 'full'"
+        )
+
+
 def compile_step(config: Config, model: R1, task: Task, mesh: Mesh, batch: Batch) -> Any:
     """Compiles the step ahead of time for the mesh, with the state donated.
 
@@ -237,13 +253,7 @@ def compile_step(config: Config, model: R1, task: Task, mesh: Mesh, batch: Batch
     Raises:
       UserError: Activations shall wait in the host's memory, and the devices cannot reach it.
     """
-    device = mesh.devices.flat[0]
-    if config.model.remat == "offload" and "pinned_host" not in {
-        memory.kind for memory in device.addressable_memories()
-    }:
-        raise UserError(
-            f"model.remat is 'offload', but {device.device_kind} cannot reach the host's memory: use 'full'"
-        )
+    check_offload(config.model.remat, mesh.devices.flat[0])
     abstract = jax.eval_shape(lambda: init_state(config, model, task, batch))
     where, cases = shard_tree(mesh, abstract), batch_sharding(mesh)
     whole = NamedSharding(mesh, PartitionSpec())

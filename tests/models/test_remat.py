@@ -17,18 +17,20 @@ CONFIG = ModelConfig(
     decoder=DecoderConfig(
         vocab_size=32,
         hidden_size=16,
-        num_hidden_layers=3,
+        num_hidden_layers=5,
         q_lora_rank=None,
         kv_lora_rank=8,
         intermediate_size=64,
         moe_intermediate_size=8,
         n_routed_experts=4,
         n_group=2,
+        num_nextn_predict_layers=0,
     ),
-    image=VisionConfig(size=(16, 16), widths=(8, 16), blocks=(1, 1), num_attention_heads=2),
+    image=VisionConfig(size=(16, 16), widths=(8,), blocks=(1,), num_attention_heads=2, merge=4),
     table=TableConfig(num_attention_heads=2),
     text_tokens=192,
     dropout=0.2,
+    scan_layers=True,  # where layers are a loop, the compiler cannot undo what is computed again
 )
 HEADS = (("a", 1),)
 BATCH = 2
@@ -60,7 +62,7 @@ def computed():
         def loss(params, m=model):
             rngs = {"dropout": jax.random.key(1)}
             out = m.apply({"params": params}, read, cases=jnp.arange(BATCH), language=True, rngs=rngs)
-            return jnp.mean(out.heads["a"] ** 2) + jnp.mean(out.text_logits**2) + jnp.mean(out.mtp_logits**2)
+            return jnp.mean(out.heads["a"] ** 2) + jnp.mean(out.text_logits**2)
 
         compiled = jax.jit(jax.value_and_grad(loss)).lower(params).compile()
         found[policy] = jax.device_get(compiled(params)), compiled.memory_analysis().temp_size_in_bytes
@@ -79,3 +81,34 @@ def test_memory_falls(computed):
     size = {policy: bytes_ for policy, (_, bytes_) in computed.items()}
     assert size["none"] > size["attention"] > size["full"], size
     assert size["none"] > size["minimal"] > size["full"], size
+
+
+def test_layers_in_a_loop_are_the_layers_one_by_one():
+    """Without dropout, whose numbers differ; the compiled program does not grow with the depth."""
+    read, results, sizes = inputs()._replace(image=None, table=None), [], []
+    for depth, scan in ((5, False), (5, True), (9, True)):
+        config = replace(
+            CONFIG,
+            modalities=("text",),
+            decoder=replace(CONFIG.decoder, num_hidden_layers=depth, num_nextn_predict_layers=1),
+            scan_layers=scan,
+        )
+        model = R1(config, ())
+        shapes = jax.eval_shape(lambda m=model: m.init(jax.random.key(0), read, language=True)["params"])
+        params = jax.tree.map(lambda x: 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), shapes)
+
+        def loss(params, m=model):
+            out = m.apply({"params": params}, read, language=True)
+            losses = jnp.mean(out.text_logits**2) + jnp.mean(out.mtp_logits**2)
+            return losses, tuple(stats.load for stats in out.router)
+
+        lowered = jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(params)
+        sizes.append(len(lowered.as_text()))
+        if depth == 5:
+            results.append(jax.device_get(lowered.compile()(params)))
+    ((one, loads), gradients), ((other, counts), slopes) = results
+    np.testing.assert_allclose(other, one, rtol=1e-6)
+    assert len(loads) == 5 and all(map(np.array_equal, loads, counts))
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(gradients), jax.tree.leaves(slopes), strict=True):
+        assert np.abs(a - b).max() <= 2e-6 * max(np.abs(a).max(), 1e-3), jax.tree_util.keystr(path)
+    assert sizes[2] < 1.2 * sizes[1] and sizes[1] < sizes[0]

@@ -22,6 +22,7 @@ def step(tiny):
     return take
 
 
+@pytest.mark.slow
 def test_equals_the_compiled_step(tiny, step):
     batch = jax.device_put(tiny.batches(1)[0])
     start = tiny.init()._replace(step=jnp.asarray(3, jnp.int32))

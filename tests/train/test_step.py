@@ -1,4 +1,5 @@
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -7,10 +8,11 @@ import optax
 import pytest
 
 from r1jax.config import DecoderConfig
+from r1jax.errors import UserError
 from r1jax.models.r1 import R1
 from r1jax.tasks.medical.task import Medical
 from r1jax.train.optimizer import BALANCE_BIAS
-from r1jax.train.step import balance_routers, make_step
+from r1jax.train.step import balance_routers, check_offload, make_step
 from tests.train.experiment import optax_promotes
 
 
@@ -125,3 +127,20 @@ def test_routers_move_against_their_load():
     np.testing.assert_array_equal(moved["layers_1"]["mlp"]["gate"]["weight"], 1)
     without = balance_routers(params, loads[:2], config, 0.5)["decoder"]  # the MTP module did not run
     np.testing.assert_array_equal(at(without["mtp"]["layer"]), 0)
+
+
+def test_the_step_takes_over_the_memory_of_the_state(tiny):
+    held = sum(x.nbytes for x in jax.tree.leaves(tiny.fresh))
+    assert tiny.step.memory_analysis().alias_size_in_bytes >= 0.99 * held
+    state = tiny.init()
+    tiny.step(state, tiny.batches(1)[0])
+    assert all(x.is_deleted() for x in jax.tree.leaves((state.params, state.optimizer, state.ema)))
+
+
+def test_offloading_needs_a_device_that_reaches_the_host():
+    device = SimpleNamespace(device_kind="toy", addressable_memories=lambda: [SimpleNamespace(kind="device")])
+    with pytest.raises(UserError, match="model.remat is 'offload', but toy cannot reach the host's memory: use 'full'"):
+        check_offload("offload", device)
+    check_offload("full", device)
+    device.addressable_memories = lambda: [SimpleNamespace(kind="pinned_host")]
+    check_offload("offload", device)
