@@ -87,7 +87,7 @@ def run(jaxpr: core.Jaxpr, consts: Sequence[Any], arguments: Sequence[Any]) -> l
         inputs = [read(atom) for atom in op.invars]
         _check_indices(op, inputs)
         inner = INNER.get(op.primitive.name)
-        outputs = inner(op.params, inputs) if inner else _bind(op, inputs)
+        outputs = inner(op, inputs) if inner else _bind(op, inputs)
         sound = [_finite(x) for x in outputs]
         whole = all(_finite(a.val) if isinstance(a, core.Literal) else finite[a] for a in op.invars)
         if not inner and whole and not all(sound):
@@ -107,21 +107,23 @@ def _bind(op: core.JaxprEqn, inputs: list[Any]) -> list[Any]:
 def _call(name: str) -> Callable[..., list[Any]]:
     """An operation that only calls the program in one of its parameters."""
 
-    def call(params: dict[str, Any], inputs: list[Any]) -> list[Any]:
-        return _run_closed(params[name], inputs)
+    def call(op: core.JaxprEqn, inputs: list[Any]) -> list[Any]:
+        return _run_closed(op.params[name], inputs)
 
     return call
 
 
 def _run_closed(program: Any, inputs: Sequence[Any]) -> list[Any]:
-    if isinstance(program, core.ClosedJaxpr):
-        return run(program.jaxpr, program.consts, inputs)
-    return run(program, (), inputs)
+    return run(getattr(program, "jaxpr", program), getattr(program, "consts", ()), inputs)
 
 
-def _scan(params: dict[str, Any], inputs: list[Any]) -> list[Any]:
+def _scan(op: core.JaxprEqn, inputs: list[Any]) -> list[Any]:
     """Turn by turn; results of the turns are stacked."""
-    fixed, carried = params["num_consts"], params["num_carry"]
+    params, body = op.params, getattr(op.params["jaxpr"], "jaxpr", op.params["jaxpr"])
+    # JAX's versions keep the counts in different places; what has one axis more outside than inside is cut into turns.
+    sliced = sum(np.ndim(x) > inside.aval.ndim for x, inside in zip(inputs, body.invars, strict=True))
+    carried = sum(a.aval.ndim == inside.aval.ndim for a, inside in zip(op.outvars, body.outvars, strict=True))
+    fixed = len(inputs) - sliced - carried
     consts, carry, rows = inputs[:fixed], inputs[fixed : fixed + carried], inputs[fixed + carried :]
     turns = range(params["length"])
     made = []
@@ -133,7 +135,8 @@ def _scan(params: dict[str, Any], inputs: list[Any]) -> list[Any]:
     return [*carry, *(jnp.stack(column) for column in zip(*made, strict=True))]
 
 
-def _while(params: dict[str, Any], inputs: list[Any]) -> list[Any]:
+def _while(op: core.JaxprEqn, inputs: list[Any]) -> list[Any]:
+    params = op.params
     first, second = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
     tested, fixed, carry = inputs[:first], inputs[first:second], inputs[second:]
     while bool(_run_closed(params["cond_jaxpr"], [*tested, *carry])[0]):
@@ -141,12 +144,12 @@ def _while(params: dict[str, Any], inputs: list[Any]) -> list[Any]:
     return carry
 
 
-def _cond(params: dict[str, Any], inputs: list[Any]) -> list[Any]:
-    branches = params["branches"]
+def _cond(op: core.JaxprEqn, inputs: list[Any]) -> list[Any]:
+    branches = op.params["branches"]
     return _run_closed(branches[min(max(int(inputs[0]), 0), len(branches) - 1)], inputs[1:])
 
 
-INNER: dict[str, Callable[[dict[str, Any], list[Any]], list[Any]]] = {
+INNER: dict[str, Callable[[core.JaxprEqn, list[Any]], list[Any]]] = {
     "scan": _scan,
     "while": _while,
     "cond": _cond,
