@@ -24,6 +24,7 @@ Scores a checkpoint: metrics.json, one HTML page and a structured report of ever
 Examples:
   python eval.py --checkpoint runs/medical
   python eval.py --checkpoint runs/medical --data.path my_cases --data.split all --output my_results
+  python eval.py --checkpoint runs/v2-lite --data.path my_texts     # what `r1jax hf import` has written
 """
 
 
@@ -36,6 +37,8 @@ def main(arguments: list[str]) -> int:
     print(f"{checkpoint.path}: {start_platform(asked.platform)}", file=sys.stderr)
     mesh = make_mesh(MeshConfig())
     task = TASKS[config.task.name](config)
+    for line in task.pipeline.restore(checkpoint.meta().get("preprocess", {"steps": [], "statistics": {}})):
+        print(f"warning: {line}: the model was trained with other preprocessing", file=sys.stderr)
     model = R1(config.model, task.heads)
     source = task.source(config.data.split)
     print(f"data: {source.name}, {len(source)} {task.unit}", file=sys.stderr)

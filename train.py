@@ -14,13 +14,14 @@ from r1jax.train.evaluation import Evaluator
 from r1jax.train.loop import fit
 from r1jax.train.plan import example_batch, plan
 from r1jax.train.run import open_run, restore_or_init
+from r1jax.train.start import with_tokenizer
 from r1jax.train.step import compile_step
 
 
 def main(arguments: list[str]) -> int:
     """Runs the experiment that the command line names; the same command again goes on where it stopped."""
     invocation = load_config(arguments)
-    config = invocation.config
+    config = with_tokenizer(invocation.config)
     print(f"{config.name}: {start_platform(config.platform)}", file=sys.stderr)
     mesh = make_mesh(config.mesh)
     check_batch(mesh, config.train.batch_size, config.train.accumulation)

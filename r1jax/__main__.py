@@ -16,7 +16,13 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "generate": Command("r1jax.serve.generate_command", "generate", "text from a Hugging Face checkpoint"),
+    "data convert": Command("r1jax.serve.data_command", "convert", "cases, pictures, tables ... -> Parquet files"),
+    "data info": Command("r1jax.serve.data_command", "info", "describes Parquet files below a path or URL"),
+    "data stats": Command("r1jax.serve.cache_stats", "stats_command", "what a cache of rows holds, and its hits"),
+    "data verify": Command("r1jax.serve.data_command", "verify", "compares Parquet files with their checksums"),
+    "generate": Command(
+        "r1jax.serve.generate_command", "generate", "text from a checkpoint, Hugging Face's or r1jax's"
+    ),
     "hf import": Command("r1jax.serve.huggingface", "import_folder", "Hugging Face checkpoint -> r1jax checkpoint"),
     "hf export": Command("r1jax.serve.huggingface", "export_folder", "r1jax checkpoint -> Hugging Face checkpoint"),
     "hf logits": Command("r1jax.serve.huggingface", "write_logits", "next-token logits of a Hugging Face checkpoint"),

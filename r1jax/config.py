@@ -6,8 +6,9 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, NamedTuple
+from urllib.parse import urlsplit
 
-from r1jax.errors import UserError
+from r1jax.errors import UserError, nearest
 from r1jax.fields import Bounds, build, leaves, to_dict
 
 Count = Annotated[int, Bounds("of at least 1", 1)]
@@ -155,13 +156,35 @@ class TaskConfig:
 
 
 @dataclass(frozen=True)
+class CacheConfig:
+    """Tiers that keep rows of a cold store (Parquet on HDFS, say) at hand: process memory, then LMDB or Redis."""
+
+    url: str | None = "memory"
+    """memory: of each process; lmdb:DIR: also a folder that processes of a machine share; redis://, rediss:// (TLS),
+    unix:// or redis+cluster://: also a server, its password as $NAME of the environment; None reads cold each time."""
+    capacity: Count = 2**28
+    """Bytes of process memory, in each process that reads."""
+    disk_capacity: Count = 2**32
+    """Bytes of an LMDB folder; a Redis server is bounded by its own `maxmemory`."""
+    ttl_s: Positive = 604800.0
+    """Seconds until a value of LMDB or Redis expires (in Redis +-10 %, in the memory of policy serve too)."""
+    policy: Literal["train", "serve"] = "train"
+    """train: memory admits until it is full and keeps that, beside the blocks in use; serve: keeps what is popular."""
+    unit: Literal["group", "row"] = "group"
+    """What is kept: whole row groups, for training, or single rows, for requests without order."""
+
+
+CACHE_SCHEMES = ("redis", "rediss", "unix", "redis+cluster", "rediss+cluster", "lmdb")
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Where cases come from."""
 
     path: str | None = None
     """Folder of cases (docs/data.md) or text (docs/language.md); none uses the embedded synthetic generator."""
     tokenizer: str | None = None
-    """tokenizer.json of the language task, or its folder; none reads bytes."""
+    """tokenizer.json of the language task, or its folder; none takes that of `train.init`, and else bytes."""
     split: Split = "test"
     """Part that eval.py scores."""
     train_cases: Count = 12288
@@ -172,7 +195,22 @@ class DataConfig:
     folds: Annotated[int, Bounds("of at least 2", 2)] = 5
     seed: Seed = 0
     """Seed of the generator and of the order of cases."""
+    order: Literal["global", "window"] = "global"
+    """global: any row may follow any other; window: rows are shuffled within some row groups of Parquet files, which
+    are then read whole (docs/data.md)."""
+    window: Count = 16
+    """Row groups that are shuffled together."""
     threads: Count = 2
+    """Reading threads, in each worker where there are some."""
+    workers: Natural = 0
+    """Processes that read and preprocess; 0 does it in threads of this process."""
+    ahead: Natural = 8
+    """Batches that a source with a cache is told of before they are read."""
+    preprocess: str = ""
+    """What cases pass through, such as "text_clean|window(-1000, 400)" (docs/plugins.md)."""
+    plugins: tuple[str, ...] = ()
+    """Folders of further preprocessors, beside those of the environment variable R1JAX_PLUGIN_PATH."""
+    cache: CacheConfig = field(default_factory=CacheConfig)
 
 
 @dataclass(frozen=True)
@@ -258,9 +296,11 @@ class EvalData:
     """Which cases to score, where they are not those that the checkpoint was trained beside."""
 
     path: str | None = None
-    """Folder of cases (docs/data.md); none takes the data of the checkpoint's own config."""
+    """Folder of cases (docs/data.md) or text (docs/language.md); none takes the data of the checkpoint's own config."""
     split: Split | None = None
     """Part of the data; none takes the config's `data.split`, and all of data that was not trained on."""
+    tokenizer: str | None = None
+    """tokenizer.json or its folder, for an import that was made without; none takes the checkpoint's own."""
 
 
 @dataclass(frozen=True)
@@ -268,10 +308,10 @@ class EvalArguments:
     """What eval.py is told."""
 
     checkpoint: str
-    """Run folder, its checkpoints folder, or one checkpoint; must be given."""
+    """Run folder, its checkpoints folder, one checkpoint, or what `r1jax hf import` has written; must be given."""
     data: EvalData = field(default_factory=EvalData)
     output: str | None = None
-    """Folder of the results; none writes `eval/` beside the checkpoints."""
+    """Folder of the results; none writes `eval/` beside the checkpoints, or into an import."""
     platform: Platform = "auto"
     """cuda refuses to start without a GPU instead of falling back to the CPU."""
     batch_size: Count = 64
@@ -307,27 +347,14 @@ class GenerationSettings:
     """Tokens in a page of the cache."""
 
 
-BEFORE = {
-    "model.remat": "none",
-    "model.scan_layers": False,
-    "train.accumulation": 1,
-    "train.moments": "float32",
-    "train.schedule": "cosine",
-    "train.decay_share": 0.2,
-    "train.milestones": [0.5, 0.75],
-    "train.milestone_factor": 0.1,
-    "train.rules": [],
-    "debug.eager": False,
-}
-"""What fields of later versions were, in effect, before there were such fields: checkpoints of then lack them."""
-
-
-def from_dict(values: Any, source: str = "config") -> Config:
-    """Builds a config from what `to_dict` gave, by this or an earlier version, and accepts nothing else.
+def from_dict(values: Any, source: str = "config", *, stored: bool = False) -> Config:
+    """Builds a config from what `to_dict` gave, and accepts nothing else.
 
     Args:
       values: Nested dicts, for example the content of a checkpoint's config.json.
       source: File that the values came from, for error messages.
+      stored: Whether an older revision may have written them: fields that it did not have take their defaults. A new
+        field must therefore default to what was done before it came.
 
     Returns:
       The config, of hashable values only.
@@ -335,16 +362,7 @@ def from_dict(values: Any, source: str = "config") -> Config:
     Raises:
       UserError: A key is unknown or missing, or a value does not fit its field.
     """
-    return build(Config, _with_later_fields(values), source)
-
-
-def _with_later_fields(values: Any) -> Any:
-    """Adds the fields of `BEFORE` that are lacking; `build` judges what it finds."""
-    for name, value in BEFORE.items():
-        group, _, field_name = name.rpartition(".")
-        if isinstance(values, dict) and isinstance(values.get(group, {}), dict):
-            values = {**values, group: {field_name: value} | values.get(group, {})}
-    return values
+    return build(Config, values, source, stored=stored)
 
 
 def differences(a: Config, b: Config) -> list[tuple[str, Any, Any]]:
@@ -384,6 +402,7 @@ def _relations(config: Config) -> Iterator[tuple[bool, str, str]]:
         yield holds, f"model.decoder.{name}", rule
     yield from _encoder_relations(config.model)
     yield from _task_relations(config)
+    check_cache_url("data.cache.url", config.data.cache.url)
     data, train, mesh = config.data, config.train, config.mesh
     yield data.path is None or bool(data.path.strip()), "data.path", "a folder, or None for generated cases"
     yield data.fold is None or data.fold < data.folds, "data.fold", f"below data.folds ({data.folds})"
@@ -449,6 +468,46 @@ def _is_rule(text: str) -> bool:
     return True
 
 
+def check_cache_url(name: str, url: str | None, secrets: bool = False) -> None:
+    """Refuses a cache that cannot exist, and a password that would be stored in every checkpoint.
+
+    Args:
+      name: Of the field, for the message.
+      url: As in `CacheConfig.url`.
+      secrets: Whether the password itself may stand in the URL: nothing stores it.
+
+    Raises:
+      UserError: The scheme is unknown, a part is missing, or the URL holds a password; it is not repeated then.
+    """
+    if url in (None, "memory"):
+        return
+    scheme, colon, rest = url.partition(":")
+    if not colon or scheme not in CACHE_SCHEMES:
+        meant = nearest(scheme, ("memory", *CACHE_SCHEMES))
+        raise UserError(
+            f"{name} starts with {scheme[:40]!r}, which is no kind of cache{meant}: it must be memory, lmdb:DIR, "
+            "redis://HOST:PORT, rediss://HOST:PORT, unix:///SOCKET or redis+cluster://HOST:PORT"
+        )
+    if scheme == "lmdb":
+        if not rest.strip():
+            raise UserError(f"{name} is {url!r}, but the folder is missing: write lmdb:DIR")
+        return
+    try:
+        parts = urlsplit(url)
+        port, password = parts.port, parts.password
+    except ValueError as error:
+        raise UserError(f"{name}: {error}: write {scheme}://HOST:PORT") from None
+    if scheme == "unix" and not parts.path.strip("/"):
+        raise UserError(f"{name} names no socket: write unix:///SOCKET, with three slashes before an absolute path")
+    if scheme != "unix" and (not parts.hostname or port == 0):
+        raise UserError(f"{name} names no host: write {scheme}://HOST:PORT")
+    if "password=" in parts.query or (password is not None and not password.startswith("$") and not secrets):
+        raise UserError(
+            f"{name} holds a password, which every checkpoint would store: write {scheme}://USER:$NAME@... and put the "
+            "password into the environment variable NAME"
+        )
+
+
 def decoder_relations(decoder: DecoderConfig) -> Iterator[tuple[bool, str, str]]:
     """Ties the decoder's fields; DeepSeek-V3's group limit scores a group by its two best experts.
 
@@ -485,6 +544,7 @@ def _task_relations(config: Config) -> Iterator[tuple[bool, str, str]]:
     kinds = config.model.modalities
     if config.task.name == "medical":
         yield bool(set(kinds) - {"text"}), "model.modalities", "at least one modality besides text"
+        yield config.data.tokenizer is None, "data.tokenizer", "None: the medical task reads text as bytes"
     else:
         yield kinds == ("text",), "model.modalities", "text alone for the language task"
         yield config.model.text_tokens > 2, "model.text_tokens", "at least 3: MTP predicts the token after next"

@@ -109,7 +109,7 @@ def to_dict(config: Any) -> dict[str, Any]:
     return values
 
 
-def build(kind: type[T], values: Any, source: str, prefix: str = "") -> T:
+def build(kind: type[T], values: Any, source: str, prefix: str = "", *, stored: bool = False) -> T:
     """Builds a dataclass from what `to_dict` gave, and accepts nothing else.
 
     Args:
@@ -117,6 +117,8 @@ def build(kind: type[T], values: Any, source: str, prefix: str = "") -> T:
       values: Nested dicts, one key a field.
       source: Where the values came from, for error messages.
       prefix: Dotted name of the group that is built, with a trailing dot.
+      stored: Whether another revision may have written the values, which then had every field that it knew. One that
+        came later takes its default, which is what the older revision did; a field that went is still refused.
 
     Returns:
       The instance, of hashable values only.
@@ -132,18 +134,25 @@ def build(kind: type[T], values: Any, source: str, prefix: str = "") -> T:
         if key not in hints:
             raise UserError(f"{source}: unknown field {f'{prefix}{key}'!r}{nearest(str(key), hints)}.")
     built: dict[str, Any] = {}
+    optional = {item.name for item in dataclasses.fields(kind) if stored and _has_default(item)}  # type: ignore[arg-type]
     for key, hint in hints.items():
         name = f"{prefix}{key}"
         if key not in values:
+            if key in optional:
+                continue
             raise UserError(f"{source}: the field {name!r} is missing.")
         if dataclasses.is_dataclass(hint):
-            built[key] = build(hint, values[key], source, f"{name}.")
+            built[key] = build(hint, values[key], source, f"{name}.", stored=stored)
             continue
         try:
             built[key] = fit(hint, values[key])
         except (ValueError, OverflowError):
             raise UserError(f"{source}: {name} is {values[key]!r}, but it must be {wanted(hint)}.") from None
     return kind(**built)
+
+
+def _has_default(item: dataclasses.Field) -> bool:
+    return item.default is not dataclasses.MISSING or item.default_factory is not dataclasses.MISSING
 
 
 def to_json(config: Any) -> str:

@@ -3,7 +3,8 @@
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ class Telemetry:
         self.console = Console(stderr=True)
         self.began = self.spoke = self.measured = time.perf_counter()
         self.done = self.measured_at = start
+        self.waited = 0.0
         self.progress = Progress(
             TextColumn("step"),
             BarColumn(),
@@ -80,17 +82,29 @@ class Telemetry:
             left = (self.steps - step) / rate
             self.say(f"step {step}/{self.steps}  {int(left // 60)}:{int(left % 60):02d} left  {text}")
 
-    def rate(self) -> float:
-        """Examples a second since the last call or pause, up to the step that is being logged."""
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts what happens inside as waiting for data."""
+        began = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - began
+
+    def rates(self) -> dict[str, float]:
+        """Speed since the last call or pause, up to the step that is being logged.
+
+        Returns:
+          "examples_per_second"; "data_wait", the share of the time that went into waiting for the next batch. The
+          device may have been busy meanwhile, so that it starves for at most this share.
+        """
         now = time.perf_counter()
-        examples = (self.done + 1 - self.measured_at) * self.batch_size
-        speed = examples / (now - self.measured)
-        self.measured, self.measured_at = now, self.done + 1
-        return speed
+        examples, seconds = (self.done + 1 - self.measured_at) * self.batch_size, now - self.measured
+        found = {"examples_per_second": examples / seconds, "data_wait": self.waited / seconds}
+        self.measured, self.measured_at, self.waited = now, self.done + 1, 0.0
+        return found
 
     def pause(self) -> None:
-        """Leaves the time since the last call out of `rate`: it went into evaluation or saving."""
-        self.measured, self.measured_at = time.perf_counter(), self.done
+        """Leaves the time since the last call out of `rates`: it went into evaluation or saving."""
+        self.measured, self.measured_at, self.waited = time.perf_counter(), self.done, 0.0
 
     def say(self, text: str) -> None:
         """Prints a line above the progress view."""

@@ -15,6 +15,8 @@ import jax
 import jaxtyping
 import pytest
 
+from tests.data.services import hdfs, redis_server, s3_url  # noqa: F401
+
 jaxtyping.install_import_hook("r1jax", "beartype.beartype")
 
 jax.config.update("jax_num_cpu_devices", 8)
@@ -32,3 +34,10 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"real data sets are not here: no folder {folder} (R1JAX_SHARED_DATA names another)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory) -> Path:
+    """A folder that all workers of this test run see, and no other test run."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base

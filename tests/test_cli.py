@@ -318,6 +318,7 @@ def test_tuples_are_lists_of_words_only_where_the_field_is_a_list():
         "task.fields",
         "train.milestones",
         "train.rules",
+        "data.plugins",
         *(f"model.{kind}.{name}" for kind in ("volume", "image") for name in ("size", "widths", "blocks")),
     }
 

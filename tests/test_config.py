@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import operator
 import re
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from r1jax.config import (
-    BEFORE,
+    CacheConfig,
     Config,
     DataConfig,
     DecoderConfig,
@@ -19,6 +20,7 @@ from r1jax.config import (
     TaskConfig,
     TrainConfig,
     VisionConfig,
+    check_cache_url,
     differences,
     from_dict,
     to_dict,
@@ -159,16 +161,22 @@ def test_missing_field_and_wrong_root_are_named():
         from_dict([1], "run/config.json")
 
 
-def test_a_config_of_before_a_field_existed_means_what_it_did_then():
-    raw = to_dict(Config())
-    for name in BEFORE:
-        *path, last = name.split(".")
-        group = raw
-        for part in path:
-            group = group[part]
-        del group[last]
-    assert from_dict(raw) == Config()  # the defaults are what was done before
-    assert "accumulation" not in raw["train"], "what is read stays as it is"
+def test_a_stored_config_of_an_older_revision_takes_defaults_for_what_came_later():
+    config = Config(data=DataConfig(order="window"), model=ModelConfig(image=VisionConfig(size=(32, 32))))
+    raw = to_dict(config)
+    del raw["data"]["cache"], raw["data"]["workers"], raw["model"]["image"]["blocks"], raw["mesh"]["fsdp"]
+    read = from_dict(raw, stored=True)
+    assert read.data == config.data and read.mesh == config.mesh
+    assert read.model.image == dataclasses.replace(config.model.image, blocks=VisionConfig().blocks)
+    with pytest.raises(UserError, match="'model.image.blocks' is missing"):
+        from_dict(raw)
+    raw["data"]["shards"] = 3
+    with pytest.raises(UserError, match="unknown field 'data.shards'"):
+        from_dict(raw, stored=True)
+    del raw["data"]["shards"]
+    raw["data"]["seed"] = -1
+    with pytest.raises(UserError, match="data.seed is -1"):
+        from_dict(raw, stored=True)
 
 
 def decoder(**changes) -> Config:
@@ -246,3 +254,48 @@ def test_deepseek_v3_itself_is_valid():
         first_k_dense_replace=3,
     )
     validate(Config(model=ModelConfig(decoder=big)))
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        None,
+        "memory",
+        "lmdb:/var/cache",
+        "redis://host",
+        "rediss://host:6379/2?ssl_ca_certs=ca.pem",
+        "unix:///run/redis.sock?db=1",
+        "redis+cluster://host:7000",
+        "redis://me:$SECRET@host",
+    ],
+)
+def test_caches_that_can_be(url):
+    check_cache_url("data.cache.url", url)
+
+
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        ("", "no kind of cache"),
+        ("reddis://host", "did you mean 'redis'"),
+        ("Memory", "did you mean 'memory'"),
+        ("host:6379", "no kind of cache"),
+        ("lmdb:", "the folder is missing"),
+        ("redis://", "names no host"),
+        ("redis://host:0", "names no host"),
+        ("redis://host:port", "write redis://HOST:PORT"),
+        ("redis://host:99999", "write redis://HOST:PORT"),
+        ("unix://", "names no socket"),
+        ("redis://me:s3cret@host", "every checkpoint would store"),
+        ("unix:///run/redis.sock?password=s3cret", "every checkpoint would store"),
+    ],
+)
+def test_caches_that_cannot_be_are_refused_without_telling_secrets(url, told):
+    with pytest.raises(UserError, match=re.escape(told)) as error:
+        validate(Config(data=DataConfig(cache=CacheConfig(url=url))))
+    assert "data.cache.url" in str(error.value)
+    assert "s3cret" not in str(error.value)
+
+
+def test_a_password_may_stand_where_nothing_stores_it():
+    check_cache_url("--cache", "redis://me:s3cret@host", secrets=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import eval as evaluate
+from r1jax.__main__ import dispatch
 from r1jax.cli import load_config
 from r1jax.errors import UserError, run_main
 
@@ -55,6 +56,19 @@ def test_eval_scores_it_on_its_own_data_and_on_other_text(trained, monkeypatch, 
     other = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert other["provenance"]["data"]["split"] == "all" and other["best_attainable"] == {}
     assert other["figures"]["loss"]["value"] > 0
+
+
+def test_the_run_writes_text_and_so_does_its_export(trained, capsys, tmp_path):
+    words = ["--prompt", "Ada has 3 肺", "--max_new_tokens", "8", "--page_size", "8"]
+    assert dispatch(["hf", "export", str(trained[0]), str(tmp_path / "out")]) == 0
+    capsys.readouterr()
+    said = []
+    for folder in (trained[0], tmp_path / "out"):
+        assert dispatch(["generate", str(folder), *words]) == 0
+        shown = capsys.readouterr()
+        said.append(shown.out)
+        assert "14 tokens read" in shown.err  # of 11 characters, one of three bytes, and the token of the beginning
+    assert said[0] == said[1] and (tmp_path / "out" / "tokenizer.json").is_file()
 
 
 def test_a_variant_starts_from_a_checkpoint(trained):

@@ -78,19 +78,22 @@ def test_kill_while_opening_loses_no_row(tmp_path, monkeypatch):
     assert (tmp_path / "metrics.jsonl").read_text() == before
 
 
-def test_rate_counts_examples_since_the_last_row(tmp_path, monkeypatch):
+def test_rates_count_examples_and_waiting_since_the_last_row(tmp_path, monkeypatch):
     now = [100.0]
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
     telemetry = Telemetry(tmp_path, steps=100, start=10, batch_size=4)
     for step in range(11, 15):
-        now[0] += 2.0
+        now[0] += 1.5
+        with telemetry.waiting():
+            now[0] += 0.5
         if step == 14:
-            assert telemetry.rate() == pytest.approx(4 * 4 / 8)
+            assert telemetry.rates() == pytest.approx({"examples_per_second": 4 * 4 / 8, "data_wait": 0.25})
         telemetry.advance(step, "")
-    now[0] += 1000  # an evaluation
+    with telemetry.waiting():
+        now[0] += 1000  # an evaluation
     telemetry.pause()
     now[0] += 4
-    assert telemetry.rate() == pytest.approx(1 * 4 / 4)
+    assert telemetry.rates() == pytest.approx({"examples_per_second": 1 * 4 / 4, "data_wait": 0.0})
     telemetry.close()
 
 

@@ -19,16 +19,10 @@ import pytest
 import train
 from r1jax.errors import run_main
 from r1jax.train.checkpoints import CheckpointFolder
+from tests.train.experiment import CLOCK
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "tests" / "train" / "tiny.py"
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory):
-    """A folder that all workers of this test run see, and no other test run."""
-    base = tmp_path_factory.getbasetemp()
-    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +59,7 @@ def finish(process, folder):
 def rows(workdir):
     """Rows of metrics.jsonl without what depends on the clock."""
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "examples_per_second"} for line in lines]
+    return [{k: v for k, v in json.loads(line).items() if k not in CLOCK} for line in lines]
 
 
 def last_state(workdir):

@@ -1,10 +1,10 @@
 """R1's chat form, written out here: a checkpoint's Jinja template is a program of its author, and is never run."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from r1jax.data.tokenizer_files import chat_template
 from r1jax.errors import UserError
 
 # The bars and the spaces are those of DeepSeek's vocabulary: U+FF5C and U+2581.
@@ -47,25 +47,17 @@ def r1_chat(messages: Sequence[Message]) -> str:
     return text + ASSISTANT + THINK
 
 
-def check_template(folder: Path) -> None:
+def check_template(path: Path) -> None:
     """Refuses a checkpoint whose own chat template is not of R1's form.
 
     Args:
-      folder: The checkpoint; one without a template is taken to be of R1's form.
+      path: Its tokenizer.json, or the folder that holds it; one without a template is taken to be of R1's form.
 
     Raises:
       UserError: The template has other turns.
     """
-    template, source = None, folder / "tokenizer_config.json"
-    if (folder / "chat_template.jinja").is_file():
-        source = folder / "chat_template.jinja"
-        template = source.read_text("utf-8", errors="replace")
-    elif source.is_file():
-        try:
-            template = json.loads(source.read_bytes()).get("chat_template")
-        except (ValueError, AttributeError) as error:
-            raise UserError(f"{source} is no JSON object ({error}): download it again.") from None
-    if template is not None and not all(mark in str(template) for mark in (USER, ASSISTANT, "<think>")):
+    source, template = chat_template(path) or (path, None)
+    if template is not None and not all(mark in template for mark in (USER, ASSISTANT, "<think>")):
         raise UserError(
             f"{source} has a chat template other than DeepSeek-R1's ({USER} ... <think>): give the prompt without "
             "--chat."

@@ -1,5 +1,6 @@
 """A folder of cases in the documented format (docs/data.md) as a source: `.npz` arrays, and tables beside them."""
 
+import dataclasses
 import hashlib
 import sys
 from collections import Counter
@@ -8,11 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, Int64
 
+from r1jax.config import CacheConfig
+from r1jax.data.filesystem import is_remote
 from r1jax.data.folder_cases import Cases, read_cases
 from r1jax.data.folder_checks import unpack_mask
 from r1jax.data.folder_files import RANK
+from r1jax.data.parquet_cases import StoredPictures, is_parquet, open_cases, read_parquet_cases
 from r1jax.data.schema import Schema
 from r1jax.errors import UserError
 from r1jax.tasks.medical.schema import case_schema
@@ -30,6 +34,8 @@ class FolderCases:
       name: Folder, part, number of cases and what the format does not know, for people.
       fingerprint: sha256 over the bytes of the files, the same for all parts of a folder.
       schema: What a batch holds for sure.
+      path: Folder or URL, as it was given.
+      remarks: What a user should know of the files.
       ignored: Arrays and columns that the format does not know.
       splits: How many cases the folder marks with each split.
       cases: All cases of the folder.
@@ -39,6 +45,8 @@ class FolderCases:
     name: str
     fingerprint: str
     schema: Schema
+    path: str | Path
+    remarks: tuple[str, ...]
     ignored: tuple[str, ...]
     splits: dict[str, int]
     cases: Cases
@@ -46,17 +54,28 @@ class FolderCases:
 
     @classmethod
     def open(
-        cls, path: str | Path, split: str = "all", fold: int | None = None, folds: int = 5, seed: int = 0
+        cls,
+        path: str | Path,
+        split: str = "all",
+        fold: int | None = None,
+        folds: int = 5,
+        seed: int = 0,
+        hold: bool = True,
+        cache: CacheConfig = CacheConfig(),  # noqa: B008
     ) -> "FolderCases":
         """Reads a folder and chooses a part of it.
 
         Args:
-          path: Folder with one or more `.npz` files, and `.csv` tables beside them.
+          path: Folder with one or more `.npz` files, and `.csv` tables beside them; or a folder or URL of Parquet
+            files that `r1jax data convert` made of such a folder.
           split: train, val, test, all, or any other mark that the folder's `split` holds.
           fold: Takes this fold as val and the others as train, instead of the folder's marks; cases marked test stay
             out of both. A folder without any mark is cut so by itself, with fold 0.
           folds: Number of folds.
           seed: Seed of the folds.
+          hold: Keeps the pictures of `.npz` files in memory; without, whole archives are read again when they are
+            asked for. Pictures of Parquet files are always read when they are asked for.
+          cache: Tiers that pictures of Parquet files are read through.
 
         Returns:
           The chosen cases, in the order of the files.
@@ -64,32 +83,78 @@ class FolderCases:
         Raises:
           UserError: The folder or a value in it is not as docs/data.md says, or the part has no cases.
         """
-        folder = Path(path)
-        files = _list_files(folder)
-        cases, ignored = read_cases(files)
-        rows = _choose_rows(cases, folder, split, fold, folds, seed)
-        pictures = {name: cases.pictures[name] for name in RANK if name in cases.pictures}
-        schema = case_schema(
-            {name: (str(stored.dtype), stored.shape[1:]) for name, stored in pictures.items()},
-            table=cases.table is not None,
-            text=cases.text is not None,
-        )
-        part = split if fold is None or split not in ("train", "val") else f"{split} (fold {fold} of {folds})"
-        name = f"{folder.resolve().name}, {part}: {len(rows)} of {len(cases.case_id)} cases"
-        if ignored:
-            name += f"; not used: {', '.join(ignored)}"
-        return cls(
-            name=name,
-            fingerprint=folder_fingerprint(folder),
-            schema=schema,
+        if is_parquet(path):
+            cases, ignored, remarks, fingerprint = read_parquet_cases(str(path), cache)
+        else:
+            cases, ignored = read_cases(_list_files(Path(path)), hold)
+            remarks, fingerprint = (), folder_fingerprint(path)
+        layout = cases.pictures.layout
+        everything = cls(
+            name="",
+            fingerprint=fingerprint,
+            schema=case_schema(
+                {name: layout[name] for name in RANK if name in layout},
+                table=cases.table is not None,
+                text=cases.text is not None,
+            ),
+            path=path,
+            remarks=remarks,
             ignored=tuple(ignored),
             splits=dict(Counter(mark for mark in cases.marks if mark)),
             cases=cases,
-            rows=rows,
+            rows=np.arange(len(cases.case_id)),
         )
+        return everything.part(split, fold, folds, seed)
+
+    def part(self, split: str, fold: int | None = None, folds: int = 5, seed: int = 0) -> "FolderCases":
+        """Chooses a part of the same folder, which shares its memory, its files and its cache.
+
+        Args:
+          split: As `open` takes it, and so the others.
+          fold: Fold that is val.
+          folds: Number of folds.
+          seed: Seed of the folds.
+
+        Returns:
+          The chosen cases, in the order of the files.
+
+        Raises:
+          UserError: The part has no cases, or there is no such fold.
+        """
+        rows = _choose_rows(self.cases, self.path, split, fold, folds, seed)
+        part = split if fold is None or split not in ("train", "val") else f"{split} (fold {fold} of {folds})"
+        shown = str(self.path).rstrip("/") if is_remote(str(self.path)) else Path(self.path).resolve().name
+        name = f"{shown}, {part}: {len(rows)} of {len(self.cases.case_id)} cases"
+        if self.ignored:
+            name += f"; not used: {', '.join(self.ignored)}"
+        return dataclasses.replace(self, name="; ".join([name, *self.remarks]), rows=rows)
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def starts(self) -> Int64[np.ndarray, " G_plus_1"] | None:
+        """Where row groups of Parquet files begin among these cases, and the number of cases; None in a folder."""
+        pictures = self.cases.pictures
+        if not isinstance(pictures, StoredPictures):
+            return None
+        groups = np.searchsorted(pictures.rows.cold.starts, self.rows, side="right")
+        return np.concatenate([[0], np.flatnonzero(np.diff(groups)) + 1, [len(self.rows)]]).astype(np.int64)
+
+    def prefetch(self, indices: Int[np.ndarray, " B"]) -> None:
+        """Brings what one later `read_batch` of Parquet files needs into the cache, in the background.
+
+        Args:
+          indices: The same as that call gets.
+        """
+        if isinstance(self.cases.pictures, StoredPictures) and self.cases.pictures.layout:
+            self.cases.pictures.rows.prefetch(self.rows[indices])
+
+    def counters(self) -> dict[str, float]:
+        """What the cache of Parquet files has done in this process, for all parts; see `CacheCounters`."""
+        if not isinstance(self.cases.pictures, StoredPictures):
+            return {}
+        return {name: float(value) for name, value in self.cases.pictures.rows.counters()._asdict().items()}
 
     def known_findings(self) -> frozenset[str]:
         """Findings whose answer is known in at least one case of this part."""
@@ -99,12 +164,13 @@ class FolderCases:
         """Reads raw cases; see `Source.read_batch`."""
         rows, cases = self.rows[indices], self.cases
         batch: dict[str, np.ndarray | list[str]] = {"case_id": [cases.case_id[row] for row in rows]}
+        pictures = cases.pictures.read(rows)
         for name in RANK:
-            if name in cases.pictures:
-                batch[name] = cases.pictures[name][rows]
+            if name in pictures:
+                batch[name] = pictures[name]
                 batch[f"{name}_spacing"] = cases.spacing[name][rows]
-        if "mask" in cases.pictures:
-            batch["mask"] = unpack_mask(cases.pictures["mask"][rows], cases.shapes)
+        if "mask" in pictures:
+            batch["mask"] = unpack_mask(pictures["mask"], cases.shapes)
         for name, present in cases.has.items():
             batch[name] = present[rows]
         if cases.table is not None:
@@ -132,7 +198,7 @@ def _list_files(folder: Path) -> list[Path]:
     return archives + [path for path in files if path.suffix.lower() == ".csv"]
 
 
-def folder_fingerprint(folder: Path) -> str:
+def folder_fingerprint(folder: str | Path) -> str:
     """Hashes the files of a folder of cases, without reading the cases.
 
     Args:
@@ -142,17 +208,19 @@ def folder_fingerprint(folder: Path) -> str:
       sha256 (hex) over the hashes of the files, so that where one file ends and the next begins counts too.
 
     Raises:
-      UserError: The folder cannot be read or has no `.npz` file.
+      UserError: The folder cannot be read or has no `.npz` or Parquet file.
     """
+    if is_parquet(folder):
+        return open_cases(str(folder)).fingerprint
     total = hashlib.sha256()
-    for path in _list_files(folder):
+    for path in _list_files(Path(folder)):
         with path.open("rb") as file:
             total.update(hashlib.file_digest(file, "sha256").digest())
     return total.hexdigest()
 
 
 def _choose_rows(
-    cases: Cases, folder: Path, split: str, fold: int | None, folds: int, seed: int
+    cases: Cases, folder: str | Path, split: str, fold: int | None, folds: int, seed: int
 ) -> Int[np.ndarray, " B"]:
     """Finds the rows of a part of the folder; see `FolderCases.open`."""
     marks = np.array(cases.marks)
@@ -181,7 +249,7 @@ def _choose_rows(
 
 
 def fold_numbers(
-    groups: Sequence[tuple[str, str]], fold: int, folds: int, seed: int, folder: Path
+    groups: Sequence[tuple[str, str]], fold: int, folds: int, seed: int, folder: str | Path
 ) -> Int[np.ndarray, " n"]:
     """Deals groups, in an order drawn from the seed, each to the fold that has fewest cases so far.
 

@@ -1,11 +1,13 @@
 """Puts the files of a case folder together into one checked set of cases (format: docs/data.md)."""
 
+import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Bool, Float32
+from jaxtyping import Bool, Float32, Int
 
 from r1jax.data.folder_checks import (
     as_case_ids,
@@ -22,6 +24,51 @@ from r1jax.errors import UserError, nearest
 from r1jax.tasks.medical.schema import FINDINGS, RECORD_FIELDS
 
 
+@runtime_checkable
+class Pictures(Protocol):
+    """Pictures of all cases, in memory or read when they are asked for; safe to use from several threads.
+
+    Attributes:
+      layout: dtype and shape of one `volume`, `image` (uint8 or int16) and `mask` (plain or packed), where present.
+    """
+
+    @property
+    def layout(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """See the class."""
+        ...
+
+    def read(self, rows: Int[np.ndarray, " B"]) -> dict[str, np.ndarray]:
+        """Reads pictures.
+
+        Args:
+          rows: Of which cases, in any order.
+
+        Returns:
+          [B, ...] of each name of `layout`.
+        """
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class ArrayPictures:
+    """Pictures in memory.
+
+    Attributes:
+      arrays: By name, one row per case.
+    """
+
+    arrays: dict[str, np.ndarray]
+
+    @property
+    def layout(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """See `Pictures`."""
+        return {name: (str(values.dtype), values.shape[1:]) for name, values in self.arrays.items()}
+
+    def read(self, rows: Int[np.ndarray, " B"]) -> dict[str, np.ndarray]:
+        """See `Pictures`."""
+        return {name: values[rows] for name, values in self.arrays.items()}
+
+
 @dataclass(frozen=True, eq=False)
 class Cases:
     """Everything that a folder says, one row per case; pictures stay in their stored type.
@@ -30,7 +77,7 @@ class Cases:
       case_id: Unique names.
       marks: Split of each case (train, val, test or another word), "" where the folder says nothing.
       groups: Patient or scan of each case, "" where unknown.
-      pictures: `image` and `volume` (uint8 or int16), and `mask` (plain or packed).
+      pictures: Images, volumes and masks.
       spacing: mm per pixel of each picture, in its array order.
       has: `has_image`, `has_volume`, where the folder says which cases lack that picture.
       table: Record fields in the order of `RECORD_FIELDS`, NaN where unknown; None if the folder has none.
@@ -41,7 +88,7 @@ class Cases:
     case_id: list[str]
     marks: list[str]
     groups: list[str]
-    pictures: dict[str, np.ndarray]
+    pictures: Pictures
     spacing: dict[str, Float32[np.ndarray, "n _"]]
     has: dict[str, Bool[np.ndarray, "n"]]
     table: Float32[np.ndarray, "n fields"] | None
@@ -51,14 +98,16 @@ class Cases:
     @property
     def shapes(self) -> list[tuple[int, ...]]:
         """Sizes of one picture of each modality, volumes first."""
-        return [self.pictures[name].shape[1:] for name in ("volume", "image") if name in self.pictures]
+        layout = self.pictures.layout
+        return [layout[name][1] for name in ("volume", "image") if name in layout]
 
 
-def read_cases(files: Sequence[Path]) -> tuple[Cases, list[str]]:
+def read_cases(files: Sequence[Path], hold: bool = True) -> tuple[Cases, list[str]]:
     """Reads archives and tables into one set of cases.
 
     Args:
       files: `.npz` files, whose cases follow each other in this order, and `.csv` files.
+      hold: Keeps the pictures in memory; without, they are checked now and read again when they are asked for.
 
     Returns:
       The cases, and the labels of arrays and columns that the format does not know.
@@ -72,7 +121,8 @@ def read_cases(files: Sequence[Path]) -> tuple[Cases, list[str]]:
     for path in (path for path in files if path.suffix.lower() == ".npz"):
         columns, unknown = read_npz(path)
         length = next(len(column.values) for column in columns.values() if not one_row(column))
-        archives.append(_with_pictures(columns, sum(lengths), length))
+        columns = with_pictures(columns, sum(lengths), length)
+        archives.append(columns if hold else _without_pixels(columns))
         lengths.append(length)
         ignored += unknown
     names = dict.fromkeys(name for columns in archives for name in columns)
@@ -84,11 +134,94 @@ def read_cases(files: Sequence[Path]) -> tuple[Cases, list[str]]:
             if name in columns:
                 raise UserError(f"{name} is given by {columns[name].where()} and by {column.where()}: keep one of them")
             columns[name] = column
-    return _check(columns, sum(lengths)), list(dict.fromkeys(ignored))
+    cases = check_cases(columns, sum(lengths))
+    if not hold and cases.pictures.layout:
+        paths = [path for path in files if path.suffix.lower() == ".npz"]
+        starts = np.cumsum([0, *lengths])
+        cases = dataclasses.replace(cases, pictures=ArchivePictures(tuple(paths), starts, cases.pictures.layout))
+    return cases, list(dict.fromkeys(ignored))
 
 
-def _with_pictures(columns: dict[str, Column], start: int, length: int) -> dict[str, Column]:
-    """Brings the pictures of one archive to uint8 or int16; `start` is the number of the archive's first case."""
+def stand_in(dtype: str | np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    """Has the type and shape of pictures but none of their memory: for checks that do not look at pixels.
+
+    Args:
+      dtype: Of the pictures.
+      shape: With the cases.
+
+    Returns:
+      Zeros that all lie in one place.
+    """
+    return np.broadcast_to(np.zeros((), dtype), shape)
+
+
+def _is_stand_in(values: np.ndarray) -> bool:
+    return values.size > 0 and not any(values.strides)
+
+
+def _without_pixels(columns: dict[str, Column]) -> dict[str, Column]:
+    return {
+        name: dataclasses.replace(column, values=stand_in(column.values.dtype, column.values.shape))
+        if name in PICTURES
+        else column
+        for name, column in columns.items()
+    }
+
+
+@dataclass(frozen=True, eq=False)
+class ArchivePictures:
+    """Pictures that stay in their archives, of which one at a time is in memory: to go through all of them in order.
+
+    Attributes:
+      paths: The archives.
+      starts: First case of each, and the number of cases.
+      layout: See `Pictures`.
+      latest: Number and pictures of the archive read last.
+    """
+
+    paths: tuple[Path, ...]
+    starts: Int[np.ndarray, "starts"]
+    layout: dict[str, tuple[str, tuple[int, ...]]]
+    latest: dict[int, dict[str, np.ndarray]] = field(default_factory=dict, repr=False)
+
+    def read(self, rows: Int[np.ndarray, " B"]) -> dict[str, np.ndarray]:
+        """See `Pictures`."""
+        found = {name: np.empty((len(rows), *shape), dtype) for name, (dtype, shape) in self.layout.items()}
+        numbers = np.searchsorted(self.starts, rows, side="right") - 1
+        for number in np.unique(numbers).tolist():
+            here = numbers == number
+            for name, values in self._archive(number).items():
+                found[name][here] = values[rows[here] - self.starts[number]]
+        return found
+
+    def _archive(self, number: int) -> dict[str, np.ndarray]:
+        latest = self.latest.get(number)
+        if latest is None:
+            self.latest.clear()  # before the next one is read
+            start, end = self.starts[number : number + 2].tolist()
+            columns = with_pictures(read_npz(self.paths[number])[0], start, end - start)
+            latest = {name: columns[name].values for name in self.layout}
+            for name in RANK:
+                if name in latest and latest[name].dtype != np.dtype(self.layout[name][0]):
+                    latest[name] = hounsfield(latest[name])
+            self.latest[number] = latest
+        return latest
+
+
+def with_pictures(columns: dict[str, Column], start: int, length: int) -> dict[str, Column]:
+    """Brings the pictures of one archive to uint8 or int16.
+
+    Args:
+      columns: Of the archive.
+      start: Number of its first case.
+      length: How many it has.
+
+    Returns:
+      The columns, pictures replaced.
+
+    Raises:
+      UserError: A picture has broken values or values of no known unit.
+    """
     names = [str(start + row).zfill(6) for row in range(length)]
     names = as_texts(columns["case_id"]) if "case_id" in columns else names
     pictures = {
@@ -125,6 +258,9 @@ def _join(name: str, archives: Sequence[dict[str, Column]], lengths: Sequence[in
     if len({block.shape[1:] for block in blocks}) > 1:
         sizes = ", ".join(f"{list(column.values.shape[1:])} in {column.parts[0][0]}" for column in found)
         raise UserError(f"array {found[0].label!r} has rows of different sizes ({sizes}): bring them to one size")
+    if _is_stand_in(blocks[0]):
+        dtype = np.result_type(*blocks)
+        return Column(found[0].label, stand_in(dtype, (sum(lengths), *blocks[0].shape[1:])), tuple(parts))
     if len({block.dtype for block in blocks}) > 1 and name in RANK:
         blocks = [hounsfield(block) if block.dtype == np.uint8 else block for block in blocks]
     return Column(found[0].label, np.concatenate(blocks), tuple(parts))
@@ -160,8 +296,19 @@ def _align(table: dict[str, Column], columns: dict[str, Column], total: int, pat
     return aligned
 
 
-def _check(columns: dict[str, Column], total: int) -> Cases:
-    """Checks every column against the schema, and that every case says something."""
+def check_cases(columns: dict[str, Column], total: int) -> Cases:
+    """Checks every column against the schema, and that every case says something.
+
+    Args:
+      columns: By the format's names; of pictures only type and shape are looked at.
+      total: Number of cases.
+
+    Returns:
+      The cases.
+
+    Raises:
+      UserError: Something is not as docs/data.md says.
+    """
     case_id = [str(row).zfill(6) for row in range(total)]
     case_id = as_case_ids(columns["case_id"]) if "case_id" in columns else case_id
     targets = _targets(columns, total)
@@ -181,7 +328,7 @@ def _check(columns: dict[str, Column], total: int) -> Cases:
         case_id=case_id,
         marks=as_marks(columns["split"]) if "split" in columns else [""] * total,
         groups=as_texts(columns["group"]) if "group" in columns else [""] * total,
-        pictures={name: columns[name].values for name in PICTURES if name in columns},
+        pictures=ArrayPictures({name: columns[name].values for name in PICTURES if name in columns}),
         spacing={name: _spacing(columns, name, total) for name in kinds},
         has=has,
         table=table,

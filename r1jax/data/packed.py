@@ -5,7 +5,7 @@ import itertools
 from collections.abc import Iterable
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, UInt64
 
 from r1jax.data.schema import Field, Schema
 from r1jax.data.sentences import document
@@ -44,11 +44,15 @@ class PackedText:
           length: T.
           entropy: Nats that the documents hold, where that is known.
         """
-        stream, size, count = [], 0, 0
+        stream, size, hashes = [], 0, []
         texts = iter(documents)
         while group := list(itertools.islice(texts, GROUP)):
             stream += [np.asarray(ids, np.int32) for ids in vocabulary.encode(group)]
-            size, count = size + sum(len(text.encode()) for text in group), count + len(group)
+            encoded = [text.encode() for text in group]
+            size += sum(map(len, encoded))
+            hashes += [int.from_bytes(hashlib.sha256(text).digest()[:8], "big") for text in encoded]
+        self.document_hashes: UInt64[np.ndarray, " d"] = np.array(hashes, np.uint64)
+        self.document_lengths: Int[np.ndarray, " d"] = np.array([len(ids) for ids in stream])
         self.tokens: Int[np.ndarray, " n"] = np.concatenate(stream)
         self.length, self.end = length, vocabulary.end
         self.schema = Schema(
@@ -62,13 +66,30 @@ class PackedText:
         self.name = f"{name}, {len(self.tokens):,} tokens ({vocabulary.name}) in sequences of {length}"
         head = f"{VERSION} {length} {vocabulary.end} {vocabulary.size} ".encode()
         self.fingerprint = hashlib.sha256(head + self.tokens.tobytes()).hexdigest()
-        targets = max(len(self.tokens) - count, 1)  # the first token of a document is not predicted
+        targets = max(len(self.tokens) - len(hashes), 1)  # the first token of a document is not predicted
         self.bytes_per_target = size / targets
         self.entropy = None if entropy is None else entropy / targets
 
     def __len__(self) -> int:
         """Number of sequences."""
         return -(-(len(self.tokens) - 1) // (self.length - 1))
+
+    def holding(self, other: "PackedText") -> int:
+        """Counts the sequences that predict tokens of documents which another text holds too.
+
+        Args:
+          other: For example the text that a model was trained on.
+
+        Returns:
+          How many of the sequences they are; documents are compared by hash.
+        """
+        shared = np.repeat(np.isin(self.document_hashes, other.document_hashes), self.document_lengths)
+        shared[np.cumsum(self.document_lengths) - self.document_lengths] = (
+            False  # first tokens, which are not predicted
+        )
+        targets = np.zeros(len(self) * (self.length - 1), bool)
+        targets[: len(shared) - 1] = shared[1:]
+        return int(targets.reshape(len(self), -1).any(axis=1).sum())
 
     def read_batch(self, indices: Int[np.ndarray, " B"]) -> dict[str, np.ndarray | list[str]]:
         """Reads sequences.

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -46,7 +47,7 @@ class Field:
         elif not self.dtype or np.dtype(self.dtype).kind not in "biuf":
             raise UserError(f"field {self.name!r} ({self.kind}) has dtype {self.dtype!r}: name a type of plain numbers")
 
-    @property
+    @cached_property
     def arrow(self) -> pa.Field:
         """Column of this field: words (dictionary-coded categories), single numbers, or little-endian bytes."""
         if self.kind == "category":
@@ -102,11 +103,9 @@ class Field:
             if column.null_count and pa.types.is_boolean(column.type):
                 column = column.cast(pa.int8())
             return column.to_numpy(zero_copy_only=False)
-        rows = [None if value is None else self._unpack(value) for value in column.to_pylist()]
         if None in self.shape:
-            return rows
-        empty = np.zeros(self.shape, self.dtype)
-        return np.stack([empty if row is None else row for row in rows]) if rows else empty[None][:0]
+            return [None if value is None else self._unpack(value) for value in column.to_pylist()]
+        return self._unpack_all(column)
 
     def _pack(self, value: np.ndarray) -> bytes:
         """Little-endian bytes in C order, after the sizes (int32) where an axis varies."""
@@ -121,16 +120,41 @@ class Field:
         head = np.asarray(value.shape, "<i4").tobytes() if None in self.shape else b""
         return head + value.astype(np.dtype(self.dtype).newbyteorder("<"), copy=False).tobytes()
 
+    def _unpack_all(self, column: pa.BinaryArray) -> np.ndarray:
+        """Arrays of a fixed shape, copied once, straight out of the column's memory."""
+        dtype, each = np.dtype(self.dtype).newbyteorder("<"), math.prod(self.shape)
+        size = each * dtype.itemsize
+        _, ends, values = column.buffers()
+        if not len(column) or values is None:  # no rows, or nothing in any of them
+            offsets = np.zeros(len(column) + 1, np.int32)
+        else:
+            offsets = np.frombuffer(ends, np.int32, len(column) + 1, 4 * column.offset)
+        sizes = np.diff(offsets)
+        if size and not column.null_count and (sizes == size).all():
+            found = np.frombuffer(values, dtype, len(column) * each, int(offsets[0])) if len(column) else np.empty(0)
+            return found.reshape(len(column), *self.shape).astype(self.dtype)
+        here = column.is_valid().to_numpy(zero_copy_only=False)
+        wrong = sizes[here & (sizes != size)]
+        if len(wrong):
+            raise self._unfit(int(wrong[0]))
+        rows = np.zeros((len(column), *self.shape), self.dtype)
+        for row in np.flatnonzero(here) if size else ():
+            rows[row] = np.frombuffer(values, dtype, each, int(offsets[row])).reshape(self.shape)
+        return rows
+
+    def _unfit(self, size: int) -> UserError:
+        return UserError(
+            f"field {self.name!r}: {size} bytes are no {self.dtype} {list(self.shape)}: the file was not written for"
+            " this schema, or is damaged"
+        )
+
     def _unpack(self, stored: bytes) -> np.ndarray:
-        head = 4 * len(self.shape) if None in self.shape else 0
-        shape = tuple(np.frombuffer(stored[:head], "<i4").tolist()) if len(stored) >= head > 0 else self.shape
+        """An array of varying shape."""
+        head = 4 * len(self.shape)
+        shape = tuple(np.frombuffer(stored[:head], "<i4").tolist()) if len(stored) >= head else (-1,)
         dtype = np.dtype(self.dtype).newbyteorder("<")
-        wrong = None in shape or any(size < 0 for size in shape)
-        if wrong or len(stored) != head + math.prod(shape) * dtype.itemsize:
-            raise UserError(
-                f"field {self.name!r}: {len(stored)} bytes are no {self.dtype} {list(self.shape)}: the file was not "
-                "written for this schema, or is damaged"
-            )
+        if any(size < 0 for size in shape) or len(stored) != head + math.prod(shape) * dtype.itemsize:
+            raise self._unfit(len(stored))
         return np.frombuffer(stored, dtype, offset=head).reshape(shape).astype(self.dtype, copy=False)
 
 
@@ -220,8 +244,8 @@ class Schema:
                 raise UserError(f"column {field.name!r} is missing: there are {', '.join(batch.schema.names)}")
             column = batch.column(field.name)
             column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-            try:  # large strings and other dictionary indices hold the same values
-                column = column.cast(field.arrow.type)
+            try:  # large strings and other dictionary indices hold the same values; a cast to the same type copies
+                column = column if column.type == field.arrow.type else column.cast(field.arrow.type)
             except pa.ArrowException as error:
                 raise UserError(f"column {field.name!r} is {column.type}, not {field.arrow.type}: {error}") from error
             found[field.name] = field.decode(column)

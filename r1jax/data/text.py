@@ -1,6 +1,5 @@
 """Text in and out of a checkpoint: its own `tokenizer.json` where it has one, else bytes."""
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ import tokenizers
 
 from r1jax.data import tokenizer as byte_level
 from r1jax.data.chat import BEGIN, Message, r1_chat
+from r1jax.data.tokenizer_files import open_published, vocabulary_size
 from r1jax.errors import UserError
 
 CONTEXT = 8
@@ -23,17 +23,19 @@ class Tokenizer:
     """None is byte level."""
     first: int | None
     """Token put before a plain prompt."""
+    end: int | None = None
+    """Token that ends a text."""
 
     @property
     def size(self) -> int:
-        """Tokens that it may give are below this."""
-        return self.library.get_vocab_size() if self.library else byte_level.VOCAB_SIZE
+        """Tokens that it gives are below this."""
+        return vocabulary_size(self.library) if self.library else byte_level.VOCAB_SIZE
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a plain prompt, the first token included."""
         if self.library is None:
             return byte_level.encode(text)[:-1]
-        ids = self.library.encode(text).ids
+        ids = self.library.encode(text, add_special_tokens=False).ids
         return ids if self.first is None or ids[:1] == [self.first] else [self.first, *ids]
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
@@ -60,40 +62,23 @@ class Tokenizer:
         return byte_level.decode(ids) if self.library is None else self.library.decode(list(ids))
 
 
-def load_tokenizer(folder: Path) -> Tokenizer:
+def load_tokenizer(path: Path | None) -> Tokenizer:
     """Reads a checkpoint's tokenizer.
 
     Args:
-      folder: The checkpoint; without tokenizer.json its tokens are taken to be bytes (`r1jax.data.tokenizer`).
+      path: tokenizer.json, or the folder that holds it; without one, tokens are taken to be bytes
+        (`r1jax.data.tokenizer`).
 
     Returns:
       The tokenizer.
 
     Raises:
-      UserError: A file is damaged.
+      UserError: A file cannot be read or is damaged.
     """
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        return Tokenizer(None, byte_level.BOS)
-    try:
-        library = tokenizers.Tokenizer.from_str(path.read_text("utf-8"))
-    except Exception as error:  # the library raises bare Exception
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path} is no tokenizer of the tokenizers library ({reason}): download it again.") from None
-    return Tokenizer(library, _first_token(folder / "tokenizer_config.json", library))
-
-
-def _first_token(path: Path, library: tokenizers.Tokenizer) -> int | None:
-    """Token that `add_bos_token` asks for."""
-    if not path.is_file():
-        return None
-    try:
-        told = json.loads(path.read_bytes())
-        token = told.get("bos_token") if told.get("add_bos_token") else None
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{path} is no JSON object ({error}): download it again.") from None
-    name = token.get("content") if isinstance(token, dict) else token
-    return None if name is None else library.token_to_id(name)
+    found = None if path is None else open_published(path)
+    if found is None:
+        return Tokenizer(None, byte_level.BOS, byte_level.EOS)
+    return Tokenizer(found.library, found.first, found.end)
 
 
 class TextStream:

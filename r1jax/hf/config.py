@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from r1jax.config import DecoderConfig, YarnConfig, decoder_relations
+from r1jax.data import tokenizer as byte_level
 from r1jax.errors import UserError
 from r1jax.fields import fit, wanted
 
@@ -34,6 +35,7 @@ ROPE_ONLY: dict[str, tuple[Any, ...]] = {
     "attention_factor": (None,),
     "partial_rotary_factor": (1.0, None),
 }
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 FOREIGN = ("quantization_config", "auto_map", "torch_dtype", "dtype", "transformers_version")
 """Keys of an imported config.json that are not true of what we write."""
 
@@ -223,7 +225,8 @@ def published_config(config: DecoderConfig, dtype: str, base: dict[str, Any] | N
     Args:
       config: The decoder.
       dtype: What its weights are stored in: float32, bfloat16 or float16.
-      base: config.json that it was imported from; keys that r1jax does not use are kept.
+      base: config.json that it was imported from, or a part of it; keys that r1jax does not use are kept. Without one
+        the special tokens are those of bytes.
 
     Returns:
       Content of config.json, which `decoder_config` reads back as `config`.
@@ -232,8 +235,10 @@ def published_config(config: DecoderConfig, dtype: str, base: dict[str, Any] | N
       UserError: Hugging Face's model has no such decoder; names the fields.
     """
     kind = "deepseek_v3" if config.scoring_func == "sigmoid" else "deepseek_v2"
-    if base is None or base.get("model_type") != kind:
-        base = {"bos_token_id": 0, "eos_token_id": 1}
+    if base is None:
+        base = dict(zip(SPECIAL, (byte_level.BOS, byte_level.EOS, byte_level.PAD), strict=True))
+    elif base.get("model_type", kind) != kind:
+        base = {key: base[key] for key in SPECIAL if key in base}
     dtype_key = "torch_dtype" if "torch_dtype" in base else "dtype"
     values = {key: value for key, value in base.items() if key not in FOREIGN}
     values |= {f: getattr(config, f) for f in get_type_hints(DecoderConfig) if f not in RENAMED}

@@ -13,6 +13,7 @@ from r1jax.config import DecoderConfig
 from r1jax.models.decoder import Decoder, DecoderLayer
 from r1jax.models.moe import Router, select_experts
 from r1jax.ops.losses import cross_entropy
+from r1jax.ops.precision import exact_products
 
 Params = dict[str, Any]
 
@@ -57,7 +58,7 @@ def token_logits(
     for start in range(0, len(tokens), batch_size):
         batch = tokens[start : start + batch_size].astype(np.int32)
         filled = np.concatenate([batch, np.zeros((batch_size - len(batch), batch.shape[1]), np.int32)])
-        with jax.default_matmul_precision("highest"):  # or a GPU would multiply fp32 in TF32
+        with exact_products(dtype):
             yield np.asarray(run(params, jnp.asarray(filled)))[: len(batch)]
 
 

@@ -1,8 +1,8 @@
-"""From a checkpoint folder to the decoder's parameters, shard by shard: the host never holds the model twice."""
+"""From a checkpoint folder to the decoder's parameters: every block of rows is read once and goes to its devices."""
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,17 +15,15 @@ from jax.typing import DTypeLike
 
 from r1jax.config import DecoderConfig
 from r1jax.errors import UserError
-from r1jax.hf.config import CONFIG_FILE, FP8_BLOCK, decoder_config, read_json
+from r1jax.hf.config import CONFIG_FILE, decoder_config, read_json
 from r1jax.hf.files import DTYPES, FP8, Stored, open_folder
-from r1jax.hf.match import SCALE, match
+from r1jax.hf.match import match
 from r1jax.hf.names import ROUTER_BIAS, Leaf, Piece, copies, layout, nest
+from r1jax.hf.place import Box, Filling
+from r1jax.hf.weights import Weight
 from r1jax.parallel.mesh import shard_tree
 
-READ_BYTES = 2**24
-"""Bytes of a tensor that are read at a time."""
-FP8_VALUES = np.arange(256, dtype=np.uint8).view(DTYPES[FP8]).astype(np.float32)
 Progress = Callable[[int, int], None]
-Box = tuple[tuple[int, int], ...]
 log = logging.getLogger(__name__)
 
 
@@ -64,7 +62,8 @@ def load_params(
 ) -> dict[str, Any]:
     """Loads the weights into the sharding that training uses.
 
-    Host memory beyond the arrays themselves stays below the largest shard of one array plus a few READ_BYTES.
+    Every byte of a tensor is read once (of those that MTP repeats, twice). Host memory beyond the arrays themselves
+    stays below a few `weights.READ_BYTES`, whatever the size of a tensor, of an array or of a shard.
 
     Args:
       folder: Holds model.safetensors, or shards and their index.
@@ -118,68 +117,23 @@ def _leaf_dtype(folder: Path, leaf: Leaf, tensors: dict[str, Stored], wanted: DT
 
 
 def _fill(leaf: Leaf, dtype: np.dtype, sharding: jax.sharding.Sharding, tensors: dict[str, Stored]) -> jax.Array:
-    """Reads a leaf, one shard after another, each onto all the devices that hold it."""
-    places: dict[Box, list[jax.Device]] = {}
-    for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
-        box = tuple(s.indices(n)[:2] for s, n in zip(index or (), leaf.shape, strict=True))
-        places.setdefault(box, []).append(device)
-    shards = []
-    for box, devices in places.items():
-        buffer = np.zeros([stop - start for start, stop in box], dtype)
-        for piece in leaf.pieces:
-            _copy(piece, leaf.shape, box, buffer, tensors)
-        shards += [jax.block_until_ready(jax.device_put(buffer, device)) for device in devices]
-    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards)
+    """Reads a leaf; each block of rows goes to all devices that hold any of it."""
+    filling = Filling(leaf.shape, dtype, sharding)
+    for piece in leaf.pieces:
+        weight, (expert, first) = Weight(tensors, piece.name), _corner(piece)
+        rest = tuple((0, size) for size in piece.shape[1:])
+        for rows in weight.blocks():
+            place = (*expert, (first + rows.start, first + rows.stop), *rest)
+            if filling.wants(place):
+                values = weight.read(rows)
+                filling.write(place, values[None] if expert else values)
+    return filling.finish()
 
 
-def _copy(piece: Piece, shape: tuple[int, ...], box: Box, buffer: np.ndarray, tensors: dict[str, Stored]) -> None:
-    """Copies the part of a tensor on disk that lies within a shard into the shard."""
-    place = [*piece.place, *([slice(None)] * (len(shape) - len(piece.place)))]
-    source: list[slice] = []
-    target: list[int | slice] = []
-    for where, size, (start, stop) in zip(place, shape, box, strict=True):
-        if isinstance(where, int):
-            if not start <= where < stop:
-                return
-            target.append(where - start)
-            continue
-        first, last, _ = where.indices(size)
-        low, high = max(first, start), min(last, stop)
-        if low >= high:
-            return
-        source.append(slice(low - first, high - first))
-        target.append(slice(low - start, high - start))
-    tensor, part = tensors[piece.name], buffer[tuple(target)]
-    for rows, values in read_blocks(tensor, tensors.get(piece.name + SCALE), *source):
-        part[rows] = values
-
-
-def read_blocks(
-    tensor: Stored, scale: Stored | None, rows: slice, columns: slice = slice(None)
-) -> Iterator[tuple[slice, np.ndarray]]:
-    """Reads a part of a tensor a few megabytes at a time; block fp8 is dequantised exactly, in fp32.
-
-    Args:
-      tensor: A vector or matrix.
-      scale: Its `weight_scale_inv`, where it is fp8.
-      rows: Rows to read.
-      columns: Columns of a matrix to keep.
-
-    Yields:
-      Places within `rows`, and the values there.
-    """
-    width = math.prod(tensor.shape[1:])
-    step = max(READ_BYTES // max(width * (4 if scale else DTYPES[tensor.dtype].itemsize), 1), 1)
-    factors = scale.read_rows(0, scale.shape[0]) if scale else None
-    for start in range(rows.start, rows.stop, step):
-        stop = min(start + step, rows.stop)
-        values = tensor.read_rows(start, stop)
-        if len(tensor.shape) > 1:
-            values = values[:, columns]
-        if factors is not None:
-            row, column = np.arange(start, stop) // FP8_BLOCK, np.arange(width)[columns] // FP8_BLOCK
-            values = FP8_VALUES[values.view(np.uint8)] * factors[row][:, column]
-        yield slice(start - rows.start, stop - rows.start), values
+def _corner(piece: Piece) -> tuple[Box, int]:
+    """The expert that a piece is of, if it is one's, as an axis of a box; and its first row there."""
+    expert = tuple((where, where + 1) for where in piece.place if isinstance(where, int))
+    return expert, next((where.start for where in piece.place if isinstance(where, slice)), 0)
 
 
 def _check_copies(folder: Path, tensors: dict[str, Stored], config: DecoderConfig) -> None:
@@ -187,15 +141,9 @@ def _check_copies(folder: Path, tensors: dict[str, Stored], config: DecoderConfi
     for copy, main in copies(config).items():
         if copy not in tensors:
             continue
-        rows, width = tensors[main].shape
-        step = max(READ_BYTES // (4 * width), 1)
-        for start in range(0, rows, step):  # of both at once, whatever their dtypes
-            part = slice(start, min(start + step, rows))
-            one, other = (
-                np.concatenate([x.astype(np.float32) for _, x in read_blocks(tensors[n], tensors.get(n + SCALE), part)])
-                for n in (copy, main)
-            )
-            if not np.array_equal(one, other):
+        one, other = Weight(tensors, copy), Weight(tensors, main)
+        for rows in other.blocks():
+            if not np.array_equal(one.read(rows).astype(np.float32), other.read(rows).astype(np.float32)):
                 raise UserError(
                     f"{folder}: {copy} differs from {main}, but the decoder has one for both: load it with "
                     "num_nextn_predict_layers 0."

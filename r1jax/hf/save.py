@@ -5,7 +5,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +16,7 @@ import numpy as np
 from r1jax.config import DecoderConfig
 from r1jax.disk import flush
 from r1jax.errors import UserError
-from r1jax.hf.config import CONFIG_FILE, published_config
+from r1jax.hf.config import CONFIG_FILE, SPECIAL, published_config
 from r1jax.hf.files import DTYPES, FP8, INDEX, SINGLE
 from r1jax.hf.load import Progress
 from r1jax.hf.names import Leaf, Piece, copies, layout
@@ -50,6 +50,7 @@ def save_params(
     dtype: Dtype | None = None,
     base: dict[str, Any] | None = None,
     generation: dict[str, Any] | None = None,
+    tokenizer: Mapping[str, bytes] | None = None,
     shard_bytes: int = SHARD_BYTES,
     progress: Progress | None = None,
 ) -> None:
@@ -58,11 +59,15 @@ def save_params(
     Args:
       folder: Where to; it must not exist, or be empty.
       config: The decoder.
-      params: Its parameters, as `Decoder.init` or `load_params` gives them; float32, bfloat16 or float16.
+      params: Its parameters, as `Decoder.init` or `load_params` gives them, or anything with a shape and a dtype that
+        NumPy can read, as `lazy_decoder` gives it; float32, bfloat16 or float16. Each array is brought to
+        the host when its turn comes, and is gone before the next one.
       dtype: What to store them in; None keeps each array's own. The router's bias and a router weight in float32 stay
         in float32, as `transformers` keeps them.
-      base: config.json that the decoder was imported from; keys that r1jax does not use are kept.
-      generation: Content of generation_config.json; None names the tokens of start and end only.
+      base: config.json that the decoder was imported from, or a part of it such as the numbers of special tokens; keys
+        that r1jax does not use are kept. None is a decoder of bytes.
+      generation: Content of generation_config.json; None names the special tokens only.
+      tokenizer: Tokenizer files by name, written byte for byte.
       shard_bytes: Largest shard; a tensor that is larger has a shard of its own.
       progress: Called with bytes that are written and bytes of all.
 
@@ -76,7 +81,7 @@ def save_params(
     name = dtype or arrays[("lm_head", "weight")].dtype.name
     published = published_config(config, name, base)
     if generation is None:
-        generation = {"_from_model_config": True} | {k: v for k, v in published.items() if k.endswith("os_token_id")}
+        generation = {"_from_model_config": True} | {k: v for k, v in published.items() if k in SPECIAL}
     try:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"{folder} exists and is not empty: choose another folder, or delete it.")
@@ -89,7 +94,9 @@ def save_params(
                 raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {needed / 2**20:,.1f} MiB are needed")
             _write_shards(draft, _shards(entries, shard_bytes), arrays, progress)
             for file, content in ((CONFIG_FILE, published), (GENERATION_FILE, generation)):
-                _write(draft / file, json.dumps(content, indent=2, sort_keys=True).encode())
+                _write(draft / file, json.dumps(content, indent=2, sort_keys=True).encode() + b"\n")
+            for file, content in (tokenizer or {}).items():
+                _write(draft / file, content)
             flush(draft)
             draft.rename(folder)
             flush(draft.parent)
@@ -111,7 +118,7 @@ def _arrays(leaves: tuple[Leaf, ...], params: dict[str, Any]) -> dict[tuple[str,
     if wrong:
         raise UserError(f"these parameters are not those of the config: {', '.join(sorted(wrong)[:20])}.")
     for leaf in leaves:
-        if not leaf.pieces and np.any(np.asarray(given[leaf.path])):
+        if not leaf.pieces and np.any(_on_host(given[leaf.path])):
             raise UserError(
                 f"{'/'.join(leaf.path)} is not zero, but Hugging Face's deepseek_v2 has no such tensor: "
                 "a softmax router must be trained with --train.router-bias-rate 0."
@@ -150,19 +157,23 @@ def _write_shards(
 ) -> None:
     """Writes the shards and the index that names them."""
     total, done, where = sum(entry.nbytes for shard in shards for entry in shard), 0, {}
+    path, leaf = None, None
     for number, shard in enumerate(shards, 1):
         file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         where |= {entry.piece.name: file for entry in shard}
         with (draft / file).open("wb") as opened:
             opened.write(_header(shard))
-            for entry, values in _values(shard, arrays):
-                opened.write(memoryview(values.reshape(-1).view(np.uint8)))
+            for entry in shard:
+                if entry.path != path:
+                    leaf = None  # gone before the next one comes
+                    path, leaf = entry.path, _on_host(arrays[entry.path])
+                opened.write(_bytes(entry, leaf[entry.piece.place]))
                 done += entry.nbytes
                 if progress is not None:
                     progress(done, total)
         flush(draft / file)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
-    _write(draft / INDEX, json.dumps(index, indent=2).encode())
+    _write(draft / INDEX, json.dumps(index, indent=2).encode() + b"\n")
 
 
 def _header(shard: list[Entry]) -> bytes:
@@ -178,22 +189,26 @@ def _header(shard: list[Entry]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _values(shard: list[Entry], arrays: dict[tuple[str, ...], Any]) -> Iterator[tuple[Entry, np.ndarray]]:
-    """The numbers of each tensor of a shard; each leaf is brought to the host once."""
-    path, leaf = None, np.empty(0)
-    for entry in shard:
-        if entry.path != path:
-            path, leaf = entry.path, np.asarray(arrays[entry.path])
-        values = np.ascontiguousarray(leaf[entry.piece.place])
-        if entry.dtype != values.dtype:
-            with np.errstate(over="ignore"):
-                cast = values.astype(np.float32).astype(entry.dtype)
-            if entry.dtype == np.float16 and not np.isfinite(cast).all() and np.isfinite(values).all():
-                raise UserError(f"{entry.piece.name} has numbers beyond the range of float16: export bfloat16.")
-            values = cast
-        yield entry, values
+def _bytes(entry: Entry, values: np.ndarray) -> memoryview:
+    """The numbers of a tensor as they stand in the file."""
+    values = np.ascontiguousarray(values)
+    if entry.dtype != values.dtype:
+        with np.errstate(over="ignore"):
+            cast = values.astype(np.float32).astype(entry.dtype)
+        if entry.dtype == np.float16 and not np.isfinite(cast).all() and np.isfinite(values).all():
+            raise UserError(f"{entry.piece.name} has numbers beyond the range of float16: export bfloat16.")
+        values = cast
+    return memoryview(values.reshape(-1).view(np.uint8))
+
+
+def _on_host(array: Any) -> np.ndarray:
+    """The numbers of a leaf; JAX would keep a copy of them beside the array as long as that lives."""
+    if isinstance(array, jax.Array):
+        parts = [shard.data for shard in array.addressable_shards]
+        array = jax.make_array_from_single_device_arrays(array.shape, array.sharding, parts)
+    return np.asarray(array)
 
 
 def _write(path: Path, content: bytes) -> None:
-    path.write_bytes(content + b"\n")
+    path.write_bytes(content)
     flush(path)

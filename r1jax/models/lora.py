@@ -1,9 +1,11 @@
 """Low-rank adapters (Hu et al. 2021): W x + (alpha / r) B A x with a frozen W; here, what is done with their tree."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from r1jax.config import ModelConfig
 
@@ -50,12 +52,29 @@ def join_trees(a: Any, b: Any) -> Any:
     return {name: both.get(name, a.get(name, b.get(name))) for name in sorted(a.keys() | b.keys())}
 
 
-def merge_lora(params: Any, config: ModelConfig) -> Any:
+def merge_weight(weight: Any, a: Any, b: Any, scale: float) -> Float[Array, "O I"]:
+    """W + scale B A, summed in fp32.
+
+    Args:
+      weight: W, [out, in].
+      a: A, [rank, in].
+      b: B, [out, rank].
+      scale: Strength of the adapters, alpha / rank.
+
+    Returns:
+      Array of the weight's dtype.
+    """
+    product = jnp.matmul(jnp.asarray(b, jnp.float32), jnp.asarray(a, jnp.float32), precision=jax.lax.Precision.HIGHEST)
+    return (jnp.asarray(weight, jnp.float32) + scale * product).astype(weight.dtype)
+
+
+def merge_lora(params: Any, config: ModelConfig, merge: Callable[[Any, Any, Any, float], Any] = merge_weight) -> Any:
     """Adds the adapters to their weights.
 
     Args:
       params: Parameter tree of R1, or of any part of it such as its decoder.
       config: Rank and alpha.
+      merge: How one weight is merged, where the arrays are not in memory.
 
     Returns:
       A tree without adapters whose model, with `lora_rank` 0, gives the same outputs; without adapters the tree itself.
@@ -69,9 +88,7 @@ def merge_lora(params: Any, config: ModelConfig) -> Any:
             return tree
         kept = {name: merged(part) for name, part in tree.items() if name not in PARTS}
         if PARTS[0] in tree:
-            a, b = (jnp.asarray(tree[name], jnp.float32) for name in PARTS)
-            moved = scale * jnp.matmul(b, a, precision=jax.lax.Precision.HIGHEST)
-            kept["weight"] = (jnp.asarray(tree["weight"], jnp.float32) + moved).astype(tree["weight"].dtype)
+            kept["weight"] = merge(tree["weight"], *(tree[name] for name in PARTS), scale)
         return kept
 
     return merged(params)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from r1jax.ops.attention import dot_product_attention
+from r1jax.ops.attention import dot_product_attention_reference
 
 TOKENS_A_STEP = 1024  # keys that one step of the loop reads; whole pages
 
@@ -148,7 +148,9 @@ def latent_attention_reference(
     k, q = jnp.concatenate([k_nope, shared], axis=-1), jnp.concatenate([q_nope, q_rope], axis=-1)
     places = jnp.broadcast_to(jnp.arange(keys.shape[1])[None], keys.shape[:2])
     mixed = [  # one query after another: each has its own set of keys
-        dot_product_attention(q[:, t : t + 1], k, v, scale=scale, causal=False, valid=places <= positions[:, t : t + 1])
+        dot_product_attention_reference(
+            q[:, t : t + 1], k, v, scale=scale, causal=False, valid=places <= positions[:, t : t + 1]
+        )
         for t in range(length)
     ]
     return jnp.concatenate(mixed, axis=1)

@@ -12,13 +12,15 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from r1jax import __version__
-from r1jax.config import Config, EvalArguments
+from r1jax.config import CacheConfig, Config, EvalArguments
+from r1jax.data.filesystem import is_remote
 from r1jax.data.folder import folder_fingerprint
+from r1jax.data.pipeline import original
 from r1jax.data.source import Source
+from r1jax.data.tokenizer_files import check_bytes, check_same
 from r1jax.errors import UserError
 from r1jax.models.r1 import R1
 from r1jax.parallel.mesh import shard_tree
@@ -79,8 +81,8 @@ def scoring_config(checkpoint: Checkpoint, arguments: EvalArguments) -> Config:
       The config; `data` is what is to be scored.
 
     Raises:
-      UserError: The folder that the checkpoint was trained on is not here and no other was named, or the checkpoint is
-        of another version.
+      UserError: The folder that the checkpoint was trained on is not here and no other was named, the tokenizer cannot
+        be that of the weights, or the checkpoint is of another version.
     """
     try:
         config = checkpoint.config()
@@ -90,8 +92,12 @@ def scoring_config(checkpoint: Checkpoint, arguments: EvalArguments) -> Config:
             f"{str(error).rstrip('.')}: the checkpoint was written by r1jax {version}, this is {__version__}; "
             "use the revision that its meta.json names, or train again"
         ) from None
-    data, chosen = config.data, arguments.data
-    if chosen.path is None and data.path is not None and not Path(data.path).exists():
+    data, chosen, imported = config.data, arguments.data, checkpoint.imported
+    if chosen.path is None and imported:
+        raise UserError(
+            f"{checkpoint.path} is an import, which brings no data of its own: name the text to score by --data.path"
+        )
+    if chosen.path is None and data.path is not None and not (is_remote(data.path) or Path(data.path).exists()):
         raise UserError(
             f"the checkpoint was trained on the folder {data.path}, which is not here: give the folder of the cases "
             "to score with --data.path"
@@ -99,15 +105,37 @@ def scoring_config(checkpoint: Checkpoint, arguments: EvalArguments) -> Config:
     split = chosen.split or data.split
     if chosen.path is not None and chosen.split is None:
         trained_here = data.path is not None and Path(data.path).resolve() == Path(chosen.path).resolve()
-        if config.task.name == "medical":
-            trained_here |= folder_fingerprint(Path(chosen.path)) == checkpoint.meta()["data"]["fingerprint"]
+        if config.task.name == "medical" and not imported:
+            trained_here |= folder_fingerprint(chosen.path) == checkpoint.meta()["data"]["fingerprint"]
         split = data.split if trained_here else "all"
         how = "trained on" if trained_here else "not trained on"
         print(
             f"--data.split was not given: {split!r} is scored, as the checkpoint was {how} {chosen.path}",
             file=sys.stderr,
         )
-    return dataclasses.replace(config, data=dataclasses.replace(data, path=chosen.path or data.path, split=split))
+    tokenizer = _tokenizer(checkpoint, config, chosen.tokenizer)
+    # Every case is read once, so the training's cache is of no use here, and its server may be out of reach.
+    data = dataclasses.replace(
+        data, path=chosen.path or data.path, split=split, tokenizer=tokenizer, cache=CacheConfig()
+    )
+    return dataclasses.replace(config, data=data)
+
+
+def _tokenizer(checkpoint: Checkpoint, config: Config, given: str | None) -> str | None:
+    """The tokenizer of the weights; one that is given must be the same, or that of an import which was made without."""
+    if config.task.name != "language":
+        if given is not None:
+            raise UserError(f"--data.tokenizer {given}: the {config.task.name} task reads text as bytes; leave it out")
+        return None
+    own, imported = checkpoint.tokenizer(), checkpoint.imported
+    if given is None:
+        if own is None and imported:
+            size = config.model.decoder.vocab_size
+            check_bytes(size, str(checkpoint.path), "name the model's own tokenizer by --data.tokenizer")
+        return None if own is None else str(own)
+    if own is not None or not imported:
+        check_same(Path(given), own, "--data.tokenizer")
+    return given
 
 
 def restore_served(checkpoint: Checkpoint, config: Config, model: R1, task: Task, mesh: Mesh, source: Source) -> Any:
@@ -129,23 +157,19 @@ def restore_served(checkpoint: Checkpoint, config: Config, model: R1, task: Task
     """
     batch = example_batch(source, task, 1)
     abstract = jax.eval_shape(lambda: init_state(config, model, task, batch))
-    _check_arrays(checkpoint, abstract)
-    state = checkpoint.restore(abstract_like(abstract, shard_tree(mesh, abstract)))
-    return served(state, config)
+    group = "ema" if served(abstract, config) is abstract.ema else "params"
+    wanted = {group: getattr(abstract, group)}
+    checkpoint.verify()
+    _check_arrays(checkpoint, wanted)
+    return checkpoint.read(abstract_like(wanted, shard_tree(mesh, wanted)))[group]
 
 
-def _check_arrays(checkpoint: Checkpoint, abstract: Any) -> None:
+def _check_arrays(checkpoint: Checkpoint, wanted: dict[str, Any]) -> None:
     """Compares the shapes of the weights on disk with those that the config gives; the message names the array."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        stored = _shapes(checkpointer.metadata(checkpoint.path.absolute() / "state").item_metadata.tree)
-    if not any(name.startswith("optimizer") for name in stored):
-        raise UserError(
-            f"checkpoint {checkpoint.path} holds weights alone, as `r1jax hf import` writes them, and eval.py scores "
-            "runs of train.py: start one from it with --train.init, or compare it by `r1jax hf verify`"
-        )
-    wanted = _shapes(abstract)
+    held = checkpoint.stored()
+    stored, wanted = _shapes({group: held.get(group) for group in wanted}), _shapes(wanted)
     for name in sorted(stored.keys() | wanted.keys()):
-        if name.startswith(("params.", "ema.")) and stored.get(name) != wanted.get(name):
+        if stored.get(name) != wanted.get(name):
             raise UserError(
                 f"checkpoint {checkpoint.path} does not fit its own config.json: the array {name} is "
                 f"{stored.get(name, 'absent')} there and {wanted.get(name, 'absent')} by the config; it was written "
@@ -189,18 +213,18 @@ def measure(run: Evaluation, scored: Scored) -> dict[str, Any]:
     return {"provenance": origin(run, source, seen), "warnings": _warnings(run, scored, seen), **figures}
 
 
-def origin(run: Evaluation, source: Source, seen: int) -> dict[str, Any]:
+def origin(run: Evaluation, source: Source, seen: int | None) -> dict[str, Any]:
     """Where a result comes from.
 
     Args:
       run: What is evaluated.
       source: The cases.
-      seen: How many of them the checkpoint was trained on.
+      seen: How many of them the checkpoint was trained on; None where that is unknown.
 
     Returns:
       Checkpoint, data, versions and command; JSON as it stands.
     """
-    made, here, data = run.checkpoint.meta(), describe(source), run.config.data
+    made, here, data = run.checkpoint.meta(), describe(source, run.task.pipeline), run.config.data
     return {
         "name": run.config.name,
         "checkpoint": {
@@ -216,7 +240,7 @@ def origin(run: Evaluation, source: Source, seen: int) -> dict[str, Any]:
             "synthetic": run.synthetic,
             "seen_in_training": seen,
         },
-        "trained_on": made["data"],
+        "trained_on": made.get("data"),
         "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "versions": here["versions"],
         "trained_with": made["versions"],
@@ -263,7 +287,9 @@ def write_results(run: Evaluation, scored: Scored, metrics: dict[str, Any], para
 
 
 def _run_folder(checkpoint: Checkpoint) -> Path:
-    """The folder that holds `checkpoints/`, or the one that a lone checkpoint lies in."""
+    """The folder that holds `checkpoints/`, or the one that a lone checkpoint lies in; an import is a folder itself."""
+    if not checkpoint.path.name.isdigit():
+        return checkpoint.path.absolute()
     parent = checkpoint.path.absolute().parent
     return parent.parent if parent.name == "checkpoints" else parent
 
@@ -305,7 +331,7 @@ def _curves(scored: Scored) -> list[Scores]:
 
 def _warnings(run: Evaluation, scored: Scored, seen: int) -> list[str]:
     """What a reader of the figures must know."""
-    data, source = run.config.data, scored.source
+    data, source = run.config.data, original(scored.source)
     found = []
     if seen:
         found.append(

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Bool, Float
 
+from r1jax.data.pipeline import original
 from r1jax.serve.case_reports import Reporter
 from r1jax.serve.page_slices import Marker, Picture
 from r1jax.serve.scored import Scored
@@ -62,8 +63,9 @@ def gallery(reporter: Reporter, count: int, finding: str, saliency: Saliency) ->
 
 def _pictured(scored: Scored, picture: str) -> Bool[np.ndarray, "n"]:
     """Cases that have the picture; folders say so in their flags, generated cases all have it."""
-    flags = scored.source.cases.has.get(f"has_{picture}") if hasattr(scored.source, "cases") else None
-    return np.ones(len(scored.ids), bool) if flags is None else flags[scored.source.rows]
+    source = original(scored.source)
+    flags = source.cases.has.get(f"has_{picture}") if hasattr(source, "cases") else None
+    return np.ones(len(scored.ids), bool) if flags is None else flags[source.rows]
 
 
 def _choose(scored: Scored, count: int, name: str, shown: Bool[np.ndarray, "n"]) -> list[tuple[int, str]]:

@@ -14,6 +14,7 @@ from r1jax.config import DecoderConfig, GenerationSettings
 from r1jax.errors import UserError
 from r1jax.models.decoder import Decoder
 from r1jax.models.lora import split_adapters
+from r1jax.ops.precision import exact_products
 from r1jax.serve.prompts import Batch, lay_out
 from r1jax.serve.rounds import Params, State, read_prompt, run_rounds
 
@@ -60,7 +61,7 @@ class Generator:
         Args:
           config: The decoder.
           params: Its parameter tree.
-          dtype: Of products and cache.
+          dtype: Of products and cache; fp32 means 24 bits, also on a GPU.
 
         Raises:
           UserError: The tree holds LoRA adapters, which the decoder would ignore.
@@ -95,7 +96,8 @@ class Generator:
           UserError: A prompt is empty or holds an unknown token, or the settings do not fit the model.
         """
         batch, pages = lay_out(prompts, attention_mask, rows, self.model.config, settings)
-        answers = _generate(self.model, settings, pages, self.params, batch, jax.random.key(seed))
+        with exact_products(self.model.dtype):
+            answers = _generate(self.model, settings, pages, self.params, batch, jax.random.key(seed))
         return Generated(*map(np.asarray, answers))
 
     def stream(
@@ -125,7 +127,8 @@ class Generator:
           UserError: As in `generate`.
         """
         batch, pages = lay_out(prompts, attention_mask, rows, self.model.config, settings)
-        state = _start(self.model, settings, pages, self.params, batch, jax.random.key(seed))
+        with exact_products(self.model.dtype):
+            state = _start(self.model, settings, pages, self.params, batch, jax.random.key(seed))
         told = np.zeros(len(batch.lengths), np.int32)
         while True:
             # Copies: the next rounds write into the state's own memory.
@@ -136,7 +139,8 @@ class Generator:
             if done.all():
                 return
             told = count
-            state = _advance(self.model, settings, self.params, state, rounds)
+            with exact_products(self.model.dtype):
+                state = _advance(self.model, settings, self.params, state, rounds)
 
 
 def cast_matrices(params: Params, dtype: DTypeLike) -> Params:

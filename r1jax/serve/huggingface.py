@@ -3,7 +3,6 @@
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -13,28 +12,33 @@ import numpy as np
 
 from r1jax.cli import load_arguments
 from r1jax.config import Config, Count, MeshConfig, ModelConfig, Platform, TaskConfig, TrainConfig
+from r1jax.data import tokenizer as byte_level
+from r1jax.data.tokenizer_files import TOKENIZER, byte_files
 from r1jax.errors import UserError
-from r1jax.hf.config import CONFIG_FILE, read_json
 from r1jax.hf.forward import token_logits
-from r1jax.hf.load import Progress, load_params, read_config
-from r1jax.hf.save import GENERATION_FILE, SHARD_BYTES, Dtype, save_params
+from r1jax.hf.save import SHARD_BYTES, Dtype, save_params
 from r1jax.hf.verify import table, verify
-from r1jax.models.lora import merge_lora
 from r1jax.parallel.mesh import make_mesh
 from r1jax.parallel.platform import start_platform
-from r1jax.serve.progress import progress
-from r1jax.train.checkpoints import find_checkpoint, write_sealed
+from r1jax.serve.pretrained import Pretrained, from_checkpoint, from_hugging_face
+from r1jax.serve.progress import percent, progress
+from r1jax.train.checkpoints import write_sealed
+from r1jax.train.lazy import lazy_decoder
 from r1jax.train.run import provenance
 
+TEXT_TOKENS = 1024
+"""Longest sequences in which eval.py scores an import."""
 IMPORT_HELP = """\
 r1jax hf import FOLDER OUTPUT: makes a weights-only r1jax checkpoint of a Hugging Face one (DeepSeek-V2, V3, R1).
+tokenizer.json and what belongs to it are taken along, byte for byte; nothing in the folder is run.
 
 Examples:
   r1jax hf import DeepSeek-V2-Lite runs/v2-lite
   r1jax hf import DeepSeek-R1 runs/r1 --mtp False --dtype bfloat16
 """
 EXPORT_HELP = """\
-r1jax hf export CHECKPOINT OUTPUT: writes the decoder of an r1jax checkpoint so that `transformers` loads it.
+r1jax hf export CHECKPOINT OUTPUT: writes the decoder of an r1jax checkpoint so that `transformers` loads it,
+with the tokenizer files of its text, or with those of a byte-level tokenizer.
 
 Examples:
   r1jax hf export runs/v2-lite exported
@@ -130,26 +134,23 @@ def import_folder(words: list[str]) -> int:
     asked = load_arguments(ImportArguments, words, "r1jax hf import", IMPORT_HELP, ("folder", "output"))
     folder, output = Path(asked.folder), Path(asked.output)
     _refuse_taken(output)
-    decoder = read_config(folder)
-    if not asked.mtp:
-        decoder = replace(decoder, num_nextn_predict_layers=0)
-    print(start_platform(asked.platform), file=sys.stderr)
-    mesh = make_mesh(MeshConfig(data=1, fsdp=-1))
-    with _percent(f"loading {folder}, %") as told:
-        params = load_params(folder, decoder, mesh=mesh, dtype=asked.dtype, progress=told)
-    model = ModelConfig(modalities=("text",), decoder=decoder)
+    source = _choose_mtp(from_hugging_face(folder), asked.mtp)
+    files = source.tokenizer_files()
+    if TOKENIZER not in files:
+        files = {}
+    params = source.load(asked.platform, asked.dtype)
+    most = source.published["config"].get("max_position_embeddings")
+    length = most if type(most) is int and 2 < most < TEXT_TOKENS else TEXT_TOKENS
+    model = ModelConfig(modalities=("text",), decoder=source.decoder, text_tokens=length)
     config = Config(name=folder.name, model=model, task=TaskConfig(name="language"), train=TrainConfig(ema=0.0))
-    published = {"config": read_json(folder / CONFIG_FILE)}
-    if (folder / GENERATION_FILE).exists():
-        published["generation_config"] = read_json(folder / GENERATION_FILE)
-    meta = {"step": 0, "validation": None, "hugging_face": published} | provenance()
+    meta = {"step": 0, "validation": None, "hugging_face": source.published} | provenance()
     try:
-        write_sealed(output.absolute(), {"params": {"decoder": params}}, config, meta)
+        write_sealed(output.absolute(), {"params": {"decoder": params}}, config, meta, files)
     except OSError as error:
         raise UserError(
             f"{output} could not be written ({error.strerror or error}): make room or name another folder."
         ) from error
-    print(f"{output}: a decoder of {sum(x.size for x in _arrays(params)):,} parameters")
+    print(_told(output, params, files))
     return 0
 
 
@@ -167,26 +168,45 @@ def export_folder(words: list[str]) -> int:
     """
     asked = load_arguments(ExportArguments, words, "r1jax hf export", EXPORT_HELP, ("checkpoint", "output"))
     _refuse_taken(Path(asked.output))
-    checkpoint = find_checkpoint(Path(asked.checkpoint))
-    model = checkpoint.config().model
-    decoder, params = model.decoder, merge_lora(checkpoint.restore_decoder(), model)
+    source = _choose_mtp(from_checkpoint(Path(asked.checkpoint)), asked.mtp)
+    files, base = source.tokenizer_files(), source.published.get("config")
+    if base is None:
+        base, files = _own_text(source, files)
+    params = lazy_decoder(source.checkpoint)
     if not asked.mtp:
-        decoder = replace(decoder, num_nextn_predict_layers=0)
         params.pop("mtp", None)
-    published = checkpoint.meta().get("hugging_face", {})
-    with _percent(f"writing {asked.output}, %") as told:
+    with percent(f"writing {asked.output}") as told:
         save_params(
             asked.output,
-            decoder,
+            source.decoder,
             params,
             dtype=asked.dtype,
-            base=published.get("config"),
-            generation=published.get("generation_config"),
+            base=base,
+            generation=source.published.get("generation_config"),
+            tokenizer=files,
             shard_bytes=asked.shard_bytes,
             progress=told,
         )
-    print(f"{asked.output}: a decoder of {sum(x.size for x in _arrays(params)):,} parameters")
+    print(_told(asked.output, params, files))
     return 0
+
+
+def _choose_mtp(source: Pretrained, mtp: bool) -> Pretrained:
+    """The same without multi-token prediction, where that is not wanted."""
+    return source if mtp else replace(source, decoder=replace(source.decoder, num_nextn_predict_layers=0))
+
+
+def _own_text(source: Pretrained, files: dict[str, bytes]) -> tuple[dict[str, int | None], dict[str, bytes]]:
+    """Special tokens for config.json, and the tokenizer files, of a decoder that was never Hugging Face's."""
+    opened = source.tokenizer()
+    pad = {} if files else {"pad_token_id": byte_level.PAD}
+    return {"bos_token_id": opened.first, "eos_token_id": opened.end} | pad, files or byte_files()
+
+
+def _told(output: str | Path, params: dict, files: dict[str, bytes]) -> str:
+    """What was written, for people."""
+    text = f"with {', '.join(files)}" if files else "without a tokenizer, since there is no tokenizer.json"
+    return f"{output}: a decoder of {sum(x.size for x in _arrays(params)):,} parameters, {text}"
 
 
 def write_logits(words: list[str]) -> int:
@@ -205,12 +225,10 @@ def write_logits(words: list[str]) -> int:
     folder, output = Path(asked.folder), Path(asked.output)
     if output.is_dir() or not output.absolute().parent.is_dir():
         raise UserError(f"--output {output} must be a file in a folder that exists.")
-    decoder = replace(read_config(folder), num_nextn_predict_layers=0)
+    source = _choose_mtp(from_hugging_face(folder), False)
+    decoder = source.decoder
     tokens = _tokens(Path(asked.input), decoder.vocab_size)
-    print(start_platform(asked.platform), file=sys.stderr)
-    mesh = make_mesh(MeshConfig(data=1, fsdp=-1))
-    with _percent(f"loading {folder}, %") as told:
-        params = load_params(folder, decoder, mesh=mesh, dtype=asked.dtype, progress=told)
+    params = source.load(asked.platform, asked.dtype)
     draft = output.with_name(f".{output.name}.draft")
     try:
         with progress("sequences", len(tokens)) as steps, draft.open("wb") as file:
@@ -243,7 +261,7 @@ def verify_folder(words: list[str]) -> int:
     """
     asked = load_arguments(VerifyArguments, words, "r1jax hf verify", VERIFY_HELP, ("folder",))
     print(start_platform(asked.platform), file=sys.stderr)
-    with _percent(f"loading {asked.folder}, %") as told:
+    with percent(f"loading {asked.folder}") as told:
         report = verify(asked.folder, mesh=make_mesh(MeshConfig(data=1, fsdp=-1)), progress=told)
     print(table(report))
     return 0 if report.holds else 1
@@ -278,10 +296,3 @@ def _refuse_taken(output: Path) -> None:
 def _arrays(params: dict) -> Iterator[np.ndarray]:
     for value in params.values():
         yield from _arrays(value) if isinstance(value, dict) else [value]
-
-
-@contextmanager
-def _percent(what: str) -> Iterator[Progress]:
-    """Shows the share of bytes that is done."""
-    with progress(what, 100) as steps:
-        yield lambda done, total: steps.advance(100 * done // total - steps.done)

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -37,7 +37,9 @@ class Steps:
         now = time.perf_counter()
         if self.bar.disable and (self.done == self.total or now - self.spoke > PLAIN_INTERVAL_S):
             self.spoke = now
-            print(f"{self.what} {self.done}/{self.total}, {now - self.began:.0f} s", file=sys.stderr, flush=True)
+            left = (now - self.began) * (self.total - self.done) / max(self.done, 1)
+            ahead = f", about {left:.0f} s to go" if self.done < self.total else ""
+            print(f"{self.what} {self.done}/{self.total}, {now - self.began:.0f} s{ahead}", file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -56,3 +58,17 @@ def progress(what: str, total: int) -> Iterator[Steps]:
     bar = Progress(*columns, TextColumn("ETA"), TimeRemainingColumn(), console=console, disable=not console.is_terminal)
     with bar:
         yield Steps(what, total, bar)
+
+
+@contextmanager
+def percent(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Shows on stderr which share is done while the block runs.
+
+    Args:
+      what: A word or two.
+
+    Yields:
+      Takes what is done and all there is, for example bytes.
+    """
+    with progress(f"{what}, %", 100) as steps:
+        yield lambda done, total: steps.advance(100 * done // total - steps.done)

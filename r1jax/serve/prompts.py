@@ -104,7 +104,13 @@ def _existing(
         raise UserError("prompts is empty; give at least one.")
     if attention_mask is None:
         return [np.asarray(ids, np.int64).reshape(-1) for ids in prompts]
-    ids, mask = np.asarray(prompts), np.asarray(attention_mask)
-    if ids.shape != mask.shape:
-        raise UserError(f"attention_mask has shape {mask.shape}, but prompts has {ids.shape}; they must be equal.")
+    try:
+        ids, mask = np.asarray(prompts), np.asarray(attention_mask)
+    except ValueError:  # NumPy's own message speaks of inhomogeneous shapes
+        raise UserError(
+            "attention_mask is given, but the prompts or its own rows are lists of unequal lengths; pad both to one "
+            "array [B, T], or leave attention_mask out."
+        ) from None
+    if ids.ndim != 2 or ids.shape != mask.shape:
+        raise UserError(f"attention_mask has shape {mask.shape} and prompts {ids.shape}; both must be the same [B, T].")
     return [row[keep] for row, keep in zip(ids.astype(np.int64), mask.astype(bool), strict=True)]

@@ -142,11 +142,12 @@ def _round(model: Decoder, settings: GenerationSettings, params: Params, state: 
     following = jnp.stack([first, second], axis=1)
     valid = valid & jnp.stack([alive, right], axis=1)
     states, cache = run(hidden, following, positions, valid, cache, fresh=False, method="predict_second_cached")
-    guess = _greedy(run(states, method="logits"))
+    last = right.astype(jnp.int32)  # the place that the next guess follows from; its logits are all that is needed
+    guess = _greedy(run(jnp.take_along_axis(states, last[:, None, None], axis=1), method="logits")[:, 0])
     return state._replace(
         cache=cache,
         length=_add(state.length, alive, right),
-        feed=jnp.stack([jnp.where(right, second, first), jnp.where(right, guess[:, 1], guess[:, 0])], axis=1),
+        feed=jnp.stack([jnp.where(right, second, first), guess], axis=1),
         drafted=_add(state.drafted, alive),
         accepted=_add(state.accepted, right),
     )

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from r1jax.data.folder import FolderCases
+from r1jax.data.pipeline import original
 from r1jax.data.source import Source
 from r1jax.errors import UserError
 from r1jax.serve.progress import Steps, progress
@@ -49,9 +50,10 @@ class Scored:
     @property
     def groups(self) -> np.ndarray | None:
         """Patient or scan of each case (a case of its own where unknown); None where the source knows none."""
-        if not isinstance(self.source, FolderCases):
+        source = original(self.source)
+        if not isinstance(source, FolderCases):
             return None
-        known = [self.source.cases.groups[row] for row in self.source.rows]
+        known = [source.cases.groups[row] for row in source.rows]
         named = [group or f"case {case}" for group, case in zip(known, self.ids, strict=True)]
         return np.array(named) if any(known) else None
 
@@ -178,8 +180,9 @@ def seen_in_training(source: Source, task: Medical, trained_on: str) -> int:
     Returns:
       0 where the data is other data.
     """
+    source = original(source)
     if source.fingerprint != trained_on:
         return 0
     if not isinstance(source, FolderCases):
         return len(source)
-    return int(np.isin(source.rows, task.source("train").rows).sum())
+    return int(np.isin(source.rows, original(task.source("train")).rows).sum())

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from r1jax.config import Config
+from r1jax.data.pipeline import Pipeline
 from r1jax.data.source import Source
 from r1jax.models.r1 import Inputs, Output
 
@@ -23,12 +24,14 @@ class Task(Protocol):
       heads: Name and width of each head of the model.
       language: Whether training needs the states of the text.
       unit: What a case is called, in the plural.
+      pipeline: Preprocessors that every case of `source` has passed through.
     """
 
     config: Config
     heads: tuple[tuple[str, int], ...]
     language: bool
     unit: str
+    pipeline: Pipeline
 
     def source(self, split: str) -> Source:
         """Opens the cases of `train`, `val`, `test` or `all`.

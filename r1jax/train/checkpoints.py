@@ -1,7 +1,7 @@
 """Checkpoints that are complete or absent: written aside, sealed with a SHA-256 manifest, then renamed into place.
 
-checkpoints/00000200/{state/, config.json, meta.json, manifest.json}. Orbax stores the arrays but no checksum of them,
-so a flipped bit would be read back unnoticed; the manifest is verified before every restore.
+checkpoints/00000200/{state/, tokenizer/, config.json, meta.json, manifest.json}. Orbax stores the arrays but no
+checksum of them, so a flipped bit would be read back unnoticed; the manifest is verified before every restore.
 """
 
 import asyncio
@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,19 +18,28 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from r1jax.config import Config, differences, from_dict
 from r1jax.disk import flush, sha256
 from r1jax.errors import UserError
 from r1jax.fields import to_json
+from r1jax.parallel.mesh import shard_tree
 
 MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer"
+"""Folder of a checkpoint that holds the tokenizer files of its text, where that is not bytes."""
 FREE_TO_CHANGE = (
     "workdir",
     "platform",
     "train.log_every",
     "train.save_every",
+    "data.cache.",
     "data.threads",
+    "data.workers",
+    "data.ahead",
+    "data.plugins",
     "data.path",
     "data.split",
     "data.tokenizer",
@@ -39,7 +49,7 @@ FREE_TO_CHANGE = (
 )
 """Fields that may differ when a run goes on: with other devices the last bits may change, with the rest nothing does.
 
-Data is compared by its fingerprint; the weights that a run started from are of the past.
+Data and plug-ins are compared by their hashes; the weights that a run started from are of the past.
 """
 
 
@@ -51,12 +61,17 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
-        """Steps done when it was written."""
-        return int(self.path.name)
+        """Steps done when it was written; an import, whose folder has any name, says so within."""
+        return int(self.path.name if self.path.name.isdigit() else self.meta()["step"])
+
+    @property
+    def imported(self) -> bool:
+        """Whether it holds the weights of another program, which was trained on data that nobody knows."""
+        return "data" not in self.meta()
 
     def config(self) -> Config:
-        """The config it was trained with."""
-        return from_dict(_read_json(self.path / "config.json"), str(self.path / "config.json"))
+        """The config it was trained with; fields that came after it was written have their defaults."""
+        return from_dict(_read_json(self.path / "config.json"), str(self.path / "config.json"), stored=True)
 
     def meta(self) -> dict[str, Any]:
         """Validation figures, operating points, data and versions."""
@@ -66,13 +81,33 @@ class Checkpoint:
         """SHA-256 (hex) of the manifest, and so of every byte of the checkpoint."""
         return hashlib.sha256((self.path / MANIFEST).read_bytes()).hexdigest()
 
-    def verify(self) -> None:
-        """Compares every file with the manifest.
+    def tokenizer(self) -> Path | None:
+        """Finds the tokenizer of its text.
+
+        Returns:
+          The verified folder within the checkpoint; in one that has none, what its config names; None is bytes.
 
         Raises:
           UserError: A file is missing, truncated or altered.
         """
-        manifest = _read_json(self.path / MANIFEST)
+        if self.verify(f"{TOKENIZER}/"):
+            return self.path / TOKENIZER
+        named = self.config().data.tokenizer
+        return None if named is None else Path(named)
+
+    def verify(self, within: str = "") -> int:
+        """Compares files with the manifest.
+
+        Args:
+          within: Only those whose names start so.
+
+        Returns:
+          How many they are.
+
+        Raises:
+          UserError: A file is missing, truncated or altered.
+        """
+        manifest = {k: v for k, v in _read_json(self.path / MANIFEST).items() if k.startswith(within)}
         for name, expected in manifest.items():
             file = self.path / name
             if not file.is_file():
@@ -82,6 +117,7 @@ class Checkpoint:
                     f"checkpoint {self.path} is damaged: {name} is not what was written (truncated or altered); "
                     "use another checkpoint"
                 )
+        return len(manifest)
 
     def restore(self, abstract: Any) -> Any:
         """Verifies and reads the state.
@@ -105,30 +141,73 @@ class Checkpoint:
                 "arrays: use that version, or train anew in another --workdir"
             ) from error
 
-    def restore_decoder(self) -> dict[str, Any]:
-        """Verifies the checkpoint and reads its decoder alone: the averaged weights where there are some.
+    def stored(self) -> dict[str, Any]:
+        """What the state holds: a tree of shapes and dtypes, the fields of tuples by their names."""
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            return checkpointer.metadata((self.path / "state").absolute()).item_metadata.tree
+
+    def read(self, wanted: dict[str, Any]) -> dict[str, Any]:
+        """Reads a part of the state, without verifying it.
+
+        Args:
+          wanted: Tree of `jax.ShapeDtypeStruct`; arrays with a sharding go straight to its devices, in the dtype that
+            is wanted, and the others become NumPy arrays.
 
         Returns:
-          Parameters of the decoder as NumPy arrays, in the dtypes that they are stored in.
+          The arrays.
+        """
+        plain = ocp.RestoreArgs(restore_type=np.ndarray)
+        how = jax.tree.map(
+            lambda x: plain if x.sharding is None else ocp.ArrayRestoreArgs(sharding=x.sharding, dtype=x.dtype), wanted
+        )
+        asked = ocp.args.PyTreeRestore(item=wanted, restore_args=how, partial_restore=True)
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            return checkpointer.restore((self.path / "state").absolute(), args=asked)
+
+    def find_decoder(self) -> tuple[str, dict[str, Any]]:
+        """Verifies the checkpoint and looks for its decoder: the averaged weights where there are some.
+
+        Returns:
+          The group of the state that it lies in, and its tree of shapes and dtypes.
 
         Raises:
           UserError: The checkpoint is damaged or holds no decoder.
         """
         self.verify()
-        path = (self.path / "state").absolute()
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            stored = checkpointer.metadata(path).item_metadata.tree
-            group = next((g for g in ("ema", "params") if "decoder" in (stored.get(g) or {})), None)
-            if group is None:
-                raise UserError(f"checkpoint {self.path} holds no decoder: give one that r1jax has trained or imported")
-            wanted = {group: {"decoder": stored[group]["decoder"]}}
-            abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), wanted)
-            how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), abstract)
-            asked = ocp.args.PyTreeRestore(item=abstract, restore_args=how, partial_restore=True)
-            return checkpointer.restore(path, args=asked)[group]["decoder"]
+        stored = self.stored()
+        group = next((g for g in ("ema", "params") if "decoder" in (stored.get(g) or {})), None)
+        if group is None:
+            raise UserError(f"checkpoint {self.path} holds no decoder: give one that r1jax has trained or imported")
+        return group, stored[group]["decoder"]
+
+    def restore_decoder(self, mesh: Mesh | None = None, dtype: DTypeLike | None = None) -> dict[str, Any]:
+        """Verifies the checkpoint and reads its decoder alone: the averaged weights where there are some.
+
+        Args:
+          mesh: Devices to spread it over; None gives NumPy arrays.
+          dtype: What to read arrays as on a mesh; None keeps what is stored, and a router in fp32 stays so.
+
+        Returns:
+          Parameters of the decoder.
+
+        Raises:
+          UserError: The checkpoint is damaged or holds no decoder.
+        """
+        group, described = self.find_decoder()
+
+        def shape(path: tuple[Any, ...], x: Any) -> jax.ShapeDtypeStruct:
+            router = any(getattr(part, "key", None) == "gate" for part in path) and x.dtype == np.float32
+            return jax.ShapeDtypeStruct(x.shape, x.dtype if dtype is None or router else dtype)
+
+        wanted = jax.tree_util.tree_map_with_path(shape, described)
+        if mesh is not None:
+            wanted = abstract_like(wanted, shard_tree(mesh, wanted))
+        return self.read({group: {"decoder": wanted}})[group]["decoder"]
 
 
-def write_sealed(final: Path, state: Any, config: Config, meta: dict[str, Any]) -> Checkpoint:
+def write_sealed(
+    final: Path, state: Any, config: Config, meta: dict[str, Any], tokenizer: Mapping[str, bytes] | None = None
+) -> Checkpoint:
     """Writes a checkpoint aside, seals it and renames it into place; a failure leaves nothing.
 
     Args:
@@ -136,6 +215,7 @@ def write_sealed(final: Path, state: Any, config: Config, meta: dict[str, Any]) 
       state: Tree of arrays.
       config: The config that describes them.
       meta: JSON-able.
+      tokenizer: Tokenizer files by name, kept byte for byte.
 
     Returns:
       The published checkpoint.
@@ -153,6 +233,9 @@ def write_sealed(final: Path, state: Any, config: Config, meta: dict[str, Any]) 
         _write_arrays(draft.absolute() / "state", state)
         (draft / "config.json").write_text(to_json(config))
         (draft / "meta.json").write_text(json.dumps(meta, indent=1))
+        for name, content in (tokenizer or {}).items():
+            (draft / TOKENIZER).mkdir(exist_ok=True)
+            (draft / TOKENIZER / name).write_bytes(content)
         files = sorted(p for p in draft.rglob("*") if p.is_file())
         manifest = {str(p.relative_to(draft)): sha256(p) for p in files}
         (draft / MANIFEST).write_text(json.dumps(manifest, indent=1))
@@ -190,7 +273,14 @@ class CheckpointFolder:
             return max(scored, key=lambda row: row[:2])[2]
         return self.all()[-1] if self.all() else None
 
-    def save(self, step: int, state: Any, config: Config, meta: dict[str, Any]) -> Checkpoint:
+    def save(
+        self,
+        step: int,
+        state: Any,
+        config: Config,
+        meta: dict[str, Any],
+        tokenizer: Mapping[str, bytes] | None = None,
+    ) -> Checkpoint:
         """Writes, seals and publishes a checkpoint, then removes what is neither newest nor best.
 
         Args:
@@ -198,6 +288,7 @@ class CheckpointFolder:
           state: Tree of arrays.
           config: The resolved config.
           meta: JSON-able; "validation" holds the figures or None.
+          tokenizer: Tokenizer files by name.
 
         Returns:
           The published checkpoint.
@@ -209,7 +300,7 @@ class CheckpointFolder:
         if final.is_dir():
             return Checkpoint(final)
         try:
-            write_sealed(final, state, config, meta)
+            write_sealed(final, state, config, meta, tokenizer)
         except OSError as error:
             raise UserError(
                 f"checkpoint {final} could not be written ({error.strerror or error}); earlier checkpoints are "
@@ -293,10 +384,15 @@ def abstract_like(state: Any, shardings: Any) -> Any:
 
 
 def _write_arrays(path: Path, state: Any) -> None:
-    """Has Orbax write the arrays; whatever it raises on a failed write is an OSError with the first line of it."""
+    """Has Orbax write the arrays; whatever it raises on a failed write is an OSError with the first line of it.
+
+    Copies on the host are limited to two gigabytes beyond the largest array; else Orbax would hold all at once.
+    """
+    largest = max((x.nbytes for x in jax.tree.leaves(state)), default=0)
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(path, state)
+        handler = ocp.StandardCheckpointHandler(save_concurrent_gb=2 + largest // 10**9)
+        with ocp.Checkpointer(handler) as checkpointer:
+            checkpointer.save(path, args=ocp.args.StandardSave(state))
     # TensorStore reports a full disk as ValueError; what its threads leave behind also ends Orbax's event loops.
     except (Exception, asyncio.CancelledError, BaseExceptionGroup) as error:
         reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]

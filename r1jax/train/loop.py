@@ -1,6 +1,8 @@
 """The loop: step, log, evaluate, save; and the table that closes a run."""
 
+import functools
 import signal
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,8 +11,12 @@ import optax
 from jax.sharding import Mesh
 
 from r1jax.config import Config
-from r1jax.data.loader import training_batches
+from r1jax.data.cache_counters import CacheCounters, line, total
+from r1jax.data.loader import Share, training_batches
+from r1jax.data.order import describe_order, open_order
 from r1jax.data.source import Source
+from r1jax.data.tokenizer_files import read_files
+from r1jax.data.workers import Batches
 from r1jax.errors import UserError
 from r1jax.parallel.mesh import batch_sharding
 from r1jax.tasks.task import Task
@@ -62,24 +68,34 @@ def fit(
     if start == t.steps:
         return state
     telemetry = Telemetry(run.workdir, steps=t.steps, start=start, batch_size=t.batch_size)
-    batches = training_batches(
-        source, task.collate, batch_size=t.batch_size, seed=config.data.seed, start=start, threads=config.data.threads
-    )
-    made = describe(source) | start_record(run.workdir)
+    batches = open_batches(config, task, source, start)
+    place = functools.partial(jax.make_array_from_process_local_data, batch_sharding(mesh))
+    made = describe(source, task.pipeline) | start_record(run.workdir)
+    # Read before the first step, as the task has read them: what they lie in may go.
+    tokenizer = {} if config.data.tokenizer is None else read_files(Path(config.data.tokenizer))
     note = ""
 
     def save(done: int, validated: dict[str, Any] | None) -> None:
         check_finite(done, float(metrics["loss"]), state.params, run)
-        run.checkpoints.save(done, state, config, {"step": done, "validation": validated, **made})
+        where = {"next_batch": done, **describe_order(source, t.batch_size, config.data)}
+        meta = {"step": done, "validation": validated, "order": where, **made}
+        run.checkpoints.save(done, state, config, meta, tokenizer)
+
+    def cached() -> CacheCounters:
+        """What the cache did here, where validation reads too, and in the workers."""
+        here = getattr(source, "counters", dict)()
+        return total([here, batches.counters()] if config.data.workers else [here])
 
     try:
         for done in range(start + 1, t.steps + 1):
-            state, metrics = step(state, jax.device_put(next(batches), batch_sharding(mesh)))
+            with telemetry.waiting():
+                batch = next(batches)
+            state, metrics = step(state, jax.tree.map(place, batch))
             if done % t.log_every == 0 or done % t.eval_every == 0 or done == t.steps:
                 check_finite(done, float(metrics["loss"]), state.params, run)
             if done % t.log_every == 0 or done == t.steps:
                 figures = {k: float(v) for k, v in jax.device_get(metrics).items()}
-                figures["examples_per_second"] = telemetry.rate()
+                figures |= telemetry.rates() | cached().figures("cache.")
                 telemetry.log(done, figures)
                 note = f"loss {figures['loss']:.3f}"
             telemetry.advance(done, note)
@@ -100,10 +116,27 @@ def fit(
                 name = signal.Signals(run.stop[0]).name
                 telemetry.say(f"{name}: saved at step {done}; the same command goes on from there")
                 break
+        if config.data.cache.url is not None and cached().lookups:
+            telemetry.say(line(cached()))
     finally:
         batches.close()
         telemetry.close()
     return state
+
+
+def open_batches(config: Config, task: Task, source: Source, start: int) -> Batches:
+    """Batches from number `start`, as the config orders and reads them; of several processes, each reads its part."""
+    data = config.data
+    return training_batches(
+        source,
+        task.collate,
+        open_order(source, config.train.batch_size, data),
+        start=start,
+        threads=data.threads,
+        workers=data.workers,
+        ahead=data.ahead,
+        share=Share(jax.process_index(), jax.process_count()),
+    )
 
 
 def check_finite(done: int, loss: float, params: Any, run: Run) -> None:

@@ -16,6 +16,8 @@ from jax.sharding import Mesh
 
 from r1jax import __version__
 from r1jax.config import Config
+from r1jax.data.order import VERSION
+from r1jax.data.pipeline import Pipeline, changed, original
 from r1jax.data.source import Source
 from r1jax.errors import UserError
 from r1jax.fields import to_json
@@ -119,11 +121,21 @@ def restore_or_init(
         newest = sound[0]
         check_same_run(newest.config(), config, run.workdir)
         trained_on = newest.meta()["data"]
-        if trained_on["fingerprint"] != source.fingerprint:
+        if trained_on["fingerprint"] != original(source).fingerprint:
             raise UserError(
                 f"{run.workdir} was trained on {trained_on['name']!r}, but the data is now {source.name!r} with other "
                 "content: choose another --workdir"
             )
+        # Before there were versions of the order there were no preprocessors either.
+        ordered = newest.meta().get("order", {"version": 0})["version"]
+        if ordered != VERSION:
+            raise UserError(
+                f"{run.workdir} was trained with version {ordered} of the order of cases, this is {VERSION}: use the "
+                "r1jax that started it, or choose another --workdir"
+            )
+        other = changed(newest.meta()["preprocess"], task.pipeline.provenance())
+        if other:
+            raise UserError(f"{run.workdir}: {other[0]}: bring that code back, or choose another --workdir")
         said = [f"skipped: {error}; it is now {run.checkpoints.set_aside(bad)}" for bad, error in damaged]
         return newest.restore(abstract_like(abstract, where)), [*said, f"goes on from {newest.path}"]
     (run.workdir / "config.json").write_text(to_json(config))
@@ -132,9 +144,10 @@ def restore_or_init(
     return start_from(config.train.init, fresh, config.model, run.workdir) if config.train.init else (fresh, [])
 
 
-def describe(source: Source) -> dict[str, Any]:
-    """What a checkpoint says about its making: data, versions, command, revision."""
-    return {"data": {"name": source.name, "fingerprint": source.fingerprint}} | provenance()
+def describe(source: Source, pipeline: Pipeline) -> dict[str, Any]:
+    """What a checkpoint says about its making: data, preprocessors, versions, command, revision."""
+    data = {"name": source.name, "fingerprint": original(source).fingerprint}
+    return {"data": data, "preprocess": pipeline.provenance()} | provenance()
 
 
 def provenance() -> dict[str, Any]:

@@ -1,16 +1,17 @@
 """A fresh run that starts from the weights of a checkpoint: what fits is taken, the rest is freshly initialised."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import orbax.checkpoint as ocp
 
-from r1jax.config import ModelConfig
+from r1jax.config import Config, ModelConfig
+from r1jax.data.tokenizer_files import check_bytes, check_same
 from r1jax.errors import UserError
-from r1jax.train.checkpoints import Checkpoint, find_checkpoint
+from r1jax.train.checkpoints import Checkpoint, CheckpointFolder, find_checkpoint
 from r1jax.train.step import TrainState
 
 RECORD = "init.json"
@@ -19,6 +20,47 @@ PASSED_ON = ("hugging_face",)
 """Entries of meta.json that belong to the weights: the published config.json, from which an export starts."""
 NAMED = 6
 """Arrays that are named on the screen; the record has all."""
+
+
+def with_tokenizer(config: Config) -> Config:
+    """Gives a language run the tokenizer of the weights that it goes on or starts from.
+
+    Args:
+      config: The experiment.
+
+    Returns:
+      The config, whose `data.tokenizer` names the files; None still is bytes.
+
+    Raises:
+      UserError: `data.tokenizer` names another tokenizer than that of the embeddings which the run starts from, or
+        there is no checkpoint `train.init`.
+    """
+    given, init = config.data.tokenizer, config.train.init
+    if config.task.name != "language":
+        return config
+    for own in reversed(CheckpointFolder(Path(config.workdir) / "checkpoints").all()):
+        try:
+            return config if given else _named(config, own.tokenizer())
+        except UserError:
+            continue  # `restore_or_init` sets a damaged one aside, says so, and goes on from an earlier one
+    if init is None:
+        return config
+    checkpoint = find_checkpoint(Path(init), "--train.init")
+    own = checkpoint.tokenizer()
+    if given is None:
+        if own is None and checkpoint.imported:
+            size = checkpoint.config().model.decoder.vocab_size
+            check_bytes(size, f"--train.init {init}", "name the model's own tokenizer by --data.tokenizer")
+        return _named(config, own)
+    # Embeddings of another size are freshly initialised, and then any tokenizer will do.
+    taken = checkpoint.config().model.decoder.vocab_size == config.model.decoder.vocab_size
+    if taken and (own is not None or not checkpoint.imported):
+        check_same(Path(given), own, "data.tokenizer")
+    return config
+
+
+def _named(config: Config, tokenizer: Path | None) -> Config:
+    return replace(config, data=replace(config.data, tokenizer=None if tokenizer is None else str(tokenizer)))
 
 
 def start_from(path: str, state: TrainState, model: ModelConfig, workdir: Path) -> tuple[TrainState, list[str]]:
@@ -57,7 +99,8 @@ def start_from(path: str, state: TrainState, model: ModelConfig, workdir: Path) 
             f"--train.init {path}: none of the {len(stored)} arrays of {checkpoint.path} fits this model (the first is "
             f"{next(iter(stored), 'absent')}): take model.decoder from its config.json"
         )
-    read = _read(checkpoint, group, {name: wanted[name] for name in taken})
+    asked = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in wanted.items()}
+    read = _flat(checkpoint.read({group: _nested({name: asked[name] for name in taken})})[group])
     params = jax.tree_util.tree_map_with_path(lambda p, x: read.get(_name(p), x), state.params)
     record = {
         "path": path,
@@ -93,28 +136,23 @@ def start_record(workdir: Path) -> dict[str, Any]:
 
 def _stored(checkpoint: Checkpoint) -> tuple[str, dict[str, Any]]:
     """The group of arrays to take, and what it holds by dotted name."""
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        tree = checkpointer.metadata((checkpoint.path / "state").absolute()).item_metadata.tree
+    tree = checkpoint.stored()
     group = next((name for name in ("ema", "params") if tree.get(name)), None)
     if group is None:
         raise UserError(f"--train.init: checkpoint {checkpoint.path} holds no weights: give another one")
     return group, _flat(tree[group])
 
 
-def _read(checkpoint: Checkpoint, group: str, wanted: dict[str, Any]) -> dict[str, jax.Array]:
-    """Reads some arrays of a checkpoint straight to their devices, in the dtype that is wanted."""
-    asked: dict[str, Any] = {}
-    for name, x in wanted.items():
+def _nested(flat: dict[str, Any]) -> dict[str, Any]:
+    """Undoes `_flat`."""
+    tree: dict[str, Any] = {}
+    for name, x in flat.items():
         *path, last = name.split(".")
-        inner = asked
+        inner = tree
         for part in path:
             inner = inner.setdefault(part, {})
-        inner[last] = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-    item = {group: asked}
-    how = ocp.checkpoint_utils.construct_restore_args(item)
-    arguments = ocp.args.PyTreeRestore(item=item, restore_args=how, partial_restore=True)
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        return _flat(checkpointer.restore((checkpoint.path / "state").absolute(), args=arguments)[group])
+        inner[last] = x
+    return tree
 
 
 def _name(path: tuple[Any, ...]) -> str:

@@ -364,3 +364,13 @@ def test_lidc(shared_data):
         np.testing.assert_array_equal(batch[f"target.{name}"], [float(row[column]) for row in rows])
     parts = [FolderCases.open(shared_data / "lidc_3d_134", split="val", fold=fold) for fold in range(5)]
     assert sorted(len(part) for part in parts) == [21, 21, 22, 22, 22]
+
+
+def test_parts_share_pixels_and_cache(tmp_path):
+    folder = write(tmp_path / "cases", image=images(8), split=np.arange(8) % 2)
+    train = FolderCases.open(folder, "train")
+    val = train.part("val")
+    opened = FolderCases.open(folder, "val")
+    assert val.cases is train.cases and val.name == opened.name and val.fingerprint == opened.fingerprint
+    np.testing.assert_array_equal(val.read_batch(np.arange(4))["image"], opened.read_batch(np.arange(4))["image"])
+    assert val.part("all").rows.tolist() == list(range(8))

@@ -33,6 +33,23 @@ def test_bytes_of_all_sequences_are_those_of_the_text(documents, length):
     np.testing.assert_allclose(total, sum(len(text.encode()) for text in documents), rtol=1e-5)
 
 
+@settings(max_examples=60)
+@given(
+    st.lists(st.sampled_from("abcdef"), min_size=1, max_size=12), st.sets(st.sampled_from("abcdef")), st.integers(2, 9)
+)
+def test_sequences_that_hold_known_documents_are_counted(documents, known, length):
+    texts = [letter * (1 + ord(letter) % 5) for letter in documents]
+    source = PackedText("texts", texts, BYTES, length)
+    other = PackedText("known", [letter * (1 + ord(letter) % 5) for letter in sorted(known)] or ["z"], BYTES, 4)
+    marks = [
+        place > 0 and letter in known
+        for letter, text in zip(documents, texts, strict=True)
+        for place in range(len(text) + 2)
+    ]
+    windows = [marks[1 + i * (length - 1) : 1 + (i + 1) * (length - 1)] for i in range(len(source))]
+    assert source.holding(other) == sum(any(window) for window in windows)
+
+
 def test_reading_order_does_not_matter():
     source = PackedText("texts", ["one", "two", "drei 四"] * 5, BYTES, 6)
     assert isinstance(source, Source)

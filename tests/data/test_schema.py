@@ -98,6 +98,23 @@ def test_files_of_others_are_described_by_their_types():
         from_arrow(pa.schema([("when", pa.timestamp("s"))]))
 
 
+@pytest.mark.parametrize("dtype", ["bool", "int16", "float64"])
+@pytest.mark.parametrize("missing", [(), (0,), (2, 4), range(6)])
+def test_arrays_of_one_shape_are_read_wherever_a_column_begins_and_can_be_written_to(dtype, missing):
+    field = Field("x", "image", dtype, (2, 3))
+    rows = np.random.default_rng(0).integers(0, 2, (6, 2, 3)).astype(dtype)
+    stored = field.encode([None if number in missing else row for number, row in enumerate(rows)])
+    wanted = np.stack([np.zeros_like(row) if number in missing else row for number, row in enumerate(rows)])
+    for first, last in ((0, 6), (1, 6), (3, 4), (2, 2)):
+        found = field.decode(stored.slice(first, last - first))
+        np.testing.assert_array_equal(found, wanted[first:last], strict=True)
+        found[:] = 1
+    np.testing.assert_array_equal(field.decode(stored), wanted)
+    wrong = pa.array([b"", *stored.to_pylist()], pa.binary())
+    with pytest.raises(UserError, match="0 bytes are no"):
+        field.decode(wrong)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

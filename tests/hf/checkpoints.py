@@ -5,6 +5,7 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+import tokenizers
 from safetensors.numpy import save_file
 
 FIXTURES = {
@@ -93,3 +94,24 @@ def params_by_name(params, config):
         else:
             walk(f"model.{key.replace('layers_', 'layers.')}.", value)
     return found
+
+
+def write_tokenizer(folder, texts, size):
+    """A byte-level BPE like DeepSeek's with its marks and template; returns the files' content by name."""
+    folder = Path(folder)
+    byte_level = tokenizers.pre_tokenizers.ByteLevel
+    library = tokenizers.Tokenizer(tokenizers.models.BPE())
+    library.pre_tokenizer = byte_level(add_prefix_space=False)
+    library.decoder = tokenizers.decoders.ByteLevel()
+    marks = ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>", "<think>", "</think>"]
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=size, special_tokens=marks, initial_alphabet=byte_level.alphabet(), show_progress=False
+    )
+    library.train_from_iterator(texts, trainer)
+    library.save(str(folder / "tokenizer.json"))
+    told = {"add_bos_token": True, "bos_token": marks[0], "eos_token": marks[1], "pad_token": marks[1]}
+    told["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (folder / "tokenizer_config.json").write_text(json.dumps(told, ensure_ascii=False) + " \r\n", "utf-8")
+    template = "{{ bos_token }}{% for m in messages %}<｜User｜>{{ m.content }}{% endfor %}<｜Assistant｜><think>\n"
+    (folder / "chat_template.jinja").write_text(template, "utf-8")
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.name.startswith(("tokenizer", "chat"))}

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 
 from r1jax.config import MeshConfig
 from r1jax.errors import UserError
-from r1jax.hf import load
+from r1jax.hf import load, place, weights
 from r1jax.hf.config import decoder_config
-from r1jax.hf.files import Stored, open_folder
-from r1jax.hf.load import load_params, read_blocks, read_config
+from r1jax.hf.files import open_folder
+from r1jax.hf.load import load_params, read_config
+from r1jax.hf.weights import Weight
 from r1jax.models.decoder import Decoder
 from r1jax.parallel import mesh as meshes
 from tests.hf.checkpoints import params_by_name, quantise, stored, write_folder
@@ -50,10 +51,12 @@ def test_every_tensor_finds_its_place(tmp_path, arch, shards):
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, shapes)
 
 
+@pytest.mark.parametrize("staged", [place.STAGED_BYTES, 3000], ids=["staged", "in parts"])
 @pytest.mark.parametrize(("data", "fsdp"), [(1, 8), (2, 4)])
-def test_shards_hold_what_the_whole_holds(monkeypatch, tmp_path, arch, data, fsdp):
+def test_shards_hold_what_the_whole_holds(monkeypatch, tmp_path, arch, data, fsdp, staged):
     monkeypatch.setattr(meshes, "SMALLEST_SHARDED", 1)
-    monkeypatch.setattr(load, "READ_BYTES", 100)  # several blocks even of small tensors
+    monkeypatch.setattr(place, "STAGED_BYTES", staged)
+    monkeypatch.setattr(weights, "READ_BYTES", 1000)  # several blocks even of small tensors
     published, tensors, _ = stored(arch)
     folder = write_folder(tmp_path, published, tensors)
     config, mesh = read_config(folder), meshes.make_mesh(MeshConfig(data=data, fsdp=fsdp))
@@ -84,7 +87,7 @@ def test_dtypes(tmp_path, kind, wanted):
 
 
 def test_block_fp8_is_dequantised_exactly(tmp_path, monkeypatch):
-    monkeypatch.setattr(load, "READ_BYTES", 40_000)
+    monkeypatch.setattr(weights, "READ_BYTES", 40_000)
     published, tensors, _ = stored("v3")
     rng = np.random.default_rng(0)
     published |= {"hidden_size": 144, "intermediate_size": 272, "moe_intermediate_size": 136, "q_lora_rank": 130}
@@ -106,23 +109,17 @@ def test_block_fp8_is_dequantised_exactly(tmp_path, monkeypatch):
 
 @settings(max_examples=40)
 @given(st.data())
-def test_any_part_of_any_block_is_right(tmp_path_factory, data):
+def test_any_block_is_right(tmp_path_factory, data):
     rows, columns = data.draw(st.integers(1, 300)), data.draw(st.integers(1, 300))
-    start = data.draw(st.integers(0, rows - 1))
-    stop = data.draw(st.integers(start + 1, rows))
-    left = data.draw(st.integers(0, columns - 1))
-    right = data.draw(st.integers(left + 1, columns))
     value = np.random.default_rng(rows).standard_normal((rows, columns)).astype(np.float32)
     quantised, plain = quantise({"x_proj": value})
-    folder = write_folder(tmp_path_factory.mktemp("rows"), {}, quantised)
-    tensors: dict[str, Stored] = open_folder(folder)
-    got = np.full((stop - start, right - left), np.nan, np.float32)
+    tensors = open_folder(write_folder(tmp_path_factory.mktemp("rows"), {}, quantised))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(load, "READ_BYTES", data.draw(st.integers(1, 50_000)))
-        part = (slice(start, stop), slice(left, right))
-        for place, values in read_blocks(tensors["x_proj"], tensors["x_proj_scale_inv"], *part):
-            got[place] = values
-    np.testing.assert_array_equal(got, plain["x_proj"][part])
+        patch.setattr(weights, "READ_BYTES", data.draw(st.integers(1, 50_000)))
+        weight = Weight(tensors, "x_proj")
+        blocks = list(weight.blocks())
+        assert max(b.stop - b.start for b in blocks) * columns * 4 <= max(weights.READ_BYTES, columns * 4)
+        np.testing.assert_array_equal(np.concatenate([weight.read(rows) for rows in blocks]), plain["x_proj"])
 
 
 def test_missing_surplus_and_misshapen_tensors_are_one_error(tmp_path):

@@ -90,7 +90,7 @@ def test_small_decoders_are_one_file(tmp_path):
         "model.safetensors.index.json",
     ]
     generation = json.loads((tmp_path / "new" / "out" / "generation_config.json").read_text())
-    assert generation == {"_from_model_config": True, "bos_token_id": 0, "eos_token_id": 1}
+    assert generation == {"_from_model_config": True, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["out"]
 
 

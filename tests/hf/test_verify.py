@@ -6,6 +6,8 @@ import pytest
 
 from r1jax.errors import UserError
 from r1jax.hf import verify as verifying
+from r1jax.hf.load import read_config
+from r1jax.hf.names import nest
 from r1jax.hf.verify import Report, Row, table, verify
 from tests.hf.checkpoints import stored, write_folder
 
@@ -50,6 +52,21 @@ def test_nan_and_other_shapes_are_differences():
     assert not verifying._row("x", np.zeros(3, np.float32), np.zeros(4, np.float32)).holds
     assert not verifying._count("x", np.zeros(3, np.int32), np.zeros(4, np.int32)).holds
     assert "DIFFERS" in table(Report("y", (Row("grad/a", float("nan"), 1e-4), Row("logits", 0.0, 0.0)), ("cache",)))
+
+
+@pytest.mark.parametrize(("theirs", "holds"), [(3e-9, True), (1e-3, False), (np.nan, False)])
+def test_a_gradient_of_rounding_alone_is_none(folders, theirs, holds):
+    """A router that gives its one expert weight 1 has no gradient, and two roundings of 0 have nothing in common."""
+    config = read_config(folders["v2"])
+    named = dict(verifying.memory_names(config))
+    router = next(name for name in named if name.endswith("gate.weight"))
+    sizes = dict.fromkeys(named, 1.0) | {router: 2e-9}
+    ours = nest({path: np.full(3, sizes[name], np.float32) for name, path in named.items()})
+    reference = {f"grad/{name}": np.full(3, size, np.float32) for name, size in (sizes | {router: theirs}).items()}
+    reference |= {f"gradnorm/{router}": np.float32(theirs)}
+    rows = list(verifying._gradients(config, ours, reference))
+    assert len(rows) == len(named) + 1
+    assert [row.name for row in rows if not row.holds] == ([] if holds else [f"grad/{router}", f"gradnorm/{router}"])
 
 
 def test_half_precision_is_held_by_divergence(tmp_path, folders):

@@ -1,7 +1,7 @@
 """Makes deepseek_v3_tiny.npz: a very small random DeepSeek-V3 checkpoint and what Hugging Face computes with it.
 
     pip install torch==2.13.0 transformers==5.23.0
-    python tests/models/make_fixture.py tests/models/deepseek_v3_tiny.npz
+    PYTHONPATH=. python tests/models/make_fixture.py tests/models/deepseek_v3_tiny.npz
 
 The tests need neither package, only the file. Arrays:
 
@@ -15,9 +15,8 @@ The tests need neither package, only the file. Arrays:
     loss                    mean next-token loss + 0.3 mean MTP loss
     gradient/<name>         its gradients for some weights, gradient_norm/<name> for all; experts are stacked
 
-What Hugging Face initialises hides errors, so all weights are drawn anew: logits have a standard deviation near 1, norm
-weights differ from 1, `rms_norm_eps` differs from the 1e-6 of the latent norms, and the routers' bias changes who wins
-and makes every biased score negative.
+What Hugging Face initialises hides errors, so `tests.hf.reference.randomise` draws all weights anew; and `rms_norm_eps`
+differs from the 1e-6 of the latent norms.
 """
 
 import argparse
@@ -26,6 +25,8 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+
+from tests.hf import reference
 
 CONFIG = {
     "vocab_size": 48,
@@ -80,37 +81,6 @@ GRADIENTS = (
 )
 
 
-def randomise(torch, module, seed):
-    """Draws all parameters and routing biases anew, as float16 numbers."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, value in [*module.named_parameters(), *module.named_buffers()]:
-            noise = torch.randn(value.shape, generator=generator)
-            if name.endswith("e_score_correction_bias"):
-                new = 0.3 * noise - 1.5
-            elif "norm" in name:
-                new = 1 + 0.3 * noise
-            elif value.ndim >= 2:
-                new = noise * (1.0 if "embed_tokens" in name else value.shape[-1] ** -0.5)
-            else:
-                continue  # rotary frequencies
-            value.copy_(new.half().float())
-
-
-def disk_names(module, prefix):
-    """Tensors of a module by their name on disk: stacked experts are split, as `save_pretrained` does."""
-    for name, value in module.state_dict().items():
-        if name.endswith("experts.gate_up_proj"):
-            for expert, both in enumerate(value):
-                for part, half in zip(("gate", "up"), both.chunk(2), strict=True):
-                    yield f"{prefix}{name.removesuffix('gate_up_proj')}{expert}.{part}_proj.weight", half
-        elif name.endswith("experts.down_proj"):
-            for expert, down in enumerate(value):
-                yield f"{prefix}{name.removesuffix('down_proj')}{expert}.down_proj.weight", down
-        else:
-            yield prefix + name, value
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("output", type=Path)
@@ -123,41 +93,28 @@ def main():
     torch.manual_seed(0)
     model = DeepseekV3ForCausalLM(DeepseekV3Config(**CONFIG, attn_implementation="eager")).eval()
     mtp = MtpModel(model, 1).eval()
-    randomise(torch, mtp.layers, 2)
-    randomise(torch, model, 1)
-    layer, prefix = mtp.layers[0], f"model.layers.{CONFIG['num_hidden_layers']}."
+    reference.randomise(mtp.layers, 2, half=True)
+    reference.randomise(model, 1, half=True)
 
     # Hugging Face's own writer names the main model's tensors; the MTP module follows the published checkpoints.
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         tensors = dict(load_file(Path(folder) / "model.safetensors"))
-    assert {name: value.shape for name, value in disk_names(model, "")} == {n: v.shape for n, v in tensors.items()}
-    tensors |= dict(disk_names(layer.mtp_block, prefix))
-    norms = {"enorm": layer.enorm, "hnorm": layer.hnorm, "eh_proj": layer.eh_proj, "shared_head.norm": layer.post_norm}
-    tensors |= {f"{prefix}{name}.weight": part.weight for name, part in norms.items()}
+    tensors |= reference.mtp_tensors(mtp, f"model.layers.{CONFIG['num_hidden_layers']}.")
     arrays = {f"weight/{name}": value.detach().numpy().astype(np.float16) for name, value in tensors.items()}
     assert all((arrays[f"weight/{n}"].astype(np.float32) == v.detach().numpy()).all() for n, v in tensors.items())
 
-    chosen = []
-    blocks = [*model.model.layers[CONFIG["first_k_dense_replace"] :], layer.mtp_block]
-    for block in blocks:
-        block.mlp.gate.register_forward_hook(lambda _module, _arguments, result: chosen.append(result))
     ids = torch.randint(0, CONFIG["vocab_size"], (BATCH, LENGTH), generator=torch.Generator().manual_seed(3))
-    hidden = model.model(input_ids=ids).last_hidden_state
-    positions = torch.arange(LENGTH - 1)[None].expand(BATCH, -1)
-    states = mtp.forward_layer(0, hidden[:, :-1], positions, None, input_ids=ids[:, 1:])
+    with reference.choices([*model.model.layers, mtp.layers[0].mtp_block]) as chosen:
+        hidden = model.model(input_ids=ids).last_hidden_state
+        states = reference.mtp_states(mtp, hidden, ids)
     logits, mtp_logits = model.lm_head(hidden), model.lm_head(states)
-    for i, (_, weights, experts) in enumerate(chosen):
-        order = experts.argsort(dim=-1)
-        arrays[f"experts_{i}"] = experts.gather(1, order).numpy().astype(np.int32)
-        arrays[f"weights_{i}"] = weights.detach().gather(1, order).numpy()
-    entropy = torch.nn.functional.cross_entropy
-    loss = entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-    loss = loss + MTP_WEIGHT * entropy(mtp_logits[:, :-1].flatten(0, 1), ids[:, 2:].flatten())
+    for i, (experts, weights) in enumerate(chosen):
+        arrays |= {f"experts_{i}": experts, f"weights_{i}": weights}
+    loss = reference.entropy_ahead(logits, ids, 1) + MTP_WEIGHT * reference.entropy_ahead(mtp_logits, ids, 2)
     loss.backward()
 
-    named = dict(model.named_parameters()) | {f"{prefix}{n}": p for n, p in layer.mtp_block.named_parameters()}
-    named |= {f"{prefix}{name}.weight": part.weight for name, part in norms.items()}
+    named = reference.all_parameters(model, mtp)
     for name, value in named.items():
         if value.grad is not None:
             arrays[f"gradient_norm/{name}"] = value.grad.norm().numpy()

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from r1jax.ops.attention import dot_product_attention
+from r1jax.ops import attention
+from r1jax.ops.attention import dot_product_attention, dot_product_attention_reference
 
 
 def attention64(q, k, v, scale, causal, valid):
@@ -28,9 +29,11 @@ def draw(queries=5, keys=5, seed=0):
     return [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
 
 
+@pytest.mark.parametrize("block", [5, 2, 1])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("masked", ["none", "some", "a whole case"])
-def test_equals_float64(causal, masked):
+def test_equals_float64(monkeypatch, causal, masked, block):
+    monkeypatch.setattr(attention, "SCORES", 2 * 3 * 5 * block)
     q, k, v = draw()
     valid = np.ones((2, 5), bool)
     if masked == "some":
@@ -85,3 +88,31 @@ def test_softmax_and_sums_are_fp32_in_bf16():
     assert out.dtype == jnp.bfloat16
     mean = np.asarray(v, np.float64).mean()
     np.testing.assert_allclose(np.asarray(out, np.float64), mean, rtol=2**-8)
+
+
+def test_blocks_of_queries_give_the_values_and_gradients_of_all_at_once(monkeypatch):
+    arrays = [jnp.asarray(x) for x in draw(queries=37, keys=37)]
+    valid = jnp.asarray(np.arange(37) < np.array([[30], [37]]))
+
+    def loss(function, *arrays):
+        return jnp.sum(jnp.sin(3 * function(*arrays, scale=0.7, causal=True, valid=valid)))
+
+    compare = jax.value_and_grad(loss, argnums=(1, 2, 3))
+    expected = compare(dot_product_attention_reference, *arrays)
+    monkeypatch.setattr(attention, "SCORES", 2 * 3 * 37 * 8)  # five blocks, the last one not full
+    found = compare(dot_product_attention, *arrays)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=5e-6), found, expected)
+
+
+def test_memory_does_not_grow_with_the_square_of_the_length(monkeypatch):
+    monkeypatch.setattr(attention, "SCORES", 2**16)
+
+    def loss(q, k, v):
+        return jnp.sum(dot_product_attention(q, k, v, scale=1.0, causal=True) ** 2)
+
+    for run in (loss, jax.grad(loss, argnums=(0, 1, 2))):
+        used = []
+        for length in (512, 2048):
+            shapes = [jax.ShapeDtypeStruct((1, length, 2, 8), jnp.float32)] * 3
+            used.append(jax.jit(run).lower(*shapes).compile().memory_analysis().temp_size_in_bytes)
+        assert used[1] < 5 * used[0] < 4 * 2 * 2048**2

@@ -1,6 +1,7 @@
 """Generation against the training forward, against itself in other batches, and speculation against the plain loop."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 from r1jax.config import DecoderConfig, GenerationSettings, YarnConfig
 from r1jax.errors import UserError
 from r1jax.models.decoder import Decoder
+from r1jax.serve import generate
 from r1jax.serve.generate import Generator, cast_matrices
 from r1jax.serve.prompts import lay_out
 from r1jax.serve.rounds import read_prompt
@@ -231,5 +233,29 @@ def test_speculation_needs_mtp():
 def test_mask_and_rows_must_fit(generator):
     with pytest.raises(UserError, match="attention_mask has shape"):
         generator.generate(np.ones((1, 3), int), GREEDY, attention_mask=np.ones((1, 2), int))
+    with pytest.raises(UserError, match="lists of unequal lengths; pad both to one array"):
+        generator.generate([[1, 2], [3]], GREEDY, attention_mask=np.ones((2, 2), int))
     with pytest.raises(UserError, match="rows has 2 numbers"):
         generator.generate([[1]], GREEDY, rows=[0, 1])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_fp32_is_never_multiplied_in_tf32(monkeypatch, dtype):
+    """Every program carries the precision that a GPU needs to be told; in bf16 the router alone does."""
+    programs = {}
+
+    def record(run, name, *arguments):
+        programs[name] = run.lower(*arguments).as_text()
+        return run(*arguments)
+
+    for name in ("_generate", "_start", "_advance"):
+        monkeypatch.setattr(generate, name, partial(record, getattr(generate, name), name))
+    exact, settings = Generator(CONFIG, params_of(CONFIG), dtype=dtype), replace(GREEDY, max_new_tokens=2)
+    exact.generate(PROMPTS, settings)
+    list(exact.stream(PROMPTS, settings))
+    assert programs.keys() == {"_generate", "_start", "_advance"}
+    for name, text in programs.items():
+        products = [line for line in text.splitlines() if "dot_general" in line]
+        told = ["HIGHEST, HIGHEST" in line for line in products]
+        assert len(told) > 10
+        assert all(told) if dtype == jnp.float32 else 0 < sum(told) < len(told) / 2, name

@@ -22,7 +22,6 @@ from r1jax.hf.load import load_params, read_config
 from r1jax.hf.save import save_params
 from r1jax.models.decoder import Decoder
 from r1jax.serve.generate import Generator
-from r1jax.serve.generate_command import stop_tokens
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = DecoderConfig(
@@ -102,19 +101,6 @@ def test_own_tokenizer_chat_and_stop_tokens(folder, tmp_path, capsys):
     assert capsys.readouterr().out == tokenizer.decode(free[:ends]) + "\n"
 
 
-def test_stop_tokens_of_a_folder(tmp_path):
-    library = Tokenizer(tokenizers.Tokenizer(tokenizers.models.BPE()), None)
-    assert stop_tokens(tmp_path, Tokenizer(None, None)) == (EOS,)
-    assert stop_tokens(tmp_path, library) == ()
-    (tmp_path / "config.json").write_text('{"eos_token_id": 1}')
-    assert stop_tokens(tmp_path, library) == (1,)
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [4, 7]}')
-    assert stop_tokens(tmp_path, library) == (4, 7)
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
-    with pytest.raises(UserError, match="eos_token_id is '</s>'"):
-        stop_tokens(tmp_path, library)
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -133,7 +119,10 @@ def test_bad_input_is_one_sentence(folder, words, message):
 
 @pytest.mark.parametrize(
     ("size", "message"),
-    [(40, "bytes need 259 tokens, but vocab_size is 40"), (1025, "a vocabulary of 1025 tokens is not bytes")],
+    [
+        (size, f"its vocabulary of {size} tokens is not that of bytes .259.: put its own tokenizer.json")
+        for size in (40, 1025)
+    ],
 )
 def test_a_vocabulary_that_is_not_bytes_is_refused(folder, tmp_path, size, message):
     config = replace(CONFIG, vocab_size=size)

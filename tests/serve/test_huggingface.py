@@ -13,12 +13,14 @@ from safetensors.numpy import load_file
 
 from r1jax.__main__ import dispatch
 from r1jax.config import Config, ModelConfig
+from r1jax.data.tokenizer_files import byte_files
 from r1jax.errors import UserError
 from r1jax.hf.load import load_params, read_config
 from r1jax.serve import huggingface
-from r1jax.serve.evaluate import _check_arrays
 from r1jax.train.checkpoints import Checkpoint, CheckpointFolder
 from tests.hf.checkpoints import stored, write_folder
+
+RUN = {"step": 5, "validation": None, "data": {"name": "texts", "fingerprint": "0" * 64}}
 
 
 @pytest.fixture(scope="module")
@@ -92,17 +94,16 @@ def test_training_checkpoints_are_exported(tmp_path, sources, averaged):
     state = {"step": jnp.int32(5), "params": {"decoder": other if averaged else params, "encoder": encoder}}
     state |= {"ema": {"decoder": params, "encoder": encoder} if averaged else {}}
     config = Config(model=ModelConfig(decoder=decoder))
-    CheckpointFolder(tmp_path / "run" / "checkpoints").save(5, state, config, {"step": 5, "validation": None})
+    CheckpointFolder(tmp_path / "run" / "checkpoints").save(5, state, config, RUN)
     assert call("hf export", tmp_path / "run", tmp_path / "out") == 0
     exported = load_file(tmp_path / "out" / "model.safetensors")
     for name, value in load_file(sources["v2"] / "model.safetensors").items():
         np.testing.assert_array_equal(exported[name], value, strict=True)
     assert read_config(tmp_path / "out") == decoder
-
-
-def test_imports_cannot_be_scored_and_are_told_so(imported):
-    with pytest.raises(UserError, match="holds weights alone, as `r1jax hf import` writes them"):
-        _check_arrays(Checkpoint(imported), {})
+    exported = {name: (tmp_path / "out" / name).read_bytes() for name in byte_files()}
+    assert exported == byte_files()  # a run that names no tokenizer has read bytes
+    told = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert (told["bos_token_id"], told["eos_token_id"], told["pad_token_id"]) == (1, 2, 0)
 
 
 def test_adapters_are_merged_into_what_is_exported(tmp_path, sources):
@@ -114,7 +115,7 @@ def test_adapters_are_merged_into_what_is_exported(tmp_path, sources):
     adapted |= {"lora_a": a, "lora_b": b}
     config = Config(model=ModelConfig(decoder=decoder, lora_rank=2, lora_alpha=3.0))
     state = {"params": {"decoder": params}}
-    CheckpointFolder(tmp_path / "run" / "checkpoints").save(5, state, config, {"step": 5, "validation": None})
+    CheckpointFolder(tmp_path / "run" / "checkpoints").save(5, state, config, RUN)
     assert call("hf export", tmp_path / "run", tmp_path / "out") == 0
     exported = load_file(tmp_path / "out" / "model.safetensors")
     for name, value in load_file(sources["v2"] / "model.safetensors").items():
@@ -230,8 +231,18 @@ def test_a_damaged_checkpoint_is_not_exported(imported, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("most", "length"), [(64, 64), (1 << 20, 1024), (1, 1024), ("many", 1024)])
+def test_an_import_is_scored_in_sequences_that_it_can_read(sources, tmp_path, most, length):
+    folder = shutil.copytree(sources["v2"], tmp_path / "x")
+    published = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(published | {"max_position_embeddings": most}))
+    assert call("hf import", folder, tmp_path / "in") == 0
+    assert Checkpoint(tmp_path / "in").config().model.text_tokens == length
+
+
 def test_settings_that_a_weights_only_checkpoint_has(imported):
     config = Checkpoint(imported).config()
     assert (config.name, config.task.name, config.train.ema) == ("v3", "language", 0)
-    assert config.model == replace(Config().model, modalities=("text",), decoder=config.model.decoder)
+    expected = replace(Config().model, modalities=("text",), decoder=config.model.decoder, text_tokens=1024)
+    assert config.model == expected
     assert huggingface.SHARD_BYTES == 5e9

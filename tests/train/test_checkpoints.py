@@ -205,8 +205,8 @@ def raises(error, after=None):
 @pytest.mark.parametrize("method", ["save", "close"])
 def test_whatever_orbax_raises_is_one_sentence(folder, monkeypatch, method, error):
     save(folder, 1)
-    close = ocp.StandardCheckpointer.close if method == "close" else None  # it waits for the writing threads
-    monkeypatch.setattr(ocp.StandardCheckpointer, method, raises(error, after=close))
+    close = ocp.Checkpointer.close if method == "close" else None  # it waits for the writing threads
+    monkeypatch.setattr(ocp.Checkpointer, method, raises(error, after=close))
     with pytest.raises(UserError, match="00000002 could not be written") as caught:
         save(folder, 2)
     assert "\n" not in str(caught.value)
@@ -219,7 +219,7 @@ def test_whatever_orbax_raises_is_one_sentence(folder, monkeypatch, method, erro
         ("os.rename", no_room),
         ("pathlib.Path.mkdir", no_room),
         ("pathlib.Path.write_text", no_room),
-        ("orbax.checkpoint.StandardCheckpointer.save", tensorstore_fails),
+        ("orbax.checkpoint.Checkpointer.save", tensorstore_fails),
         ("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 100)),
     ],
 )

@@ -17,7 +17,7 @@ from r1jax.train.closing import closing_table
 from r1jax.train.optimizer import BALANCE_BIAS
 from r1jax.train.run import open_run, restore_or_init
 from r1jax.train.start import start_from, start_record
-from tests.train.experiment import Interrupted, make_experiment
+from tests.train.experiment import CLOCK, Interrupted, make_experiment
 
 
 def leaves(tree):
@@ -31,7 +31,7 @@ def same(a, b):
 
 def rows(workdir):
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "examples_per_second"} for line in lines]
+    return [{k: v for k, v in json.loads(line).items() if k not in CLOCK} for line in lines]
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from r1jax.errors import UserError
 from r1jax.train.checkpoints import CheckpointFolder
 from r1jax.train.loop import check_finite, served
 from r1jax.train.run import Run
-from tests.train.experiment import Interrupted, make_experiment
+from tests.train.experiment import CLOCK, Interrupted, make_experiment
 
 
 def same(a, b):
@@ -24,7 +24,7 @@ def same(a, b):
 def rows(workdir):
     """Rows of metrics.jsonl without what depends on the clock."""
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "examples_per_second"} for line in lines]
+    return [{k: v for k, v in json.loads(line).items() if k not in CLOCK} for line in lines]
 
 
 def steps(workdir):

@@ -11,6 +11,7 @@ import pytest
 from r1jax.config import Config
 from r1jax.data.source import Source
 from r1jax.errors import UserError
+from r1jax.train.checkpoints import Checkpoint
 from r1jax.train.run import describe, open_run, restore_or_init
 
 
@@ -102,6 +103,14 @@ def test_other_data(tiny, workdir):
     assert content(workdir) == before
 
 
+def test_a_run_of_before_there_were_orders_does_not_go_on(tiny, workdir, monkeypatch):
+    whole = Checkpoint.meta
+    late = ("order", "preprocess")
+    monkeypatch.setattr(Checkpoint, "meta", lambda self: {k: v for k, v in whole(self).items() if k not in late})
+    with pytest.raises(UserError, match="version 0 of the order of cases, this is 1"):
+        restore(tiny, workdir)
+
+
 def test_one_process_a_folder(tmp_path):
     config = Config(workdir=str(tmp_path))
     with open_run(config), pytest.raises(UserError, match="another process is training in"), open_run(config):
@@ -135,6 +144,6 @@ def test_first_signal_asks_and_second_leaves(tmp_path, number):
 
 
 def test_description_of_a_run(tiny):
-    made = describe(tiny.source)
+    made = describe(tiny.source, tiny.task.pipeline)
     assert made["data"] == {"name": tiny.source.name, "fingerprint": tiny.source.fingerprint}
     assert made["versions"]["jax"] == jax.__version__ and made["git"] and json.dumps(made)

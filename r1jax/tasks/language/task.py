@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Key
 from r1jax.config import Config
 from r1jax.data.documents import read_documents
 from r1jax.data.packed import PackedText, synthetic_text
+from r1jax.data.pipeline import open_pipeline
 from r1jax.data.source import Source
 from r1jax.data.vocabulary import open_vocabulary
 from r1jax.errors import UserError
@@ -36,9 +37,10 @@ class Language:
           config: Model, task and data.
 
         Raises:
-          UserError: The tokenizer cannot be opened, or has more tokens than the model.
+          UserError: The tokenizer or a preprocessor cannot be opened, or the model has too few tokens.
         """
         self.config, self.vocabulary = config, open_vocabulary(config.data.tokenizer)
+        self.pipeline = open_pipeline(config.data.preprocess, config.data.plugins)
         if config.model.decoder.vocab_size < self.vocabulary.size:
             raise UserError(
                 f"model.decoder.vocab_size is {config.model.decoder.vocab_size}, but the tokenizer "
@@ -49,12 +51,14 @@ class Language:
         """Opens the sequences of `train`, `val`, `test` or, of a user's text, `all`.
 
         Raises:
-          UserError: There is no such text.
+          UserError: There is no such text, or a preprocessor fails on it.
         """
         data, length = self.config.data, self.config.model.text_tokens
         if data.path is not None:
             documents = read_documents(data.path, split)
-            return PackedText(f"{data.path}, {split}", documents, self.vocabulary, length)
+            return PackedText(f"{data.path}, {split}", self.pipeline.documents(documents), self.vocabulary, length)
+        if self.pipeline.steps:
+            raise UserError("data.preprocess is for text of your own: name it with data.path, or leave both out")
         sizes = {"train": data.train_cases, "val": data.val_cases, "test": data.test_cases}
         if split not in sizes:
             raise UserError(f"data.split is {split!r}, but the synthetic data has {', '.join(sizes)}")

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Collection
 
+from r1jax.data.pipeline import original
 from r1jax.data.source import Source
 from r1jax.tasks.medical.batch import PICTURES
 
@@ -42,6 +43,7 @@ def best_attainable(source: Source) -> dict[str, dict[str, float]]:
     Returns:
       By reported mode, then by finding; empty where it is unknown or undefined.
     """
+    source = original(source)
     known = source.ceilings() if hasattr(source, "ceilings") else {}
     return {
         mode: {"malignancy": known[name]}

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Key
 
 from r1jax.config import Config
 from r1jax.data.folder import FolderCases
+from r1jax.data.pipeline import Preprocessed, open_pipeline, original
 from r1jax.data.source import Source
 from r1jax.data.synthetic import SyntheticCases
 from r1jax.data.tokenizer import VOCAB_SIZE
@@ -37,7 +38,7 @@ class Medical:
           config: Model, task and data.
 
         Raises:
-          UserError: An unknown finding, or a vocabulary that is too small for the tokenizer.
+          UserError: An unknown finding or preprocessor, or a vocabulary that is too small for the tokenizer.
         """
         names = config.task.fields or tuple(finding.name for finding in FINDINGS)
         for name in names:
@@ -49,8 +50,10 @@ class Medical:
                 f"has {VOCAB_SIZE} tokens; set it to at least that"
             )
         self.config = config
+        self.pipeline = open_pipeline(config.data.preprocess, config.data.plugins)
         self.fields = names
         self.heads = tuple((name, FINDING[name].width) for name in names)
+        self._opened: FolderCases | None = None  # once: the parts share its memory and its cache
         self.language = "text" in config.model.modalities and config.task.text_weight > 0
 
     def source(self, split: str) -> Source:
@@ -66,7 +69,12 @@ class Medical:
                 raise UserError(f"data.split is {split!r}, but the synthetic data has {', '.join(sizes)}")
             source = SyntheticCases(data.seed, sizes[split], split, self.config.model.volume.size)
         else:
-            source = FolderCases.open(data.path, split, fold=data.fold, folds=data.folds, seed=data.seed)
+            self._opened = self._opened or FolderCases.open(data.path, cache=data.cache)
+            source = self._opened.part(split, data.fold, data.folds, data.seed)
+        if self.pipeline.steps:
+            if split == "train":
+                self.pipeline.fit(source)
+            source = Preprocessed(source, self.pipeline, data.seed)
         given, read = source.schema.modalities, self.config.model.modalities
         if not given & set(read):
             raise UserError(
@@ -81,6 +89,7 @@ class Medical:
         Raises:
           UserError: That is all of them.
         """
+        source = original(source)
         if not isinstance(source, FolderCases):
             return []
         known = source.known_findings()
