@@ -9,6 +9,7 @@ from r1jax.parallel.mesh import check_batch, make_mesh
 from r1jax.parallel.platform import start_platform
 from r1jax.tasks.catalog import TASKS
 from r1jax.train.closing import closing_table
+from r1jax.train.eager import eager_step
 from r1jax.train.evaluation import Evaluator
 from r1jax.train.loop import fit
 from r1jax.train.plan import example_batch, plan
@@ -23,7 +24,7 @@ def main(arguments: list[str]) -> int:
     config = with_tokenizer(invocation.config)
     print(f"{config.name}: {start_platform(config.platform)}", file=sys.stderr)
     mesh = make_mesh(config.mesh)
-    check_batch(mesh, config.train.batch_size)
+    check_batch(mesh, config.train.batch_size, config.train.accumulation)
     task = TASKS[config.task.name](config)
     model = R1(config.model, task.heads)
     source, validation = task.source("train"), task.source("val")
@@ -36,7 +37,7 @@ def main(arguments: list[str]) -> int:
     with open_run(config) as run:
         state, said = restore_or_init(config, run, model, task, mesh, source, batch)
         print("\n".join([*said, "compiling the step"]), file=sys.stderr)
-        step = compile_step(config, model, task, mesh, batch)
+        step = (eager_step if config.debug.eager else compile_step)(config, model, task, mesh, batch)
         evaluator = Evaluator(model, task, mesh)
         fit(config, run, task, mesh, evaluator, step, state, source, validation)
         if run.stop and run.checkpoints.all()[-1].step < config.train.steps:

@@ -135,7 +135,7 @@ def test_whole_numbers_become_floats():
         ("train", "learning_rate", float("inf"), "a number above 0"),
         ("train", "learning_rate", 10**400, "a number above 0"),
         ("train", "ema", 1.0, "at least 0 and below 1"),
-        ("model", "precision", "fp16", "one of fp32, bf16"),
+        ("model", "precision", "fp8", "one of fp32, bf16, fp16, bf16_pure"),
         ("model", "modalities", ["volume", "sound"], "each item one of volume, image, table, text"),
         ("model", "modalities", "volume", "a list"),
         ("model", "decoder", 3, "model.decoder must be a group of fields, not 3"),

@@ -45,6 +45,7 @@ FREE_TO_CHANGE = (
     "data.tokenizer",
     "train.init",
     "mesh.",
+    "debug.",
 )
 """Fields that may differ when a run goes on: with other devices the last bits may change, with the rest nothing does.
 
