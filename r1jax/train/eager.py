@@ -20,7 +20,7 @@ from r1jax.config import Config
 from r1jax.errors import UserError
 from r1jax.models.r1 import R1
 from r1jax.tasks.task import Task
-from r1jax.train.step import Batch, TrainState, init_state, make_step
+from r1jax.train.step import NO_LIMIT, Batch, TrainState, init_state, make_step
 
 HOME = str(Path(r1jax.__file__).parent)
 CLAMPED = ("CLIP", "PROMISE_IN_BOUNDS")
@@ -38,21 +38,21 @@ def eager_step(config: Config, model: R1, task: Task, mesh: Mesh, batch: Batch) 
       batch: Any collated batch (shapes).
 
     Returns:
-      (state, batch) -> (state, metrics), which raises UserError where numbers stop being finite, an index is out of
+      (state, batch, limit) -> (state, metrics), which raises UserError where numbers stop being finite, an index is out of
       range or a batch has another shape than the first.
     """
     del mesh
     abstract = jax.eval_shape(lambda: init_state(config, model, task, batch))
     like = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch.items()}
-    program, shapes = jax.make_jaxpr(make_step(config, model, task), return_shape=True)(abstract, like)
+    program, shapes = jax.make_jaxpr(make_step(config, model, task), return_shape=True)(abstract, like, NO_LIMIT)
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
+    def step(state: TrainState, batch: Batch, limit: Any) -> tuple[TrainState, dict[str, Any]]:
         for name in like.keys() | batch.keys():
             expected, given = (_shape(tree.get(name)) for tree in (like, batch))
             if expected != given:
                 raise UserError(f"step {int(state.step) + 1}: the batch's {name!r} is {given}, but must be {expected}")
         try:
-            found = run(program.jaxpr, program.consts, jax.tree.leaves((state, batch)))
+            found = run(program.jaxpr, program.consts, jax.tree.leaves((state, batch, limit)))
         except UserError as error:
             raise UserError(f"step {int(state.step) + 1}: {error}") from None
         return jax.tree.unflatten(jax.tree.structure(shapes), found)

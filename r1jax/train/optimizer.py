@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import optax
+from jaxtyping import Array, Int
 
 from r1jax.config import Rule, TrainConfig, read_rule
 from r1jax.errors import UserError
@@ -89,6 +90,11 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
         return jax.tree_util.tree_map_with_path(slowed, updates), state
 
     return optax.GradientTransformation(init, update)
+
+
+def updates_done(state: Any) -> Int[Array, ""]:
+    """Updates that an optimizer has made: steps, less those that were refused."""
+    return optax.tree.get_all_with_path(state, "count")[0][1]
 
 
 def _rule_of(path: tuple[Any, ...], rules: tuple[Rule, ...]) -> Rule | None:

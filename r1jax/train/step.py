@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt32
@@ -18,12 +19,16 @@ from r1jax.parallel.mesh import batch_sharding, shard_tree
 from r1jax.tasks.task import Task
 from r1jax.train.accumulate import divide, sum_over
 from r1jax.train.layer_metrics import layer_metrics
-from r1jax.train.optimizer import BALANCE_BIAS, make_optimizer, schedule
+from r1jax.train.optimizer import BALANCE_BIAS, make_optimizer, schedule, updates_done
 from r1jax.train.scaling import LossScale, ScaledState, first_scale, next_scale
 
 Batch = dict[str, Any]
 BITS = "rbg"
 """Generator of the initial weights: one XLA instruction. Its keys are two keys of threefry, side by side."""
+
+
+NO_LIMIT = np.float32(np.inf)
+"""Limit that every finite loss stays below."""
 
 
 class TrainState(NamedTuple):
@@ -166,11 +171,12 @@ def make_step(config: Config, model: R1, task: Task) -> Any:
       task: Batch, loss.
 
     Returns:
-      (state, batch) -> (state, metrics), to be compiled.
+      (state, batch, limit) -> (state, metrics), to be compiled. A loss above the fp32 scalar `limit` (`guard.loss_limit`)
+      or a number that is not finite leaves the state as it was, but for its step.
     """
     optimizer, rate = make_optimizer(config.train), schedule(config.train)
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+    def step(state: TrainState, batch: Batch, limit: Float[Array, ""]) -> tuple[TrainState, dict[str, Array]]:
         share = state.step.astype(jnp.float32) / config.train.steps
         old, frozen = _divide(state.params, config)
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key[:2], impl="threefry2x32"), state.step)
@@ -190,14 +196,12 @@ def make_step(config: Config, model: R1, task: Task) -> Any:
         average, unmoved = _divide(state.ema, config)
         average = jax.tree.map(lambda old, new: old * decay + new * (1 - decay), average, _wide(new))
         metrics = {"loss": loss, **{f"loss.{k}": v for k, v in parts.items()}}
-        metrics |= {"gradient_norm": optax.tree.norm(gradients), "learning_rate": jnp.asarray(rate(state.step))}
+        metrics |= {"gradient_norm": optax.tree.norm(gradients), "learning_rate": jnp.asarray(rate(updates_done(kept)))}
         metrics |= layer_metrics(_wide(old), gradients, updates)
         for i, load in enumerate(loads):
             metrics[f"router.{i}.violation"] = jnp.max(load) / jnp.maximum(jnp.mean(load), 1e-9) - 1
         done = TrainState(state.step + 1, state.key, join_trees(new, frozen), moments, join_trees(average, unmoved))
-        if scaling is None:
-            return done, metrics
-        return _unless_overflown(state._replace(optimizer=kept), done, scaling, metrics, rate)
+        return _if_sound(state._replace(optimizer=kept), done, scaling, metrics, limit)
 
     return step
 
@@ -207,17 +211,28 @@ def _wide(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
 
 
-def _unless_overflown(
-    before: TrainState, done: TrainState, scaling: LossScale, metrics: dict[str, Array], rate: optax.Schedule
+def _if_sound(
+    before: TrainState,
+    done: TrainState,
+    scaling: LossScale | None,
+    metrics: dict[str, Array],
+    limit: Float[Array, ""],
 ) -> tuple[TrainState, dict[str, Array]]:
-    """The step, or where its gradients are not finite nothing of it but the step count; and the scale of the next."""
+    """The step; nothing of it but the step count, where a number is not finite or the loss is above the limit.
+
+    Adds the metric "refused" (0 or 1). An overflow of fp16 does not count as such while its scale can still fall.
+    """
     finite = jnp.isfinite(metrics["gradient_norm"])
-    state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), done, before)
+    taken = finite & (metrics["loss"] <= limit)  # of NaN, this is false
+    state = jax.tree.map(lambda new, old: jnp.where(taken, new, old), done, before)
+    # A step that was not taken has no update, and JSON has no infinity.
+    shown = {k: v if k.startswith(("loss", "router")) else jnp.where(taken, v, 0.0) for k, v in metrics.items()}
+    shown |= {"learning_rate": metrics["learning_rate"], "refused": jnp.where(taken, 0.0, 1.0)}
+    if scaling is None:
+        return state._replace(step=done.step), shown
     following = next_scale(scaling, finite)
-    # JSON has no infinity, and a step that was not taken has no update.
-    shown = {k: v if k.startswith(("loss", "router")) else jnp.where(finite, v, 0.0) for k, v in metrics.items()}
+    shown["refused"] = jnp.where(taken | (~finite & (scaling.scale > 1)), 0.0, 1.0)
     shown |= {"loss_scale": scaling.scale, "skipped": following.skipped}
-    shown["learning_rate"] = jnp.asarray(rate(before.step - scaling.skipped))  # the optimizer counts what it did
     return state._replace(step=done.step, optimizer=ScaledState(state.optimizer, following)), shown
 
 
@@ -258,6 +273,10 @@ def compile_step(config: Config, model: R1, task: Task, mesh: Mesh, batch: Batch
     where, cases = shard_tree(mesh, abstract), batch_sharding(mesh)
     whole = NamedSharding(mesh, PartitionSpec())
     step = jax.jit(
-        make_step(config, model, task), in_shardings=(where, cases), out_shardings=(where, whole), donate_argnums=0
+        make_step(config, model, task),
+        in_shardings=(where, cases, whole),
+        out_shardings=(where, whole),
+        donate_argnums=0,
     )
-    return step.lower(abstract, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)).compile()
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
+    return step.lower(abstract, like, NO_LIMIT).compile()

@@ -7,6 +7,7 @@ import pytest
 
 from r1jax.errors import UserError
 from r1jax.train.eager import eager_step, run
+from r1jax.train.step import NO_LIMIT
 from tests.train.experiment import optax_promotes
 
 
@@ -26,7 +27,7 @@ def step(tiny):
 def test_equals_the_compiled_step(tiny, step):
     batch = jax.device_put(tiny.batches(1)[0])
     start = tiny.init()._replace(step=jnp.asarray(3, jnp.int32))
-    (state, metrics), (again, figures) = step(jax.tree.map(jnp.copy, start), batch), tiny.step(start, batch)
+    (state, metrics), (again, figures) = step(jax.tree.map(jnp.copy, start), batch, NO_LIMIT), tiny.step(start, batch, NO_LIMIT)
     assert metrics.keys() == figures.keys()
     for name, value in figures.items():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-5, atol=1e-7, err_msg=name)
@@ -40,15 +41,15 @@ def test_names_the_module_in_which_a_number_stops_being_finite(tiny, step):
     poisoned = jax.tree.map(lambda x: x, state.params)
     poisoned["decoder"]["layers_0"]["self_attn"]["o_proj"]["weight"] *= 3e38
     with pytest.raises(UserError, match=r"step 1: .* made .* in .*layers_0.*, r1jax/models/.*\.py:\d+"):
-        step(state._replace(params=poisoned), jax.device_put(tiny.batches(1)[0]))
+        step(state._replace(params=poisoned), jax.device_put(tiny.batches(1)[0]), NO_LIMIT)
 
 
 def test_names_a_batch_of_another_shape(tiny, step):
     batch = tiny.batches(1)[0]
     with pytest.raises(UserError, match=r"step 1: the batch's 'text' is int32\[8, 15\], but must be int32\[8, 16\]"):
-        step(tiny.init(), batch | {"text": batch["text"][:, :-1]})
+        step(tiny.init(), batch | {"text": batch["text"][:, :-1]}, NO_LIMIT)
     with pytest.raises(UserError, match="the batch's 'more' is .*, but must be absent"):
-        step(tiny.init(), batch | {"more": batch["text"]})
+        step(tiny.init(), batch | {"more": batch["text"]}, NO_LIMIT)
 
 
 def walk(function, *arguments):

@@ -27,7 +27,7 @@ def test_the_limit_is_robust_deviations_above_the_median_of_the_last(losses, fac
 
 def test_one_wild_loss_among_the_logged_hardly_moves_the_limit():
     calm = [1 + 0.01 * (i % 5) for i in range(30)]
-    assert loss_limit([*calm, 1e6], 10) == pytest.approx(loss_limit(calm, 10.0), rel=0.05)
+    assert loss_limit([*calm, 1e6], 10.0) == pytest.approx(loss_limit(calm, 10.0), rel=0.05)
 
 
 def test_without_enough_losses_or_without_a_factor_there_is_no_limit():

@@ -10,6 +10,7 @@ from jax.sharding import SingleDeviceSharding
 
 from r1jax.train.checkpoints import abstract_like, write_sealed
 from r1jax.train.scaling import FIRST_SCALE, GROWTH_INTERVAL, LossScale, ScaledState, first_scale, next_scale
+from r1jax.train.step import NO_LIMIT
 from tests.train.experiment import make_experiment
 
 FLAGS = ("--task.balance_weight", "0.01", "--train.warmup_steps", "0", "--model.dropout", "0")
@@ -24,7 +25,7 @@ def train(experiment, steps, state=None):
     state = experiment.init() if state is None else state
     batches, losses = experiment.batches(4), []
     for i in range(steps):
-        state, metrics = experiment.step(state, batches[i % 4])
+        state, metrics = experiment.step(state, batches[i % 4], NO_LIMIT)
         losses.append(jax.device_get(metrics))
     return state, losses
 

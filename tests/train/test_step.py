@@ -12,7 +12,7 @@ from r1jax.errors import UserError
 from r1jax.models.r1 import R1
 from r1jax.tasks.medical.task import Medical
 from r1jax.train.optimizer import BALANCE_BIAS
-from r1jax.train.step import balance_routers, check_offload, make_step
+from r1jax.train.step import NO_LIMIT, balance_routers, check_offload, make_step
 from tests.train.experiment import optax_promotes
 
 
@@ -24,7 +24,7 @@ def run(tiny):
         state = tiny.init() if state is None else state
         states, metrics = [jax.device_get(state)], []
         for batch in batches:
-            state, figures = tiny.step(jax.device_put(state), batch)
+            state, figures = tiny.step(jax.device_put(state), batch, NO_LIMIT)
             states.append(jax.device_get(state))
             metrics.append(jax.device_get(figures))
         return states, metrics
@@ -98,7 +98,7 @@ def test_nothing_else_is_random(tiny):
     task = Medical(config)
     step = make_step(config, R1(config.model, task.heads), task)
     with optax_promotes():
-        loss = jax.jit(lambda state, batch: step(state, batch)[1]["loss"])
+        loss = jax.jit(lambda state, batch: step(state, batch, NO_LIMIT)[1]["loss"])
         states = [tiny.fresh._replace(step=jnp.asarray(step, jnp.int32)) for step in (0, 7)]
         losses = [float(loss(state, tiny.batches(1)[0])) for state in states]
     assert losses[0] == losses[1]
@@ -133,7 +133,7 @@ def test_the_step_takes_over_the_memory_of_the_state(tiny):
     held = sum(x.nbytes for x in jax.tree.leaves(tiny.fresh))
     assert tiny.step.memory_analysis().alias_size_in_bytes >= 0.99 * held
     state = tiny.init()
-    tiny.step(state, tiny.batches(1)[0])
+    tiny.step(state, tiny.batches(1)[0], NO_LIMIT)
     assert all(x.is_deleted() for x in jax.tree.leaves((state.params, state.optimizer, state.ema)))
 
 
