@@ -28,6 +28,8 @@ from r1jax.fields import to_json
 from r1jax.parallel.mesh import shard_tree
 
 MANIFEST = "manifest.json"
+MARGIN = 1.02
+"""Room that a checkpoint takes, beside its arrays: their index, the tokenizer, whole blocks of the file system."""
 TOKENIZER = "tokenizer"
 """Folder of a checkpoint that holds the tokenizer files of its text, where that is not bytes."""
 FREE_TO_CHANGE = (
@@ -35,6 +37,7 @@ FREE_TO_CHANGE = (
     "platform",
     "train.log_every",
     "train.save_every",
+    "train.hang_timeout",
     "data.cache.",
     "data.threads",
     "data.workers",
@@ -227,7 +230,9 @@ def write_sealed(
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
         needed = sum(x.nbytes for x in jax.tree.leaves(state))
-        if shutil.disk_usage(draft).free < needed:  # asked first: Orbax fails late and with pages of tracebacks
+        if (
+            shutil.disk_usage(draft).free < needed * MARGIN
+        ):  # asked first: Orbax fails late and with pages of tracebacks
             raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {needed / 2**20:,.1f} MiB are needed")
         _write_arrays(draft.absolute() / "state", state)
         (draft / "config.json").write_text(to_json(config))
