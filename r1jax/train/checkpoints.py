@@ -269,6 +269,21 @@ class CheckpointFolder:
         found = [p for p in self.path.glob("[0-9]*") if p.name.isdigit()] if self.path.is_dir() else []
         return [Checkpoint(p) for p in sorted(found, key=lambda p: int(p.name))]
 
+    def verify(self) -> tuple[list[Checkpoint], list[tuple[Checkpoint, UserError]]]:
+        """Compares every checkpoint with its manifest.
+
+        Returns:
+          The sound ones, and the damaged ones with what is wrong; the newest first.
+        """
+        sound, damaged = [], []
+        for checkpoint in reversed(self.all()):
+            try:
+                checkpoint.verify()
+                sound.append(checkpoint)
+            except UserError as error:
+                damaged.append((checkpoint, error))
+        return sound, damaged
+
     def best(self) -> Checkpoint | None:
         """The checkpoint with the highest validation score, the newest where none was scored."""
         scores = [((c.meta()["validation"] or {}).get("score"), c.step, c) for c in self.all()]

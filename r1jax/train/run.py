@@ -147,13 +147,7 @@ def restore_or_init(
     run.watch.enter("reading the checkpoint")
     abstract = jax.eval_shape(lambda: init_state(config, model, task, batch))
     where = shard_tree(mesh, abstract)
-    sound, damaged = [], []
-    for checkpoint in reversed(run.checkpoints.all()):
-        try:
-            checkpoint.verify()
-            sound.append(checkpoint)
-        except UserError as error:
-            damaged.append((checkpoint, error))
+    sound, damaged = run.checkpoints.verify()
     if damaged and not sound:
         raise UserError(
             f"{damaged[0][1]}; none of the {len(damaged)} in {run.workdir} is sound: delete them to start anew"
