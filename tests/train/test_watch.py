@@ -63,7 +63,7 @@ def test_a_jump_of_the_wall_clock_is_no_hang(tmp_path, monkeypatch):
         monkeypatch.setattr(time, "time", lambda jump=jump: now + jump)
         watch.enter("step", abs(jump))
         written = tmp_path / HEARTBEAT
-        wait_for(lambda at=now + jump: written.exists() and json.loads(written.read_text())["time"] == at)
+        wait_for(lambda f=written, at=now + jump: f.exists() and json.loads(f.read_text())["time"] == at)
         time.sleep(0.1)
     watch.close()
     assert ended == []
