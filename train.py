@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> int:
         state, said = restore_or_init(config, run, model, task, mesh, source, batch)
         print("\n".join([*said, "compiling the step"]), file=sys.stderr)
         step = (eager_step if config.debug.eager else compile_step)(config, model, task, mesh, batch)
-        evaluator = Evaluator(model, task, mesh)
+        evaluator = Evaluator(model, task, mesh, run.watch.beat)
         fit(config, run, task, mesh, evaluator, step, state, source, validation)
         if run.stop and run.checkpoints.all()[-1].step < config.train.steps:
             return 128 + run.stop[0]

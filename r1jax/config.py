@@ -253,6 +253,9 @@ class TrainConfig:
     log_every: Count = 10
     eval_every: Count = 200
     save_every: Count = 100
+    hang_timeout: Weight = 1800.0
+    """Seconds without progress (a step, a batch of the evaluation, a save) after which the run ends with code 75 and
+    the stacks of its threads in the run folder; 0 lets it wait for ever."""
     init: str | None = None
     """Checkpoint or run folder whose weights a fresh run starts from, where they fit; a resume ignores it."""
 

@@ -79,7 +79,7 @@ def fit(
         check_finite(done, float(metrics["loss"]), state.params, run)
         where = {"next_batch": done, **describe_order(source, t.batch_size, config.data)}
         meta = {"step": done, "validation": validated, "order": where, **made}
-        run.checkpoints.save(done, state, config, meta, tokenizer)
+        run.saver.save(done, state, config, meta, tokenizer, telemetry.say)
 
     def cached() -> CacheCounters:
         """What the cache did here, where validation reads too, and in the workers."""
@@ -88,8 +88,11 @@ def fit(
 
     try:
         for done in range(start + 1, t.steps + 1):
+            run.saver.check()
+            run.watch.enter("waiting for data", done - 1)
             with telemetry.waiting():
                 batch = next(batches)
+            run.watch.enter("step")
             state, metrics = step(state, jax.tree.map(place, batch))
             if done % t.log_every == 0 or done % t.eval_every == 0 or done == t.steps:
                 check_finite(done, float(metrics["loss"]), state.params, run)
@@ -99,7 +102,9 @@ def fit(
                 telemetry.log(done, figures)
                 note = f"loss {figures['loss']:.3f}"
             telemetry.advance(done, note)
+            run.watch.enter("step", done)
             if done % t.eval_every == 0 or done == t.steps:
+                run.watch.enter("evaluation")
                 validated = validate(config, task, evaluator, served(state, config), validation)
                 reached = validated["figures"]
                 telemetry.log(
@@ -113,9 +118,11 @@ def fit(
                 telemetry.pause()
             if run.stop:
                 save(done, None)
+                run.saver.wait()
                 name = signal.Signals(run.stop[0]).name
                 telemetry.say(f"{name}: saved at step {done}; the same command goes on from there")
                 break
+        run.saver.wait()
         if config.data.cache.url is not None and cached().lookups:
             telemetry.say(line(cached()))
     finally:
@@ -153,6 +160,7 @@ def check_finite(done: int, loss: float, params: Any, run: Run) -> None:
     """
     norm = float(NORM(params))
     if not np.isfinite([loss, norm]).all():
+        run.saver.settle()
         kept = run.checkpoints.all()
         raise UserError(
             f"step {done}: the loss is {loss} and the norm of the weights {norm}, so the training has diverged "
