@@ -244,6 +244,16 @@ class MeshConfig:
 
 
 @dataclass(frozen=True)
+class ProfileConfig:
+    """A trace of some steps, and a table of the costliest operations (docs/telemetry.md)."""
+
+    steps: Natural = 0
+    """Steps to trace; 0 traces none, and `--profile` alone is 5."""
+    start: Natural = 10
+    """Steps that this process does before it; the first ones are slower."""
+
+
+@dataclass(frozen=True)
 class Config:
     """One experiment."""
 
@@ -258,6 +268,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ FREE_TO_CHANGE = (
     "platform",
     "train.log_every",
     "train.save_every",
+    "profile.",
     "data.cache.",
     "data.threads",
     "data.workers",

@@ -20,8 +20,12 @@ from r1jax.data.workers import Batches
 from r1jax.errors import UserError
 from r1jax.parallel.mesh import batch_sharding
 from r1jax.tasks.task import Task
-from r1jax.telemetry import Telemetry
+from r1jax.telemetry import Load, Telemetry
 from r1jax.train.evaluation import Evaluator
+from r1jax.train.flops import work_of
+from r1jax.train.peak import peak_flops
+from r1jax.train.plan import example_batch
+from r1jax.train.profile import Profiler
 from r1jax.train.run import Run, describe
 from r1jax.train.start import start_record
 from r1jax.train.step import TrainState
@@ -67,7 +71,9 @@ def fit(
     t, start = config.train, int(state.step)
     if start == t.steps:
         return state
-    telemetry = Telemetry(run.workdir, steps=t.steps, start=start, batch_size=t.batch_size)
+    load = step_load(config, task, mesh, source)
+    telemetry = Telemetry(run.workdir, steps=t.steps, start=start, batch_size=t.batch_size, load=load, clock=run.clock)
+    profiler = Profiler(config.profile, run.workdir, start)
     batches = open_batches(config, task, source, start)
     place = functools.partial(jax.make_array_from_process_local_data, batch_sharding(mesh))
     made = describe(source, task.pipeline) | start_record(run.workdir)
@@ -76,10 +82,10 @@ def fit(
     note = ""
 
     def save(done: int, validated: dict[str, Any] | None) -> None:
-        check_finite(done, float(metrics["loss"]), state.params, run)
         where = {"next_batch": done, **describe_order(source, t.batch_size, config.data)}
         meta = {"step": done, "validation": validated, "order": where, **made}
         run.checkpoints.save(done, state, config, meta, tokenizer)
+        run.clock.mark(done, [checkpoint.step for checkpoint in run.checkpoints.all()])
 
     def cached() -> CacheCounters:
         """What the cache did here, where validation reads too, and in the workers."""
@@ -90,8 +96,16 @@ def fit(
         for done in range(start + 1, t.steps + 1):
             with telemetry.waiting():
                 batch = next(batches)
+            if profiler.begins(done):
+                jax.block_until_ready(state)
+                with telemetry.aside():
+                    profiler.start()
             state, metrics = step(state, jax.tree.map(place, batch))
-            if done % t.log_every == 0 or done % t.eval_every == 0 or done == t.steps:
+            if profiler.ends(done):
+                jax.block_until_ready(metrics)
+                with telemetry.aside():
+                    telemetry.say(profiler.stop())
+            if any(done % every == 0 for every in (t.log_every, t.eval_every, t.save_every)) or done == t.steps:
                 check_finite(done, float(metrics["loss"]), state.params, run)
             if done % t.log_every == 0 or done == t.steps:
                 figures = {k: float(v) for k, v in jax.device_get(metrics).items()}
@@ -100,19 +114,21 @@ def fit(
                 note = f"loss {figures['loss']:.3f}"
             telemetry.advance(done, note)
             if done % t.eval_every == 0 or done == t.steps:
-                validated = validate(config, task, evaluator, served(state, config), validation)
-                reached = validated["figures"]
-                telemetry.log(
-                    done, {f"validation.{mode}.{k}": v for mode, found in reached.items() for k, v in found.items()}
-                )
-                telemetry.say(f"step {done}: validation {task.headline(next(iter(reached.values())))}")
-                save(done, validated)
-                telemetry.pause()
+                with telemetry.aside():
+                    validated = validate(config, task, evaluator, served(state, config), validation)
+                    reached = validated["figures"]
+                    telemetry.log(
+                        done, {f"validation.{mode}.{k}": v for mode, found in reached.items() for k, v in found.items()}
+                    )
+                    telemetry.say(f"step {done}: validation {task.headline(next(iter(reached.values())))}")
+                    save(done, validated)
             elif done % t.save_every == 0:
-                save(done, None)
-                telemetry.pause()
+                with telemetry.aside():
+                    save(done, None)
             if run.stop:
-                save(done, None)
+                check_finite(done, float(metrics["loss"]), state.params, run)
+                with telemetry.aside():
+                    save(done, None)
                 name = signal.Signals(run.stop[0]).name
                 telemetry.say(f"{name}: saved at step {done}; the same command goes on from there")
                 break
@@ -120,8 +136,19 @@ def fit(
             telemetry.say(line(cached()))
     finally:
         batches.close()
+        if profiler.running:
+            telemetry.say(profiler.stop())
         telemetry.close()
     return state
+
+
+def step_load(config: Config, task: Task, mesh: Mesh, source: Source) -> Load:
+    """What a step asks of the devices, for telemetry."""
+    work = work_of(config.model, task, example_batch(source, task, config.train.batch_size))
+    dtype = "float32" if config.model.precision == "fp32" else "bfloat16"
+    rates = [peak_flops(device.device_kind, dtype) for device in mesh.devices.flat]
+    known = [rate for rate in rates if rate is not None]
+    return Load(work.tokens, work.flops, sum(known) if len(known) == len(rates) else None)
 
 
 def open_batches(config: Config, task: Task, source: Source, start: int) -> Batches:

@@ -25,6 +25,7 @@ from r1jax.models.r1 import R1
 from r1jax.parallel.mesh import shard_tree
 from r1jax.tasks.task import Task
 from r1jax.train.checkpoints import CheckpointFolder, abstract_like, check_same_run
+from r1jax.train.goodput import Clock
 from r1jax.train.start import RECORD, start_from
 from r1jax.train.step import Batch, TrainState, init_state
 
@@ -38,6 +39,7 @@ class Run(NamedTuple):
     checkpoints: CheckpointFolder
     stop: list[int]
     """The signal that asked to stop, once there was one."""
+    clock: Clock
 
 
 @contextmanager
@@ -67,7 +69,7 @@ def open_run(config: Config) -> Iterator[Run]:
             raise UserError(
                 f"another process is training in {workdir}: wait for it or choose another --workdir"
             ) from None
-        run = Run(workdir, CheckpointFolder(workdir / "checkpoints"), stop)
+        run = Run(workdir, CheckpointFolder(workdir / "checkpoints"), stop, Clock(workdir))
         run.checkpoints.clear_drafts()
 
         def ask_to_stop(number: int, _: Any) -> None:

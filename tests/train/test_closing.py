@@ -11,6 +11,7 @@ from r1jax.tasks.medical.closing import WIDTH
 from r1jax.tasks.medical.task import Medical
 from r1jax.train.checkpoints import CheckpointFolder
 from r1jax.train.closing import closing_table
+from r1jax.train.goodput import Clock
 from r1jax.train.run import Run
 
 FIGURES = {
@@ -26,7 +27,7 @@ def run_of(path, config: Config, validation: dict | None) -> Run:
     checkpoint.mkdir(parents=True)
     (checkpoint / "config.json").write_text(to_json(config))
     (checkpoint / "meta.json").write_text(json.dumps({"validation": validation}))
-    return Run(path, CheckpointFolder(path / "checkpoints"), [])
+    return Run(path, CheckpointFolder(path / "checkpoints"), [], Clock(path))
 
 
 def cells(text: str, finding: str) -> list[str]:
@@ -67,7 +68,7 @@ def test_without_figures_the_paths_are_left(tmp_path):
 def test_a_run_without_checkpoint_is_refused(tmp_path):
     with pytest.raises(UserError, match="no checkpoint"):
         closing_table(
-            Run(tmp_path, CheckpointFolder(tmp_path / "checkpoints"), []),
+            Run(tmp_path, CheckpointFolder(tmp_path / "checkpoints"), [], Clock(tmp_path)),
             Medical(Config()),
             SyntheticCases(0, 4, "val"),
         )

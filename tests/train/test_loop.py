@@ -11,6 +11,7 @@ import pytest
 
 from r1jax.errors import UserError
 from r1jax.train.checkpoints import CheckpointFolder
+from r1jax.train.goodput import Clock
 from r1jax.train.loop import check_finite, served
 from r1jax.train.run import Run
 from tests.train.experiment import CLOCK, Interrupted, make_experiment
@@ -141,7 +142,7 @@ def test_divergence_is_not_saved_on_a_signal(tiny, tmp_path):
 
 
 def test_large_numbers_are_no_divergence(tmp_path):
-    run = Run(tmp_path, CheckpointFolder(tmp_path), [])
+    run = Run(tmp_path, CheckpointFolder(tmp_path), [], Clock(tmp_path))
     check_finite(1, 1e30, {"weight": jnp.full((4,), 1e6)}, run)
     for value in (np.nan, np.inf, -np.inf):
         with pytest.raises(UserError):
