@@ -1,6 +1,7 @@
 import gzip
 import json
 import re
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +39,7 @@ def test_table_names_what_takes_the_time(traced):
     first, *rows = traced[1][0][1].splitlines()
     assert first.split() == ["operation", "count", "total", "ms", "share"]
     *rows, where = rows
-    assert 1 <= len(rows) <= 10 and where.startswith("trace: ")
+    assert 1 <= len(rows) <= 10 and where.startswith("trace of the steps: ")
     assert re.match(r"\S*(dot|fusion|custom)", rows[0]), rows[0]
 
 
@@ -69,8 +70,6 @@ def test_nothing_is_traced_unless_asked(tmp_path):
 
 
 def test_a_run_writes_the_table(tiny, tmp_path, capsys):
-    from dataclasses import replace
-
     config = replace(tiny.config, profile=ProfileConfig(steps=2, start=3))
     replace(tiny, config=config).train(tmp_path)
     said = capsys.readouterr().err
