@@ -9,13 +9,10 @@ from r1jax.parallel.mesh import check_batch, make_mesh
 from r1jax.parallel.platform import start_platform
 from r1jax.tasks.catalog import TASKS
 from r1jax.train.closing import closing_table
-from r1jax.train.eager import eager_step
-from r1jax.train.evaluation import Evaluator
-from r1jax.train.loop import fit
 from r1jax.train.plan import example_batch, plan
-from r1jax.train.run import open_run, restore_or_init
+from r1jax.train.recover import train
+from r1jax.train.run import open_run
 from r1jax.train.start import with_tokenizer
-from r1jax.train.step import compile_step
 
 
 def main(arguments: list[str]) -> int:
@@ -35,11 +32,7 @@ def main(arguments: list[str]) -> int:
         print(plan(config, model, task, mesh, batch))
         return 0
     with open_run(config) as run:
-        state, said = restore_or_init(config, run, model, task, mesh, source, batch)
-        print("\n".join([*said, "compiling the step"]), file=sys.stderr)
-        step = (eager_step if config.debug.eager else compile_step)(config, model, task, mesh, batch)
-        evaluator = Evaluator(model, task, mesh, run.watch.beat)
-        fit(config, run, task, mesh, evaluator, step, state, source, validation)
+        train(config, run, model, task, mesh, source, validation, batch)
         if run.stop and run.checkpoints.all()[-1].step < config.train.steps:
             return 128 + run.stop[0]
         print(closing_table(run, task, validation))

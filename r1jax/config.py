@@ -253,6 +253,9 @@ class TrainConfig:
     log_every: Count = 10
     eval_every: Count = 200
     save_every: Count = 100
+    spike_factor: Weight = 10.0
+    """A step is refused, and after ten in a row the run goes back, where its loss is so many robust standard deviations
+    above the median of those logged last (docs/runs.md); 0 refuses only what is not finite."""
     hang_timeout: Weight = 1800.0
     """Seconds without progress (a step, a batch of the evaluation, a save) after which the run ends with code 75 and
     the stacks of its threads in the run folder; 0 lets it wait for ever."""
@@ -277,6 +280,16 @@ class DebugConfig:
 
 
 @dataclass(frozen=True)
+class ProfileConfig:
+    """A trace of some steps, and a table of the costliest operations (docs/telemetry.md)."""
+
+    steps: Natural = 0
+    """Steps to trace; 0 traces none, and `--profile` alone is 5."""
+    start: Natural = 10
+    """Steps that this process does before it; the first ones are slower."""
+
+
+@dataclass(frozen=True)
 class Config:
     """One experiment."""
 
@@ -292,6 +305,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     debug: DebugConfig = field(default_factory=DebugConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,8 @@ FREE_TO_CHANGE = (
     "train.log_every",
     "train.save_every",
     "train.hang_timeout",
+    "train.spike_factor",
+    "profile.",
     "data.cache.",
     "data.threads",
     "data.workers",

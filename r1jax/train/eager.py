@@ -38,8 +38,8 @@ def eager_step(config: Config, model: R1, task: Task, mesh: Mesh, batch: Batch) 
       batch: Any collated batch (shapes).
 
     Returns:
-      (state, batch, limit) -> (state, metrics), which raises UserError where numbers stop being finite, an index is out of
-      range or a batch has another shape than the first.
+      (state, batch, limit) -> (state, metrics), which raises UserError where numbers stop being finite, an index is
+      out of range or a batch has another shape than the first.
     """
     del mesh
     abstract = jax.eval_shape(lambda: init_state(config, model, task, batch))

@@ -11,9 +11,12 @@ import json
 import math
 import os
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
+
+import jax
+import numpy as np
 
 from r1jax.disk import flush
 from r1jax.errors import UserError
@@ -34,6 +37,14 @@ RETRIES = 3
 """Rollbacks to one checkpoint after which the run ends."""
 
 
+class RollBack(Exception):
+    """The run shall go back to its newest checkpoint, and leave out the batches since."""
+
+    def __init__(self, step: int, reason: str) -> None:
+        super().__init__(f"step {step}: {reason}")
+        self.step, self.reason = step, reason
+
+
 class Jump(NamedTuple):
     """Batches that are left out for good."""
 
@@ -43,6 +54,52 @@ class Jump(NamedTuple):
     """How many they are."""
     reason: str
     """What was seen there, for people."""
+
+
+class Guard:
+    """Sets the limit of the next steps, and counts those that were refused; it never makes the device wait."""
+
+    def __init__(self, workdir: Path, factor: float, step: int) -> None:
+        """Reads what the run has logged.
+
+        Args:
+          workdir: Run folder.
+          factor: `train.spike_factor`.
+          step: Steps done.
+        """
+        self.factor, self.losses = factor, logged_losses(workdir, step)
+        self.limit = np.float32(loss_limit(self.losses, factor))
+        self.streak = 0
+        """Refused steps in a row, up to the last `settle`."""
+        self._pending: list[jax.Array] = []
+
+    def note(self, refused: jax.Array) -> None:
+        """Takes the flag of a step, without waiting for it."""
+        self._pending.append(refused)
+
+    def settle(self) -> int:
+        """Waits for the steps so far.
+
+        Returns:
+          How many of them, since the last call, were refused.
+        """
+        flags = [bool(flag) for flag in jax.device_get(self._pending)]
+        self._pending = []
+        for flag in flags:
+            self.streak = self.streak + 1 if flag else 0
+        return sum(flags)
+
+    def log(self, figures: Mapping[str, float]) -> None:
+        """Takes the figures of a row of metrics.jsonl, and sets the limit anew."""
+        if not figures["refused"]:
+            self.losses = [*self.losses, figures["loss"]][-HISTORY:]
+            self.limit = np.float32(loss_limit(self.losses, self.factor))
+
+    def reason(self, metrics: Mapping[str, jax.Array]) -> str:
+        """Says what the last step looked like."""
+        loss, norm = float(metrics["loss"]), float(metrics["gradient_norm"])
+        limit = f", the limit of the loss {self.limit:.4g}" if math.isfinite(self.limit) else ""
+        return f"a loss of {loss:.4g} and a gradient of norm {norm:.4g}{limit}"
 
 
 def loss_limit(losses: Iterable[float], factor: float) -> float:

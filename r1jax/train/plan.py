@@ -12,6 +12,7 @@ from r1jax.data.source import Source
 from r1jax.models.r1 import R1
 from r1jax.parallel.mesh import shard_tree
 from r1jax.tasks.task import Task
+from r1jax.train.flops import work_of
 from r1jax.train.step import Batch, compile_step, init_state
 
 
@@ -41,7 +42,8 @@ def plan(config: Config, model: R1, task: Task, mesh: Mesh, batch: Batch) -> str
       batch: Any collated batch.
 
     Returns:
-      A table: parameters in all and active a token, bytes a device and whether it has them, FLOPs a step as XLA counts.
+      A table: parameters in all and active a token, bytes a device and whether it has them, FLOPs a step as XLA
+      counts them and as the model needs them, term by term.
     """
     state = jax.eval_shape(lambda: init_state(config, model, task, batch))
     compiled = compile_step(config, model, task, mesh, batch)
@@ -59,6 +61,7 @@ def plan(config: Config, model: R1, task: Task, mesh: Mesh, batch: Batch) -> str
     d = config.model.decoder
     idle = (d.n_routed_experts - d.num_experts_per_tok) * 3 * d.hidden_size * d.moe_intermediate_size
     layers = d.num_hidden_layers - d.first_k_dense_replace + d.num_nextn_predict_layers
+    work = work_of(config.model, task, batch)
     rows = [
         ("parameters", f"{total:,} ({total - layers * idle:,} active a token)"),
         *((f"  {name}", f"{count:,}") for name, count in parts.items()),
@@ -69,6 +72,11 @@ def plan(config: Config, model: R1, task: Task, mesh: Mesh, batch: Batch) -> str
         ("FLOPs a step and device", f"{cost.get('flops', float('nan')):,.0f}"),
         ("FLOPs an example", f"{cost.get('flops', float('nan')) * mesh.size / config.train.batch_size:,.0f}"),
         ("", "(XLA's count: the body of a loop counts once, a call of another library not at all)"),
+        ("FLOPs a step, of the model", f"{work.flops:,.0f} (passes x forward; causal attention at half)"),
+        *(
+            (f"  {term.name}", f"{term.passes} x {term.formula} = {term.passes * term.forward:,.0f}")
+            for term in work.terms
+        ),
     ]
     width = max(len(name) for name, _ in rows) + 2
     return "\n".join(f"{name:<{width}}{value}" for name, value in rows)

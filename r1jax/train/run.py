@@ -21,6 +21,8 @@ from r1jax.models.r1 import R1
 from r1jax.parallel.mesh import shard_tree
 from r1jax.tasks.task import Task
 from r1jax.train.checkpoints import CheckpointFolder, abstract_like, check_same_run
+from r1jax.train.goodput import Clock
+from r1jax.train.guard import JUMPS
 from r1jax.train.history import History
 from r1jax.train.provenance import environment, provenance
 from r1jax.train.saver import Saver
@@ -42,6 +44,7 @@ class Run(NamedTuple):
     history: History
     watch: Watch
     saver: Saver
+    clock: Clock
 
 
 @contextmanager
@@ -75,7 +78,7 @@ def open_run(config: Config) -> Iterator[Run]:
         checkpoints, history = CheckpointFolder(workdir / "checkpoints"), History(workdir)
         checkpoints.clear_drafts()
         watch = Watch(workdir, history, config.train.hang_timeout)
-        run = Run(workdir, checkpoints, [], history, watch, Saver(checkpoints, watch))
+        run = Run(workdir, checkpoints, [], history, watch, Saver(checkpoints, watch), Clock(workdir))
         try:
             with _stopping(run.stop), _recorded(run, config.train.steps):
                 yield run
@@ -176,7 +179,10 @@ def restore_or_init(
         if newest.step < config.train.steps:  # else there is nothing to be done, and the folder stays as it is
             _begin(config, run, source, task.pipeline, newest.step, str(newest.path))
         return state, [*said, f"goes on from {newest.path}"]
-    (run.workdir / "config.json").write_text(to_json(config))
+    stored = run.workdir / "config.json"
+    if not stored.exists() or stored.read_text() != to_json(config):  # else it went back to its very start
+        (run.workdir / JUMPS).unlink(missing_ok=True)
+    stored.write_text(to_json(config))
     (run.workdir / RECORD).unlink(missing_ok=True)
     _begin(config, run, source, task.pipeline, 0, None)
     fresh = jax.jit(lambda: init_state(config, model, task, batch), out_shardings=where)()

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from r1jax.config import Config
-from r1jax.train.checkpoints import Checkpoint, CheckpointFolder
+from r1jax.train.checkpoints import CheckpointFolder
 from r1jax.train.watch import Watch
 
 
@@ -25,7 +25,7 @@ class Saver:
         """
         self.checkpoints, self.watch = checkpoints, watch
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="save")
-        self._pending: Future[Checkpoint] | None = None
+        self._pending: Future[None] | None = None
         self._step = 0
         self._said: set[str] = set()
 
@@ -36,7 +36,9 @@ class Saver:
         config: Config,
         meta: dict[str, Any],
         tokenizer: Mapping[str, bytes],
+        *,
         say: Callable[[str], None],
+        then: Callable[[], None],
     ) -> None:
         """Copies a state and has it written; the state may be overwritten or donated once this returns.
 
@@ -49,6 +51,7 @@ class Saver:
           meta: JSON-able.
           tokenizer: Tokenizer files by name.
           say: Prints a line.
+          then: Is called once the checkpoint is published, by the thread that wrote it.
 
         Raises:
           UserError: The save before this one, or this one where it is written at once, has failed.
@@ -59,12 +62,17 @@ class Saver:
         self.wait()
         self.watch.enter("copying the state", step)
         self._step = step
+
+        def write(copy: Any) -> None:
+            self.checkpoints.save(step, copy, config, meta, tokenizer)
+            then()
+
         if _available() < sum(x.nbytes for x in jax.tree.leaves(state)):
             self._once("narrow", "host memory has no room for a copy of the state: training waits for each save", say)
             self.watch.enter(f"writing the checkpoint of step {step}")
-            self.checkpoints.save(step, state, config, meta, tokenizer)
+            write(state)
             return
-        self._pending = self._pool.submit(self.checkpoints.save, step, host_copy(state), config, meta, tokenizer)
+        self._pending = self._pool.submit(write, host_copy(state))
 
     def check(self) -> None:
         """Raises what a finished save has failed with; costs nothing.
@@ -86,7 +94,7 @@ class Saver:
         if pending is not None:
             pending.result()
 
-    def settle(self) -> Future[Checkpoint] | None:
+    def settle(self) -> Future[None] | None:
         """Waits until nothing is being written, and leaves a failure for `wait`."""
         if self._pending is not None and not self._pending.done():
             self.watch.enter(f"writing the checkpoint of step {self._step}")

@@ -171,8 +171,8 @@ def make_step(config: Config, model: R1, task: Task) -> Any:
       task: Batch, loss.
 
     Returns:
-      (state, batch, limit) -> (state, metrics), to be compiled. A loss above the fp32 scalar `limit` (`guard.loss_limit`)
-      or a number that is not finite leaves the state as it was, but for its step.
+      (state, batch, limit) -> (state, metrics), to be compiled. A loss above the fp32 scalar `limit`
+      (`guard.loss_limit`) or a number that is not finite leaves the state as it was, but for its step.
     """
     optimizer, rate = make_optimizer(config.train), schedule(config.train)
 

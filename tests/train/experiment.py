@@ -22,7 +22,14 @@ from r1jax.train.plan import example_batch
 from r1jax.train.run import open_run, restore_or_init
 from r1jax.train.step import NO_LIMIT, TrainState, compile_step, init_state
 
-CLOCK = ("examples_per_second", "data_wait")
+CLOCK = (
+    "examples_per_second",
+    "tokens_per_second",
+    "data_wait",
+    "goodput",
+    "host_memory_peak_bytes",
+    "device_memory_peak_bytes",
+)
 """Figures of a row of metrics.jsonl that differ from run to run."""
 
 

@@ -27,7 +27,10 @@ def step(tiny):
 def test_equals_the_compiled_step(tiny, step):
     batch = jax.device_put(tiny.batches(1)[0])
     start = tiny.init()._replace(step=jnp.asarray(3, jnp.int32))
-    (state, metrics), (again, figures) = step(jax.tree.map(jnp.copy, start), batch, NO_LIMIT), tiny.step(start, batch, NO_LIMIT)
+    (state, metrics), (again, figures) = (
+        step(jax.tree.map(jnp.copy, start), batch, NO_LIMIT),
+        tiny.step(start, batch, NO_LIMIT),
+    )
     assert metrics.keys() == figures.keys()
     for name, value in figures.items():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-5, atol=1e-7, err_msg=name)
