@@ -9,6 +9,7 @@ from r1jax.parallel.mesh import check_batch, make_mesh
 from r1jax.parallel.platform import start_platform
 from r1jax.tasks.catalog import TASKS
 from r1jax.train.closing import closing_table
+from r1jax.train.memory import AUTO, keep, settle_batch
 from r1jax.train.plan import example_batch, plan
 from r1jax.train.recover import train
 from r1jax.train.run import open_run
@@ -21,6 +22,8 @@ def main(arguments: list[str]) -> int:
     config = with_tokenizer(invocation.config)
     print(f"{config.name}: {start_platform(config.platform)}", file=sys.stderr)
     mesh = make_mesh(config.mesh)
+    asked = config.train
+    config = settle_batch(config, mesh, lambda line: print(line, file=sys.stderr))
     check_batch(mesh, config.train.batch_size, config.train.accumulation)
     task = TASKS[config.task.name](config)
     model = R1(config.model, task.heads)
@@ -32,6 +35,8 @@ def main(arguments: list[str]) -> int:
         print(plan(config, model, task, mesh, batch))
         return 0
     with open_run(config) as run:
+        if AUTO in (asked.batch_size, asked.accumulation):
+            keep(config, mesh)
         train(config, run, model, task, mesh, source, validation, batch)
         if run.stop and run.checkpoints.all()[-1].step < config.train.steps:
             return 128 + run.stop[0]

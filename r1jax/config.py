@@ -219,10 +219,13 @@ class TrainConfig:
 
     steps: Count = 800
     """Optimizer steps of the whole run, those before a resume included."""
-    batch_size: Count = 32
-    """Cases of one optimizer step, on all devices."""
-    accumulation: Count = 1
-    """Parts in which a step computes its batch one after another, for memory; the result is that of the whole batch."""
+    batch_size: Count | Literal["auto"] = 32
+    """Cases of one optimizer step, on all devices; auto: as many as fit, in `accumulation` parts."""
+    accumulation: Count | Literal["auto"] = 1
+    """Parts in which a step computes its batch one after another, for memory; the result is that of the whole batch.
+    auto: as few as fit."""
+    memory_share: Fraction = 0.8
+    """Share of a device's memory that auto may fill."""
     learning_rate: Positive = 2e-3
     final_learning_rate: Weight = 2e-5
     schedule: Literal["cosine", "linear", "wsd", "step", "constant"] = "cosine"
@@ -425,7 +428,12 @@ def _relations(config: Config) -> Iterator[tuple[bool, str, str]]:
     yield data.fold is None or data.fold < data.folds, "data.fold", f"below data.folds ({data.folds})"
     yield train.warmup_steps < train.steps, "train.warmup_steps", f"below train.steps ({train.steps})"
     yield (
-        train.batch_size % train.accumulation == 0,
+        (train.batch_size, train.accumulation) != ("auto", "auto"),
+        "train.accumulation",
+        "a number where train.batch_size is auto",
+    )
+    yield (
+        "auto" in (train.batch_size, train.accumulation) or train.batch_size % train.accumulation == 0,
         "train.batch_size",
         f"a multiple of train.accumulation ({train.accumulation})",
     )

@@ -37,6 +37,8 @@ FREE_TO_CHANGE = (
     "platform",
     "train.log_every",
     "train.save_every",
+    "train.accumulation",
+    "train.memory_share",
     "train.hang_timeout",
     "train.spike_factor",
     "profile.",
@@ -52,7 +54,7 @@ FREE_TO_CHANGE = (
     "mesh.",
     "debug.",
 )
-"""Fields that may differ when a run goes on: with other devices the last bits may change, with the rest nothing does.
+"""Fields that may differ when a run goes on: with other devices or parts the last bits may change, else nothing.
 
 Data and plug-ins are compared by their hashes; the weights that a run started from are of the past.
 """

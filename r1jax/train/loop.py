@@ -110,7 +110,12 @@ def fit(
                 jax.block_until_ready(state)
                 with telemetry.aside():
                     profiler.start()
-            state, metrics = step(state, jax.tree.map(place, batch), guard.limit)
+            try:
+                state, metrics = step(state, jax.tree.map(place, batch), guard.limit)
+            except jax.errors.JaxRuntimeError:  # out of memory, for example; what was reached shall not be done again
+                if done - 1 > start and not any(x.is_deleted() for x in jax.tree.leaves(state)):
+                    save(done - 1, None)
+                raise
             guard.note(metrics["refused"])
             if profiler.ends(done):
                 jax.block_until_ready(metrics)

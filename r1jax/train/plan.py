@@ -1,6 +1,7 @@
 """What a run would take, from the compiled program, before it starts (`train.py --dry-run`)."""
 
 import os
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,12 +48,8 @@ def plan(config: Config, model: R1, task: Task, mesh: Mesh, batch: Batch) -> str
     """
     state = jax.eval_shape(lambda: init_state(config, model, task, batch))
     compiled = compile_step(config, model, task, mesh, batch)
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
-    sharded = jax.tree.map(
-        lambda x, s: int(np.prod(s.shard_shape(x.shape))) * x.dtype.itemsize, state, shard_tree(mesh, state)
-    )
-    held = sum(jax.tree.leaves(sharded))
-    working = memory.temp_size_in_bytes + sum(x.nbytes for x in batch.values()) // mesh.size
+    cost = compiled.cost_analysis()
+    held, working = device_need(config, model, task, mesh, batch, compiled)
     parts: dict[str, int] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
         name = path[0].key
@@ -82,13 +79,40 @@ def plan(config: Config, model: R1, task: Task, mesh: Mesh, batch: Batch) -> str
     return "\n".join(f"{name:<{width}}{value}" for name, value in rows)
 
 
-def _verdict(needed: int, mesh: Mesh) -> str:
-    """Whether a step fits, with what JAX may use of a GPU, or with this host's memory shared by its CPU devices."""
+def device_need(config: Config, model: R1, task: Task, mesh: Mesh, batch: Batch, compiled: Any) -> tuple[int, int]:
+    """Bytes of a device that a step takes.
+
+    Args:
+      config: The experiment.
+      model: The model.
+      task: The task.
+      mesh: Devices.
+      batch: Any collated batch (shapes).
+      compiled: The step.
+
+    Returns:
+      Of the state, and of the batch and what the program needs besides.
+    """
+    state = jax.eval_shape(lambda: init_state(config, model, task, batch))
+    sharded = jax.tree.map(
+        lambda x, s: int(np.prod(s.shard_shape(x.shape))) * x.dtype.itemsize, state, shard_tree(mesh, state)
+    )
+    working = compiled.memory_analysis().temp_size_in_bytes + sum(x.nbytes for x in batch.values()) // mesh.size
+    return sum(jax.tree.leaves(sharded)), working
+
+
+def device_limit(mesh: Mesh) -> float | None:
+    """Bytes that JAX may use of a GPU, or this host's memory shared by its CPU devices; None where it is unknown."""
     device = mesh.devices.flat[0]
-    limit = (device.memory_stats() or {}).get("bytes_limit", 0)
     if device.platform == "cpu":
-        limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / mesh.size
-    if not limit:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / mesh.size
+    return (device.memory_stats() or {}).get("bytes_limit")
+
+
+def _verdict(needed: int, mesh: Mesh) -> str:
+    """Whether a step fits."""
+    limit = device_limit(mesh)
+    if limit is None:
         return "unknown"
     fits = "the step fits" if needed <= limit else "the step does not fit"
     return f"{limit / 2**20:,.0f} MiB: {fits}, it takes {needed / limit:.1%}"

@@ -2,6 +2,7 @@
 
 import sys
 
+import jax
 from jax.sharding import Mesh
 
 from r1jax.config import Config
@@ -12,6 +13,7 @@ from r1jax.train.eager import eager_step
 from r1jax.train.evaluation import Evaluator
 from r1jax.train.guard import RollBack, jump
 from r1jax.train.loop import fit
+from r1jax.train.memory import in_more_parts, out_of_memory
 from r1jax.train.run import Run, restore_or_init
 from r1jax.train.step import Batch, compile_step
 
@@ -19,7 +21,7 @@ from r1jax.train.step import Batch, compile_step
 def train(
     config: Config, run: Run, model: R1, task: Task, mesh: Mesh, source: Source, validation: Source, batch: Batch
 ) -> None:
-    """Trains until the last step or a signal, and goes back to the newest checkpoint where steps are refused.
+    """Trains until the last step or a signal; goes back where steps are refused, and divides a batch that does not fit.
 
     Args:
       config: The experiment.
@@ -36,6 +38,7 @@ def train(
     """
     step, evaluator = None, Evaluator(model, task, mesh, run.watch.beat)
     while True:
+        run.saver.wait()  # what it writes is what to go on from, and then it removes older ones
         state, said = restore_or_init(config, run, model, task, mesh, source, batch)
         print("\n".join([*said, "compiling the step"] if step is None else said), file=sys.stderr)
         step = step or (eager_step if config.debug.eager else compile_step)(config, model, task, mesh, batch)
@@ -43,9 +46,15 @@ def train(
             fit(config, run, task, mesh, evaluator, step, state, source, validation)
             return
         except RollBack as seen:
-            refused = seen.step, seen.reason
+            note = roll_back(run, seen.step, seen.reason)
+        except jax.errors.JaxRuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            config, step = in_more_parts(config, mesh), None
+            note = f"out of memory: the batch is computed in {config.train.accumulation} parts from now on"
+            run.history.note("out of memory", step=run.watch.step, accumulation=config.train.accumulation)
         del state  # or two of them would lie in memory
-        print(roll_back(run, *refused), file=sys.stderr)
+        print(note, file=sys.stderr)
 
 
 def roll_back(run: Run, step: int, reason: str) -> str:
@@ -62,7 +71,7 @@ def roll_back(run: Run, step: int, reason: str) -> str:
     Raises:
       UserError: The same checkpoint was gone back to too often.
     """
-    run.saver.settle()
+    run.saver.wait()
     kept = run.checkpoints.all()
     back = kept[-1].step if kept else 0
     jump(run.workdir, back, step, reason)
