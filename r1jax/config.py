@@ -232,9 +232,11 @@ class TrainConfig:
     """After the warmup: cosine or linear fall to the final rate; wsd: constant, then that linear fall in the last
     decay_share of the run; step: times milestone_factor at each milestone; constant."""
     decay_share: Fraction = 0.2
+    """Last part of the run in which `wsd` lowers the rate."""
     milestones: tuple[Fraction, ...] = (0.5, 0.75)
     """Shares of the run at which `step` lowers the rate."""
     milestone_factor: Positive = 0.1
+    """What `step` multiplies the rate by at each milestone."""
     decoder_rate: Positive = 1.0
     """Factor on the learning rate of the decoder; encoders, queries and heads keep the full rate."""
     rules: tuple[str, ...] = ()

@@ -160,6 +160,8 @@ def fit(
                 telemetry.say(f"{name}: saved at step {done}; the same command goes on from there")
                 break
         run.saver.wait()
+        if profiler.missed(int(state.step)):
+            telemetry.say(f"no trace: the run ended before step {profiler.first} (--profile.start, --profile.steps)")
         if config.data.cache.url is not None and cached().lookups:
             telemetry.say(line(cached()))
     finally:

@@ -50,6 +50,10 @@ class Profiler:
         """Whether this step is the last one to trace."""
         return self.running and step == self.last
 
+    def missed(self, step: int) -> bool:
+        """Whether steps were to be traced that the run, at its end, has not come to."""
+        return self.first <= self.last and step < self.first
+
     def start(self) -> None:
         """Begins the trace; what was dispatched before must have ended."""
         jax.profiler.start_trace(str(self.folder), create_perfetto_trace=True)

@@ -26,6 +26,7 @@ CLOCK = (
     "examples_per_second",
     "tokens_per_second",
     "data_wait",
+    "mfu",
     "goodput",
     "host_memory_peak_bytes",
     "device_memory_peak_bytes",

@@ -67,6 +67,12 @@ def test_time_inside_an_operation_is_its_own():
 def test_nothing_is_traced_unless_asked(tmp_path):
     profiler = Profiler(ProfileConfig(), tmp_path, done=0)
     assert not any(profiler.begins(step) or profiler.ends(step) for step in range(30))
+    assert not profiler.missed(5)
+
+
+def test_a_window_that_the_run_does_not_reach_is_said(tmp_path):
+    profiler = Profiler(ProfileConfig(steps=2, start=10), tmp_path, done=20)
+    assert profiler.missed(30) and not profiler.missed(31)
 
 
 def test_a_run_writes_the_table(tiny, tmp_path, capsys):
