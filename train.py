@@ -9,12 +9,11 @@ from r1jax.parallel.mesh import check_batch, make_mesh
 from r1jax.parallel.platform import start_platform
 from r1jax.tasks.catalog import TASKS
 from r1jax.train.closing import closing_table
-from r1jax.train.evaluation import Evaluator
-from r1jax.train.loop import fit
+from r1jax.train.memory import AUTO, keep, settle_batch
 from r1jax.train.plan import example_batch, plan
-from r1jax.train.run import open_run, restore_or_init
+from r1jax.train.recover import train
+from r1jax.train.run import open_run
 from r1jax.train.start import with_tokenizer
-from r1jax.train.step import compile_step
 
 
 def main(arguments: list[str]) -> int:
@@ -23,7 +22,9 @@ def main(arguments: list[str]) -> int:
     config = with_tokenizer(invocation.config)
     print(f"{config.name}: {start_platform(config.platform)}", file=sys.stderr)
     mesh = make_mesh(config.mesh)
-    check_batch(mesh, config.train.batch_size)
+    asked = config.train
+    config = settle_batch(config, mesh, lambda line: print(line, file=sys.stderr))
+    check_batch(mesh, config.train.batch_size, config.train.accumulation)
     task = TASKS[config.task.name](config)
     model = R1(config.model, task.heads)
     source, validation = task.source("train"), task.source("val")
@@ -34,11 +35,9 @@ def main(arguments: list[str]) -> int:
         print(plan(config, model, task, mesh, batch))
         return 0
     with open_run(config) as run:
-        state, said = restore_or_init(config, run, model, task, mesh, source, batch)
-        print("\n".join([*said, "compiling the step"]), file=sys.stderr)
-        step = compile_step(config, model, task, mesh, batch)
-        evaluator = Evaluator(model, task, mesh)
-        fit(config, run, task, mesh, evaluator, step, state, source, validation)
+        if AUTO in (asked.batch_size, asked.accumulation):
+            keep(config, mesh)
+        train(config, run, model, task, mesh, source, validation, batch)
         if run.stop and run.checkpoints.all()[-1].step < config.train.steps:
             return 128 + run.stop[0]
         print(closing_table(run, task, validation))

@@ -71,8 +71,8 @@ def config_of(args: argparse.Namespace) -> DecoderConfig:
 def logits_of(decoder: Decoder, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Next-token logits and those of MTP."""
     positions, valid = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape), jnp.ones(tokens.shape, bool)
-    hidden, _ = decoder(decoder.embed(tokens), positions, valid, train=False)
-    states, _ = decoder.predict_second(hidden, jnp.roll(tokens, -1, axis=1), positions, valid, train=False)
+    hidden, _ = decoder(decoder.embed(tokens), positions, valid)
+    states, _ = decoder.predict_second(hidden, jnp.roll(tokens, -1, axis=1), positions, valid)
     return decoder.logits(hidden), decoder.logits(states)
 
 

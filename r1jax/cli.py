@@ -25,13 +25,14 @@ Trains the model that a config file describes; the same command again goes on fr
   --FIELD VALUE                   replaces one field of it, anywhere on the line; all fields are listed below
   --print-config                  prints the resolved config as JSON and leaves
   --dry-run                       compiles the step, prints parameters, FLOPs and memory per device, and leaves
+  --profile                       traces 5 steps into WORKDIR/profile and prints their costliest operations
 
 Examples:
   python train.py --config configs/medical.py
   python train.py --config configs/medical.py:smoke --train.steps 200 --model.volume.size 32 32 32
 """
 T = TypeVar("T")
-SWITCHES = ("--config", "--print-config", "--dry-run", "--help")
+SWITCHES = ("--config", "--print-config", "--dry-run", "--profile", "--help")
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ def load_config(arguments: list[str]) -> Invocation:
         hint = "did you mean --config?" if ".py" in stray[0] else "flags start with --."
         raise UserError(f"unexpected argument {stray[0]!r}; {hint}")
     asked_help, print_config, dry_run = (_switch(flags, name) for name in ("help", "print_config", "dry_run"))
+    if _switch(flags, "profile"):
+        flags.setdefault("profile.steps", ["5"])
     words = flags.pop("config", None)
     if words is None and asked_help:
         _help("train.py", Config(), TRAIN_HELP)

@@ -2,9 +2,10 @@
 
 import math
 import operator
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
 from r1jax.errors import UserError, nearest
@@ -116,8 +117,14 @@ class ModelConfig:
     """Rank of adapters on the decoder's attention, dense and shared feed-forward; above 0, nothing else is trained."""
     lora_alpha: Positive = 16.0
     """Strength of the adapters: their product is scaled by lora_alpha / lora_rank."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: fp32 weights and optimizer, bf16 matmuls, fp32 router, softmax, norms and losses."""
+    precision: Literal["fp32", "bf16", "fp16", "bf16_pure"] = "fp32"
+    """bf16, fp16: products in that type, with fp32 weights, optimizer, router, softmax, norms and losses; bf16_pure:
+    weights and moments in bf16 too (docs/training.md)."""
+    remat: Literal["none", "attention", "minimal", "full", "offload"] = "none"
+    """Activations that the backward pass computes again instead of keeping them (docs/training.md): attention scores;
+    all but products; whole blocks; or all but products, which wait in the host's memory."""
+    scan_layers: bool = False
+    """Compile the decoder's mixture layers as one loop: faster to compile, one more copy of their weights in memory."""
 
 
 @dataclass(frozen=True)
@@ -216,16 +223,36 @@ class TrainConfig:
 
     steps: Count = 800
     """Optimizer steps of the whole run, those before a resume included."""
-    batch_size: Count = 32
+    batch_size: Count | Literal["auto"] = 32
+    """Cases of one optimizer step, on all devices; auto: as many as fit, in `accumulation` parts."""
+    accumulation: Count | Literal["auto"] = 1
+    """Parts in which a step computes its batch one after another, for memory; the result is that of the whole batch.
+    auto: as few as fit."""
+    memory_share: Fraction = 0.8
+    """Share of a device's memory that auto may fill."""
     learning_rate: Positive = 2e-3
     final_learning_rate: Weight = 2e-5
+    schedule: Literal["cosine", "linear", "wsd", "step", "constant"] = "cosine"
+    """After the warmup: cosine or linear fall to the final rate; wsd: constant, then that linear fall in the last
+    decay_share of the run; step: times milestone_factor at each milestone; constant."""
+    decay_share: Fraction = 0.2
+    """Last part of the run in which `wsd` lowers the rate."""
+    milestones: tuple[Fraction, ...] = (0.5, 0.75)
+    """Shares of the run at which `step` lowers the rate."""
+    milestone_factor: Positive = 0.1
+    """What `step` multiplies the rate by at each milestone."""
     decoder_rate: Positive = 1.0
     """Factor on the learning rate of the decoder; encoders, queries and heads keep the full rate."""
+    rules: tuple[str, ...] = ()
+    """PATTERN=RATE or PATTERN=RATE:DECAY, factors on learning rate and weight decay of the weights in whose path the
+    regular expression occurs, such as "embed_tokens=0.5:1"; the first that matches counts (docs/training.md)."""
     warmup_steps: Natural = 50
     weight_decay: Weight = 0.05
     b1: Share = 0.9
     b2: Share = 0.95
     clip_norm: Positive = 1.0
+    moments: Literal["float32", "bfloat16"] = "float32"
+    """In what AdamW's moments are kept; bfloat16 is rounded stochastically and saves 4 bytes a weight."""
     ema: Share = 0.99
     """Decay of the weight average that is evaluated and served; 0 evaluates the raw weights."""
     router_bias_rate: Weight = 1e-3
@@ -235,6 +262,12 @@ class TrainConfig:
     log_every: Count = 10
     eval_every: Count = 200
     save_every: Count = 100
+    spike_factor: Weight = 10.0
+    """A step is refused, and after ten in a row the run goes back, where its loss is so many robust standard deviations
+    above the median of those logged last (docs/runs.md); 0 refuses only what is not finite."""
+    hang_timeout: Weight = 1800.0
+    """Seconds without progress (a step, a batch of the evaluation, a save) after which the run ends with code 75 and
+    the stacks of its threads in the run folder; 0 lets it wait for ever."""
     init: str | None = None
     """Checkpoint or run folder whose weights a fresh run starts from, where they fit; a resume ignores it."""
 
@@ -245,6 +278,24 @@ class MeshConfig:
 
     data: Annotated[int, Bounds("of at least 1, or -1", -1)] = -1
     fsdp: Annotated[int, Bounds("of at least 1, or -1", -1)] = 1
+
+
+@dataclass(frozen=True)
+class DebugConfig:
+    """Ways to find an error; none changes what is computed."""
+
+    eager: bool = False
+    """Run every step op by op, and say where a number stops being finite or an index is out of range; very slow."""
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """A trace of some steps, and a table of the costliest operations (docs/telemetry.md)."""
+
+    steps: Natural = 0
+    """Steps to trace; 0 traces none, and `--profile` alone is 5."""
+    start: Natural = 10
+    """Steps that this process does before it; the first ones are slower."""
 
 
 @dataclass(frozen=True)
@@ -262,6 +313,8 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    debug: DebugConfig = field(default_factory=DebugConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
 
 @dataclass(frozen=True)
@@ -380,19 +433,62 @@ def _relations(config: Config) -> Iterator[tuple[bool, str, str]]:
     yield data.path is None or bool(data.path.strip()), "data.path", "a folder, or None for generated cases"
     yield not data.mix or data.path is not None, "data.path", "a folder, as data.mix is mixed with it"
     folders = len(data.mix) + 1 if data.mix else 0
-    rule = f"{folders} numbers, for data.path and each of data.mix" if data.mix else "empty, as data.mix is"
-    yield len(data.weights) == folders, "data.weights", rule
+    yield len(data.weights) == folders, "data.weights", f"{folders} numbers, for data.path and each of data.mix if any"
     yield len({data.path, *data.mix}) == len(data.mix) + 1, "data.mix", "other folders than data.path, each once"
     yield data.fold is None or data.fold < data.folds, "data.fold", f"below data.folds ({data.folds})"
     yield train.warmup_steps < train.steps, "train.warmup_steps", f"below train.steps ({train.steps})"
-    yield (
-        train.final_learning_rate <= train.learning_rate,
-        "train.final_learning_rate",
-        f"at most train.learning_rate ({train.learning_rate})",
-    )
+    size, parts, rate = train.batch_size, train.accumulation, train.learning_rate
+    yield (size, parts) != ("auto", "auto"), "train.accumulation", "a number where train.batch_size is auto"
+    rule = f"a multiple of train.accumulation ({parts})"
+    yield "auto" in (size, parts) or size % parts == 0, "train.batch_size", rule
+    yield train.final_learning_rate <= rate, "train.final_learning_rate", f"at most train.learning_rate ({rate})"
+    late = all(round(share * train.steps) > train.warmup_steps for share in train.milestones)
+    rule = f"after the warmup ({train.warmup_steps} of {train.steps} steps)"
+    yield train.schedule != "step" or late, "train.milestones", rule
+    yield all(map(_is_rule, train.rules)), "train.rules", "a list of PATTERN=RATE or PATTERN=RATE:DECAY"
     for name in ("data", "fsdp"):
         yield getattr(mesh, name) != 0, f"mesh.{name}", "a number of devices of at least 1, or -1"
     yield mesh.data > 0 or mesh.fsdp > 0, "mesh.fsdp", "a number of devices: only one axis can take what is left"
+
+
+class Rule(NamedTuple):
+    """What one entry of `train.rules` says of the weights that it matches."""
+
+    pattern: str
+    """Regular expression that occurs in their path."""
+    rate: float
+    """Factor on the learning rate."""
+    decay: float | None
+    """Factor on the weight decay; None leaves it as it is, on for matrices and off for the rest."""
+
+
+def read_rule(text: str) -> Rule:
+    """Reads one entry of `train.rules`.
+
+    Args:
+      text: PATTERN=RATE or PATTERN=RATE:DECAY.
+
+    Returns:
+      The rule.
+
+    Raises:
+      ValueError: The text is no such rule.
+    """
+    pattern, _, factors = text.rpartition("=")
+    rate, colon, decay = factors.partition(":")
+    rule = Rule(pattern, float(rate), float(decay) if colon else None)
+    if not pattern or not all(0 <= x < math.inf for x in (rule.rate, rule.decay or 0.0)):
+        raise ValueError(text)
+    re.compile(pattern)
+    return rule
+
+
+def _is_rule(text: str) -> bool:
+    try:
+        read_rule(text)
+    except (ValueError, re.error):
+        return False
+    return True
 
 
 def check_cache_url(name: str, url: str | None, secrets: bool = False) -> None:

@@ -50,7 +50,7 @@ def wanted(hint: Any) -> str:
     if origin is Annotated:
         return f"{wanted(inner[0])} {inner[1].text}"
     if origin is Literal:
-        return "one of " + ", ".join(inner)
+        return "one of " + ", ".join(inner) if len(inner) > 1 else repr(inner[0])
     if origin in (Union, types.UnionType):
         return " or ".join(wanted(option) for option in inner)
     if origin is tuple:
@@ -81,7 +81,12 @@ def fit(hint: Any, value: Any) -> Any:
     if origin is Literal and isinstance(value, str) and value in inner:
         return value
     if origin in (Union, types.UnionType):
-        return None if value is None else fit(inner[0], value)
+        for option in inner:
+            try:
+                return fit(option, value)
+            except (ValueError, TypeError):  # an int has no order beside a text
+                continue
+        raise ValueError
     if origin is tuple and isinstance(value, list | tuple):
         return tuple(fit(inner[0], item) for item in value)
     if hint is float and type(value) is int:

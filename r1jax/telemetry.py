@@ -1,24 +1,41 @@
 """What a run says while it goes: metrics.jsonl, TensorBoard, and one progress view."""
 
 import json
+import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
+from r1jax.train.goodput import Clock
+
 PLAIN_INTERVAL_S = 15.0
+
+
+class Load(NamedTuple):
+    """What one step asks of all devices."""
+
+    tokens: int
+    """Places of the decoder's sequences."""
+    flops: int | float
+    """Of the model, forward and backward."""
+    peak: float | None
+    """FLOP/s of all devices in the compute dtype; None where the hardware is not known."""
 
 
 class Telemetry:
     """Writes figures of a run to files and shows how far it is."""
 
-    def __init__(self, workdir: Path, *, steps: int, start: int, batch_size: int) -> None:
+    def __init__(
+        self, workdir: Path, *, steps: int, start: int, batch_size: int, load: Load | None = None, clock: Clock
+    ) -> None:
         """Opens the files; rows after `start`, which a killed run had written, are dropped.
 
         Args:
@@ -26,8 +43,11 @@ class Telemetry:
           steps: Steps of the whole run.
           start: Steps done already.
           batch_size: Cases a step.
+          load: Of a step, for tokens and utilisation.
+          clock: Of the run.
         """
-        self.steps, self.start, self.batch_size = steps, start, batch_size
+        self.steps, self.start, self.batch_size, self.load, self.clock = steps, start, batch_size, load, clock
+        clock.go_on(start)
         path = workdir / "metrics.jsonl"
         rows = path.read_text().splitlines() if path.exists() else []
         draft = path.with_suffix(".draft")
@@ -36,9 +56,10 @@ class Telemetry:
         self.file = path.open("a", buffering=1)
         self.board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
         self.console = Console(stderr=True)
-        self.began = self.spoke = self.measured = time.perf_counter()
+        self.began = self.spoke = self.measured = self.settled = time.perf_counter()
         self.done = self.measured_at = start
-        self.waited = 0.0
+        self.waited = self.unsettled_wait = 0.0
+        self.speed = ""
         self.progress = Progress(
             TextColumn("step"),
             BarColumn(),
@@ -75,7 +96,7 @@ class Telemetry:
         now = time.perf_counter()
         self.done = step
         rate = (step - self.start) / (now - self.began)
-        text = f"{rate * self.batch_size:.0f} examples/s  {note}"
+        text = f"{rate * self.batch_size:.0f} examples/s  {self.speed}{note}"
         self.progress.update(self.bar, completed=step, description=text)
         if self.progress.disable and (now - self.spoke > PLAIN_INTERVAL_S or step == self.steps):
             self.spoke = now
@@ -87,24 +108,44 @@ class Telemetry:
         """Counts what happens inside as waiting for data."""
         began = time.perf_counter()
         yield
-        self.waited += time.perf_counter() - began
+        waited = time.perf_counter() - began
+        self.waited += waited
+        self.unsettled_wait += waited
 
     def rates(self) -> dict[str, float]:
-        """Speed since the last call or pause, up to the step that is being logged.
+        """Speed since the last call or pause, up to the step that is being logged, whose result has been waited for.
 
         Returns:
-          "examples_per_second"; "data_wait", the share of the time that went into waiting for the next batch. The
-          device may have been busy meanwhile, so that it starves for at most this share.
+          "examples_per_second"; "tokens_per_second" and, on known hardware, "mfu", the model's FLOPs as a share of what
+          the devices could do; "goodput"; memory peaks; "data_wait", the share of the time that went into waiting for
+          the next batch. The device may have been busy meanwhile, so that it starves for at most this share.
         """
         now = time.perf_counter()
-        examples, seconds = (self.done + 1 - self.measured_at) * self.batch_size, now - self.measured
-        found = {"examples_per_second": examples / seconds, "data_wait": self.waited / seconds}
+        steps, seconds = self.done + 1 - self.measured_at, now - self.measured
+        found = {"examples_per_second": steps * self.batch_size / seconds, "data_wait": self.waited / seconds}
+        if self.load is not None:
+            found["tokens_per_second"] = steps * self.load.tokens / seconds
+            self.speed = f"{found['tokens_per_second']:,.0f} tokens/s  "
+            if self.load.peak is not None:
+                found["mfu"] = steps * self.load.flops / seconds / self.load.peak
+                self.speed += f"MFU {found['mfu']:.1%}  "
+        self._settle()
         self.measured, self.measured_at, self.waited = now, self.done + 1, 0.0
-        return found
+        return found | {"goodput": self.clock.goodput} | memory_peaks()
 
-    def pause(self) -> None:
-        """Leaves the time since the last call out of `rates`: it went into evaluation or saving."""
-        self.measured, self.measured_at, self.waited = time.perf_counter(), self.done, 0.0
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Leaves what happens inside (evaluation, saving) out of `rates` and of goodput; all steps have ended."""
+        self._settle()
+        yield
+        self.measured = self.settled = time.perf_counter()
+        self.measured_at, self.waited = self.done, 0.0
+
+    def _settle(self) -> None:
+        """Counts the time since the last call, without waiting, as useful."""
+        now = time.perf_counter()
+        self.clock.useful += max(0.0, now - self.settled - self.unsettled_wait)
+        self.settled, self.unsettled_wait = now, 0.0
 
     def say(self, text: str) -> None:
         """Prints a line above the progress view."""
@@ -118,6 +159,20 @@ class Telemetry:
         self.progress.stop()
         self.board.close()
         self.file.close()
+        self.clock.write()
+
+
+def memory_peaks() -> dict[str, float]:
+    """The most memory that was ever in use.
+
+    Returns:
+      "host_memory_peak_bytes", of this process; "device_memory_peak_bytes", of the fullest device, where devices tell.
+    """
+    unit = 1 if sys.platform == "darwin" else 1024
+    found = {"host_memory_peak_bytes": float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)}
+    told = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
+    known = [peak for peak in told if peak is not None]
+    return found | ({"device_memory_peak_bytes": float(max(known))} if known else {})
 
 
 def _step_of(row: str) -> float:

@@ -133,7 +133,10 @@ def test_any_valid_number_arrives_unchanged(plain, data):
         (["--train.steps="], "--train.steps is ''"),
         (["--train.steps", "3", "4"], "--train.steps takes one value, but got '3 4'."),
         (["--train.learning_rate", "nan"], "--train.learning_rate is 'nan', but it must be a number above 0."),
-        (["--model.precision", "fp16"], "--model.precision is 'fp16', but it must be one of fp32, bf16."),
+        (
+            ["--model.precision", "fp8"],
+            "--model.precision is 'fp8', but it must be one of fp32, bf16, fp16, bf16_pure.",
+        ),
         (["--model.modalities", "volume", "sound"], "--model.modalities is 'volume sound'"),
         (["--model.volume.size", "3", "b", "3"], "--model.volume.size is '3 b 3'"),
         (["--model.volume.size", "32", "32"], "model.volume.size is (32, 32), but it must be 3 sizes, (z, y, x)."),
@@ -313,6 +316,8 @@ def test_tuples_are_lists_of_words_only_where_the_field_is_a_list():
     assert {name for name, hint in LEAVES.items() if get_origin(hint) is tuple} == {
         "model.modalities",
         "task.fields",
+        "train.milestones",
+        "train.rules",
         "data.plugins",
         *(f"model.{kind}.{name}" for kind in ("volume", "image") for name in ("size", "widths", "blocks")),
     }

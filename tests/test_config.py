@@ -2,7 +2,8 @@ import dataclasses
 import json
 import operator
 import re
-from typing import Annotated, get_args, get_origin
+import types
+from typing import Annotated, Union, get_args, get_origin
 
 import pytest
 from hypothesis import given, settings
@@ -41,9 +42,10 @@ def values(hint) -> st.SearchStrategy:
         return st.floats(inner[1].low, min(inner[1].high, 1e300), exclude_max=True)
     if origin is tuple:
         return st.lists(values(inner[0]), max_size=4).map(tuple)
-    if inner and type(None) in inner:
-        return st.none() | values(inner[0])
-    return {bool: st.booleans(), str: st.text()}[hint] if hint in (bool, str) else st.sampled_from(inner)
+    if origin in (Union, types.UnionType):
+        return st.one_of(*map(values, inner))
+    plain = {bool: st.booleans(), str: st.text(), types.NoneType: st.none()}
+    return plain[hint] if hint in plain else st.sampled_from(inner)
 
 
 def nested(values: dict) -> dict:
@@ -135,7 +137,7 @@ def test_whole_numbers_become_floats():
         ("train", "learning_rate", float("inf"), "a number above 0"),
         ("train", "learning_rate", 10**400, "a number above 0"),
         ("train", "ema", 1.0, "at least 0 and below 1"),
-        ("model", "precision", "fp16", "one of fp32, bf16"),
+        ("model", "precision", "fp8", "one of fp32, bf16, fp16, bf16_pure"),
         ("model", "modalities", ["volume", "sound"], "each item one of volume, image, table, text"),
         ("model", "modalities", "volume", "a list"),
         ("model", "decoder", 3, "model.decoder must be a group of fields, not 3"),

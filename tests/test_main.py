@@ -26,6 +26,8 @@ def test_every_command_has_help_and_wants_its_arguments(name, capsys):
         dispatch([*name.split(), "--help"])
     out = capsys.readouterr().out
     assert left.value.code == 0 and "Examples:" in out and f"usage: r1jax {name}" in out
+    if name == "runs list":  # which lists runs/
+        return
     with pytest.raises(UserError, match=r"^no \w+ was named; add .*, for example: r1jax "):
         dispatch(name.split())
 

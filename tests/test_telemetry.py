@@ -4,7 +4,8 @@ import struct
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from r1jax.telemetry import Telemetry
+from r1jax.telemetry import Load, Telemetry
+from r1jax.train.goodput import Clock
 
 
 def rows(folder):
@@ -12,7 +13,7 @@ def rows(folder):
 
 
 def write(folder, start, steps, total=20, extra=0.0):
-    telemetry = Telemetry(folder, steps=total, start=start, batch_size=4)
+    telemetry = Telemetry(folder, steps=total, start=start, batch_size=4, clock=Clock(folder))
     for step in steps:
         telemetry.log(step, {"loss": step + extra, "validation.both.auc": 0.5})
         telemetry.advance(step, "loss 1")
@@ -40,7 +41,7 @@ def test_rows_and_events(tmp_path):
 
 
 def test_lists_go_to_the_rows_alone(tmp_path):
-    telemetry = Telemetry(tmp_path, steps=3, start=0, batch_size=4)
+    telemetry = Telemetry(tmp_path, steps=3, start=0, batch_size=4, clock=Clock(tmp_path))
     telemetry.log(1, {"loss": 2.0, "load": [3.0, 4.0]})
     telemetry.close()
     assert rows(tmp_path) == [{"step": 1, "loss": 2.0, "load": [3.0, 4.0]}]
@@ -74,26 +75,29 @@ def test_kill_while_opening_loses_no_row(tmp_path, monkeypatch):
 
     monkeypatch.setattr("pathlib.Path.replace", killed)
     with pytest.raises(KeyboardInterrupt):
-        Telemetry(tmp_path, steps=20, start=3, batch_size=4)
+        Telemetry(tmp_path, steps=20, start=3, batch_size=4, clock=Clock(tmp_path))
     assert (tmp_path / "metrics.jsonl").read_text() == before
+
+
+def speeds(telemetry):
+    return {k: v for k, v in telemetry.rates().items() if k in ("examples_per_second", "data_wait")}
 
 
 def test_rates_count_examples_and_waiting_since_the_last_row(tmp_path, monkeypatch):
     now = [100.0]
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
-    telemetry = Telemetry(tmp_path, steps=100, start=10, batch_size=4)
+    telemetry = Telemetry(tmp_path, steps=100, start=10, batch_size=4, clock=Clock(tmp_path))
     for step in range(11, 15):
         now[0] += 1.5
         with telemetry.waiting():
             now[0] += 0.5
         if step == 14:
-            assert telemetry.rates() == pytest.approx({"examples_per_second": 4 * 4 / 8, "data_wait": 0.25})
+            assert speeds(telemetry) == pytest.approx({"examples_per_second": 4 * 4 / 8, "data_wait": 0.25})
         telemetry.advance(step, "")
-    with telemetry.waiting():
+    with telemetry.aside():
         now[0] += 1000  # an evaluation
-    telemetry.pause()
     now[0] += 4
-    assert telemetry.rates() == pytest.approx({"examples_per_second": 1 * 4 / 4, "data_wait": 0.0})
+    assert speeds(telemetry) == pytest.approx({"examples_per_second": 1 * 4 / 4, "data_wait": 0.0})
     telemetry.close()
 
 
@@ -101,3 +105,37 @@ def test_log_file_gets_plain_lines(tmp_path, capsys):
     write(tmp_path, 0, [1, 2], total=2)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("step 2/2  0:00 left") and lines[0].endswith("loss 1")
+
+
+@pytest.mark.parametrize("peak", [None, 1000.0])
+def test_tokens_and_utilisation(tmp_path, monkeypatch, capsys, peak):
+    now = [5.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    load = Load(tokens=30, flops=600.0, peak=peak)
+    telemetry = Telemetry(tmp_path, steps=1, start=0, batch_size=4, load=load, clock=Clock(tmp_path))
+    now[0] += 2
+    found = telemetry.rates()
+    assert found["tokens_per_second"] == pytest.approx(15)
+    assert found.get("mfu") == (None if peak is None else pytest.approx(0.3))
+    assert found["host_memory_peak_bytes"] > 2**20
+    telemetry.advance(1, "loss 1")
+    telemetry.close()
+    line = capsys.readouterr().err
+    assert "15 tokens/s" in line and ("MFU 30.0%" in line) == (peak is not None)
+
+
+def test_goodput_counts_steps_alone(tmp_path, monkeypatch):
+    now = [5.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    clock = Clock(tmp_path)
+    now[0] += 10  # compiling
+    telemetry = Telemetry(tmp_path, steps=9, start=0, batch_size=4, clock=clock)
+    with telemetry.waiting():
+        now[0] += 5
+    now[0] += 20
+    telemetry.advance(1, "")
+    with telemetry.aside():
+        now[0] += 65
+    assert clock.useful == pytest.approx(20) and clock.goodput == pytest.approx(0.2)
+    telemetry.close()

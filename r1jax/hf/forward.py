@@ -151,7 +151,7 @@ def trace_gradients(config: DecoderConfig, params: Params, tokens: Int[Array, "B
 def _logits(
     decoder: Decoder, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], valid: Bool[Array, "B T"]
 ) -> Float[Array, "B T V"]:
-    hidden, _ = decoder(decoder.embed(tokens), positions, valid, train=False)
+    hidden, _ = decoder(decoder.embed(tokens), positions, valid)
     return decoder.logits(hidden)
 
 
@@ -160,11 +160,11 @@ def _all(
 ) -> tuple[Float[Array, "B T V"], Float[Array, "B T D"], Float[Array, "B T D"], Float[Array, "B S D"] | None]:
     """Logits, embeddings, hidden states and, where there is MTP, its states."""
     embedded = decoder.embed(tokens)
-    hidden, _ = decoder(embedded, positions, valid, train=False)
+    hidden, _ = decoder(embedded, positions, valid)
     states = None
     if decoder.config.num_nextn_predict_layers:
         cut = (hidden[:, :-1], tokens[:, 1:], positions[:, :-1], valid[:, :-1])
-        states, _ = decoder.predict_second(*cut, train=False)
+        states, _ = decoder.predict_second(*cut)
     return decoder.logits(hidden), embedded, hidden, states
 
 

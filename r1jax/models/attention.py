@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 from r1jax.config import DecoderConfig
 from r1jax.models.layers import Linear, RMSNorm
 from r1jax.models.lora import Lora
-from r1jax.ops.attention import dot_product_attention
+from r1jax.models.remat import Remat, attention
 from r1jax.ops.latent_attention import PagedLatents, latent_attention, write_latents
 from r1jax.ops.rope import apply_rope, inverse_frequencies, softmax_scale, yarn_magnitude
 
@@ -21,6 +21,7 @@ class MLA(nn.Module):
     config: DecoderConfig
     dtype: DTypeLike
     lora: Lora = Lora()
+    remat: Remat = "none"
 
     def setup(self) -> None:
         c = self.config
@@ -112,5 +113,5 @@ class MLA(nn.Module):
         k_nope, v = jnp.split(kv, [self.config.qk_nope_head_dim], axis=-1)
         shared = jnp.broadcast_to(k_rope[:, :, None, :], q_rope.shape)
         q, k = jnp.concatenate([q_nope, q_rope], axis=-1), jnp.concatenate([k_nope, shared], axis=-1)
-        mixed = dot_product_attention(q, k, v, scale=self.scale, causal=True, valid=valid)
+        mixed = attention(self.remat)(q, k, v, valid, scale=self.scale, causal=True)
         return self.o_proj(mixed.reshape(*mixed.shape[:2], -1))

@@ -1,17 +1,19 @@
 """The DeepSeek-V3 decoder: causal, blind to modality, with multi-token prediction (DeepSeek-V3, section 2)."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from r1jax.config import DecoderConfig
 from r1jax.models.attention import MLA
-from r1jax.models.layers import MLP, Linear, RMSNorm
+from r1jax.models.layers import MLP, Dropout, Linear, RMSNorm
 from r1jax.models.lora import Lora
 from r1jax.models.moe import MoE, RouterStats
+from r1jax.models.remat import Remat, block
 from r1jax.ops.latent_attention import PagedLatents
 
 
@@ -23,6 +25,7 @@ class DecoderLayer(nn.Module):
     dropout: float
     dense: bool
     lora: Lora = Lora()
+    remat: Remat = "none"
 
     @nn.compact
     def __call__(
@@ -31,19 +34,19 @@ class DecoderLayer(nn.Module):
         positions: Int[Array, "B T"],
         valid: Bool[Array, "B T"],
         *,
-        train: bool,
+        cases: Int[Array, " B"] | None = None,
         cache: PagedLatents | None = None,
         fresh: bool = False,
     ) -> tuple[Float[Array, "B T D"], RouterStats | None, PagedLatents | None]:
         c = self.config
-        drop = nn.Dropout(self.dropout, deterministic=not train)
+        drop = Dropout(self.dropout)
         normed = RMSNorm(c.rms_norm_eps, name="input_layernorm")(x)
-        attention = MLA(c, self.dtype, self.lora, name="self_attn")
+        attention = MLA(c, self.dtype, self.lora, self.remat, name="self_attn")
         if cache is None:
             mixed = attention(normed, positions, valid)
         else:
             mixed, cache = attention.cached(normed, positions, valid, cache, fresh=fresh)
-        x = x + drop(mixed)
+        x = x + drop(mixed, cases)
         normed = RMSNorm(c.rms_norm_eps, name="post_attention_layernorm")(x)
         if self.dense:
             mlp = MLP(c.intermediate_size, self.dtype, c.initializer_range, self.lora, name="mlp")
@@ -51,7 +54,18 @@ class DecoderLayer(nn.Module):
         else:
             few = cache is not None and not fresh  # decoding: blocks of 128 rows would be nearly empty
             y, stats = MoE(c, self.dtype, self.lora, name="mlp")(normed, valid, few=few)
-        return x + drop(y), stats, cache
+        return x + drop(y, cases), stats, cache
+
+
+def _uncached(
+    layer: DecoderLayer,
+    x: Float[Array, "B T D"],
+    positions: Int[Array, "B T"],
+    valid: Bool[Array, "B T"],
+    cases: Int[Array, " B"] | None,
+) -> tuple[Float[Array, "B T D"], RouterStats | None]:
+    """A layer in training or evaluation, as a function of arrays alone."""
+    return layer(x, positions, valid, cases=cases)[:2]
 
 
 class MTP(nn.Module):
@@ -61,6 +75,7 @@ class MTP(nn.Module):
     dtype: DTypeLike
     dropout: float
     lora: Lora = Lora()
+    remat: Remat = "none"
 
     @nn.compact
     def __call__(
@@ -70,7 +85,7 @@ class MTP(nn.Module):
         positions: Int[Array, "B T"],
         valid: Bool[Array, "B T"],
         *,
-        train: bool,
+        cases: Int[Array, " B"] | None = None,
         cache: PagedLatents | None = None,
         fresh: bool = False,
     ) -> tuple[Float[Array, "B T D"], RouterStats, PagedLatents | None]:
@@ -78,9 +93,12 @@ class MTP(nn.Module):
         # The paper writes [h; emb]; the published weights are for [emb; h].
         pair = [RMSNorm(c.rms_norm_eps, name="enorm")(next_embedding), RMSNorm(c.rms_norm_eps, name="hnorm")(hidden)]
         eh_proj = Linear(c.hidden_size, self.dtype, init_std=c.initializer_range, lora=self.lora, name="eh_proj")
-        layer = DecoderLayer(c, self.dtype, self.dropout, dense=False, lora=self.lora, name="layer")
+        layer = DecoderLayer(c, self.dtype, self.dropout, dense=False, lora=self.lora, remat=self.remat, name="layer")
         x = eh_proj(jnp.concatenate(pair, axis=-1))
-        x, stats, cache = layer(x, positions, valid, train=train, cache=cache, fresh=fresh)
+        if cache is None:
+            x, stats = block(_uncached, self.remat)(layer, x, positions, valid, cases)
+        else:
+            x, stats, cache = layer(x, positions, valid, cache=cache, fresh=fresh)
         assert stats is not None
         return RMSNorm(c.rms_norm_eps, name="shared_head_norm")(x), stats, cache
 
@@ -122,26 +140,33 @@ class Decoder(nn.Module):
     dtype: DTypeLike = jnp.float32
     dropout: float = 0.0
     lora: Lora = Lora()
+    remat: Remat = "none"
+    scan_layers: bool = False
 
     def setup(self) -> None:
         c = self.config
         init = nn.initializers.normal(c.initializer_range)
         self.embed_tokens = self.param("embed_tokens", init, (c.vocab_size, c.hidden_size), jnp.float32)
         self.layers = [
-            DecoderLayer(c, self.dtype, self.dropout, dense=i < c.first_k_dense_replace, lora=self.lora)
+            DecoderLayer(c, self.dtype, self.dropout, i < c.first_k_dense_replace, self.lora, self.remat)
             for i in range(c.num_hidden_layers)
         ]
         self.norm = RMSNorm(c.rms_norm_eps)
         self.lm_head = LanguageHead(c.vocab_size, c.hidden_size, self.dtype, c.initializer_range)
         if c.num_nextn_predict_layers:
-            self.mtp = MTP(c, self.dtype, self.dropout, self.lora)
+            self.mtp = MTP(c, self.dtype, self.dropout, self.lora, self.remat)
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Embeds tokens in the compute dtype."""
         return self.embed_tokens[tokens].astype(self.dtype)
 
     def __call__(
-        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], valid: Bool[Array, "B T"], *, train: bool
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        valid: Bool[Array, "B T"],
+        *,
+        cases: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B T D"], tuple[RouterStats, ...]]:
         """Runs the layers.
 
@@ -149,17 +174,46 @@ class Decoder(nn.Module):
           x: Embeddings of modality tokens, text and queries, in one sequence.
           positions: Position of each token for RoPE.
           valid: Tokens that exist; others are neither seen nor counted.
-          train: Whether dropout is on.
+          cases: Index of each row in the batch, for dropout; None leaves it out.
 
         Returns:
           Hidden states after the final norm, and the statistics of each mixture layer.
         """
         stats = []
-        for layer in self.layers:
-            x, layer_stats, _ = layer(x, positions, valid, train=train)
+        looped = self.config.first_k_dense_replace if self.scan_layers and not self.is_initializing() else None
+        for layer in self.layers[:looped]:
+            x, layer_stats = block(_uncached, self.remat)(layer, x, positions, valid, cases)
             if layer_stats is not None:
                 stats.append(layer_stats)
+        if looped is not None and self.layers[looped:]:
+            x, scanned = self._scanned(x, positions, valid, cases)
+            stats += scanned
         return self.norm(x), tuple(stats)
+
+    def _scanned(
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        valid: Bool[Array, "B T"],
+        cases: Int[Array, " B"] | None,
+    ) -> tuple[Float[Array, "B T D"], list[RouterStats]]:
+        """The mixture layers as one loop of the compiled program, whose size then does not grow with the depth.
+
+        The weights keep their places in the tree and are stacked on the way in.
+        """
+        c, params = self.config, self.variables["params"]
+        numbers = range(c.first_k_dense_replace, c.num_hidden_layers)
+        stacked = jax.tree.map(lambda *x: jnp.stack(x), *(params[f"layers_{i}"] for i in numbers))
+        layer = DecoderLayer(c, self.dtype, self.dropout, False, self.lora, self.remat, parent=None)
+        key = self.make_rng("dropout") if cases is not None and self.dropout else None
+
+        def turn(x: Float[Array, "B T D"], item: tuple[Any, Int[Array, ""]]) -> tuple[Array, RouterStats]:
+            rngs = {} if key is None else {"dropout": jax.random.fold_in(key, item[1])}
+            call = block(_uncached, self.remat)
+            return layer.apply({"params": item[0]}, x, positions, valid, cases, rngs=rngs, method=call)
+
+        x, stats = jax.lax.scan(turn, x, (stacked, jnp.asarray(numbers)))
+        return x, [jax.tree.map(lambda s, i=i: s[i], stats) for i in range(len(numbers))]
 
     def cached(
         self,
@@ -185,7 +239,7 @@ class Decoder(nn.Module):
         pools = list(cache.pages)
         for i, layer in enumerate(self.layers):
             paged = PagedLatents(pools[i], cache.table)
-            x, _, paged = layer(x, positions, valid, train=False, cache=paged, fresh=fresh)
+            x, _, paged = layer(x, positions, valid, cache=paged, fresh=fresh)
             pools[i] = paged.pages
         return self.norm(x), cache._replace(pages=tuple(pools))
 
@@ -200,7 +254,7 @@ class Decoder(nn.Module):
         positions: Int[Array, "B T"],
         valid: Bool[Array, "B T"],
         *,
-        train: bool,
+        cases: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B T D"], RouterStats]:
         """MTP states that, through `logits`, predict the token after next.
 
@@ -209,12 +263,12 @@ class Decoder(nn.Module):
           next_tokens: Token i+1 at place i.
           positions: Positions of the tokens i.
           valid: Places that exist.
-          train: Whether dropout is on.
+          cases: Index of each row in the batch, for dropout; None leaves it out.
 
         Returns:
           MTP states and the statistics of its mixture layer.
         """
-        return self.mtp(hidden, self.embed(next_tokens), positions, valid, train=train)[:2]
+        return self.mtp(hidden, self.embed(next_tokens), positions, valid, cases=cases)[:2]
 
     def predict_second_cached(
         self,
@@ -229,5 +283,5 @@ class Decoder(nn.Module):
         """`predict_second` with the last pool of the cache as its own; arguments as there and in `cached`."""
         paged = PagedLatents(cache.pages[-1], cache.table)
         embedded = self.embed(next_tokens)
-        states, _, paged = self.mtp(hidden, embedded, positions, valid, train=False, cache=paged, fresh=fresh)
+        states, _, paged = self.mtp(hidden, embedded, positions, valid, cache=paged, fresh=fresh)
         return states, cache._replace(pages=(*cache.pages[:-1], paged.pages))

@@ -4,10 +4,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from r1jax.models.lora import Lora
-from r1jax.ops.attention import dot_product_attention
+from r1jax.models.remat import Remat, attention, kept
+from r1jax.ops.hashed_bits import hashed_bits
 
 
 class Linear(nn.Module):
@@ -26,7 +27,7 @@ class Linear(nn.Module):
         std = width**-0.5 if self.init_std is None else self.init_std
         weight = self.param("weight", nn.initializers.normal(std), (self.features, width), jnp.float32)
         x = x.astype(self.dtype)
-        y = jnp.einsum("...I,OI->...O", x, weight.astype(self.dtype))
+        y = kept(jnp.einsum("...I,OI->...O", x, weight.astype(self.dtype)))
         if self.lora.rank:
             a = self.param("lora_a", nn.initializers.normal(width**-0.5), (self.lora.rank, width), jnp.float32)
             b = self.param("lora_b", nn.initializers.zeros, (self.features, self.lora.rank), jnp.float32)
@@ -44,6 +45,22 @@ class Linear(nn.Module):
             a, b = (self.get_variable("params", name).astype(self.dtype) for name in ("lora_a", "lora_b"))
             weight = weight + self.lora.scale * (b @ a)
         return weight
+
+
+class Dropout(nn.Module):
+    """Zeroes a share of the numbers of each case and scales up the rest (Srivastava et al. 2014).
+
+    What is zeroed depends on the key, the module and the case's index in the batch: not on how the batch is divided.
+    """
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B *rest"], cases: Int[Array, " B"] | None) -> Float[Array, "B *rest"]:
+        if cases is None or not self.rate:
+            return x
+        dropped = hashed_bits(self.make_rng("dropout"), cases, x.shape[1:]) < jnp.uint32(self.rate * 2**32)
+        return jnp.where(dropped, 0, x / (1 - self.rate))
 
 
 class RMSNorm(nn.Module):
@@ -82,15 +99,16 @@ class EncoderLayer(nn.Module):
     num_heads: int
     dtype: DTypeLike
     dropout: float = 0.0
+    remat: Remat = "none"
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B M D"], *, train: bool, valid: Bool[Array, "B M"] | None = None
+        self, x: Float[Array, "B M D"], cases: Int[Array, " B"] | None = None, valid: Bool[Array, "B M"] | None = None
     ) -> Float[Array, "B M D"]:
         batch, cells, width = x.shape
-        drop = nn.Dropout(self.dropout, deterministic=not train)
+        drop = Dropout(self.dropout)
         qkv = Linear(3 * width, self.dtype, name="qkv_proj")(RMSNorm(name="attention_norm")(x))
         q, k, v = jnp.split(qkv.reshape(batch, cells, 3 * self.num_heads, -1), 3, axis=2)
-        mixed = dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5, causal=False, valid=valid)
-        x = x + drop(Linear(width, self.dtype, name="o_proj")(mixed.reshape(batch, cells, width)))
-        return x + drop(MLP(2 * width, self.dtype, name="mlp")(RMSNorm(name="mlp_norm")(x)))
+        mixed = attention(self.remat)(q, k, v, valid, scale=q.shape[-1] ** -0.5, causal=False)
+        x = x + drop(Linear(width, self.dtype, name="o_proj")(mixed.reshape(batch, cells, width)), cases)
+        return x + drop(MLP(2 * width, self.dtype, name="mlp")(RMSNorm(name="mlp_norm")(x)), cases)

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from r1jax.config import DecoderConfig
 from r1jax.models.layers import MLP
 from r1jax.models.lora import Lora
+from r1jax.models.remat import kept
 from r1jax.ops.grouped_matmul import gather_rows, grouped_matmul, plan_dispatch, scatter_rows
 
 
@@ -114,8 +115,8 @@ class Experts(nn.Module):
         block = min(128, -(-experts.size // c.n_routed_experts)) if few else 128
         plan = plan_dispatch(experts, c.n_routed_experts, block=block)
         rows = scatter_rows(x.astype(self.dtype), plan)
-        gate, up = jnp.split(grouped_matmul(rows, gate_up.astype(self.dtype), plan.block_expert), 2, axis=-1)
-        rows = grouped_matmul(nn.silu(gate) * up, down.astype(self.dtype), plan.block_expert)
+        gate, up = jnp.split(kept(grouped_matmul(rows, gate_up.astype(self.dtype), plan.block_expert)), 2, axis=-1)
+        rows = kept(grouped_matmul(nn.silu(gate) * up, down.astype(self.dtype), plan.block_expert))
         back = gather_rows(rows, plan)
         return jnp.einsum("TKD,TK->TD", back.astype(jnp.float32), weights).astype(x.dtype)
 

@@ -11,6 +11,7 @@ from r1jax.models.decoder import Decoder, language_logits
 from r1jax.models.layers import Linear
 from r1jax.models.lora import Lora
 from r1jax.models.moe import RouterStats
+from r1jax.models.precision import PRECISIONS
 from r1jax.models.table import TableEncoder
 from r1jax.models.text import TextSummary
 from r1jax.models.vision import VisionEncoder
@@ -70,15 +71,17 @@ class R1(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        self.dtype = jnp.bfloat16 if c.precision == "bf16" else jnp.float32
+        self.dtype = PRECISIONS[c.precision].compute
         width = c.decoder.hidden_size
-        self.decoder = Decoder(c.decoder, self.dtype, c.dropout, Lora(c.lora_rank, c.lora_alpha))
+        self.decoder = Decoder(
+            c.decoder, self.dtype, c.dropout, Lora(c.lora_rank, c.lora_alpha), c.remat, c.scan_layers
+        )
         if "volume" in c.modalities:
-            self.volume = VisionEncoder(c.volume, width, self.dtype, c.dropout)
+            self.volume = VisionEncoder(c.volume, width, self.dtype, c.dropout, c.remat)
         if "image" in c.modalities:
-            self.image = VisionEncoder(c.image, width, self.dtype, c.dropout)
+            self.image = VisionEncoder(c.image, width, self.dtype, c.dropout, c.remat)
         if "table" in c.modalities:
-            self.table = TableEncoder(c.table, width, self.dtype, c.dropout)
+            self.table = TableEncoder(c.table, width, self.dtype, c.dropout, c.remat)
         if not self.heads:
             return
         if "text" in c.modalities:
@@ -87,7 +90,7 @@ class R1(nn.Module):
         self.head = {name: Linear(size, jnp.float32, bias=True) for name, size in self.heads}
 
     def encode(
-        self, inputs: Inputs, *, train: bool
+        self, inputs: Inputs, *, cases: Int[Array, " B"] | None
     ) -> tuple[
         list[Float[Array, "B _ D"]], list[Bool[Array, "B _"]], Float[Array, "B D"] | int, Float[Array, "B z y x"] | None
     ]:
@@ -100,34 +103,35 @@ class R1(nn.Module):
             summaries.append(jnp.where(has[:, None], summary, 0))
 
         if inputs.volume is not None:
-            seen = self.volume(inputs.volume, inputs.volume_spacing, train=train)
+            seen = self.volume(inputs.volume, inputs.volume_spacing, cases=cases)
             add(seen.tokens, seen.summary, inputs.has_volume)
             where = seen.where
         if inputs.image is not None:
-            seen = self.image(inputs.image, inputs.image_spacing, train=train)
+            seen = self.image(inputs.image, inputs.image_spacing, cases=cases)
             add(seen.tokens, seen.summary, inputs.has_image)
         if inputs.table is not None:
-            add(*self.table(inputs.table, train=train), inputs.has_table)
+            add(*self.table(inputs.table, cases=cases), inputs.has_table)
         return tokens, valid, sum(summaries), where
 
-    def __call__(self, inputs: Inputs, *, train: bool = False, language: bool = False) -> Output:
+    def __call__(self, inputs: Inputs, *, cases: Int[Array, " B"] | None = None, language: bool = False) -> Output:
         """Reads a batch.
 
         Args:
           inputs: The batch; its modalities are those of the config.
-          train: Whether dropout is on (needs the rng `dropout`).
+          cases: Index of each case in the batch, on which its dropout depends (needs the rng `dropout`); None leaves
+            dropout out.
           language: Whether to compute the states of the text and of MTP.
 
         Returns:
           Heads, router statistics and, if asked for, what a language loss needs.
         """
-        tokens, exist, summary, where = self.encode(inputs, train=train)
+        tokens, exist, summary, where = self.encode(inputs, cases=cases)
         first = sum(part.shape[1] for part in tokens)
         if inputs.text is not None:
             text = self.decoder.embed(inputs.text)
             tokens, exist = [*tokens, text], [*exist, inputs.text_valid]
             if self.heads:
-                read = self.text(text, inputs.text_valid, train=train)
+                read = self.text(text, inputs.text_valid, cases=cases)
                 summary = summary + jnp.where(jnp.any(inputs.text_valid, axis=1)[:, None], read, 0)
         if self.heads:
             # Queries start from the summaries: a direct way for gradients, which attention over many tokens dilutes.
@@ -137,7 +141,7 @@ class R1(nn.Module):
         x, valid = jnp.concatenate(tokens, axis=1), jnp.concatenate(exist, axis=1)
         # Positions count what exists, so that a missing modality and padding shift nothing.
         positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
-        hidden, router = self.decoder(x, positions, valid, train=train)
+        hidden, router = self.decoder(x, positions, valid, cases=cases)
         last = hidden[:, -len(self.heads) :].astype(jnp.float32)
         heads = {name: self.head[name](last[:, i]) for i, (name, _) in enumerate(self.heads)}
         states = second = weight = None
@@ -150,7 +154,7 @@ class R1(nn.Module):
                     inputs.text[:, 1:],
                     positions[:, text][:, :-1],
                     inputs.text_valid[:, 1:],
-                    train=train,
+                    cases=cases,
                 )
                 router = (*router, stats)
         return Output(heads, router, where, states, second, weight)

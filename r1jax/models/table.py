@@ -5,10 +5,11 @@ import math
 import flax.linen as nn
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from r1jax.config import TableConfig
 from r1jax.models.layers import EncoderLayer, Linear, RMSNorm
+from r1jax.models.remat import Remat, block
 
 
 class TableEncoder(nn.Module):
@@ -18,16 +19,17 @@ class TableEncoder(nn.Module):
     features: int
     dtype: DTypeLike = jnp.float32
     dropout: float = 0.0
+    remat: Remat = "none"
 
     @nn.compact
     def __call__(
-        self, values: Float[Array, "B F"], *, train: bool
+        self, values: Float[Array, "B F"], *, cases: Int[Array, " B"] | None = None
     ) -> tuple[Float[Array, "B F D"], Float[Array, "B D"]]:
         """Encodes a batch.
 
         Args:
           values: Standardised fields, NaN where missing.
-          train: Whether dropout is on.
+          cases: Index of each case in the batch, for dropout; None leaves it out.
 
         Returns:
           One token a field, and a summary of all fields.
@@ -47,7 +49,8 @@ class TableEncoder(nn.Module):
         x = jnp.where(missing[..., None], jnp.broadcast_to(absent.astype(self.dtype)[None], x.shape), x)
         fields_alone = jnp.mean(x, axis=1)
         for i in range(c.layers):
-            x = EncoderLayer(c.num_attention_heads, self.dtype, self.dropout, name=f"layers_{i}")(x, train=train)
+            layer = EncoderLayer(c.num_attention_heads, self.dtype, self.dropout, self.remat, name=f"layers_{i}")
+            x = block(EncoderLayer.__call__, self.remat)(layer, x, cases)
         x = RMSNorm(name="final_norm")(x)
         # Beside what the layers make of the fields together, each field as it is: norms would bend a plain sum.
         joined = jnp.concatenate([fields_alone, jnp.mean(x, axis=1)], axis=-1)

@@ -3,9 +3,9 @@
 import flax.linen as nn
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
-from r1jax.models.layers import Linear, RMSNorm
+from r1jax.models.layers import Dropout, Linear, RMSNorm
 
 
 class TextSummary(nn.Module):
@@ -22,13 +22,15 @@ class TextSummary(nn.Module):
     """Bytes of the first convolution; the second spans `window` of these windows, side by side."""
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"], valid: Bool[Array, "B T"], *, train: bool) -> Float[Array, "B F"]:
+    def __call__(
+        self, x: Float[Array, "B T D"], valid: Bool[Array, "B T"], *, cases: Int[Array, " B"] | None = None
+    ) -> Float[Array, "B F"]:
         """Encodes a batch.
 
         Args:
           x: Embedded bytes.
           valid: Which of them exist.
-          train: Whether dropout is on.
+          cases: Index of each case in the batch, for dropout; None leaves it out.
 
         Returns:
           One summary of `features` numbers a text; without any byte, whatever the caller then hides.
@@ -38,7 +40,7 @@ class TextSummary(nn.Module):
         phrases = nn.silu(self._convolve(jnp.where(valid[..., None], words, 0), self.window // 2, "phrases"))
         found = jnp.concatenate([words, phrases], axis=-1)
         strongest = jnp.max(jnp.where(valid[..., None], found, -1), axis=1)  # silu is above -1
-        strongest = nn.Dropout(self.dropout, deterministic=not train)(strongest)
+        strongest = Dropout(self.dropout)(strongest, cases)
         return Linear(self.features, self.dtype, name="summary")(strongest)
 
     def _convolve(self, x: Float[Array, "B T D"], step: int, name: str) -> Float[Array, "B T D"]:

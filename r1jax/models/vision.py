@@ -12,10 +12,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from r1jax.config import VisionConfig
 from r1jax.models.layers import EncoderLayer, Linear, RMSNorm
+from r1jax.models.remat import Remat, block, kept
 
 
 class Encoded(NamedTuple):
@@ -41,7 +42,7 @@ class PlaneConv(nn.Module):
         flat = x.reshape(-1, *x.shape[-3:]).astype(self.dtype)
         dims = ("NHWC", "HWIO", "NHWC")
         y = jax.lax.conv_general_dilated(flat, weight.astype(self.dtype), (1, 1), "SAME", dimension_numbers=dims)
-        return y.reshape(*x.shape[:-1], self.features)
+        return kept(y).reshape(*x.shape[:-1], self.features)
 
 
 class ThroughConv(nn.Module):
@@ -88,15 +89,18 @@ class VisionEncoder(nn.Module):
     features: int
     dtype: DTypeLike = jnp.float32
     dropout: float = 0.0
+    remat: Remat = "none"
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B *space"], spacing: Float[Array, "B rank"], *, train: bool) -> Encoded:
+    def __call__(
+        self, x: Float[Array, "B *space"], spacing: Float[Array, "B rank"], *, cases: Int[Array, " B"] | None = None
+    ) -> Encoded:
         """Encodes a batch.
 
         Args:
           x: Windowed intensities, about -1..1, of the configured size.
           spacing: Edge lengths of a voxel in mm; sizes in mm cannot be read from voxels alone.
-          train: Whether dropout is on.
+          cases: Index of each case in the batch, for dropout; None leaves it out.
 
         Returns:
           Tokens, summary, and where the finding is.
@@ -107,15 +111,17 @@ class VisionEncoder(nn.Module):
             if stage:
                 x = space_to_depth(x, 2)
             x = Linear(width, self.dtype, name=f"merge_{stage}")(x)
-            for block in range(blocks):
-                x = ResidualBlock(self.dtype, name=f"stage_{stage}_block_{block}")(x)
+            for i in range(blocks):
+                residual = ResidualBlock(self.dtype, name=f"stage_{stage}_block_{i}")
+                x = block(ResidualBlock.__call__, self.remat)(residual, x)
         grid = x.shape[1:-1]
         x = RMSNorm(name="norm")(x.reshape(x.shape[0], -1, x.shape[-1]))
         place = self.param("position", nn.initializers.normal(0.02), x.shape[1:], jnp.float32)
         size = Linear(x.shape[-1], self.dtype, bias=True, name="spacing")(jnp.log(spacing))
         x = x + jnp.broadcast_to(place.astype(self.dtype)[None], x.shape) + jnp.broadcast_to(size[:, None], x.shape)
         for i in range(c.layers):
-            x = EncoderLayer(c.num_attention_heads, self.dtype, self.dropout, name=f"layers_{i}")(x, train=train)
+            layer = EncoderLayer(c.num_attention_heads, self.dtype, self.dropout, self.remat, name=f"layers_{i}")
+            x = block(EncoderLayer.__call__, self.remat)(layer, x, cases)
         x = RMSNorm(name="final_norm")(x)
         where = Linear(1, jnp.float32, bias=True, name="where")(x)[..., 0]
         looked_at = jnp.einsum("BM,BMC->BC", nn.softmax(where, axis=-1).astype(x.dtype), x)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from r1jax.ops.losses import cross_entropy, weighted_mean
+from r1jax.ops.losses import cross_entropy
 
 CHUNK = 1024
 """Tokens whose logits are held at once."""
@@ -27,13 +27,14 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     chunk: int = CHUNK,
 ) -> Float[Array, ""]:
-    """Weighted mean over tokens of the cross-entropy of softmax(hidden weight^T), in nats and fp32.
+    """Weighted sum over tokens of the cross-entropy of softmax(hidden weight^T), in nats and fp32.
 
     Args:
       hidden: States, fp32 or bf16; products are formed in this type and summed in fp32.
       weight: Language head, [out, in].
       labels: Tokens to predict; where the weight is 0, any valid index.
-      weights: Of each token, not negative; no gradient flows to them. The mean is over max(sum of weights, 1).
+      weights: Of each token, not negative; no gradient flows to them. About 1 at most in fp16, whose gradients are
+        formed with these weights: a mean is a sum that is divided afterwards.
       smoothing: Label smoothing, as in `cross_entropy`.
       z_loss: Factor of the squared log normaliser (Chowdhery et al. 2022, section 5).
       chunk: Tokens whose logits are held at once, rounded to whole time steps of the batch.
@@ -41,8 +42,7 @@ def linear_cross_entropy(
     Returns:
       Scalar.
     """
-    losses = token_losses(hidden, weight, labels, smoothing, z_loss, chunk)
-    return weighted_mean(losses, weights)
+    return jnp.sum(token_losses(hidden, weight, labels, smoothing, z_loss, chunk) * weights)
 
 
 def token_losses(
@@ -53,7 +53,7 @@ def token_losses(
     z_loss: float = 0.0,
     chunk: int = CHUNK,
 ) -> Float[Array, "B T"]:
-    """The losses that `linear_cross_entropy` averages; meant for scoring, its gradient would hold every logit."""
+    """The losses that `linear_cross_entropy` sums; meant for scoring, its gradient would hold every logit."""
     weight = weight.astype(hidden.dtype)
 
     def one(_: None, part: tuple[Array, Array]) -> tuple[None, Array]:
@@ -72,7 +72,7 @@ def _forward(
     z_loss: float,
     chunk: int,
 ) -> tuple[Float[Array, ""], tuple[Array, Array]]:
-    narrow, share = weight.astype(hidden.dtype), weights / jnp.maximum(jnp.sum(weights), 1.0)
+    narrow = weight.astype(hidden.dtype)
 
     def one(carry: tuple[Array, Array], part: tuple[Array, ...]) -> tuple[tuple[Array, Array], Array]:
         total, to_weight = carry
@@ -88,7 +88,7 @@ def _forward(
         total = total + jnp.sum(_losses(logits, y, smoothing, z_loss) * w)
         return (total, to_weight), to_hidden.astype(x.dtype)
 
-    parts = tuple(_chunks(x, chunk) for x in (hidden, labels, share))
+    parts = tuple(_chunks(x, chunk) for x in (hidden, labels, weights))
     start = (jnp.zeros((), jnp.float32), jnp.zeros(weight.shape, jnp.float32))
     (total, to_weight), to_hidden = jax.lax.scan(one, start, parts)
     return total, (_whole(to_hidden, hidden.shape[1]), to_weight.astype(weight.dtype))
@@ -98,7 +98,7 @@ def _backward(
     smoothing: float, z_loss: float, chunk: int, saved: tuple[Array, Array], scale: Float[Array, ""]
 ) -> tuple[Array, Array, None, None]:
     del smoothing, z_loss, chunk
-    return (*(x * scale.astype(x.dtype) for x in saved), None, None)
+    return (*((x.astype(jnp.float32) * scale).astype(x.dtype) for x in saved), None, None)
 
 
 linear_cross_entropy.defvjp(_forward, _backward)
@@ -113,7 +113,7 @@ def linear_cross_entropy_reference(
     z_loss: float = 0.0,
 ) -> Float[Array, ""]:
     """`linear_cross_entropy` with all logits at once."""
-    return weighted_mean(_losses(_logits(hidden, weight.astype(hidden.dtype)), labels, smoothing, z_loss), weights)
+    return jnp.sum(_losses(_logits(hidden, weight.astype(hidden.dtype)), labels, smoothing, z_loss) * weights)
 
 
 def _logits(x: Float[Array, "B t D"], weight: Float[Array, "V D"]) -> Float[Array, "B t V"]:

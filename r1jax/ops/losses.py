@@ -29,6 +29,17 @@ def huber(error: Float[Array, "*B"], delta: float = 1.0) -> Float[Array, "*B"]:
     return jnp.where(size <= delta, 0.5 * error**2, delta * (size - 0.5 * delta))
 
 
-def weighted_mean(values: Float[Array, "*B"], weights: Float[Array, "*B"]) -> Float[Array, ""]:
-    """sum(w v) / max(sum(w), 1): zero where nothing is known."""
-    return jnp.sum(values * weights) / jnp.maximum(jnp.sum(weights), 1.0)
+def weighted_mean(
+    values: Float[Array, "*B"], weights: Float[Array, "*B"], total: Float[Array, ""] | None = None
+) -> Float[Array, ""]:
+    """sum(w v) / max(total, 1): zero where nothing is known.
+
+    Args:
+      values: What is averaged.
+      weights: Not negative.
+      total: Sum of the weights of a whole batch of which these are a part, so that parts add up; None is sum(w).
+
+    Returns:
+      Scalar.
+    """
+    return jnp.sum(values * weights) / jnp.maximum(jnp.sum(weights) if total is None else total, 1.0)

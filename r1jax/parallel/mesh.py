@@ -70,13 +70,14 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, BATCH)
 
 
-def check_batch(mesh: Mesh, batch_size: int) -> None:
+def check_batch(mesh: Mesh, batch_size: int, accumulation: int = 1) -> None:
     """Refuses a batch that cannot be spread evenly.
 
     Raises:
-      UserError: The batch is no multiple of the number of devices.
+      UserError: A part of the batch is no multiple of the number of devices.
     """
-    if batch_size % mesh.size:
+    if batch_size // accumulation % mesh.size:
+        part = f", {batch_size // accumulation} in each of {accumulation} parts" if accumulation > 1 else ""
         raise UserError(
-            f"train.batch_size is {batch_size}, which is no multiple of the {mesh.size} devices of the mesh"
+            f"train.batch_size is {batch_size}{part}, which is no multiple of the {mesh.size} devices of the mesh"
         )

@@ -24,7 +24,7 @@ from r1jax.serve.pretrained import Pretrained, from_checkpoint, from_hugging_fac
 from r1jax.serve.progress import percent, progress
 from r1jax.train.checkpoints import write_sealed
 from r1jax.train.lazy import lazy_decoder
-from r1jax.train.run import provenance
+from r1jax.train.provenance import provenance
 
 TEXT_TOKENS = 1024
 """Longest sequences in which eval.py scores an import."""

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Key
 
 from r1jax.config import Config
 from r1jax.data.pipeline import Pipeline
@@ -53,22 +53,50 @@ class Task(Protocol):
         """Turns a source's batch into a flat dict of arrays with a leading batch axis; names `target.*` are targets."""
         ...
 
-    def prepare(self, batch: dict[str, Array], key: PRNGKeyArray | None = None) -> tuple[Inputs, dict[str, Array]]:
+    def prepare(self, batch: dict[str, Array], keys: Key[Array, " B"] | None = None) -> tuple[Inputs, dict[str, Array]]:
         """Turns a collated batch into what the model reads, and the targets; runs on the device.
 
         Args:
           batch: From `collate`.
-          key: Randomness of training; None at evaluation.
+          keys: A key for each case, of its randomness in training; None at evaluation.
 
         Returns:
           Inputs and targets.
         """
         ...
 
+    def weights(self, inputs: Inputs, targets: dict[str, Array]) -> dict[str, Float[Array, ""]]:
+        """Over how much each mean of the loss is taken in these cases: known targets, tokens, sequences.
+
+        Args:
+          inputs: What the model reads.
+          targets: From `prepare`.
+
+        Returns:
+          One sum a mean; those of the parts of a batch add up to those of the batch.
+        """
+        ...
+
     def loss(
-        self, output: Output, inputs: Inputs, targets: dict[str, Array], share: Float[Array, ""]
+        self,
+        output: Output,
+        inputs: Inputs,
+        targets: dict[str, Array],
+        share: Float[Array, ""],
+        weights: dict[str, Float[Array, ""]] | None = None,
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
-        """Scalar loss and its parts; `share` of the run (0 to 1) is done."""
+        """Scalar loss and its parts; those of the parts of a batch add up to those of the batch.
+
+        Args:
+          output: Of the model.
+          inputs: What it read.
+          targets: From `prepare`.
+          share: Of the run that is done, 0 to 1.
+          weights: Of the whole batch; None where this is the whole.
+
+        Returns:
+          The loss, and its parts before their factors.
+        """
         ...
 
     def modes(self) -> dict[str, Any]:

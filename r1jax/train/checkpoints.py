@@ -28,6 +28,8 @@ from r1jax.fields import to_json
 from r1jax.parallel.mesh import shard_tree
 
 MANIFEST = "manifest.json"
+MARGIN = 1.02
+"""Room that a checkpoint takes, beside its arrays: their index, the tokenizer, whole blocks of the file system."""
 TOKENIZER = "tokenizer"
 """Folder of a checkpoint that holds the tokenizer files of its text, where that is not bytes."""
 FREE_TO_CHANGE = (
@@ -35,6 +37,11 @@ FREE_TO_CHANGE = (
     "platform",
     "train.log_every",
     "train.save_every",
+    "train.accumulation",
+    "train.memory_share",
+    "train.hang_timeout",
+    "train.spike_factor",
+    "profile.",
     "data.cache.",
     "data.threads",
     "data.workers",
@@ -46,8 +53,9 @@ FREE_TO_CHANGE = (
     "data.tokenizer",
     "train.init",
     "mesh.",
+    "debug.",
 )
-"""Fields that may differ when a run goes on: with other devices the last bits may change, with the rest nothing does.
+"""Fields that may differ when a run goes on: with other devices or parts the last bits may change, else nothing.
 
 Data and plug-ins are compared by their hashes; the weights that a run started from are of the past.
 """
@@ -228,7 +236,9 @@ def write_sealed(
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
         needed = sum(x.nbytes for x in jax.tree.leaves(state))
-        if shutil.disk_usage(draft).free < needed:  # asked first: Orbax fails late and with pages of tracebacks
+        if (
+            shutil.disk_usage(draft).free < needed * MARGIN
+        ):  # asked first: Orbax fails late and with pages of tracebacks
             raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {needed / 2**20:,.1f} MiB are needed")
         _write_arrays(draft.absolute() / "state", state)
         (draft / "config.json").write_text(to_json(config))
@@ -264,6 +274,21 @@ class CheckpointFolder:
         """Sealed checkpoints, oldest first; what a killed writer left is not among them."""
         found = [p for p in self.path.glob("[0-9]*") if p.name.isdigit()] if self.path.is_dir() else []
         return [Checkpoint(p) for p in sorted(found, key=lambda p: int(p.name))]
+
+    def verify(self) -> tuple[list[Checkpoint], list[tuple[Checkpoint, UserError]]]:
+        """Compares every checkpoint with its manifest.
+
+        Returns:
+          The sound ones, and the damaged ones with what is wrong; the newest first.
+        """
+        sound, damaged = [], []
+        for checkpoint in reversed(self.all()):
+            try:
+                checkpoint.verify()
+                sound.append(checkpoint)
+            except UserError as error:
+                damaged.append((checkpoint, error))
+        return sound, damaged
 
     def best(self) -> Checkpoint | None:
         """The checkpoint with the highest validation score, the newest where none was scored."""

@@ -1,4 +1,6 @@
-"""What closes a run: the task's table of what was learned, and where the files are."""
+"""What closes a run: the task's table of what was learned, what it took, and where the files are."""
+
+import json
 
 from r1jax.data.source import Source
 from r1jax.errors import UserError
@@ -28,6 +30,7 @@ def closing_table(run: Run, task: Task, validation: Source) -> str:
     if scored and scored["figures"]:
         lines.append(f"{validation.name}: {scored['cases']} validation {task.unit}, step {best.step}")
         lines.append(task.closing(scored["figures"], validation, best.step))
+    lines += _cost(run)
     lines += [
         f"best checkpoint  {best.path}",
         f"last checkpoint  {run.checkpoints.all()[-1].path}",
@@ -35,3 +38,19 @@ def closing_table(run: Run, task: Task, validation: Source) -> str:
         f"next             python eval.py --checkpoint {run.workdir}",
     ]
     return "\n".join(lines)
+
+
+def _cost(run: Run) -> list[str]:
+    """Goodput over all processes of the run, and the highest of their memory peaks; none where nothing was logged."""
+    file = run.workdir / "metrics.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    measured = [row for row in rows if "goodput" in row]
+    if not measured:
+        return []
+    minutes = run.clock.seconds / 60
+    lines = [f"goodput          {run.clock.goodput:.1%} of {minutes:,.1f} min went into steps that were kept"]
+    for what in ("host", "device"):
+        peaks = [row[name] for row in measured if (name := f"{what}_memory_peak_bytes") in row]
+        if peaks:
+            lines.append(f"{f'{what} memory':<17}{max(peaks) / 2**20:,.0f} MiB at most")
+    return lines

@@ -1,6 +1,7 @@
 """What a task scores of every case of a source, in each of the ways to show a case."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,15 +18,16 @@ from r1jax.tasks.task import Task
 class Evaluator:
     """Compiles the forward pass once and scores as many sources as one likes."""
 
-    def __init__(self, model: R1, task: Task, mesh: Mesh) -> None:
+    def __init__(self, model: R1, task: Task, mesh: Mesh, after_batch: Callable[[], object] | None = None) -> None:
         """Prepares the compiled forward pass.
 
         Args:
           model: The model.
           task: The task.
           mesh: Devices.
+          after_batch: Called whenever a batch is scored.
         """
-        self.task, self.mesh = task, mesh
+        self.task, self.mesh, self.after_batch = task, mesh, after_batch
 
         def forward(params: Any, batch: dict[str, Any], mode: Any) -> dict[str, Any]:
             return task.outcomes(functools.partial(model.apply, {"params": params}), batch, mode)
@@ -60,6 +62,8 @@ class Evaluator:
             for mode in modes:
                 found = jax.device_get(self.forward(params, placed, switches[mode]))
                 predicted[mode].append({k: np.asarray(v)[:n] for k, v in found.items()})
+            if self.after_batch is not None:
+                self.after_batch()
         return {mode: _join(parts) for mode, parts in predicted.items()}, _join(targets), ids
 
 

@@ -1,12 +1,12 @@
 """The loop: step, log, evaluate, save; and the table that closes a run."""
 
 import functools
+import math
 import signal
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -20,8 +20,13 @@ from r1jax.data.workers import Batches
 from r1jax.errors import UserError
 from r1jax.parallel.mesh import batch_sharding
 from r1jax.tasks.task import Task
-from r1jax.telemetry import Telemetry
+from r1jax.telemetry import Load, Telemetry
 from r1jax.train.evaluation import Evaluator
+from r1jax.train.flops import work_of
+from r1jax.train.guard import PATIENCE, Guard, RollBack, batch_after, read_jumps
+from r1jax.train.peak import peak_flops
+from r1jax.train.plan import example_batch
+from r1jax.train.profile import Profiler
 from r1jax.train.run import Run, describe
 from r1jax.train.start import start_record
 from r1jax.train.step import TrainState
@@ -62,13 +67,17 @@ def fit(
       The last state; every point at which it left has been saved.
 
     Raises:
-      UserError: The loss or a weight is no finite number any more, or the disk is full.
+      RollBack: Many steps in a row were refused.
+      UserError: A weight is no finite number any more, or the disk is full.
     """
-    t, start = config.train, int(state.step)
+    t, start, jumps = config.train, int(state.step), read_jumps(run.workdir)
     if start == t.steps:
         return state
-    telemetry = Telemetry(run.workdir, steps=t.steps, start=start, batch_size=t.batch_size)
-    batches = open_batches(config, task, source, start)
+    load = step_load(config, task, mesh, source)
+    telemetry = Telemetry(run.workdir, steps=t.steps, start=start, batch_size=t.batch_size, load=load, clock=run.clock)
+    profiler = Profiler(config.profile, run.workdir, start)
+    guard = Guard(run.workdir, t.spike_factor, start)
+    batches = open_batches(config, task, source, batch_after(start, jumps))
     place = functools.partial(jax.make_array_from_process_local_data, batch_sharding(mesh))
     made = describe(source, task.pipeline) | start_record(run.workdir)
     # Read before the first step, as the task has read them: what they lie in may go.
@@ -76,10 +85,11 @@ def fit(
     note = ""
 
     def save(done: int, validated: dict[str, Any] | None) -> None:
-        check_finite(done, float(metrics["loss"]), state.params, run)
-        where = {"next_batch": done, **describe_order(source, t.batch_size, config.data)}
+        where = {"next_batch": batch_after(done, jumps), **describe_order(source, t.batch_size, config.data)}
         meta = {"step": done, "validation": validated, "order": where, **made}
-        run.checkpoints.save(done, state, config, meta, tokenizer)
+        useful = run.clock.useful
+        published = lambda: run.clock.mark(done, useful, [c.step for c in run.checkpoints.all()])  # noqa: E731
+        run.saver.save(done, state, config, meta, tokenizer, say=telemetry.say, then=published)
 
     def cached() -> CacheCounters:
         """What the cache did here, where validation reads too, and in the workers."""
@@ -88,40 +98,87 @@ def fit(
 
     try:
         for done in range(start + 1, t.steps + 1):
+            run.saver.check()
+            run.watch.enter("waiting for data", done - 1)
+            if done - 1 > start and any(jump.step == done - 1 for jump in jumps):  # made when a later one was damaged
+                batches.close()
+                batches = open_batches(config, task, source, batch_after(done - 1, jumps))
             with telemetry.waiting():
                 batch = next(batches)
-            state, metrics = step(state, jax.tree.map(place, batch))
-            if done % t.log_every == 0 or done % t.eval_every == 0 or done == t.steps:
-                check_finite(done, float(metrics["loss"]), state.params, run)
+            run.watch.enter("step")
+            if profiler.begins(done):
+                jax.block_until_ready(state)
+                with telemetry.aside():
+                    profiler.start()
+            try:
+                state, metrics = step(state, jax.tree.map(place, batch), guard.limit)
+            except jax.errors.JaxRuntimeError:  # out of memory, for example; what was reached shall not be done again
+                if done - 1 > start and not any(x.is_deleted() for x in jax.tree.leaves(state)):
+                    save(done - 1, None)
+                raise
+            guard.note(metrics["refused"])
+            if profiler.ends(done):
+                jax.block_until_ready(metrics)
+                with telemetry.aside():
+                    telemetry.say(profiler.stop())
+            evaluates = done % t.eval_every == 0 or done == t.steps
+            if evaluates or done % t.log_every == 0 or done % t.save_every == 0:
+                refused = guard.settle()
+                if refused:
+                    telemetry.say(f"step {done}: {refused} of the last steps refused, {guard.reason(metrics)}")
+                if guard.streak >= PATIENCE:
+                    raise RollBack(done, guard.reason(metrics))
+                check_finite(done, state.params, run)
             if done % t.log_every == 0 or done == t.steps:
                 figures = {k: float(v) for k, v in jax.device_get(metrics).items()}
-                figures |= telemetry.rates() | cached().figures("cache.")
-                telemetry.log(done, figures)
+                guard.log(figures)
                 note = f"loss {figures['loss']:.3f}"
+                figures |= telemetry.rates() | cached().figures("cache.")
+                telemetry.log(done, {k: v for k, v in figures.items() if math.isfinite(v)})  # JSON has no other
             telemetry.advance(done, note)
-            if done % t.eval_every == 0 or done == t.steps:
-                validated = validate(config, task, evaluator, served(state, config), validation)
-                reached = validated["figures"]
-                telemetry.log(
-                    done, {f"validation.{mode}.{k}": v for mode, found in reached.items() for k, v in found.items()}
-                )
-                telemetry.say(f"step {done}: validation {task.headline(next(iter(reached.values())))}")
-                save(done, validated)
-                telemetry.pause()
-            elif done % t.save_every == 0:
-                save(done, None)
-                telemetry.pause()
+            run.watch.enter("step", done)
+            if evaluates:
+                run.watch.enter("evaluation")
+                with telemetry.aside():
+                    validated = validate(config, task, evaluator, served(state, config), validation)
+                    reached = validated["figures"]
+                    telemetry.log(
+                        done, {f"validation.{mode}.{k}": v for mode, found in reached.items() for k, v in found.items()}
+                    )
+                    telemetry.say(f"step {done}: validation {task.headline(next(iter(reached.values())))}")
+                    if not guard.streak or done == t.steps:  # to go back to what lies before the first refused step
+                        save(done, validated)
+            elif done % t.save_every == 0 and not guard.streak:
+                with telemetry.aside():
+                    save(done, None)
             if run.stop:
-                save(done, None)
+                check_finite(done, state.params, run)
+                with telemetry.aside():
+                    save(done, None)
+                    run.saver.wait()
                 name = signal.Signals(run.stop[0]).name
                 telemetry.say(f"{name}: saved at step {done}; the same command goes on from there")
                 break
+        run.saver.wait()
+        if profiler.missed(int(state.step)):
+            telemetry.say(f"no trace: the run ended before step {profiler.first} (--profile.start, --profile.steps)")
         if config.data.cache.url is not None and cached().lookups:
             telemetry.say(line(cached()))
     finally:
         batches.close()
+        if profiler.running:
+            telemetry.say(profiler.stop())
         telemetry.close()
     return state
+
+
+def step_load(config: Config, task: Task, mesh: Mesh, source: Source) -> Load:
+    """What a step asks of the devices, for telemetry."""
+    work = work_of(config.model, task, example_batch(source, task, config.train.batch_size))
+    dtype = "float32" if config.model.precision == "fp32" else "bfloat16"
+    rates = [peak_flops(device.device_kind, dtype) for device in mesh.devices.flat]
+    known = [rate for rate in rates if rate is not None]
+    return Load(work.tokens, work.flops, sum(known) if len(known) == len(rates) else None)
 
 
 def open_batches(config: Config, task: Task, source: Source, start: int) -> Batches:
@@ -139,23 +196,23 @@ def open_batches(config: Config, task: Task, source: Source, start: int) -> Batc
     )
 
 
-def check_finite(done: int, loss: float, params: Any, run: Run) -> None:
-    """Ends a run that has diverged, before it logs, scores or saves what cannot recover.
+def check_finite(done: int, params: Any, run: Run) -> None:
+    """Ends a run whose weights are broken, before it scores or saves what cannot recover.
 
     Args:
       done: Steps done.
-      loss: Of the last step.
-      params: Weights after it.
+      params: Weights after them.
       run: Its folder, whose checkpoints stay as they are.
 
     Raises:
-      UserError: The loss or a weight is NaN or infinite.
+      UserError: A weight is NaN or infinite.
     """
     norm = float(NORM(params))
-    if not np.isfinite([loss, norm]).all():
+    if not math.isfinite(norm):
+        run.saver.settle()
         kept = run.checkpoints.all()
         raise UserError(
-            f"step {done}: the loss is {loss} and the norm of the weights {norm}, so the training has diverged "
+            f"step {done}: the norm of the weights is {norm}, so the training has diverged "
             f"({f'{kept[-1].path} is untouched' if kept else 'nothing was saved yet'}): "
             "lower train.learning_rate and choose another --workdir"
         )

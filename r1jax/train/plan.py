@@ -1,6 +1,7 @@
 """What a run would take, from the compiled program, before it starts (`train.py --dry-run`)."""
 
 import os
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from r1jax.data.source import Source
 from r1jax.models.r1 import R1
 from r1jax.parallel.mesh import shard_tree
 from r1jax.tasks.task import Task
+from r1jax.train.flops import work_of
 from r1jax.train.step import Batch, compile_step, init_state
 
 
@@ -41,16 +43,13 @@ def plan(config: Config, model: R1, task: Task, mesh: Mesh, batch: Batch) -> str
       batch: Any collated batch.
 
     Returns:
-      A table: parameters in all and active a token, bytes a device and whether it has them, FLOPs a step as XLA counts.
+      A table: parameters in all and active a token, bytes a device and whether it has them, FLOPs a step as XLA
+      counts them and as the model needs them, term by term.
     """
     state = jax.eval_shape(lambda: init_state(config, model, task, batch))
     compiled = compile_step(config, model, task, mesh, batch)
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
-    sharded = jax.tree.map(
-        lambda x, s: int(np.prod(s.shard_shape(x.shape))) * x.dtype.itemsize, state, shard_tree(mesh, state)
-    )
-    held = sum(jax.tree.leaves(sharded))
-    working = memory.temp_size_in_bytes + sum(x.nbytes for x in batch.values()) // mesh.size
+    cost = compiled.cost_analysis()
+    held, working = device_need(config, model, task, mesh, batch, compiled)
     parts: dict[str, int] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
         name = path[0].key
@@ -59,6 +58,7 @@ def plan(config: Config, model: R1, task: Task, mesh: Mesh, batch: Batch) -> str
     d = config.model.decoder
     idle = (d.n_routed_experts - d.num_experts_per_tok) * 3 * d.hidden_size * d.moe_intermediate_size
     layers = d.num_hidden_layers - d.first_k_dense_replace + d.num_nextn_predict_layers
+    work = work_of(config.model, task, batch)
     rows = [
         ("parameters", f"{total:,} ({total - layers * idle:,} active a token)"),
         *((f"  {name}", f"{count:,}") for name, count in parts.items()),
@@ -69,18 +69,50 @@ def plan(config: Config, model: R1, task: Task, mesh: Mesh, batch: Batch) -> str
         ("FLOPs a step and device", f"{cost.get('flops', float('nan')):,.0f}"),
         ("FLOPs an example", f"{cost.get('flops', float('nan')) * mesh.size / config.train.batch_size:,.0f}"),
         ("", "(XLA's count: the body of a loop counts once, a call of another library not at all)"),
+        ("FLOPs a step, of the model", f"{work.flops:,.0f} (passes x forward; causal attention at half)"),
+        *(
+            (f"  {term.name}", f"{term.passes} x {term.formula} = {term.passes * term.forward:,.0f}")
+            for term in work.terms
+        ),
     ]
     width = max(len(name) for name, _ in rows) + 2
     return "\n".join(f"{name:<{width}}{value}" for name, value in rows)
 
 
-def _verdict(needed: int, mesh: Mesh) -> str:
-    """Whether a step fits, with what JAX may use of a GPU, or with this host's memory shared by its CPU devices."""
+def device_need(config: Config, model: R1, task: Task, mesh: Mesh, batch: Batch, compiled: Any) -> tuple[int, int]:
+    """Bytes of a device that a step takes.
+
+    Args:
+      config: The experiment.
+      model: The model.
+      task: The task.
+      mesh: Devices.
+      batch: Any collated batch (shapes).
+      compiled: The step.
+
+    Returns:
+      Of the state, and of the batch and what the program needs besides.
+    """
+    state = jax.eval_shape(lambda: init_state(config, model, task, batch))
+    sharded = jax.tree.map(
+        lambda x, s: int(np.prod(s.shard_shape(x.shape))) * x.dtype.itemsize, state, shard_tree(mesh, state)
+    )
+    working = compiled.memory_analysis().temp_size_in_bytes + sum(x.nbytes for x in batch.values()) // mesh.size
+    return sum(jax.tree.leaves(sharded)), working
+
+
+def device_limit(mesh: Mesh) -> float | None:
+    """Bytes that JAX may use of a GPU, or this host's memory shared by its CPU devices; None where it is unknown."""
     device = mesh.devices.flat[0]
-    limit = (device.memory_stats() or {}).get("bytes_limit", 0)
     if device.platform == "cpu":
-        limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / mesh.size
-    if not limit:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / mesh.size
+    return (device.memory_stats() or {}).get("bytes_limit")
+
+
+def _verdict(needed: int, mesh: Mesh) -> str:
+    """Whether a step fits."""
+    limit = device_limit(mesh)
+    if limit is None:
         return "unknown"
     fits = "the step fits" if needed <= limit else "the step does not fit"
     return f"{limit / 2**20:,.0f} MiB: {fits}, it takes {needed / limit:.1%}"

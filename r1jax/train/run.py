@@ -1,10 +1,7 @@
 """One run in one folder: its lock, its checkpoints, the signals that end it, and where it goes on from."""
 
 import fcntl
-import importlib.metadata
-import platform
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,21 +11,27 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from r1jax import __version__
 from r1jax.config import Config
 from r1jax.data.order import VERSION
 from r1jax.data.pipeline import Pipeline, changed, original, parts
 from r1jax.data.source import Source
 from r1jax.errors import UserError
-from r1jax.fields import to_json
+from r1jax.fields import to_dict, to_json
 from r1jax.models.r1 import R1
 from r1jax.parallel.mesh import shard_tree
 from r1jax.tasks.task import Task
 from r1jax.train.checkpoints import CheckpointFolder, abstract_like, check_same_run
+from r1jax.train.goodput import Clock
+from r1jax.train.guard import JUMPS
+from r1jax.train.history import History
+from r1jax.train.provenance import environment, provenance
+from r1jax.train.saver import Saver
 from r1jax.train.start import RECORD, start_from
 from r1jax.train.step import Batch, TrainState, init_state
+from r1jax.train.watch import Watch
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""What asks a run to save and leave; SIGUSR1 is how batch systems announce the end (SLURM's `--signal=USR1@120`)."""
 
 
 class Run(NamedTuple):
@@ -37,15 +40,21 @@ class Run(NamedTuple):
     workdir: Path
     checkpoints: CheckpointFolder
     stop: list[int]
-    """The signal that asked to stop, once there was one."""
+    """The signals that asked to stop, once there were some; the first is the reason."""
+    history: History
+    watch: Watch
+    saver: Saver
+    clock: Clock
 
 
 @contextmanager
 def open_run(config: Config) -> Iterator[Run]:
-    """Locks the run folder and turns SIGINT and SIGTERM into a wish to stop after the step.
+    """Locks the run folder, watches over the run, and turns signals into a wish to stop after the step.
+
+    However the run is left, a checkpoint that is being written is finished, and the history says what happened.
 
     Args:
-      config: Names the folder.
+      config: Names the folder and the time that is a hang.
 
     Yields:
       The run.
@@ -59,7 +68,6 @@ def open_run(config: Config) -> Iterator[Run]:
         lock = (workdir / ".lock").open("w")
     except OSError as error:
         raise UserError(f"workdir {workdir} cannot be written ({error.strerror}): choose another --workdir") from error
-    stop: list[int] = []
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -67,20 +75,55 @@ def open_run(config: Config) -> Iterator[Run]:
             raise UserError(
                 f"another process is training in {workdir}: wait for it or choose another --workdir"
             ) from None
-        run = Run(workdir, CheckpointFolder(workdir / "checkpoints"), stop)
-        run.checkpoints.clear_drafts()
-
-        def ask_to_stop(number: int, _: Any) -> None:
-            if stop:  # a second Ctrl-C means now
-                raise KeyboardInterrupt
-            stop.append(number)
-
-        before = {s: signal.signal(s, ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        checkpoints, history = CheckpointFolder(workdir / "checkpoints"), History(workdir)
+        checkpoints.clear_drafts()
+        watch = Watch(workdir, history, config.train.hang_timeout)
+        run = Run(workdir, checkpoints, [], history, watch, Saver(checkpoints, watch), Clock(workdir))
         try:
-            yield run
+            with _stopping(run.stop), _recorded(run, config.train.steps):
+                yield run
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            watch.close()
+
+
+@contextmanager
+def _stopping(stop: list[int]) -> Iterator[None]:
+    """Collects signals; a second Ctrl-C or SIGTERM means now, but SIGTERM after SIGUSR1 is only its reminder."""
+
+    def ask_to_stop(number: int, _: Any) -> None:
+        if number != signal.SIGUSR1 and (number in stop or (stop and number == signal.SIGINT)):
+            raise KeyboardInterrupt
+        stop.append(number)
+
+    before = {s: signal.signal(s, ask_to_stop) for s in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _recorded(run: Run, steps: int) -> Iterator[None]:
+    """Finishes the last save, then tells the history how the run was left."""
+    try:
+        try:
+            yield
+        finally:
+            unsaid = run.saver.close()
+            if unsaid is not None:
+                print(f"error: {unsaid}", file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+        run.history.note("interrupted", step=run.watch.step)
+        raise
+    except BaseException as error:
+        told = str(error) or type(error).__name__
+        run.history.note("failed", step=run.watch.step, kind=type(error).__name__, message=told[:2000])
+        raise
+    if run.stop and run.watch.step < steps:
+        run.history.note("stopped", step=run.watch.step, signal=signal.Signals(run.stop[0]).name)
+    else:
+        run.history.note("ended", step=run.watch.step)
 
 
 def restore_or_init(
@@ -104,15 +147,10 @@ def restore_or_init(
       UserError: The folder's run had another config or other data, no checkpoint of it is sound, or nothing of
         `train.init` fits.
     """
+    run.watch.enter("reading the checkpoint")
     abstract = jax.eval_shape(lambda: init_state(config, model, task, batch))
     where = shard_tree(mesh, abstract)
-    sound, damaged = [], []
-    for checkpoint in reversed(run.checkpoints.all()):
-        try:
-            checkpoint.verify()
-            sound.append(checkpoint)
-        except UserError as error:
-            damaged.append((checkpoint, error))
+    sound, damaged = run.checkpoints.verify()
     if damaged and not sound:
         raise UserError(
             f"{damaged[0][1]}; none of the {len(damaged)} in {run.workdir} is sound: delete them to start anew"
@@ -137,11 +175,26 @@ def restore_or_init(
         if other:
             raise UserError(f"{run.workdir}: {other[0]}: bring that code back, or choose another --workdir")
         said = [f"skipped: {error}; it is now {run.checkpoints.set_aside(bad)}" for bad, error in damaged]
-        return newest.restore(abstract_like(abstract, where)), [*said, f"goes on from {newest.path}"]
-    (run.workdir / "config.json").write_text(to_json(config))
+        state = newest.restore(abstract_like(abstract, where))
+        if newest.step < config.train.steps:  # else there is nothing to be done, and the folder stays as it is
+            _begin(config, run, source, task.pipeline, newest.step, str(newest.path))
+        return state, [*said, f"goes on from {newest.path}"]
+    stored = run.workdir / "config.json"
+    if not stored.exists() or stored.read_text() != to_json(config):  # else it went back to its very start
+        (run.workdir / JUMPS).unlink(missing_ok=True)
+    stored.write_text(to_json(config))
     (run.workdir / RECORD).unlink(missing_ok=True)
+    _begin(config, run, source, task.pipeline, 0, None)
     fresh = jax.jit(lambda: init_state(config, model, task, batch), out_shardings=where)()
     return start_from(config.train.init, fresh, config.model, run.workdir) if config.train.init else (fresh, [])
+
+
+def _begin(config: Config, run: Run, source: Source, pipeline: Pipeline, step: int, resumed: str | None) -> None:
+    """Puts a start on record, with everything that it may differ in from the starts before."""
+    made = describe(source, pipeline)
+    told = {"step": step, "steps": config.train.steps, "resumed_from": resumed, "devices": jax.device_count()}
+    run.history.start(**told, **made, environment=environment(), config=to_dict(config))
+    run.watch.enter("compiling", step)
 
 
 def describe(source: Source, pipeline: Pipeline) -> dict[str, Any]:
@@ -162,29 +215,3 @@ def trained_fingerprints(meta: dict[str, Any]) -> frozenset[str]:
       That of the whole, and of each part where it was mixed.
     """
     return frozenset([meta["data"]["fingerprint"], *meta["data"].get("mixed", ())])
-
-
-def provenance() -> dict[str, Any]:
-    """What any checkpoint says about its making: versions, device, command, revision."""
-    try:
-        git = subprocess.run(
-            ["git", "rev-parse", "HEAD"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=5,
-        )
-        revision = git.stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        revision = "unknown"
-    return {
-        "versions": {
-            "r1jax": __version__,
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in PACKAGES},
-        },
-        "device": jax.devices()[0].device_kind,
-        "command": sys.argv,
-        "git": revision,
-    }

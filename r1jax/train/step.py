@@ -4,21 +4,31 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Int, UInt32
+from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt32
 
 from r1jax.config import Config, DecoderConfig
+from r1jax.errors import UserError
 from r1jax.models.lora import join_trees, split_adapters
-from r1jax.models.moe import RouterStats
-from r1jax.models.r1 import R1
+from r1jax.models.precision import PRECISIONS, stored
+from r1jax.models.r1 import R1, Inputs
+from r1jax.ops.rounding import round_like
 from r1jax.parallel.mesh import batch_sharding, shard_tree
 from r1jax.tasks.task import Task
-from r1jax.train.optimizer import BALANCE_BIAS, make_optimizer, schedule
+from r1jax.train.accumulate import divide, sum_over
+from r1jax.train.layer_metrics import layer_metrics
+from r1jax.train.optimizer import BALANCE_BIAS, make_optimizer, schedule, updates_done
+from r1jax.train.scaling import LossScale, ScaledState, first_scale, next_scale
 
 Batch = dict[str, Any]
 BITS = "rbg"
-"""Random bits from one XLA instruction; threefry costs a tenth of the step in dropout."""
+"""Generator of the initial weights: one XLA instruction. Its keys are two keys of threefry, side by side."""
+
+
+NO_LIMIT = np.float32(np.inf)
+"""Limit that every finite loss stays below."""
 
 
 class TrainState(NamedTuple):
@@ -29,8 +39,9 @@ class TrainState(NamedTuple):
     """Data of the one random key; every use folds it with the step."""
     params: Any
     optimizer: Any
+    """Moments and counts; a `ScaledState` where the precision scales the loss."""
     ema: Any
-    """Moving average of `params` that is evaluated and served."""
+    """Moving average of `params` that is evaluated and served; fp32 whatever they are."""
 
 
 def init_state(config: Config, model: R1, task: Task, batch: Batch) -> TrainState:
@@ -48,9 +59,16 @@ def init_state(config: Config, model: R1, task: Task, batch: Batch) -> TrainStat
     inputs, _ = task.prepare(batch)
     key = jax.random.key(config.seed, impl=BITS)
     params = model.init({"params": key}, inputs, language=task.language)["params"]
+    precision = PRECISIONS[config.model.precision]
     optimizer = make_optimizer(config.train).init(_divide(params, config)[0])
+    kept_in = precision.moments or config.train.moments
+    optimizer = jax.tree.map(lambda x: x.astype(kept_in) if jnp.issubdtype(x.dtype, jnp.floating) else x, optimizer)
     return TrainState(
-        jnp.zeros((), jnp.int32), jax.random.key_data(key), params, optimizer, jax.tree.map(jnp.copy, params)
+        jnp.zeros((), jnp.int32),
+        jax.random.key_data(key),
+        stored(params, precision),
+        ScaledState(optimizer, first_scale()) if precision.scaled else optimizer,
+        jax.tree.map(jnp.copy, params),
     )
 
 
@@ -59,12 +77,14 @@ def _divide(params: Any, config: Config) -> tuple[Any, Any]:
     return split_adapters(params) if config.model.lora_rank else (params, {})
 
 
-def balance_routers(params: Any, router: tuple[RouterStats, ...], config: DecoderConfig, rate: float | Array) -> Any:
+def balance_routers(
+    params: Any, loads: tuple[Float[Array, " E"], ...], config: DecoderConfig, rate: float | Array
+) -> Any:
     """Moves each router's bias by rate * sign(mean load - load) (DeepSeek-V3, section 2.1.2).
 
     Args:
       params: Parameter tree of R1.
-      router: Statistics in the order of the layers, the MTP module's last if it ran.
+      loads: Tokens of each expert in the order of the layers, the MTP module's last if it ran.
       config: Tells which layers have experts.
       rate: gamma.
 
@@ -72,16 +92,74 @@ def balance_routers(params: Any, router: tuple[RouterStats, ...], config: Decode
       The tree with new biases.
     """
     paths = [(f"layers_{i}",) for i in range(config.first_k_dense_replace, config.num_hidden_layers)]
-    paths = [*paths, ("mtp", "layer")][: len(router)]
+    paths = [*paths, ("mtp", "layer")][: len(loads)]
 
-    def moved(tree: Any, path: tuple[str, ...], stats: RouterStats) -> Any:
+    def moved(tree: Any, path: tuple[str, ...], load: Float[Array, " E"]) -> Any:
         if path:
-            return {**tree, path[0]: moved(tree[path[0]], path[1:], stats)}
-        return tree + rate * jnp.sign(jnp.mean(stats.load) - stats.load)
+            return {**tree, path[0]: moved(tree[path[0]], path[1:], load)}
+        return tree + rate * jnp.sign(jnp.mean(load) - load)
 
-    for path, stats in zip(paths, router, strict=True):
-        params = moved(params, ("decoder", *path, "mlp", "gate", BALANCE_BIAS), stats)
+    for path, load in zip(paths, loads, strict=True):
+        params = moved(params, ("decoder", *path, "mlp", "gate", BALANCE_BIAS), load)
     return params
+
+
+def batch_gradients(
+    config: Config,
+    model: R1,
+    task: Task,
+    trained: Any,
+    frozen: Any,
+    batch: Batch,
+    key: PRNGKeyArray,
+    share: Float[Array, ""],
+    scale: Float[Array, ""] | None = None,
+) -> tuple[Any, Float[Array, ""], dict[str, Array], tuple[Float[Array, " E"], ...]]:
+    """Gradients, loss, its parts and the experts' loads of a whole batch, computed in `train.accumulation` parts.
+
+    Every mean of the loss is taken over the whole batch, and a case's random numbers depend on its index alone, so that
+    the number of parts changes nothing but the order of additions.
+
+    Args:
+      config: Parts, and the depth of the decoder.
+      model: The model.
+      task: Batch, loss.
+      trained: Weights to differentiate by.
+      frozen: The other weights.
+      batch: From `task.collate`.
+      key: Randomness of the step.
+      share: Of the run that is done.
+      scale: Factor on the loss while it is differentiated; the gradients are divided by it.
+
+    Returns:
+      Gradients in fp32, the scalar loss, its parts, and the tokens of each expert of each mixture layer.
+    """
+    augment, dropout = jax.random.split(key)
+    cases = jnp.arange(len(jax.tree.leaves(batch)[0]))
+    microbatches = divide((cases, batch), config.train.accumulation)
+
+    def prepare(part: tuple[Array, Batch]) -> tuple[Inputs, dict[str, Array]]:
+        keys = jax.vmap(lambda case: jax.random.fold_in(augment, case))(part[0])
+        return task.prepare(part[1], keys)
+
+    weights = sum_over(lambda part: task.weights(*prepare(part)), microbatches)
+
+    def one(part: tuple[Array, Batch]) -> Any:
+        inputs, targets = prepare(part)
+
+        def loss_fn(trained: Any) -> tuple[Array, Any]:
+            params, rngs = join_trees(trained, frozen), {"dropout": dropout}
+            output = model.apply({"params": params}, inputs, cases=part[0], language=task.language, rngs=rngs)
+            loss, parts = task.loss(output, inputs, targets, share, weights)
+            scaled = loss if scale is None else loss * scale
+            return scaled, (loss, parts, tuple(stats.load for stats in output.router))
+
+        gradients, sums = jax.grad(loss_fn, has_aux=True)(trained)
+        return gradients, *sums
+
+    gradients, *sums = sum_over(one, microbatches)
+    gradients = _wide(gradients) if scale is None else jax.tree.map(lambda g: g / scale, _wide(gradients))
+    return gradients, *sums
 
 
 def make_step(config: Config, model: R1, task: Task) -> Any:
@@ -93,45 +171,85 @@ def make_step(config: Config, model: R1, task: Task) -> Any:
       task: Batch, loss.
 
     Returns:
-      (state, batch) -> (state, metrics), to be compiled.
+      (state, batch, limit) -> (state, metrics), to be compiled. A loss above the fp32 scalar `limit`
+      (`guard.loss_limit`) or a number that is not finite leaves the state as it was, but for its step.
     """
     optimizer, rate = make_optimizer(config.train), schedule(config.train)
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-        key = jax.random.fold_in(jax.random.wrap_key_data(state.key, impl=BITS), state.step)
-        augment, dropout = jax.random.split(key)
-        inputs, targets = task.prepare(batch, augment)
+    def step(state: TrainState, batch: Batch, limit: Float[Array, ""]) -> tuple[TrainState, dict[str, Array]]:
         share = state.step.astype(jnp.float32) / config.train.steps
-
-        trained, frozen = _divide(state.params, config)
-
-        def loss_fn(trained: Any) -> tuple[Array, Any]:
-            params = join_trees(trained, frozen)
-            output = model.apply(
-                {"params": params}, inputs, train=True, language=task.language, rngs={"dropout": dropout}
-            )
-            loss, parts = task.loss(output, inputs, targets, share)
-            return loss, (parts, output.router)
-
-        (loss, (parts, router)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(trained)
-        updates, moments = optimizer.update(gradients, state.optimizer, trained)
-        trained = optax.apply_updates(trained, updates)
+        old, frozen = _divide(state.params, config)
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key[:2], impl="threefry2x32"), state.step)
+        draws, rounding, rounding_moments = jax.random.split(key, 3)
+        kept, scaling = state.optimizer if isinstance(state.optimizer, ScaledState) else (state.optimizer, None)
+        scale = scaling.scale if scaling else None
+        gradients, loss, parts, loads = batch_gradients(config, model, task, old, frozen, batch, draws, share, scale)
+        updates, moments = optimizer.update(gradients, _wide(kept), _wide(old))
+        new = round_like(rounding, optax.apply_updates(_wide(old), updates), old)
+        moments = round_like(rounding_moments, moments, kept)
         if not frozen and config.model.decoder.scoring_func == "sigmoid":  # DeepSeek-V2's routers have no such bias
             gamma = jnp.where(share < config.train.router_bias_until, config.train.router_bias_rate, 0.0)
-            trained = balance_routers(trained, router, config.model.decoder, gamma)
+            new = balance_routers(new, loads, config.model.decoder, gamma)
         # Averaging over the steps so far keeps the first average from being the random start.
         count = state.step.astype(jnp.float32)
         decay = jnp.minimum(config.train.ema, (1 + count) / (10 + count))
-        average, kept = _divide(state.ema, config)
-        average = jax.tree.map(lambda old, new: old * decay + new * (1 - decay), average, trained)
-        params, ema = join_trees(trained, frozen), join_trees(average, kept)
+        average, unmoved = _divide(state.ema, config)
+        average = jax.tree.map(lambda old, new: old * decay + new * (1 - decay), average, _wide(new))
         metrics = {"loss": loss, **{f"loss.{k}": v for k, v in parts.items()}}
-        metrics |= {"gradient_norm": optax.tree.norm(gradients), "learning_rate": jnp.asarray(rate(state.step))}
-        for i, stats in enumerate(router):
-            metrics[f"router.{i}.violation"] = jnp.max(stats.load) / jnp.maximum(jnp.mean(stats.load), 1e-9) - 1
-        return TrainState(state.step + 1, state.key, params, moments, ema), metrics
+        metrics |= {"gradient_norm": optax.tree.norm(gradients), "learning_rate": jnp.asarray(rate(updates_done(kept)))}
+        metrics |= layer_metrics(_wide(old), gradients, updates)
+        for i, load in enumerate(loads):
+            metrics[f"router.{i}.violation"] = jnp.max(load) / jnp.maximum(jnp.mean(load), 1e-9) - 1
+        done = TrainState(state.step + 1, state.key, join_trees(new, frozen), moments, join_trees(average, unmoved))
+        return _if_sound(state._replace(optimizer=kept), done, scaling, metrics, limit)
 
     return step
+
+
+def _wide(tree: Any) -> Any:
+    """The tree with every floating-point number in fp32."""
+    return jax.tree.map(lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+
+
+def _if_sound(
+    before: TrainState,
+    done: TrainState,
+    scaling: LossScale | None,
+    metrics: dict[str, Array],
+    limit: Float[Array, ""],
+) -> tuple[TrainState, dict[str, Array]]:
+    """The step; nothing of it but the step count, where a number is not finite or the loss is above the limit.
+
+    Adds the metric "refused" (0 or 1). An overflow of fp16 does not count as such while its scale can still fall.
+    """
+    finite = jnp.isfinite(metrics["gradient_norm"])
+    taken = finite & (metrics["loss"] <= limit)  # of NaN, this is false
+    state = jax.tree.map(lambda new, old: jnp.where(taken, new, old), done, before)
+    # A step that was not taken has no update, and JSON has no infinity.
+    shown = {k: v if k.startswith(("loss", "router")) else jnp.where(taken, v, 0.0) for k, v in metrics.items()}
+    shown |= {"learning_rate": metrics["learning_rate"], "refused": jnp.where(taken, 0.0, 1.0)}
+    if scaling is None:
+        return state._replace(step=done.step), shown
+    following = next_scale(scaling, finite)
+    shown["refused"] = jnp.where(taken | (~finite & (scaling.scale > 1)), 0.0, 1.0)
+    shown |= {"loss_scale": scaling.scale, "skipped": following.skipped}
+    return state._replace(step=done.step, optimizer=ScaledState(state.optimizer, following)), shown
+
+
+def check_offload(remat: str, device: Any) -> None:
+    """Refuses to keep activations in the host's memory where a device cannot reach it.
+
+    Args:
+      remat: Policy.
+      device: A JAX device.
+
+    Raises:
+      UserError: It cannot.
+    """
+    if remat == "offload" and "pinned_host" not in {memory.kind for memory in device.addressable_memories()}:
+        raise UserError(
+            f"model.remat is 'offload', but {device.device_kind} cannot reach the host's memory: use 'full'"
+        )
 
 
 def compile_step(config: Config, model: R1, task: Task, mesh: Mesh, batch: Batch) -> Any:
@@ -146,11 +264,19 @@ def compile_step(config: Config, model: R1, task: Task, mesh: Mesh, batch: Batch
 
     Returns:
       The compiled executable; `memory_analysis()` and `cost_analysis()` say what it takes.
+
+    Raises:
+      UserError: Activations shall wait in the host's memory, and the devices cannot reach it.
     """
+    check_offload(config.model.remat, mesh.devices.flat[0])
     abstract = jax.eval_shape(lambda: init_state(config, model, task, batch))
     where, cases = shard_tree(mesh, abstract), batch_sharding(mesh)
     whole = NamedSharding(mesh, PartitionSpec())
     step = jax.jit(
-        make_step(config, model, task), in_shardings=(where, cases), out_shardings=(where, whole), donate_argnums=0
+        make_step(config, model, task),
+        in_shardings=(where, cases, whole),
+        out_shardings=(where, whole),
+        donate_argnums=0,
     )
-    return step.lower(abstract, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)).compile()
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
+    return step.lower(abstract, like, NO_LIMIT).compile()

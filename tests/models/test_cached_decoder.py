@@ -41,8 +41,8 @@ def model(request):
     def everything(decoder, tokens):
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
         valid = jnp.ones(tokens.shape, bool)
-        hidden, _ = decoder(decoder.embed(tokens), positions, valid, train=False)
-        states, _ = decoder.predict_second(hidden, jnp.roll(tokens, -1, axis=1), positions, valid, train=False)
+        hidden, _ = decoder(decoder.embed(tokens), positions, valid)
+        states, _ = decoder.predict_second(hidden, jnp.roll(tokens, -1, axis=1), positions, valid)
         return decoder.logits(hidden), decoder.logits(states)
 
     init = partial(Decoder(config).init, jax.random.key(0), tokens, method=everything)

@@ -91,10 +91,10 @@ def run_all(decoder, tokens):
     """Next-token logits and, where the decoder has MTP, those of the token after next; router statistics."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
     valid = jnp.ones(tokens.shape, bool)
-    hidden, stats = decoder(decoder.embed(tokens), positions, valid, train=False)
+    hidden, stats = decoder(decoder.embed(tokens), positions, valid)
     if not decoder.config.num_nextn_predict_layers:
         return decoder.logits(hidden), None, stats
-    states, last = decoder.predict_second(hidden[:, :-1], tokens[:, 1:], positions[:, :-1], valid[:, :-1], train=False)
+    states, last = decoder.predict_second(hidden[:, :-1], tokens[:, 1:], positions[:, :-1], valid[:, :-1])
     return decoder.logits(hidden), decoder.logits(states), (*stats, last)
 
 
@@ -397,7 +397,7 @@ def small():
     @jax.jit
     def run(embedded, valid):
         positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
-        hidden, stats = Decoder(TINY).apply({"params": params}, embedded, positions, valid, train=False)
+        hidden, stats = Decoder(TINY).apply({"params": params}, embedded, positions, valid)
         return hidden, stats[0].load
 
     return run

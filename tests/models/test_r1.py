@@ -161,7 +161,7 @@ def test_dropout_is_on_only_in_training(model):
     inputs, params, apply = model
     train = jax.jit(
         lambda seed: R1(CONFIG, HEADS).apply(
-            {"params": params}, inputs, train=True, rngs={"dropout": jax.random.key(seed)}
+            {"params": params}, inputs, cases=jnp.arange(len(inputs.text)), rngs={"dropout": jax.random.key(seed)}
         )
     )
     assert difference(apply(params, inputs), apply(params, inputs)).max() == 0
@@ -206,7 +206,7 @@ def test_text_alone_is_the_decoder(model):
     def by_itself(params):
         def run(decoder):
             positions = jnp.minimum(jnp.arange(6)[None], jnp.asarray([[5], [3]]))
-            hidden, router = decoder(decoder.embed(text.text), positions, text.text_valid, train=False)
+            hidden, router = decoder(decoder.embed(text.text), positions, text.text_valid)
             return decoder.logits(hidden), router
 
         return nn.apply(run, decoder)({"params": params})

@@ -14,8 +14,8 @@ FIELDS, WIDTH = 3, 8
 def make(layers):
     module = TableEncoder(TableConfig(layers=layers, frequencies=4, num_attention_heads=2), WIDTH)
     values = jnp.asarray([[0.3, -1.2, 2.0], [0.1, 0.4, -0.5]])
-    params = jax.jit(lambda: module.init(jax.random.key(0), values, train=False))()["params"]
-    apply = jax.jit(lambda params, values: module.apply({"params": params}, values, train=False)[0])
+    params = jax.jit(lambda: module.init(jax.random.key(0), values))()["params"]
+    apply = jax.jit(lambda params, values: module.apply({"params": params}, values)[0])
     return apply, params, values
 
 
@@ -58,8 +58,8 @@ def test_no_nan_in_values_or_gradients(missing):
 def test_the_summary_holds_the_plain_sum_of_fields_beside_what_the_layers_make_of_them():
     module = TableEncoder(TableConfig(layers=0, frequencies=4, num_attention_heads=2), WIDTH)
     values = jnp.asarray([[0.3, -1.2, 2.0]])
-    params = module.init(jax.random.key(0), values, train=False)["params"]
-    _, summary = module.apply({"params": params}, values, train=False)
+    params = module.init(jax.random.key(0), values)["params"]
+    _, summary = module.apply({"params": params}, values)
     angle = 2 * np.pi * np.asarray(values, float)[0][:, None] * 0.1 * 2.0 ** np.arange(4)
     parts = np.concatenate([np.asarray(values, float).T, np.sin(angle), np.cos(angle), np.ones((FIELDS, 1))], axis=1)
     tokens = np.einsum("fi,foi->fo", parts, np.asarray(params["weight"], float))

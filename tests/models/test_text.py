@@ -14,8 +14,8 @@ def make(length=9):
     module = TextSummary(5, window=WINDOW)
     x = jax.random.normal(jax.random.key(1), (2, length, WIDTH))
     valid = jnp.arange(length)[None] < jnp.asarray([[length], [length - 3]])
-    params = module.init(jax.random.key(0), x, valid, train=False)["params"]
-    return params, jax.jit(lambda p, x, valid: module.apply({"params": p}, x, valid, train=False)), x, valid
+    params = module.init(jax.random.key(0), x, valid)["params"]
+    return params, jax.jit(lambda p, x, valid: module.apply({"params": p}, x, valid)), x, valid
 
 
 def test_equals_a_plain_loop_over_places():
@@ -56,12 +56,12 @@ def test_a_few_steps_tell_a_symptom_from_its_denial_in_both_languages():
     module = TextSummary(1)
     embedding = jax.random.normal(jax.random.key(2), (tokenizer.VOCAB_SIZE, 16))
     x = embedding[tokens]
-    params = module.init(jax.random.key(0), x, valid, train=False)["params"]
+    params = module.init(jax.random.key(0), x, valid)["params"]
 
     @jax.jit
     def step(params):
         def loss(p):
-            logit = module.apply({"params": p}, x, valid, train=False)[:, 0]
+            logit = module.apply({"params": p}, x, valid)[:, 0]
             return jnp.mean(jnp.logaddexp(0, -(2 * label - 1) * logit))
 
         value, gradient = jax.value_and_grad(loss)(params)

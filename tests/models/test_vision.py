@@ -53,9 +53,9 @@ def encoder(rank, **changes):
     config = VisionConfig(size=SIZES[rank], widths=(8, 12), blocks=(1, 1), num_attention_heads=2, **changes)
     module, rng = VisionEncoder(config, 10), np.random.default_rng(0)
     x, spacing = draw(2, *config.size), jnp.asarray([[0.7] * rank, [2.0] * rank])
-    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), x, spacing, train=False))["params"]
+    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), x, spacing))["params"]
     params = jax.tree.map(lambda s: jnp.asarray(rng.standard_normal(s.shape) / s.shape[-1] ** 0.5, jnp.float32), shapes)
-    return jax.jit(lambda x, spacing: module.apply({"params": params}, x, spacing, train=False)), x, spacing
+    return jax.jit(lambda x, spacing: module.apply({"params": params}, x, spacing)), x, spacing
 
 
 def change(a, b):

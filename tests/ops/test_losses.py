@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from r1jax.ops.linear_cross_entropy import linear_cross_entropy
 from r1jax.ops.losses import binary_cross_entropy, cross_entropy, huber, weighted_mean
 
 
@@ -79,3 +80,35 @@ def test_weighted_mean():
     assert weighted_mean(values, jnp.ones(3)) == 3.0
     value, gradient = jax.value_and_grad(weighted_mean)(values, jnp.zeros(3))
     assert value == 0 and not np.any(gradient)
+
+
+def test_smoothing_and_z_loss_are_exact():
+    """Means over thousands of tokens, against float64: smoothing of both tasks, and z-loss, to 1e-7."""
+    rng = np.random.default_rng(0)
+    count, size, smoothing, z_loss = 4096, 50, 0.1, 1e-2
+    hidden, head = (rng.standard_normal(n).astype(np.float32) for n in ((1, count, 16), (size, 16)))
+    labels = rng.integers(0, size, (1, count)).astype(np.int32)
+    with jax.default_matmul_precision("highest"):
+        logits = np.asarray(jnp.einsum("btD,VD->btV", hidden, head))  # what the loss is given
+        got = (
+            linear_cross_entropy(
+                *map(jnp.asarray, (hidden, head, labels)), jnp.ones((1, count)), smoothing, z_loss, count
+            )
+            / count
+        )
+    z = np.log(np.exp(logits.astype(np.float64)).sum(-1))
+    target = (1 - smoothing) * np.eye(size)[labels] + smoothing / size
+    expected = (z - (target * logits).sum(-1) + z_loss * z**2).mean()
+    np.testing.assert_allclose(got, expected, rtol=1e-7)
+
+    known = rng.integers(0, 2, count).astype(np.float32)
+    raw = logits[0, :, 0]
+    smooth = (1 - smoothing) * known.astype(np.float64) + smoothing / 2
+    binary = (np.log1p(np.exp(raw.astype(np.float64))) - smooth * raw).mean()
+    np.testing.assert_allclose(
+        jnp.mean(binary_cross_entropy(jnp.asarray(raw), jnp.asarray(known), smoothing=smoothing)), binary, rtol=1e-7
+    )
+    rating = (z - (target * logits).sum(-1)).mean()
+    np.testing.assert_allclose(
+        jnp.mean(cross_entropy(jnp.asarray(logits), jnp.asarray(labels), smoothing=smoothing)), rating, rtol=1e-7
+    )

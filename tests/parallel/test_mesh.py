@@ -21,7 +21,7 @@ from r1jax.models.r1 import R1
 from r1jax.parallel import mesh as mesh_module
 from r1jax.parallel.mesh import SMALLEST_SHARDED, batch_sharding, check_batch, make_mesh, shard_tree
 from r1jax.tasks.medical.task import Medical
-from r1jax.train.step import compile_step, init_state
+from r1jax.train.step import NO_LIMIT, compile_step, init_state
 
 TINY = Config(
     model=ModelConfig(
@@ -117,7 +117,7 @@ def run_step(mesh, start):
     batch = draw_batch(task)
     step = compile_step(TINY, R1(TINY.model, task.heads), task, mesh, batch)
     state = jax.device_put(start, shard_tree(mesh, start))
-    state, metrics = step(state, jax.device_put(batch, batch_sharding(mesh)))
+    state, metrics = step(state, jax.device_put(batch, batch_sharding(mesh)), NO_LIMIT)
     split = sum(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state.params))
     return jax.device_get(metrics), jax.device_get(state.params), split
 

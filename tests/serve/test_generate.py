@@ -39,8 +39,8 @@ PROMPTS = [[1, 2, 3, 4, 0], [4], [2, 2, 1, 0, 3, 3, 3, 1, 2]]
 def forward(decoder, tokens):
     """Next-token logits and MTP's of whole rows."""
     positions, valid = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape), jnp.ones(tokens.shape, bool)
-    hidden, _ = decoder(decoder.embed(tokens), positions, valid, train=False)
-    states, _ = decoder.predict_second(hidden, jnp.roll(tokens, -1, axis=1), positions, valid, train=False)
+    hidden, _ = decoder(decoder.embed(tokens), positions, valid)
+    states, _ = decoder.predict_second(hidden, jnp.roll(tokens, -1, axis=1), positions, valid)
     return decoder.logits(hidden), decoder.logits(states)
 
 

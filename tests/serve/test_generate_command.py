@@ -43,8 +43,8 @@ def folder(tmp_path_factory):
 
     def everything(decoder, tokens):
         x, positions, valid = decoder.embed(tokens), jnp.zeros(tokens.shape, jnp.int32), jnp.ones(tokens.shape, bool)
-        hidden, _ = decoder(x, positions, valid, train=False)
-        return decoder.predict_second(hidden, tokens, positions, valid, train=False), decoder.logits(hidden)
+        hidden, _ = decoder(x, positions, valid)
+        return decoder.predict_second(hidden, tokens, positions, valid), decoder.logits(hidden)
 
     tokens = jnp.zeros((1, 3), jnp.int32)
     init = jax.eval_shape(lambda: Decoder(CONFIG).init(jax.random.key(0), tokens, method=everything)["params"])

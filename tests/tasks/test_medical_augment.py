@@ -98,7 +98,9 @@ def test_centre_moves_with_the_nodule(mode, size, spacing):
         "nodule_present": jnp.ones(CASES),
     }
     x = bright(offsets, size)
-    x, new_spacing, moved, _ = augment(jax.random.key(0), x, jnp.asarray(spacings), targets, mode=mode)
+    x, new_spacing, moved, _ = augment(
+        jax.random.split(jax.random.key(0), CASES), x, jnp.asarray(spacings), targets, mode=mode
+    )
     # Contrast scales by at least e^-0.15 and lifts by up to 0.15: the background is taken off again.
     flat = np.asarray(x).reshape(CASES, -1)
     found = position((np.asarray(x) - np.median(flat, axis=1).reshape(-1, 1, 1, 1)) * 2)
@@ -114,7 +116,9 @@ def test_centre_moves_with_the_nodule(mode, size, spacing):
 def test_length_grows_with_the_picture_and_an_unknown_centre_stays_unknown():
     x = bright(np.zeros((CASES, 3)), (24, 24, 24), 2.5)
     targets = {"long_axis_mm": jnp.full(CASES, 10.0), "center_mm": jnp.zeros((CASES, 3)).at[3, 1].set(jnp.nan)}
-    y, _, moved, zoom = augment(jax.random.key(1), x, jnp.ones((CASES, 3)), targets, mode="affine")
+    y, _, moved, zoom = augment(
+        jax.random.split(jax.random.key(1), CASES), x, jnp.ones((CASES, 3)), targets, mode="affine"
+    )
     ratio = np.asarray(moved["long_axis_mm"]) / 10
     np.testing.assert_allclose([spread(case) / spread(np.asarray(x[0])) for case in np.asarray(y)], ratio, rtol=0.05)
     assert ratio.min() < 0.9 and ratio.max() > 1.1
@@ -158,7 +162,7 @@ def both_pictures(offsets, size):
 def test_both_pictures_of_a_case_grow_alike():
     batch = both_pictures(np.zeros((CASES, 3)), (24, 24, 24))
     before, _ = jax.jit(Medical(BOTH).prepare)(batch)
-    after, targets = jax.jit(Medical(BOTH).prepare)(batch, jax.random.key(1))
+    after, targets = jax.jit(Medical(BOTH).prepare)(batch, jax.random.split(jax.random.key(1), CASES))
     ratio = np.asarray(targets["long_axis_mm"]) / 10
     assert ratio.min() < 0.9 and ratio.max() > 1.1
     for name in ("volume", "image"):
@@ -166,7 +170,7 @@ def test_both_pictures_of_a_case_grow_alike():
         np.testing.assert_allclose([spread(case) / spread(old[0]) for case in new], ratio, rtol=0.06)
 
 
-@pytest.mark.parametrize("key", [None, jax.random.key(2)], ids=["evaluation", "training"])
+@pytest.mark.parametrize("key", [None, jax.random.split(jax.random.key(2), 24)], ids=["evaluation", "training"])
 @pytest.mark.parametrize("size", [(25, 27, 27), (24, 25, 25), (22, 23, 23)])
 def test_centres_are_counted_from_what_the_model_reads(size, key):
     offsets = np.random.default_rng(0).uniform(-2, 2, (CASES, 3))
@@ -179,14 +183,16 @@ def test_centres_are_counted_from_what_the_model_reads(size, key):
 
 def test_a_slice_leaves_the_centre_of_the_volume_alone():
     targets = {"center_mm": jnp.ones((2, 3))}
-    x, spacing, kept, _ = augment(jax.random.key(0), jnp.zeros((2, 8, 8)), jnp.ones((2, 2)), targets, mode="affine")
+    x, spacing, kept, _ = augment(
+        jax.random.split(jax.random.key(0)), jnp.zeros((2, 8, 8)), jnp.ones((2, 2)), targets, mode="affine"
+    )
     np.testing.assert_array_equal(kept["center_mm"], np.ones((2, 3)))
     assert x.shape == (2, 8, 8) and spacing.shape == (2, 2)
 
 
 def test_mirrors_are_drawn_for_each_case():
     x = jnp.tile(jnp.arange(4.0**3).reshape(1, 4, 4, 4), (256, 1, 1, 1))
-    y = augment(jax.random.key(0), x, jnp.ones((256, 3)), {}, mode="flips")[0]
+    y = augment(jax.random.split(jax.random.key(0), 256), x, jnp.ones((256, 3)), {}, mode="flips")[0]
     assert len({np.asarray(case).tobytes() for case in y}) == 16  # eight mirrors, each turned or not
 
 
@@ -208,7 +214,9 @@ def prepared(count, has_volume, text, known, seed=0, config=RECORDS):
         "text": [text] * count,
         "target.nodule_present": np.zeros(count, np.float32),
     }
-    inputs, _ = jax.jit(task.prepare)(jax.tree.map(jnp.asarray, task.collate(raw)), jax.random.key(seed))
+    inputs, _ = jax.jit(task.prepare)(
+        jax.tree.map(jnp.asarray, task.collate(raw)), jax.random.split(jax.random.key(seed), count)
+    )
     return np.asarray(inputs.has_volume), np.asarray(inputs.has_table), np.asarray(inputs.text_valid).any(axis=1)
 
 

@@ -20,9 +20,17 @@ from r1jax.train.evaluation import Evaluator
 from r1jax.train.loop import fit
 from r1jax.train.plan import example_batch
 from r1jax.train.run import open_run, restore_or_init
-from r1jax.train.step import TrainState, compile_step, init_state
+from r1jax.train.step import NO_LIMIT, TrainState, compile_step, init_state
 
-CLOCK = ("examples_per_second", "data_wait")
+CLOCK = (
+    "examples_per_second",
+    "tokens_per_second",
+    "data_wait",
+    "mfu",
+    "goodput",
+    "host_memory_peak_bytes",
+    "device_memory_peak_bytes",
+)
 """Figures of a row of metrics.jsonl that differ from run to run."""
 
 
@@ -101,8 +109,8 @@ class Interrupted:
     def __init__(self, step, at, number):
         self.step, self.left, self.number = step, at, number
 
-    def __call__(self, state, batch):
+    def __call__(self, state, batch, limit=NO_LIMIT):
         self.left -= 1
         if self.left == 0:
             os.kill(os.getpid(), self.number)
-        return self.step(state, batch)
+        return self.step(state, batch, limit)

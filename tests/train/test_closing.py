@@ -9,9 +9,8 @@ from r1jax.errors import UserError
 from r1jax.fields import to_json
 from r1jax.tasks.medical.closing import WIDTH
 from r1jax.tasks.medical.task import Medical
-from r1jax.train.checkpoints import CheckpointFolder
 from r1jax.train.closing import closing_table
-from r1jax.train.run import Run
+from r1jax.train.run import Run, open_run
 
 FIGURES = {
     "both": {"auc.nodule_present": 0.98, "auc.malignancy": 0.841, "kappa.malignancy_rating": -0.0001},
@@ -26,7 +25,13 @@ def run_of(path, config: Config, validation: dict | None) -> Run:
     checkpoint.mkdir(parents=True)
     (checkpoint / "config.json").write_text(to_json(config))
     (checkpoint / "meta.json").write_text(json.dumps({"validation": validation}))
-    return Run(path, CheckpointFolder(path / "checkpoints"), [])
+    return left(path)
+
+
+def left(path) -> Run:
+    """A run that was opened and left."""
+    with open_run(Config(workdir=str(path))) as run:
+        return run
 
 
 def cells(text: str, finding: str) -> list[str]:
@@ -66,8 +71,4 @@ def test_without_figures_the_paths_are_left(tmp_path):
 
 def test_a_run_without_checkpoint_is_refused(tmp_path):
     with pytest.raises(UserError, match="no checkpoint"):
-        closing_table(
-            Run(tmp_path, CheckpointFolder(tmp_path / "checkpoints"), []),
-            Medical(Config()),
-            SyntheticCases(0, 4, "val"),
-        )
+        closing_table(left(tmp_path), Medical(Config()), SyntheticCases(0, 4, "val"))

@@ -17,6 +17,7 @@ from r1jax.train.closing import closing_table
 from r1jax.train.optimizer import BALANCE_BIAS
 from r1jax.train.run import open_run, restore_or_init
 from r1jax.train.start import start_from, start_record
+from r1jax.train.step import NO_LIMIT
 from tests.train.experiment import CLOCK, Interrupted, make_experiment
 
 
@@ -90,7 +91,7 @@ def test_biases_stop_and_the_weight_of_mtp_falls(text):
     bias = lambda state: [x for name, x in leaves(state.params).items() if BALANCE_BIAS in name]  # noqa: E731
     before = bias(state)
     for batch in text.batches(6):
-        state, metrics = text.step(state, batch)
+        state, metrics = text.step(state, batch, NO_LIMIT)
         m = {name: float(x) for name, x in metrics.items()}
         weight = (m["loss"] - m["loss.next"] - 2e-4 * m["loss.balance"]) / m["loss.mtp"]  # two layers of 1e-4
         after = bias(state)

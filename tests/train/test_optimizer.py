@@ -1,10 +1,14 @@
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from r1jax.config import TrainConfig
+from r1jax.config import Config, TrainConfig, validate
+from r1jax.errors import UserError
+from r1jax.train.layer_metrics import layer_metrics
 from r1jax.train.optimizer import BALANCE_BIAS, decays, make_optimizer, schedule
 from tests.train.experiment import optax_promotes
 
@@ -29,6 +33,47 @@ def test_schedule(step, rate):
 def test_schedule_never_rises_after_the_warmup():
     rates = np.array([schedule(CONFIG)(step) for step in range(10, 101)])
     assert np.all(np.diff(rates) < 0)
+
+
+def closed_form(config, step):
+    """The rate in plain Python."""
+    peak, final, warmup, steps = config.learning_rate, config.final_learning_rate, config.warmup_steps, config.steps
+    if step < warmup:
+        return peak * step / warmup
+    match config.schedule:
+        case "linear":
+            return peak + (final - peak) * min(1, (step - warmup) / (steps - warmup))
+        case "wsd":
+            length = min(config.decay_share * steps, steps - warmup)
+            return peak + (final - peak) * min(1, max(0, step - (steps - length)) / length)
+        case "step":
+            return peak * config.milestone_factor ** sum(step >= round(share * steps) for share in config.milestones)
+        case "constant":
+            return peak
+
+
+@pytest.mark.parametrize("warmup", [0, 10])
+@pytest.mark.parametrize("name", ["linear", "wsd", "step", "constant"])
+def test_schedules_equal_their_closed_forms(name, warmup):
+    config = replace(CONFIG, schedule=name, warmup_steps=warmup, milestones=(0.3, 0.6, 0.9), milestone_factor=0.2)
+    with optax_promotes():
+        rate = jax.jit(jax.vmap(schedule(config)))(jnp.arange(121))
+    np.testing.assert_allclose(rate, [closed_form(config, step) for step in range(121)], rtol=2e-6, atol=1e-12)
+
+
+def test_a_decay_that_is_longer_than_the_run():
+    config = replace(CONFIG, schedule="wsd", decay_share=1.0)
+    np.testing.assert_allclose(schedule(config)(10), 2e-3, rtol=1e-6)
+    np.testing.assert_allclose(schedule(config)(100), 1e-4, rtol=1e-5)
+
+
+def test_a_milestone_within_the_warmup_is_refused():
+    train = replace(CONFIG, schedule="step", milestones=(0.1, 0.5))
+    with pytest.raises(
+        UserError, match=r"train.milestones is \(0.1, 0.5\), but it must be after the warmup \(10 of 100"
+    ):
+        validate(Config(train=train))
+    validate(Config(train=replace(train, milestones=(0.11, 0.5))))
 
 
 def run(config, params, gradients):
@@ -100,3 +145,55 @@ def test_balance_biases_are_left_alone():
     assert np.all(np.asarray(after["gate"]["weight"]) < 1.0)
     moments = [leaf.shape for leaf in jax.tree.leaves(state) if leaf.ndim]
     assert moments == [(4, 2), (4, 2)], "the bias has moments"
+
+
+TREE = {
+    "decoder": {"embed_tokens": jnp.ones((3, 2)), "norm": {"weight": jnp.ones(2)}},
+    "head_a": {"weight": jnp.ones((2, 2)), "bias": jnp.ones(2)},
+}
+
+
+def test_rules_slow_and_decay_single_weights():
+    gradients = [jax.tree.map(lambda x: 0.01 * jnp.ones_like(x), TREE)] * 3
+    plain, _ = run(CONFIG, TREE, gradients)
+    rules = ("decoder/norm=0", "embed_tokens=0.5:1", r"head_.*/weight$=1:0")
+    ruled, _ = run(replace(CONFIG, rules=rules), TREE, gradients)
+    np.testing.assert_array_equal(ruled["decoder"]["norm"]["weight"], 1.0)
+    np.testing.assert_array_equal(ruled["head_a"]["bias"], plain["head_a"]["bias"])
+    rates = sum(float(schedule(CONFIG)(step)) for step in range(3))
+    adam = 1 - np.asarray(plain["head_a"]["bias"])  # what AdamW alone takes off, without decay
+    np.testing.assert_allclose(1 - ruled["head_a"]["weight"], np.tile(adam, (2, 1)), rtol=1e-4)
+    decayed = 0.5 * (adam[0] + 0.1 * rates)  # decay acts on weights that are still nearly 1
+    np.testing.assert_allclose(1 - ruled["decoder"]["embed_tokens"], decayed, rtol=1e-2)
+
+
+def test_rules_leave_the_state_as_it_is():
+    _, plain = run(CONFIG, TREE, [])
+    _, ruled = run(replace(CONFIG, rules=("head=0.5:0",)), TREE, [])
+    assert jax.tree.structure(plain) == jax.tree.structure(ruled)
+
+
+@pytest.mark.parametrize("rules", [("decder=0.5",), ("decoder=1", "norm=0.5")])
+def test_a_rule_that_nothing_follows_is_refused(rules):
+    with pytest.raises(UserError, match="train.rules: no trained weight follows the pattern"):
+        make_optimizer(replace(CONFIG, rules=rules)).init(TREE)
+
+
+@pytest.mark.parametrize("rule", ["decoder", "=1", "decoder=x", "decoder=-1", "decoder=1:nan", "(=1", "a=1:2:3"])
+def test_a_rule_that_cannot_be_read_is_refused(rule):
+    with pytest.raises(UserError, match="train.rules is .* a list of PATTERN=RATE or PATTERN=RATE:DECAY"):
+        validate(Config(train=TrainConfig(rules=(rule,))))
+
+
+def test_norms_of_layers():
+    two = jax.tree.map(lambda x: 2 * x, TREE)
+    found = layer_metrics(
+        TREE | {"head_b": {"weight": jnp.ones((3, 1))}},
+        two | {"head_b": {"weight": jnp.ones(3)}},
+        {**jax.tree.map(lambda x: 0.1 * x, TREE), "head_b": {"weight": jnp.zeros(3)}},
+    )
+    assert {name.partition(".")[2] for name in found} == {"decoder.embed_tokens", "decoder.norm", "head"}
+    np.testing.assert_allclose(found["weight_norm.head"], np.sqrt(4 + 2 + 3), rtol=1e-6)
+    np.testing.assert_allclose(found["gradient_norm.head"], np.sqrt(4 * 4 + 4 * 2 + 3), rtol=1e-6)
+    np.testing.assert_allclose(found["update_ratio.head"], np.sqrt(0.06 / 9), rtol=1e-5)
+    np.testing.assert_allclose(found["update_ratio.decoder.norm"], 0.1, rtol=1e-5)

@@ -71,11 +71,11 @@ def test_a_run_goes_on_with_workers_as_without(plugged, tmp_path):
 
     calls = []
 
-    def step(state, batch):
+    def step(state, batch, limit):
         calls.append(1)
         if len(calls) > 4:
             raise Enough
-        return first.step(state, batch)
+        return first.step(state, batch, limit)
 
     with pytest.raises(Enough):
         first.train(tmp_path / "run", step=step)

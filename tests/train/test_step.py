@@ -1,4 +1,5 @@
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -7,11 +8,11 @@ import optax
 import pytest
 
 from r1jax.config import DecoderConfig
-from r1jax.models.moe import RouterStats
+from r1jax.errors import UserError
 from r1jax.models.r1 import R1
 from r1jax.tasks.medical.task import Medical
 from r1jax.train.optimizer import BALANCE_BIAS
-from r1jax.train.step import balance_routers, make_step
+from r1jax.train.step import NO_LIMIT, balance_routers, check_offload, make_step
 from tests.train.experiment import optax_promotes
 
 
@@ -23,7 +24,7 @@ def run(tiny):
         state = tiny.init() if state is None else state
         states, metrics = [jax.device_get(state)], []
         for batch in batches:
-            state, figures = tiny.step(jax.device_put(state), batch)
+            state, figures = tiny.step(jax.device_put(state), batch, NO_LIMIT)
             states.append(jax.device_get(state))
             metrics.append(jax.device_get(figures))
         return states, metrics
@@ -97,7 +98,7 @@ def test_nothing_else_is_random(tiny):
     task = Medical(config)
     step = make_step(config, R1(config.model, task.heads), task)
     with optax_promotes():
-        loss = jax.jit(lambda state, batch: step(state, batch)[1]["loss"])
+        loss = jax.jit(lambda state, batch: step(state, batch, NO_LIMIT)[1]["loss"])
         states = [tiny.fresh._replace(step=jnp.asarray(step, jnp.int32)) for step in (0, 7)]
         losses = [float(loss(state, tiny.batches(1)[0])) for state in states]
     assert losses[0] == losses[1]
@@ -117,16 +118,29 @@ def test_routers_move_against_their_load():
     tree = lambda: {"mlp": {"gate": {BALANCE_BIAS: jnp.zeros(4), "weight": jnp.ones((4, 2))}}}  # noqa: E731
     params = {"decoder": {"layers_1": tree(), "layers_2": tree(), "mtp": {"layer": tree()}}}
     loads = [[4.0, 0.0, 2.0, 2.0], [1.0, 1.0, 1.0, 5.0], [2.0, 2.0, 2.0, 2.0]]
-    stats = tuple(make_stats(load) for load in loads)
-    moved = balance_routers(params, stats, config, 0.5)["decoder"]
+    loads = tuple(jnp.asarray(load) for load in loads)
+    moved = balance_routers(params, loads, config, 0.5)["decoder"]
     at = lambda part: np.asarray(part["mlp"]["gate"][BALANCE_BIAS])  # noqa: E731
     np.testing.assert_array_equal(at(moved["layers_1"]), [-0.5, 0.5, 0, 0])
     np.testing.assert_array_equal(at(moved["layers_2"]), [0.5, 0.5, 0.5, -0.5])
     np.testing.assert_array_equal(at(moved["mtp"]["layer"]), 0)
     np.testing.assert_array_equal(moved["layers_1"]["mlp"]["gate"]["weight"], 1)
-    without = balance_routers(params, stats[:2], config, 0.5)["decoder"]  # the MTP module did not run
+    without = balance_routers(params, loads[:2], config, 0.5)["decoder"]  # the MTP module did not run
     np.testing.assert_array_equal(at(without["mtp"]["layer"]), 0)
 
 
-def make_stats(load):
-    return RouterStats(load=jnp.asarray(load), **{k: jnp.zeros(()) for k in RouterStats._fields if k != "load"})
+def test_the_step_takes_over_the_memory_of_the_state(tiny):
+    held = sum(x.nbytes for x in jax.tree.leaves(tiny.fresh))
+    assert tiny.step.memory_analysis().alias_size_in_bytes >= 0.99 * held
+    state = tiny.init()
+    tiny.step(state, tiny.batches(1)[0], NO_LIMIT)
+    assert all(x.is_deleted() for x in jax.tree.leaves((state.params, state.optimizer, state.ema)))
+
+
+def test_offloading_needs_a_device_that_reaches_the_host():
+    device = SimpleNamespace(device_kind="toy", addressable_memories=lambda: [SimpleNamespace(kind="device")])
+    with pytest.raises(UserError, match="model.remat is 'offload', but toy cannot reach the host's memory: use 'full'"):
+        check_offload("offload", device)
+    check_offload("full", device)
+    device.addressable_memories = lambda: [SimpleNamespace(kind="pinned_host")]
+    check_offload("offload", device)

@@ -1,5 +1,7 @@
 """Losses of text: the next token, and with MTP the one after it (DeepSeek-V3, section 2.2)."""
 
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -35,6 +37,7 @@ def text_losses(
     end: int | None = None,
     smoothing: float = 0.0,
     z_loss: float = 0.0,
+    totals: Sequence[Float[Array, ""]] | None = None,
 ) -> list[Float[Array, ""]]:
     """Mean loss of the next token and, if MTP ran, of the token after it (equation 24).
 
@@ -45,16 +48,28 @@ def text_losses(
       end: Token that ends a document; what follows it is not to be predicted from before it.
       smoothing: Label smoothing.
       z_loss: Factor of the squared log normaliser.
+      totals: How many tokens the whole batch counts for each loss, where this is a part of it (`token_counts`).
 
     Returns:
       One or two losses in nats a token.
     """
-    one, two = counted(text, valid, end)
-    losses = [linear_cross_entropy(output.text_states[:, :-1], output.lm_head, text[:, 1:], one, smoothing, z_loss)]
-    if output.mtp_states is not None:
-        states = output.mtp_states[:, :-1]
-        losses.append(linear_cross_entropy(states, output.lm_head, text[:, 2:], two, smoothing, z_loss))
+    weights = counted(text, valid, end)
+    losses = []
+    for ahead, states in enumerate((output.text_states, output.mtp_states)):
+        if states is not None:
+            total = jnp.sum(weights[ahead]) if totals is None else totals[ahead]
+            labels = text[:, 1 + ahead :]
+            loss = linear_cross_entropy(states[:, :-1], output.lm_head, labels, weights[ahead], smoothing, z_loss)
+            losses.append(loss / jnp.maximum(total, 1.0))
     return losses
+
+
+def token_counts(
+    text: Int[Array, "B T"], valid: Bool[Array, "B T"], end: int | None = None
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """How many tokens count for each loss of `text_losses`; arguments as there."""
+    one, two = counted(text, valid, end)
+    return jnp.sum(one), jnp.sum(two)
 
 
 def mtp_weight(config: TaskConfig, share: Float[Array, ""] | float) -> Float[Array, ""] | float:

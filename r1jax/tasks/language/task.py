@@ -5,7 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Key
 
 from r1jax.config import Config
 from r1jax.data.documents import read_documents
@@ -17,7 +17,7 @@ from r1jax.errors import UserError
 from r1jax.models.r1 import Inputs, Output
 from r1jax.ops.linear_cross_entropy import token_losses
 from r1jax.tasks.language.figures import closing_lines, language_figures
-from r1jax.tasks.language.loss import counted, mtp_weight, text_losses
+from r1jax.tasks.language.loss import counted, mtp_weight, text_losses, token_counts
 from r1jax.tasks.task import Figures
 
 MODE = "text"
@@ -72,12 +72,22 @@ class Language:
         """Tokens, which of them exist, and the bytes that they stand for."""
         return {"text": raw["text"], "text_valid": raw["text_valid"], "target.bytes": raw["bytes"]}
 
-    def prepare(self, batch: dict[str, Array], key: PRNGKeyArray | None = None) -> tuple[Inputs, dict[str, Array]]:
+    def prepare(self, batch: dict[str, Array], keys: Key[Array, " B"] | None = None) -> tuple[Inputs, dict[str, Array]]:
         """What the model reads; nothing is augmented, and the targets are the tokens themselves."""
         return Inputs(text=batch["text"], text_valid=batch["text_valid"]), {}
 
+    def weights(self, inputs: Inputs, targets: dict[str, Array]) -> dict[str, Float[Array, ""]]:
+        """Tokens that count for each prediction, and sequences; arguments as in `Task`."""
+        next_tokens, second = token_counts(inputs.text, inputs.text_valid, self.vocabulary.end)
+        return {"next": next_tokens, "mtp": second, "balance": jnp.asarray(len(inputs.text), jnp.float32)}
+
     def loss(
-        self, output: Output, inputs: Inputs, targets: dict[str, Array], share: Float[Array, ""]
+        self,
+        output: Output,
+        inputs: Inputs,
+        targets: dict[str, Array],
+        share: Float[Array, ""],
+        weights: dict[str, Float[Array, ""]] | None = None,
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
         """Next token, MTP by its schedule, and the balance loss of every mixture layer (equations 17, 24 and 25).
 
@@ -86,11 +96,14 @@ class Language:
           inputs: What it read.
           targets: None.
           share: Of the run that is done.
+          weights: Of the whole batch; None where this is the whole.
 
         Returns:
           Scalar loss; its parts before their weights, "balance" as the mean over the layers (1 is even).
         """
         c = self.config.task
+        own = self.weights(inputs, targets)
+        weights = weights or own
         losses = text_losses(
             output,
             inputs.text,
@@ -98,13 +111,14 @@ class Language:
             end=self.vocabulary.end,
             smoothing=c.label_smoothing,
             z_loss=c.z_loss,
+            totals=(weights["next"], weights["mtp"]),
         )
         parts = dict(zip(("next", "mtp"), losses, strict=False))
         total = parts["next"]
         if "mtp" in parts:
             total = total + mtp_weight(c, share) * parts["mtp"]
         if output.router:
-            balance = jnp.stack([stats.balance_loss for stats in output.router])
+            balance = jnp.stack([stats.balance_loss for stats in output.router]) * (own["balance"] / weights["balance"])
             parts["balance"] = jnp.mean(balance)
             total = total + c.balance_weight * jnp.sum(balance)
         return total, parts

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, PRNGKeyArray, Shaped
+from jaxtyping import Array, Bool, Float, Key, Shaped
 
 from r1jax.config import Config
 from r1jax.data import tokenizer
@@ -142,22 +142,32 @@ def view_of(index: int, batch: int, rank: int) -> tuple[Bool[Array, "B rank"], B
     return flips, jnp.full(batch, bool(index & 4))
 
 
+def fold_in(keys: Key[Array, " B"], number: int) -> Key[Array, " B"]:
+    """New keys, one from each case's key."""
+    return jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
+
+
+def uniform(keys: Key[Array, " B"], shape: tuple[int, ...] = (), **bounds: float) -> Float[Array, "B ..."]:
+    """Draws [B, *shape], each case's numbers from its own key."""
+    return jax.vmap(lambda key: jax.random.uniform(key, shape, **bounds))(keys)
+
+
 def _warp(
-    key: PRNGKeyArray, x: Float[Array, "B ..."], spacing: Float[Array, "B rank"], zoom: Float[Array, " B"] | None
+    keys: Key[Array, " B"], x: Float[Array, "B ..."], spacing: Float[Array, "B rank"], zoom: Float[Array, " B"] | None
 ) -> tuple[Float[Array, "B ..."], Float[Array, "B 2 2"], Float[Array, "B rank"], Float[Array, " B"]]:
     """Random turn in plane, zoom 0.85 to 1.18 if none is given, shift of up to 8 % of the edge; interpolates linearly.
 
     Returns:
       The warped pictures; the in-plane rotation, shift in mm and zoom, so that a point p moves to zoom R (p - shift).
     """
-    batch, *size = x.shape
+    size = x.shape[1:]
     rank = len(size)
-    angles, zooms, shifts = jax.random.split(key, 3)
-    angle = jax.random.uniform(angles, (batch,), maxval=2 * np.pi)
+    angles, zooms, shifts = (fold_in(keys, i) for i in range(3))
+    angle = uniform(angles, maxval=2 * np.pi)
     if zoom is None:
-        zoom = jnp.exp(jax.random.uniform(zooms, (batch,), minval=-0.165, maxval=0.165))
+        zoom = jnp.exp(uniform(zooms, minval=-0.165, maxval=0.165))
     edge = jnp.asarray(size, jnp.float32)
-    shift = jax.random.uniform(shifts, (batch, rank), minval=-0.08, maxval=0.08) * edge[None]
+    shift = uniform(shifts, (rank,), minval=-0.08, maxval=0.08) * edge[None]
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     rotation = jnp.stack([jnp.stack([cos, -sin], -1), jnp.stack([sin, cos], -1)], -2)
     middle = (edge - 1) / 2
@@ -182,7 +192,7 @@ def _warp(
 
 
 def augment(
-    key: PRNGKeyArray,
+    keys: Key[Array, " B"],
     x: Float[Array, "B ..."],
     spacing: Float[Array, "B rank"],
     targets: Targets,
@@ -192,7 +202,7 @@ def augment(
     """Mirrors, turns and, for `affine`, warps the pictures, and moves centre and size targets with them.
 
     Args:
-      key: Randomness.
+      keys: A key for each case.
       x: Pictures, windowed.
       spacing: mm a voxel.
       targets: Findings.
@@ -202,8 +212,8 @@ def augment(
     Returns:
       Pictures, spacing, targets and, for `affine`, the zoom.
     """
-    batch, rank = x.shape[0], x.ndim - 1
-    turn, warp, contrast, swap = jax.random.split(key, 4)
+    rank = x.ndim - 1
+    turn, warp, contrast, swap = (fold_in(keys, i) for i in range(4))
     center = targets.get("center_mm") if rank == 3 else None
     if mode == "affine":
         grown = zoom is not None
@@ -214,11 +224,10 @@ def augment(
             center = zoom[:, None] * jnp.concatenate([moved[:, :1], plane], axis=1)
         if "long_axis_mm" in targets and not grown:
             targets = targets | {"long_axis_mm": targets["long_axis_mm"] * zoom}
-        gain, lift = jax.random.uniform(contrast, (2, batch), minval=-0.15, maxval=0.15)
+        gain, lift = uniform(contrast, (2,), minval=-0.15, maxval=0.15).T
         x = x * _per_case(jnp.exp(gain), x) + _per_case(lift, x)
-    flips = jax.random.bernoulli(turn, 0.5, (batch, rank))
-    square = x.shape[-1] == x.shape[-2]
-    transpose = jax.random.bernoulli(swap, 0.5, (batch,)) if square else jnp.zeros(batch, bool)
+    flips = uniform(turn, (rank,)) < 0.5
+    transpose = (uniform(swap) < 0.5) & (x.shape[-1] == x.shape[-2])
     x, spacing = orient(x, flips, transpose), swap_in_plane(spacing, transpose)
     if center is not None:
         targets = targets | {"center_mm": orient_vector(center, flips, transpose)}

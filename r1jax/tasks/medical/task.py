@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Key
 
 from r1jax.config import Config
 from r1jax.data.compose import Mixed
@@ -20,7 +20,7 @@ from r1jax.models.r1 import Inputs, Output
 from r1jax.tasks.medical import batch as b
 from r1jax.tasks.medical.closing import findings_table
 from r1jax.tasks.medical.figures import OPERATING_SPECIFICITY
-from r1jax.tasks.medical.loss import predictions, total_loss
+from r1jax.tasks.medical.loss import loss_weights, predictions, total_loss
 from r1jax.tasks.medical.modes import MODES, best_attainable, shown_modes
 from r1jax.tasks.medical.schema import FINDING, FINDINGS
 from r1jax.tasks.metrics import operating_point, quadratic_kappa, roc_auc
@@ -117,13 +117,13 @@ class Medical:
         return b.collate(raw, self.config, self.fields)
 
     def prepare(
-        self, batch: dict[str, Array], key: PRNGKeyArray | None = None
+        self, batch: dict[str, Array], keys: Key[Array, " B"] | None = None
     ) -> tuple[Inputs, dict[str, Float[Array, "B ..."]]]:
-        """Windows, crops and, with a key, augments a batch and hides modalities; runs on the device.
+        """Windows, crops and, with keys, augments a batch and hides modalities; runs on the device.
 
         Args:
           batch: From `collate`.
-          key: Randomness of training; None at evaluation.
+          keys: A key for each case, of its randomness in training; None at evaluation.
 
         Returns:
           What the model reads, and the targets, with centres counted from the middle of the volume that it reads.
@@ -134,15 +134,15 @@ class Medical:
         for name in b.PICTURES:
             if name in arrays:
                 x, spacing = b.window(arrays[name]), arrays[f"{name}_spacing"]
-                if key is not None and config.task.augment != "none":
-                    name_key = jax.random.fold_in(key, b.PICTURES.index(name))
-                    x, spacing, targets, zoom = b.augment(name_key, x, spacing, targets, config.task.augment, zoom)
+                if keys is not None and config.task.augment != "none":
+                    own = b.fold_in(keys, b.PICTURES.index(name))
+                    x, spacing, targets, zoom = b.augment(own, x, spacing, targets, config.task.augment, zoom)
                 arrays[name], arrays[f"{name}_spacing"] = b.fit(x, getattr(config.model, name).size), spacing
         targets = self.recentre(targets, batch | {"volume_spacing": arrays.get("volume_spacing")}, 1)
         inputs = Inputs(**arrays)
-        if key is not None and config.task.modality_dropout > 0:
+        if keys is not None and config.task.modality_dropout > 0:
             both = b.has_pictures(inputs) & b.has_record(inputs)
-            draw = jax.random.uniform(jax.random.fold_in(key, len(b.PICTURES)), (len(next(iter(batch.values()))),))
+            draw = b.uniform(b.fold_in(keys, len(b.PICTURES)))
             rate = config.task.modality_dropout
             inputs = b.hide(inputs, both & (draw < rate), both & (draw > 1 - rate))
         return inputs, targets
@@ -167,11 +167,20 @@ class Medical:
             return found
         return found | {"center_mm": found["center_mm"] + sign * jnp.asarray(moved)[None] * batch["volume_spacing"]}
 
+    def weights(self, inputs: Inputs, targets: dict[str, Float[Array, "B ..."]]) -> dict[str, Float[Array, ""]]:
+        """Over how much each mean of the loss is taken in these cases; arguments as in `Task`."""
+        return loss_weights(inputs, targets)
+
     def loss(
-        self, output: Output, inputs: Inputs, targets: dict[str, Float[Array, "B ..."]], share: Float[Array, ""]
+        self,
+        output: Output,
+        inputs: Inputs,
+        targets: dict[str, Float[Array, "B ..."]],
+        share: Float[Array, ""],
+        weights: dict[str, Float[Array, ""]] | None = None,
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
-        """Scalar loss and its parts; `share` of the run is done."""
-        return total_loss(output, inputs, targets, self.config.task, share)
+        """Scalar loss and its parts; arguments as in `Task`."""
+        return total_loss(output, inputs, targets, self.config.task, share, weights)
 
     def show(self, inputs: Inputs, mode: dict[str, Bool[Array, ""]]) -> Inputs:
         """Hides what the mode (an entry of `MODES`) does not show."""

@@ -1,0 +1,72 @@
+"""Named rematerialisation policies: which activations the backward pass finds in memory, and which it computes again.
+
+`none` keeps everything. `attention` computes scores and softmax again, which are quadratic in the length. `minimal`
+keeps of each block the results of its products and of attention, and computes the cheap steps between them again.
+`full` keeps only what enters a block. `offload` keeps what `minimal` keeps, but in the host's memory.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array
+
+from r1jax.ops.attention import dot_product_attention
+
+Remat = Literal["none", "attention", "minimal", "full", "offload"]
+PRODUCT = "product"
+"""Name of the activations that `minimal` keeps."""
+
+
+def kept(x: Array) -> Array:
+    """Marks the result of a product or of attention, which is expensive to compute again."""
+    return checkpoint_name(x, PRODUCT)
+
+
+def block(call: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
+    """Wraps the call of a block of the model by the policy.
+
+    Args:
+      call: Takes a Linen module and arrays, returns arrays.
+      remat: Policy.
+
+    Returns:
+      A function with the same arguments, results and parameters.
+    """
+    policies = jax.checkpoint_policies
+    match remat:
+        case "minimal":
+            policy = policies.save_only_these_names(PRODUCT)
+        case "full":
+            policy = policies.nothing_saveable
+        case "offload":
+            policy = policies.save_and_offload_only_these_names(
+                names_which_can_be_saved=[],
+                names_which_can_be_offloaded=[PRODUCT],
+                offload_src="device",
+                offload_dst="pinned_host",
+            )
+        case _:
+            return call
+    return nn.remat(call, policy=policy)
+
+
+def attention(remat: Remat) -> Callable[..., Array]:
+    """`dot_product_attention` by the policy; its keyword arguments are settings, its positional ones arrays.
+
+    Args:
+      remat: Policy.
+
+    Returns:
+      (q, k, v, valid, scale=, causal=) -> mixed values.
+    """
+
+    def attend(q: Array, k: Array, v: Array, valid: Array | None, *, scale: float, causal: bool) -> Array:
+        def run(q: Array, k: Array, v: Array, valid: Array | None) -> Array:
+            return dot_product_attention(q, k, v, scale=scale, causal=causal, valid=valid)
+
+        return kept((jax.checkpoint(run) if remat == "attention" else run)(q, k, v, valid))
+
+    return attend

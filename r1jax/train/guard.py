@@ -1,0 +1,205 @@
+"""The guard of a run: which steps count, and where the data goes on after the run was rolled back.
+
+A step whose loss or gradient is not finite, or whose loss stands out of the last logged ones, changes no weight (the
+compiled step sees to that, from the limit that is computed here). Where many in a row are refused, it is not the batch:
+the run goes back to its newest checkpoint and jumps over the batches since (PaLM did so by hand: Chowdhery et al. 2022,
+section 5.1). Limits depend on the rows of metrics.jsonl alone, and jumps are written down before anything goes on, so
+that a run that is killed meanwhile takes the same way again.
+"""
+
+import json
+import math
+import os
+import statistics
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from r1jax.disk import flush
+from r1jax.errors import UserError
+
+JUMPS = "jumps.json"
+"""File of a run folder that lists its jumps."""
+HISTORY = 32
+"""Logged losses that a limit is taken from."""
+ENOUGH = 8
+"""Logged losses without which there is no limit: those of a fresh run fall too fast."""
+SIGMA = 1.4826
+"""Standard deviations of a normal distribution in one median absolute deviation."""
+LEAST = 1.5
+"""Times the median that a loss may always reach: late in a run the deviations are tiny."""
+PATIENCE = 10
+"""Refused steps in a row after which the run goes back."""
+RETRIES = 3
+"""Rollbacks to one checkpoint after which the run ends."""
+
+
+class RollBack(Exception):
+    """The run shall go back to its newest checkpoint, and leave out the batches since."""
+
+    def __init__(self, step: int, reason: str) -> None:
+        super().__init__(f"step {step}: {reason}")
+        self.step, self.reason = step, reason
+
+
+class Jump(NamedTuple):
+    """Batches that are left out for good."""
+
+    step: int
+    """Steps done when they are jumped over."""
+    batches: int
+    """How many they are."""
+    reason: str
+    """What was seen there, for people."""
+
+
+class Guard:
+    """Sets the limit of the next steps, and counts those that were refused; it never makes the device wait."""
+
+    def __init__(self, workdir: Path, factor: float, step: int) -> None:
+        """Reads what the run has logged.
+
+        Args:
+          workdir: Run folder.
+          factor: `train.spike_factor`.
+          step: Steps done.
+        """
+        self.factor, self.losses = factor, logged_losses(workdir, step)
+        self.limit = np.float32(loss_limit(self.losses, factor))
+        self.streak = 0
+        """Refused steps in a row, up to the last `settle`."""
+        self._pending: list[jax.Array] = []
+
+    def note(self, refused: jax.Array) -> None:
+        """Takes the flag of a step, without waiting for it."""
+        self._pending.append(refused)
+
+    def settle(self) -> int:
+        """Waits for the steps so far.
+
+        Returns:
+          How many of them, since the last call, were refused.
+        """
+        flags = [bool(flag) for flag in jax.device_get(self._pending)]
+        self._pending = []
+        for flag in flags:
+            self.streak = self.streak + 1 if flag else 0
+        return sum(flags)
+
+    def log(self, figures: Mapping[str, float]) -> None:
+        """Takes the figures of a row of metrics.jsonl, and sets the limit anew."""
+        if not figures["refused"]:
+            self.losses = [*self.losses, figures["loss"]][-HISTORY:]
+            self.limit = np.float32(loss_limit(self.losses, self.factor))
+
+    def reason(self, metrics: Mapping[str, jax.Array]) -> str:
+        """Says what the last step looked like."""
+        loss, norm = float(metrics["loss"]), float(metrics["gradient_norm"])
+        limit = f", the limit of the loss {self.limit:.4g}" if math.isfinite(self.limit) else ""
+        return f"a loss of {loss:.4g} and a gradient of norm {norm:.4g}{limit}"
+
+
+def loss_limit(losses: Iterable[float], factor: float) -> float:
+    """Loss above which a step is refused: far above the median of the last logged ones.
+
+    Args:
+      losses: Logged losses, oldest first; what is not finite does not count.
+      factor: Robust standard deviations above the median; 0 sets no limit.
+
+    Returns:
+      The limit in the unit of the loss; infinity where there is none, or none yet.
+    """
+    known = [loss for loss in losses if math.isfinite(loss)][-HISTORY:]
+    if not factor or len(known) < ENOUGH:
+        return math.inf
+    middle = statistics.median(known)
+    deviation = SIGMA * statistics.median(abs(loss - middle) for loss in known)
+    return middle + max(factor * deviation, (LEAST - 1) * abs(middle))
+
+
+def logged_losses(workdir: Path, step: int) -> list[float]:
+    """Losses of the accepted steps that a run has logged.
+
+    Args:
+      workdir: Run folder; without metrics.jsonl there are none.
+      step: Steps done; rows after it do not count, for a killed run wrote them.
+
+    Returns:
+      Losses, oldest first.
+    """
+    file = workdir / "metrics.jsonl"
+    rows: dict[int, float] = {}
+    for line in file.read_text().splitlines() if file.exists() else []:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:  # a crash cut it short
+            continue
+        if row["step"] <= step and "loss" in row and not row.get("refused"):
+            rows[row["step"]] = row["loss"]
+    return [rows[key] for key in sorted(rows)]
+
+
+def read_jumps(workdir: Path) -> tuple[Jump, ...]:
+    """Jumps of a run, in the order in which they were made.
+
+    Raises:
+      UserError: The file is damaged.
+    """
+    file = workdir / JUMPS
+    try:
+        return tuple(Jump(int(j["step"]), int(j["batches"]), j["reason"]) for j in json.loads(file.read_text()))
+    except FileNotFoundError:
+        return ()
+    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{file} cannot be read ({error}), so that the order of the batches is unknown: bring it back, or choose "
+            "another --workdir"
+        ) from None
+
+
+def jump(workdir: Path, step: int, seen: int, reason: str) -> tuple[Jump, ...]:
+    """Writes down that the batches between a checkpoint and the step that was refused are left out.
+
+    Args:
+      workdir: Run folder.
+      step: Steps that the checkpoint has done.
+      seen: Steps done when the run was stopped, `step` + the batches to leave out.
+      reason: What was seen.
+
+    Returns:
+      All jumps, the new one last.
+
+    Raises:
+      UserError: This checkpoint was gone back to so often that the data cannot be what is wrong.
+    """
+    before = read_jumps(workdir)
+    again = sum(old.step == step for old in before)
+    if again >= RETRIES:
+        raise UserError(
+            f"step {seen}: {reason}, also after {again} rollbacks to step {step} that each left out the batches "
+            "between; the checkpoint is untouched: lower train.learning_rate in another --workdir (or raise "
+            "train.spike_factor, 0 switches it off, if losses of this task do jump so)"
+        )
+    jumps = (*before, Jump(step, seen - step, reason))
+    draft = workdir / f".draft-{JUMPS}"
+    draft.write_text(json.dumps([j._asdict() for j in jumps], indent=1) + "\n")
+    flush(draft)
+    os.replace(draft, workdir / JUMPS)
+    flush(workdir)
+    return jumps
+
+
+def batch_after(step: int, jumps: Iterable[Jump]) -> int:
+    """Number of the batch that the next step reads.
+
+    Args:
+      step: Steps done.
+      jumps: Those of the run.
+
+    Returns:
+      The steps done, and all batches that were left out by then.
+    """
+    return step + sum(j.batches for j in jumps if j.step <= step)

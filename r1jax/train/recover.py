@@ -1,0 +1,79 @@
+"""A run from its start or newest checkpoint to its end, over what it recovers from by itself."""
+
+import sys
+
+import jax
+from jax.sharding import Mesh
+
+from r1jax.config import Config
+from r1jax.data.source import Source
+from r1jax.models.r1 import R1
+from r1jax.tasks.task import Task
+from r1jax.train.eager import eager_step
+from r1jax.train.evaluation import Evaluator
+from r1jax.train.guard import RollBack, jump
+from r1jax.train.loop import fit
+from r1jax.train.memory import in_more_parts, out_of_memory
+from r1jax.train.run import Run, restore_or_init
+from r1jax.train.step import Batch, compile_step
+
+
+def train(
+    config: Config, run: Run, model: R1, task: Task, mesh: Mesh, source: Source, validation: Source, batch: Batch
+) -> None:
+    """Trains until the last step or a signal; goes back where steps are refused, and divides a batch that does not fit.
+
+    Args:
+      config: The experiment.
+      run: Its open folder.
+      model: The model.
+      task: The task.
+      mesh: Devices.
+      source: Training cases.
+      validation: Cases that choose the best checkpoint and set the operating points.
+      batch: Any collated batch (shapes).
+
+    Raises:
+      UserError: The folder does not fit the config, the disk is full, or going back did not help.
+    """
+    step, evaluator = None, Evaluator(model, task, mesh, run.watch.beat)
+    while True:
+        run.saver.wait()  # what it writes is what to go on from, and then it removes older ones
+        state, said = restore_or_init(config, run, model, task, mesh, source, batch)
+        print("\n".join([*said, "compiling the step"] if step is None else said), file=sys.stderr)
+        step = step or (eager_step if config.debug.eager else compile_step)(config, model, task, mesh, batch)
+        try:
+            fit(config, run, task, mesh, evaluator, step, state, source, validation)
+            return
+        except RollBack as seen:
+            note = roll_back(run, seen.step, seen.reason)
+        except jax.errors.JaxRuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            config, step = in_more_parts(config, mesh), None
+            note = f"out of memory: the batch is computed in {config.train.accumulation} parts from now on"
+            run.history.note("out of memory", step=run.watch.step, accumulation=config.train.accumulation)
+        del state  # or two of them would lie in memory
+        print(note, file=sys.stderr)
+
+
+def roll_back(run: Run, step: int, reason: str) -> str:
+    """Has the run go on from its newest checkpoint, with the batches after it left out.
+
+    Args:
+      run: The run.
+      step: Steps done.
+      reason: Why they were refused.
+
+    Returns:
+      What to tell the user.
+
+    Raises:
+      UserError: The same checkpoint was gone back to too often.
+    """
+    run.saver.wait()
+    kept = run.checkpoints.all()
+    back = kept[-1].step if kept else 0
+    jump(run.workdir, back, step, reason)
+    run.history.note("rolled back", step=step, to=back, reason=reason)
+    return f"step {step}: many steps refused ({reason}): back to step {back}, without the {step - back} batches since"

@@ -1,0 +1,144 @@
+"""Saves that the training does not wait for: a copy on the host, and one thread that writes it."""
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from r1jax.config import Config
+from r1jax.train.checkpoints import CheckpointFolder
+from r1jax.train.watch import Watch
+
+
+class Saver:
+    """Writes the checkpoints of one run, one at a time."""
+
+    def __init__(self, checkpoints: CheckpointFolder, watch: Watch) -> None:
+        """Starts nothing yet.
+
+        Args:
+          checkpoints: Where to.
+          watch: Is told what the training waits for.
+        """
+        self.checkpoints, self.watch = checkpoints, watch
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="save")
+        self._pending: Future[None] | None = None
+        self._step = 0
+        self._said: set[str] = set()
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        config: Config,
+        meta: dict[str, Any],
+        tokenizer: Mapping[str, bytes],
+        *,
+        say: Callable[[str], None],
+        then: Callable[[], None],
+    ) -> None:
+        """Copies a state and has it written; the state may be overwritten or donated once this returns.
+
+        Where the host has no room for the copy, it is written before this returns.
+
+        Args:
+          step: Steps done.
+          state: Tree of arrays.
+          config: The resolved config.
+          meta: JSON-able.
+          tokenizer: Tokenizer files by name.
+          say: Prints a line.
+          then: Is called once the checkpoint is published, by the thread that wrote it.
+
+        Raises:
+          UserError: The save before this one, or this one where it is written at once, has failed.
+        """
+        if self._pending is not None and not self._pending.done():
+            text = f"the checkpoint of step {self._step} is still being written when the next is due, so training waits"
+            self._once("slow", f"{text}: a larger train.save_every or a faster disk would spare that", say)
+        self.wait()
+        self.watch.enter("copying the state", step)
+        self._step = step
+
+        def write(copy: Any) -> None:
+            self.checkpoints.save(step, copy, config, meta, tokenizer)
+            then()
+
+        if _available() < sum(x.nbytes for x in jax.tree.leaves(state)):
+            self._once("narrow", "host memory has no room for a copy of the state: training waits for each save", say)
+            self.watch.enter(f"writing the checkpoint of step {step}")
+            write(state)
+            return
+        self._pending = self._pool.submit(write, host_copy(state))
+
+    def check(self) -> None:
+        """Raises what a finished save has failed with; costs nothing.
+
+        Raises:
+          UserError: The disk is full or the folder cannot be written.
+        """
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits until nothing is being written.
+
+        Raises:
+          UserError: The disk is full or the folder cannot be written.
+        """
+        pending = self.settle()
+        self._pending = None
+        if pending is not None:
+            pending.result()
+
+    def settle(self) -> Future[None] | None:
+        """Waits until nothing is being written, and leaves a failure for `wait`."""
+        if self._pending is not None and not self._pending.done():
+            self.watch.enter(f"writing the checkpoint of step {self._step}")
+            self._pending.exception()
+        return self._pending
+
+    def close(self) -> BaseException | None:
+        """Waits for the last save and ends the thread.
+
+        Returns:
+          What a save failed with that nobody has been told of.
+        """
+        pending, self._pending = self.settle(), None
+        self._pool.shutdown()
+        return None if pending is None else pending.exception()
+
+    def _once(self, kind: str, text: str, say: Callable[[str], None]) -> None:
+        if kind not in self._said:
+            self._said.add(kind)
+            say(text)
+
+
+def host_copy(state: Any) -> Any:
+    """Copies arrays to NumPy arrays that share no memory with them.
+
+    Args:
+      state: Tree of `jax.Array`.
+
+    Returns:
+      The same tree; the copies from accelerators run side by side.
+    """
+
+    def own(x: jax.Array, copied: Any) -> np.ndarray:
+        # What lies in host memory already is only viewed by `device_get`, and the next step overwrites it.
+        on_host = x.sharding.memory_kind not in (None, "device") or next(iter(x.devices())).platform == "cpu"
+        return np.array(copied) if on_host else np.asarray(copied)
+
+    return jax.tree.map(own, state, jax.device_get(state))
+
+
+def _available() -> float:
+    """Bytes of memory that a process may take before the machine swaps; infinite where Linux does not say."""
+    try:
+        rows = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        return 1024 * float(rows["MemAvailable"].split()[0])
+    except (OSError, KeyError, ValueError):
+        return float("inf")

@@ -1,0 +1,116 @@
+"""Rematerialisation changes memory, never numbers; parameters keep their names under every policy."""
+
+from dataclasses import replace
+from typing import get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from r1jax.config import DecoderConfig, ModelConfig, TableConfig, VisionConfig
+from r1jax.models.r1 import R1, Inputs
+from r1jax.models.remat import Remat
+
+CONFIG = ModelConfig(
+    modalities=("image", "table", "text"),
+    decoder=DecoderConfig(
+        vocab_size=32,
+        hidden_size=16,
+        num_hidden_layers=5,
+        q_lora_rank=None,
+        kv_lora_rank=8,
+        intermediate_size=64,
+        moe_intermediate_size=8,
+        n_routed_experts=4,
+        n_group=2,
+        num_nextn_predict_layers=0,
+    ),
+    image=VisionConfig(size=(16, 16), widths=(8,), blocks=(1,), num_attention_heads=2, merge=4),
+    table=TableConfig(num_attention_heads=2),
+    text_tokens=192,
+    dropout=0.2,
+    scan_layers=True,  # where layers are a loop, the compiler cannot undo what is computed again
+)
+HEADS = (("a", 1),)
+BATCH = 2
+
+
+def inputs():
+    rng = np.random.default_rng(0)
+    return Inputs(
+        image=jnp.asarray(rng.standard_normal((BATCH, 16, 16)), jnp.float32),
+        image_spacing=jnp.ones((BATCH, 2)),
+        has_image=jnp.ones(BATCH, bool),
+        table=jnp.asarray(rng.standard_normal((BATCH, 3)), jnp.float32),
+        has_table=jnp.ones(BATCH, bool),
+        text=jnp.asarray(rng.integers(0, 32, (BATCH, 192)), jnp.int32),
+        text_valid=jnp.ones((BATCH, 192), bool),
+    )
+
+
+@pytest.fixture(scope="module")
+def computed():
+    """Loss and gradients, and the bytes of temporaries, of every policy; with dropout."""
+    read, found = inputs(), {}
+    params = jax.jit(lambda: R1(CONFIG, HEADS).init(jax.random.key(0), read, language=True)["params"])()
+    for policy in get_args(Remat):
+        model = R1(replace(CONFIG, remat=policy), HEADS)
+        shapes = jax.eval_shape(lambda m=model: m.init(jax.random.key(0), read, language=True)["params"])
+        assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, params), policy
+
+        def loss(params, m=model):
+            rngs = {"dropout": jax.random.key(1)}
+            out = m.apply({"params": params}, read, cases=jnp.arange(BATCH), language=True, rngs=rngs)
+            return jnp.mean(out.heads["a"] ** 2) + jnp.mean(out.text_logits**2)
+
+        compiled = jax.jit(jax.value_and_grad(loss)).lower(params).compile()
+        found[policy] = jax.device_get(compiled(params)), compiled.memory_analysis().temp_size_in_bytes
+    return found
+
+
+@pytest.mark.parametrize("policy", get_args(Remat)[1:])
+def test_numbers_stay(computed, policy):
+    (loss, gradients), (again, slopes) = computed["none"][0], computed[policy][0]
+    np.testing.assert_allclose(again, loss, rtol=1e-6)
+    pairs = list(zip(jax.tree.leaves(gradients), jax.tree.leaves(slopes), strict=True))
+    size = np.sqrt(sum(np.sum(np.square(a, dtype=np.float64)) for a, _ in pairs))
+    assert np.sqrt(sum(np.sum(np.square(a.astype(np.float64) - b)) for a, b in pairs)) <= 1e-6 * size
+    assert all(np.abs(a - b).max() <= 3e-6 * np.abs(a).max() + 1e-9 * size for a, b in pairs)
+
+
+def test_memory_falls(computed):
+    size = {policy: bytes_ for policy, (_, bytes_) in computed.items()}
+    assert size["none"] > size["attention"] > size["full"], size
+    assert size["none"] > size["minimal"] > size["full"], size
+
+
+def test_layers_in_a_loop_are_the_layers_one_by_one():
+    """Without dropout, whose numbers differ; the compiled program does not grow with the depth."""
+    read, results, sizes = inputs()._replace(image=None, table=None), [], []
+    for depth, scan in ((5, False), (5, True), (9, True)):
+        config = replace(
+            CONFIG,
+            modalities=("text",),
+            decoder=replace(CONFIG.decoder, num_hidden_layers=depth, num_nextn_predict_layers=1),
+            scan_layers=scan,
+        )
+        model = R1(config, ())
+        shapes = jax.eval_shape(lambda m=model: m.init(jax.random.key(0), read, language=True)["params"])
+        params = jax.tree.map(lambda x: 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), shapes)
+
+        def loss(params, m=model):
+            out = m.apply({"params": params}, read, language=True)
+            losses = jnp.mean(out.text_logits**2) + jnp.mean(out.mtp_logits**2)
+            return losses, tuple(stats.load for stats in out.router)
+
+        lowered = jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(params)
+        sizes.append(len(lowered.as_text()))
+        if depth == 5:
+            results.append(jax.device_get(lowered.compile()(params)))
+    ((one, loads), gradients), ((other, counts), slopes) = results
+    np.testing.assert_allclose(other, one, rtol=1e-6)
+    assert len(loads) == 5 and all(map(np.array_equal, loads, counts))
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(gradients), jax.tree.leaves(slopes), strict=True):
+        assert np.abs(a - b).max() <= 2e-6 * max(np.abs(a).max(), 1e-3), jax.tree_util.keystr(path)
+    assert sizes[2] < 1.2 * sizes[1] and sizes[1] < sizes[0]

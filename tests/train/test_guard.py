@@ -1,0 +1,68 @@
+"""The guard's arithmetic: limits from logged losses, jumps that are kept, numbers of batches."""
+
+import json
+import math
+import statistics
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from r1jax.errors import UserError
+from r1jax.train import guard
+from r1jax.train.guard import Jump, batch_after, jump, logged_losses, loss_limit, read_jumps
+
+LOSSES = st.lists(st.floats(0.01, 100), min_size=guard.ENOUGH, max_size=60)
+
+
+@given(LOSSES, st.floats(1, 20))
+def test_the_limit_is_robust_deviations_above_the_median_of_the_last(losses, factor):
+    last = losses[-guard.HISTORY :]
+    middle = statistics.median(last)
+    spread = 1.4826 * statistics.median([abs(x - middle) for x in last])
+    limit = loss_limit(losses, factor)
+    assert limit == pytest.approx(max(middle + factor * spread, 1.5 * middle))
+    assert loss_limit([*losses, math.nan, math.inf], factor) == limit
+
+
+def test_one_wild_loss_among_the_logged_hardly_moves_the_limit():
+    calm = [1 + 0.01 * (i % 5) for i in range(30)]
+    assert loss_limit([*calm, 1e6], 10.0) == pytest.approx(loss_limit(calm, 10.0), rel=0.05)
+
+
+def test_without_enough_losses_or_without_a_factor_there_is_no_limit():
+    assert loss_limit([1.0] * (guard.ENOUGH - 1), 10.0) == math.inf
+    assert loss_limit([1.0] * 30, 0.0) == math.inf
+
+
+def test_losses_are_those_of_accepted_steps_up_to_the_checkpoint(tmp_path):
+    rows = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 9.0, "refused": 1.0}, {"step": 2, "validation.auc": 0.5}]
+    rows += [{"step": 3, "loss": 2.0}, {"step": 4, "loss": 1.0}]
+    text = "".join(json.dumps(row) + "\n" for row in rows) + '{"step": 5, "lo'
+    (tmp_path / "metrics.jsonl").write_text(text)
+    assert logged_losses(tmp_path, 3) == [3.0, 2.0]
+    assert logged_losses(tmp_path / "none", 3) == []
+
+
+def test_jumps_are_kept_and_bounded(tmp_path):
+    assert read_jumps(tmp_path) == ()
+    for i in range(guard.RETRIES):
+        assert jump(tmp_path, 20, 33, "no finite loss")[-1] == Jump(20, 13, "no finite loss") == read_jumps(tmp_path)[i]
+    with pytest.raises(UserError, match=r"step 33: no finite loss, also after 3 rollbacks to step 20"):
+        jump(tmp_path, 20, 33, "no finite loss")
+    assert len(jump(tmp_path, 40, 50, "a loss of 9")) == guard.RETRIES + 1  # another checkpoint, another count
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["jumps.json"]
+
+
+def test_damaged_jumps_are_refused(tmp_path):
+    (tmp_path / "jumps.json").write_text('[{"step": 3}]')
+    with pytest.raises(UserError, match=r"jumps.json cannot be read"):
+        read_jumps(tmp_path)
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 9)), max_size=5))
+def test_no_batch_is_read_twice_on_the_way_that_counts(places):
+    jumps = [Jump(step, batches, "") for step, batches in places]
+    numbers = [batch_after(step, jumps) for step in range(40)]
+    assert all(a < b for a, b in zip(numbers, numbers[1:], strict=False))
+    assert numbers[-1] == 39 + sum(batches for _, batches in places)

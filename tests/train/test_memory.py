@@ -1,0 +1,169 @@
+"""Batches that fit: the search on known memories, the whole way on the tiny experiment, and running out of memory."""
+
+import json
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from r1jax.errors import UserError
+from r1jax.train import memory, recover
+from r1jax.train.checkpoints import CheckpointFolder
+from r1jax.train.memory import divisions, fewest_parts, in_more_parts, largest_part, settle_batch
+from r1jax.train.run import open_run
+
+OOM = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 12345 bytes.")
+
+
+def powers(devices, cases):
+    return [devices * 2**k for k in range(40) if devices * 2**k <= cases]
+
+
+@given(
+    st.integers(1, 8),
+    st.floats(1, 1e4),
+    st.floats(0.1, 100),
+    st.floats(0, 0.01),
+    st.floats(10, 1e6),
+    st.integers(1, 5000),
+)
+def test_the_largest_power_of_two_that_fits(devices, fixed, slope, bend, budget, cases):
+    asked = []
+
+    def need(size, parts):
+        assert parts == 1
+        asked.append(size)
+        return fixed + slope * size + bend * size * size
+
+    fitting = [size for size in powers(devices, max(cases, devices)) if fixed + slope * size + bend * size**2 <= budget]
+    if fitting:
+        assert largest_part(need, budget, devices, cases) == fitting[-1]
+    else:
+        with pytest.raises(UserError, match="not even one case a device fits"):
+            largest_part(need, budget, devices, cases)
+    if bend == 0:
+        assert len(set(asked)) <= 5  # the two probes, the answer and its neighbour
+
+
+@given(st.integers(1, 8), st.integers(1, 96), st.floats(0, 50), st.floats(1, 120))
+def test_the_fewest_parts_that_fit(devices, batch_size, fixed, budget):
+    need = lambda size, parts: fixed + size + (parts > 1)  # noqa: E731
+    sound = [n for n in range(1, batch_size + 1) if batch_size % n == 0 and batch_size // n % devices == 0]
+    assert list(divisions(batch_size, devices)) == sound
+    fitting = [n for n in sound if fixed + batch_size // n + (n > 1) <= budget]
+    if fitting:
+        assert fewest_parts(need, budget, devices, batch_size) == fitting[0]
+    else:
+        with pytest.raises(UserError, match="not even one case" if sound else "no multiple of the"):
+            fewest_parts(need, budget, devices, batch_size)
+
+
+def with_train(tiny, workdir, **fields):
+    return replace(tiny.config, workdir=str(workdir), train=replace(tiny.config.train, **fields))
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Needs of made-up programs: a megabyte for each case of a part; counts what is asked for."""
+    asked = []
+
+    def needs(config, mesh, source):
+        def need(cases, parts):
+            asked.append((cases, parts))
+            return cases * 2.0**20
+
+        return need
+
+    monkeypatch.setattr(memory, "_needs", needs)
+    return asked
+
+
+def test_auto_is_settled_kept_and_taken_up_again(tiny, tmp_path, compiled, monkeypatch):
+    monkeypatch.setattr(memory, "device_limit", lambda mesh: 10 * 2.0**20)
+    said = []
+    config = settle_batch(with_train(tiny, tmp_path, batch_size="auto"), tiny.mesh, said.append)
+    assert (config.train.batch_size, config.train.accumulation) == (8, 1)
+    assert said == ["batch: 8 cases in 1 part, 8 MiB of a device (80%; train.memory_share allows 80%)"]
+    double = settle_batch(with_train(tiny, tmp_path, batch_size="auto", accumulation=3), tiny.mesh, said.append)
+    assert (double.train.batch_size, double.train.accumulation) == (24, 3)
+    parts = settle_batch(with_train(tiny, tmp_path, batch_size=24, accumulation="auto"), tiny.mesh, said.append)
+    assert (parts.train.batch_size, parts.train.accumulation) == (24, 3)
+
+    memory.keep(config, tiny.mesh)
+    compiled.clear()
+    again = settle_batch(with_train(tiny, tmp_path, batch_size="auto"), tiny.mesh, said.append)
+    assert again == config and not compiled and "batch.json" in said[-1]
+    # On another device the run keeps its batch; only the parts are found anew.
+    (tmp_path / "batch.json").write_text(json.dumps({"device": "8 x other", "batch_size": 64, "accumulation": 1}))
+    moved = settle_batch(with_train(tiny, tmp_path, batch_size="auto"), tiny.mesh, said.append)
+    assert (moved.train.batch_size, moved.train.accumulation) == (64, 8)
+
+
+def test_what_cannot_be_settled_is_said(tiny, tmp_path, compiled, monkeypatch):
+    monkeypatch.setattr(memory, "device_limit", lambda mesh: None)
+    with pytest.raises(UserError, match=r"does not say how much memory it has: give train\.batch_size"):
+        settle_batch(with_train(tiny, tmp_path, batch_size="auto"), tiny.mesh, print)
+    (tmp_path / "batch.json").write_text("{")
+    with pytest.raises(UserError, match=r"batch\.json cannot be read"):
+        settle_batch(with_train(tiny, tmp_path, batch_size="auto"), tiny.mesh, print)
+
+
+def test_parts_run_out(tiny, tmp_path):
+    config = in_more_parts(with_train(tiny, tmp_path, batch_size=8, accumulation=3), tiny.mesh)
+    assert config.train.accumulation == 8
+    with pytest.raises(UserError, match="8 cases in 8 parts takes more memory"):
+        in_more_parts(config, tiny.mesh)
+
+
+@pytest.mark.parametrize("at", [1, 5, 20])
+def test_out_of_memory_goes_on_from_the_same_step_in_more_parts(tiny, tmp_path, monkeypatch, capsys, at):
+    taken = []
+
+    def compile_step(config, *_):
+        parts = config.train.accumulation
+
+        def step(state, batch, limit):
+            if parts == 1 and int(state.step) == at - 1:
+                raise OOM
+            taken.append((int(state.step) + 1, parts))
+            return tiny.step(state, batch, limit)
+
+        return step
+
+    monkeypatch.setattr(recover, "compile_step", compile_step)
+    config = replace(tiny.config, workdir=str(tmp_path))
+    with open_run(config) as run:
+        recover.train(config, run, tiny.model, tiny.task, tiny.mesh, tiny.source, tiny.validation, tiny.batch)
+    assert taken == [(i, 1 if i < at else 2) for i in range(1, 25)]
+    assert "out of memory: the batch is computed in 2 parts from now on" in capsys.readouterr().err
+    assert json.loads((tmp_path / "batch.json").read_text())["accumulation"] == 2
+    again = settle_batch(config, tiny.mesh, print)  # the next start does not try one part again
+    assert again.train.accumulation == 2
+    newest = CheckpointFolder(tmp_path / "checkpoints").all()[-1]
+    assert newest.step == 24 and newest.config().train.accumulation == 2
+
+
+def test_another_error_is_no_lack_of_memory(tiny, tmp_path, monkeypatch):
+    def step(*_):
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+    monkeypatch.setattr(recover, "compile_step", lambda *_: step)
+    config = replace(tiny.config, workdir=str(tmp_path))
+    with open_run(config) as run, pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        recover.train(config, run, tiny.model, tiny.task, tiny.mesh, tiny.source, tiny.validation, tiny.batch)
+    assert not (tmp_path / "batch.json").exists()
+
+
+@pytest.mark.slow
+def test_the_step_that_is_found_is_the_largest_of_the_compiled_ones(tiny, tmp_path, monkeypatch):
+    """With real programs: twice the answer would not fit."""
+    need = memory._needs(tiny.config, tiny.mesh, tiny.source)
+    with jax.numpy_dtype_promotion("standard"):
+        at = {size: need(size, 1) for size in (4, 16)}
+        assert at[16] > 1.5 * at[4]
+        monkeypatch.setattr(memory, "device_limit", lambda mesh: float(np.mean([at[16], 2 * at[16]])) / 0.8)
+        found = settle_batch(with_train(tiny, tmp_path, batch_size="auto"), tiny.mesh, print)
+        assert found.train.batch_size == 16

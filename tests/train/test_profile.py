@@ -1,0 +1,84 @@
+import gzip
+import json
+import re
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from r1jax.config import ProfileConfig
+from r1jax.train.profile import Profiler, _own_times, read_ops, table
+
+
+@pytest.fixture(scope="module")
+def traced(tmp_path_factory):
+    """Folder, and what was said of two steps whose product takes nearly all of the time."""
+    workdir = tmp_path_factory.mktemp("traced")
+
+    def heavy(x):
+        return jax.lax.fori_loop(0, 3, lambda _, y: jnp.tanh(y @ x), x)
+
+    x = jnp.ones((512, 512), jnp.float32)
+    step = jax.jit(heavy).lower(x).compile()
+    profiler, said = Profiler(ProfileConfig(steps=2, start=1), workdir, done=4), []
+    for number in range(5, 10):
+        if profiler.begins(number):
+            profiler.start()
+        jax.block_until_ready(step(x))
+        if profiler.ends(number):
+            said.append((number, profiler.stop()))
+    return workdir, said
+
+
+def test_the_steps_that_are_traced(traced):
+    assert [number for number, _ in traced[1]] == [7]
+
+
+def test_table_names_what_takes_the_time(traced):
+    first, *rows = traced[1][0][1].splitlines()
+    assert first.split() == ["operation", "count", "total", "ms", "share"]
+    *rows, where = rows
+    assert 1 <= len(rows) <= 10 and where.startswith("trace of the steps: ")
+    assert re.match(r"\S*(dot|fusion|custom)", rows[0]), rows[0]
+
+
+def test_shares_add_up(traced):
+    (trace,) = (traced[0] / "profile").rglob("*.xplane.pb")
+    ops = read_ops(trace)
+    assert sum(op.share for op in ops) == pytest.approx(1) and all(0 <= op.share <= 1 for op in ops)
+    assert [op.milliseconds for op in ops] == sorted((op.milliseconds for op in ops), reverse=True)
+    assert next(op for op in ops if "dot" in op.name or "fusion" in op.name).count >= 6  # 2 steps of 3 products
+    assert table([]) == "the trace names no operation"
+
+
+def test_perfetto_reads_the_trace(traced):
+    (trace,) = (traced[0] / "profile").rglob("perfetto_trace.json.gz")
+    with gzip.open(trace) as file:
+        events = json.load(file)["traceEvents"]
+    assert any("dur" in event for event in events)
+
+
+def test_time_inside_an_operation_is_its_own():
+    events = [("loop", 0.0, 10.0), ("dot", 1.0, 4.0), ("add", 4.0, 5.0), ("dot", 6.0, 9.0), ("copy", 10.0, 12.0)]
+    assert sorted(_own_times(events)) == [("add", 1.0), ("copy", 2.0), ("dot", 3.0), ("dot", 3.0), ("loop", 3.0)]
+
+
+def test_nothing_is_traced_unless_asked(tmp_path):
+    profiler = Profiler(ProfileConfig(), tmp_path, done=0)
+    assert not any(profiler.begins(step) or profiler.ends(step) for step in range(30))
+    assert not profiler.missed(5)
+
+
+def test_a_window_that_the_run_does_not_reach_is_said(tmp_path):
+    profiler = Profiler(ProfileConfig(steps=2, start=10), tmp_path, done=20)
+    assert profiler.missed(30) and not profiler.missed(31)
+
+
+def test_a_run_writes_the_table(tiny, tmp_path, capsys):
+    config = replace(tiny.config, profile=ProfileConfig(steps=2, start=3))
+    replace(tiny, config=config).train(tmp_path)
+    said = capsys.readouterr().err
+    assert "operation" in said and "perfetto_trace.json.gz" in said
+    row = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()][0]
+    assert 0 < row["goodput"] < 1 and row["tokens_per_second"] > 0 and "mfu" not in row
