@@ -319,6 +319,8 @@ def test_tuples_are_lists_of_words_only_where_the_field_is_a_list():
         "train.milestones",
         "train.rules",
         "data.plugins",
+        "data.mix",
+        "data.weights",
         *(f"model.{kind}.{name}" for kind in ("volume", "image") for name in ("size", "widths", "blocks")),
     }
 
