@@ -22,10 +22,10 @@ def main(arguments: list[str]) -> int:
     config = with_tokenizer(invocation.config)
     print(f"{config.name}: {start_platform(config.platform)}", file=sys.stderr)
     mesh = make_mesh(config.mesh)
-    asked = config.train
-    config = settle_batch(config, mesh, lambda line: print(line, file=sys.stderr))
+    asked, make_task = config.train, TASKS[config.task.name]
+    config = settle_batch(config, mesh, make_task, lambda line: print(line, file=sys.stderr))
     check_batch(mesh, config.train.batch_size, config.train.accumulation)
-    task = TASKS[config.task.name](config)
+    task = make_task(config)
     model = R1(config.model, task.heads)
     source, validation = task.source("train"), task.source("val")
     about = f"data: {source.name}, {len(source)} {task.unit}; validation {len(validation)}"

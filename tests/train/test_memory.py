@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from r1jax.errors import UserError
+from r1jax.tasks.medical.task import Medical
 from r1jax.train import memory, recover
 from r1jax.train.checkpoints import CheckpointFolder
 from r1jax.train.memory import divisions, fewest_parts, in_more_parts, largest_part, settle_batch
@@ -70,7 +71,7 @@ def compiled(monkeypatch):
     """Needs of made-up programs: a megabyte for each case of a part; counts what is asked for."""
     asked = []
 
-    def needs(config, mesh, source):
+    def needs(config, mesh, make_task, source):
         def need(cases, parts):
             asked.append((cases, parts))
             return cases * 2.0**20
@@ -84,31 +85,35 @@ def compiled(monkeypatch):
 def test_auto_is_settled_kept_and_taken_up_again(tiny, tmp_path, compiled, monkeypatch):
     monkeypatch.setattr(memory, "device_limit", lambda mesh: 10 * 2.0**20)
     said = []
-    config = settle_batch(with_train(tiny, tmp_path, batch_size="auto"), tiny.mesh, said.append)
+    config = settle_batch(with_train(tiny, tmp_path, batch_size="auto"), tiny.mesh, Medical, said.append)
     assert (config.train.batch_size, config.train.accumulation) == (8, 1)
     assert said == ["batch: 8 cases in 1 part, 8 MiB of a device (80%; train.memory_share allows 80%)"]
-    double = settle_batch(with_train(tiny, tmp_path, batch_size="auto", accumulation=3), tiny.mesh, said.append)
+    double = settle_batch(
+        with_train(tiny, tmp_path, batch_size="auto", accumulation=3), tiny.mesh, Medical, said.append
+    )
     assert (double.train.batch_size, double.train.accumulation) == (24, 3)
-    parts = settle_batch(with_train(tiny, tmp_path, batch_size=24, accumulation="auto"), tiny.mesh, said.append)
+    parts = settle_batch(
+        with_train(tiny, tmp_path, batch_size=24, accumulation="auto"), tiny.mesh, Medical, said.append
+    )
     assert (parts.train.batch_size, parts.train.accumulation) == (24, 3)
 
     memory.keep(config, tiny.mesh)
     compiled.clear()
-    again = settle_batch(with_train(tiny, tmp_path, batch_size="auto"), tiny.mesh, said.append)
+    again = settle_batch(with_train(tiny, tmp_path, batch_size="auto"), tiny.mesh, Medical, said.append)
     assert again == config and not compiled and "batch.json" in said[-1]
     # On another device the run keeps its batch; only the parts are found anew.
     (tmp_path / "batch.json").write_text(json.dumps({"device": "8 x other", "batch_size": 64, "accumulation": 1}))
-    moved = settle_batch(with_train(tiny, tmp_path, batch_size="auto"), tiny.mesh, said.append)
+    moved = settle_batch(with_train(tiny, tmp_path, batch_size="auto"), tiny.mesh, Medical, said.append)
     assert (moved.train.batch_size, moved.train.accumulation) == (64, 8)
 
 
 def test_what_cannot_be_settled_is_said(tiny, tmp_path, compiled, monkeypatch):
     monkeypatch.setattr(memory, "device_limit", lambda mesh: None)
     with pytest.raises(UserError, match=r"does not say how much memory it has: give train\.batch_size"):
-        settle_batch(with_train(tiny, tmp_path, batch_size="auto"), tiny.mesh, print)
+        settle_batch(with_train(tiny, tmp_path, batch_size="auto"), tiny.mesh, Medical, print)
     (tmp_path / "batch.json").write_text("{")
     with pytest.raises(UserError, match=r"batch\.json cannot be read"):
-        settle_batch(with_train(tiny, tmp_path, batch_size="auto"), tiny.mesh, print)
+        settle_batch(with_train(tiny, tmp_path, batch_size="auto"), tiny.mesh, Medical, print)
 
 
 def test_parts_run_out(tiny, tmp_path):
@@ -140,7 +145,7 @@ def test_out_of_memory_goes_on_from_the_same_step_in_more_parts(tiny, tmp_path, 
     assert taken == [(i, 1 if i < at else 2) for i in range(1, 25)]
     assert "out of memory: the batch is computed in 2 parts from now on" in capsys.readouterr().err
     assert json.loads((tmp_path / "batch.json").read_text())["accumulation"] == 2
-    again = settle_batch(config, tiny.mesh, print)  # the next start does not try one part again
+    again = settle_batch(config, tiny.mesh, Medical, print)  # the next start does not try one part again
     assert again.train.accumulation == 2
     newest = CheckpointFolder(tmp_path / "checkpoints").all()[-1]
     assert newest.step == 24 and newest.config().train.accumulation == 2
@@ -160,10 +165,10 @@ def test_another_error_is_no_lack_of_memory(tiny, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_the_step_that_is_found_is_the_largest_of_the_compiled_ones(tiny, tmp_path, monkeypatch):
     """With real programs: twice the answer would not fit."""
-    need = memory._needs(tiny.config, tiny.mesh, tiny.source)
+    need = memory._needs(tiny.config, tiny.mesh, Medical, tiny.source)
     with jax.numpy_dtype_promotion("standard"):
         at = {size: need(size, 1) for size in (4, 16)}
         assert at[16] > 1.5 * at[4]
         monkeypatch.setattr(memory, "device_limit", lambda mesh: float(np.mean([at[16], 2 * at[16]])) / 0.8)
-        found = settle_batch(with_train(tiny, tmp_path, batch_size="auto"), tiny.mesh, print)
+        found = settle_batch(with_train(tiny, tmp_path, batch_size="auto"), tiny.mesh, Medical, print)
         assert found.train.batch_size == 16
