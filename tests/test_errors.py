@@ -79,7 +79,9 @@ def start(body: str, **pipes) -> subprocess.Popen:
 
 
 def test_interrupt_is_quiet():
-    process = start("import time; print('up', flush=True); time.sleep(60)", stdout=subprocess.PIPE)
+    # A shell has what it starts in the background ignore SIGINT, and its children inherit that.
+    heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    process = start(f"{heed}; import time; print('up', flush=True); time.sleep(60)", stdout=subprocess.PIPE)
     assert process.stdout.readline() == "up\n"
     process.send_signal(signal.SIGINT)
     _, complaint = process.communicate(timeout=60)

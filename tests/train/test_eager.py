@@ -18,7 +18,7 @@ def step(tiny):
 
     def take(state, batch):
         with optax_promotes():
-            return eager(state, batch)
+            return eager(state, batch, NO_LIMIT)
 
     return take
 
@@ -27,10 +27,7 @@ def step(tiny):
 def test_equals_the_compiled_step(tiny, step):
     batch = jax.device_put(tiny.batches(1)[0])
     start = tiny.init()._replace(step=jnp.asarray(3, jnp.int32))
-    (state, metrics), (again, figures) = (
-        step(jax.tree.map(jnp.copy, start), batch, NO_LIMIT),
-        tiny.step(start, batch, NO_LIMIT),
-    )
+    (state, metrics), (again, figures) = step(jax.tree.map(jnp.copy, start), batch), tiny.step(start, batch, NO_LIMIT)
     assert metrics.keys() == figures.keys()
     for name, value in figures.items():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-5, atol=1e-7, err_msg=name)
@@ -44,15 +41,15 @@ def test_names_the_module_in_which_a_number_stops_being_finite(tiny, step):
     poisoned = jax.tree.map(lambda x: x, state.params)
     poisoned["decoder"]["layers_0"]["self_attn"]["o_proj"]["weight"] *= 3e38
     with pytest.raises(UserError, match=r"step 1: .* made .* in .*layers_0.*, r1jax/models/.*\.py:\d+"):
-        step(state._replace(params=poisoned), jax.device_put(tiny.batches(1)[0]), NO_LIMIT)
+        step(state._replace(params=poisoned), jax.device_put(tiny.batches(1)[0]))
 
 
 def test_names_a_batch_of_another_shape(tiny, step):
     batch = tiny.batches(1)[0]
     with pytest.raises(UserError, match=r"step 1: the batch's 'text' is int32\[8, 15\], but must be int32\[8, 16\]"):
-        step(tiny.init(), batch | {"text": batch["text"][:, :-1]}, NO_LIMIT)
+        step(tiny.init(), batch | {"text": batch["text"][:, :-1]})
     with pytest.raises(UserError, match="the batch's 'more' is .*, but must be absent"):
-        step(tiny.init(), batch | {"more": batch["text"]}, NO_LIMIT)
+        step(tiny.init(), batch | {"more": batch["text"]})
 
 
 def walk(function, *arguments):

@@ -98,7 +98,7 @@ def test_nothing_else_is_random(tiny):
     task = Medical(config)
     step = make_step(config, R1(config.model, task.heads), task)
     with optax_promotes():
-        loss = jax.jit(lambda state, batch: step(state, batch, NO_LIMIT)[1]["loss"])
+        loss = jax.jit(lambda state, batch: step(state, batch, jnp.asarray(NO_LIMIT))[1]["loss"])
         states = [tiny.fresh._replace(step=jnp.asarray(step, jnp.int32)) for step in (0, 7)]
         losses = [float(loss(state, tiny.batches(1)[0])) for state in states]
     assert losses[0] == losses[1]
