@@ -122,8 +122,10 @@ class Telemetry:
         """
         now = time.perf_counter()
         steps, seconds = self.done + 1 - self.measured_at, now - self.measured
-        found = {"examples_per_second": steps * self.batch_size / seconds, "data_wait": self.waited / seconds}
-        if self.load is not None:
+        found: dict[str, float] = {}
+        if steps:  # none, where the trace has ended with the step that is being logged
+            found = {"examples_per_second": steps * self.batch_size / seconds, "data_wait": self.waited / seconds}
+        if steps and self.load is not None:
             found["tokens_per_second"] = steps * self.load.tokens / seconds
             self.speed = f"{found['tokens_per_second']:,.0f} tokens/s  "
             if self.load.peak is not None:
@@ -134,12 +136,16 @@ class Telemetry:
         return found | {"goodput": self.clock.goodput} | memory_peaks()
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
-        """Leaves what happens inside (evaluation, saving) out of `rates` and of goodput; all steps have ended."""
+    def aside(self, step: int) -> Iterator[None]:
+        """Leaves what happens inside (evaluation, saving) out of `rates` and of goodput.
+
+        Args:
+          step: Steps done; all of them have ended.
+        """
         self._settle()
         yield
         self.measured = self.settled = time.perf_counter()
-        self.measured_at, self.waited = self.done, 0.0
+        self.measured_at, self.waited = step, 0.0
 
     def _settle(self) -> None:
         """Counts the time since the last call, without waiting, as useful."""

@@ -94,10 +94,14 @@ def test_rates_count_examples_and_waiting_since_the_last_row(tmp_path, monkeypat
         if step == 14:
             assert speeds(telemetry) == pytest.approx({"examples_per_second": 4 * 4 / 8, "data_wait": 0.25})
         telemetry.advance(step, "")
-    with telemetry.aside():
+    with telemetry.aside(14):
         now[0] += 1000  # an evaluation
     now[0] += 4
     assert speeds(telemetry) == pytest.approx({"examples_per_second": 1 * 4 / 4, "data_wait": 0.0})
+    telemetry.advance(15, "")
+    with telemetry.aside(16):
+        now[0] += 50  # a trace ended with step 16
+    assert speeds(telemetry) == {}
     telemetry.close()
 
 
@@ -135,7 +139,7 @@ def test_goodput_counts_steps_alone(tmp_path, monkeypatch):
         now[0] += 5
     now[0] += 20
     telemetry.advance(1, "")
-    with telemetry.aside():
+    with telemetry.aside(1):
         now[0] += 65
     assert clock.useful == pytest.approx(20) and clock.goodput == pytest.approx(0.2)
     telemetry.close()

@@ -108,7 +108,7 @@ def fit(
             run.watch.enter("step")
             if profiler.begins(done):
                 jax.block_until_ready(state)
-                with telemetry.aside():
+                with telemetry.aside(done - 1):
                     profiler.start()
             try:
                 state, metrics = step(state, jax.tree.map(place, batch), guard.limit)
@@ -119,7 +119,7 @@ def fit(
             guard.note(metrics["refused"])
             if profiler.ends(done):
                 jax.block_until_ready(metrics)
-                with telemetry.aside():
+                with telemetry.aside(done):
                     telemetry.say(profiler.stop())
             evaluates = done % t.eval_every == 0 or done == t.steps
             if evaluates or done % t.log_every == 0 or done % t.save_every == 0:
@@ -139,7 +139,7 @@ def fit(
             run.watch.enter("step", done)
             if evaluates:
                 run.watch.enter("evaluation")
-                with telemetry.aside():
+                with telemetry.aside(done):
                     validated = validate(config, task, evaluator, served(state, config), validation)
                     reached = validated["figures"]
                     telemetry.log(
@@ -149,11 +149,11 @@ def fit(
                     if not guard.streak or done == t.steps:  # to go back to what lies before the first refused step
                         save(done, validated)
             elif done % t.save_every == 0 and not guard.streak:
-                with telemetry.aside():
+                with telemetry.aside(done):
                     save(done, None)
             if run.stop:
                 check_finite(done, state.params, run)
-                with telemetry.aside():
+                with telemetry.aside(done):
                     save(done, None)
                     run.saver.wait()
                 name = signal.Signals(run.stop[0]).name

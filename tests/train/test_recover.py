@@ -105,6 +105,7 @@ def test_a_poisoned_batch_changes_no_weight(tiny, train, order, tmp_path, capsys
     assert same(final(tmp_path)["params"], jax.device_get(state.params))
 
 
+@pytest.mark.slow
 def test_many_in_a_row_are_left_out(tiny, train, order, tmp_path, capsys):
     poisoned = order[7 : 7 + PATIENCE + 2]  # batches 8 to 19
     steps = Steps(tiny.step, poisoned)
@@ -117,7 +118,7 @@ def test_many_in_a_row_are_left_out(tiny, train, order, tmp_path, capsys):
     assert [(row["step"], row["to"]) for row in told if row["event"] == "rolled back"] == [(17, 6)]
     assert [row["step"] for row in rows(tmp_path) if "learning_rate" in row] == list(range(1, 25))
 
-    for kill_at in (3, 14, 17, 20, 30):  # before, amid, just after and long after going back
+    for kill_at in (14, 17, 30):  # before, just after and long after going back
         workdir = tmp_path / str(kill_at)
         with pytest.raises(Killed):
             train(workdir, Steps(tiny.step, poisoned, kill_at=kill_at))
