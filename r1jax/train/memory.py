@@ -75,7 +75,7 @@ def settle_batch(config: Config, mesh: Mesh, make_task: Callable[[Config], Task]
     took = need(size // parts, parts)
     say(
         f"batch: {size} cases in {parts} part{'s' if parts > 1 else ''}, {took / 2**20:,.0f} MiB of a device "
-        f"({took / limit:.0%}; train.memory_share allows {train.memory_share:.0%})"
+        f"({took / limit:.1%}; train.memory_share allows {train.memory_share:.1%})"
     )
     return config
 

@@ -87,7 +87,7 @@ def test_auto_is_settled_kept_and_taken_up_again(tiny, tmp_path, compiled, monke
     said = []
     config = settle_batch(with_train(tiny, tmp_path, batch_size="auto"), tiny.mesh, Medical, said.append)
     assert (config.train.batch_size, config.train.accumulation) == (8, 1)
-    assert said == ["batch: 8 cases in 1 part, 8 MiB of a device (80%; train.memory_share allows 80%)"]
+    assert said == ["batch: 8 cases in 1 part, 8 MiB of a device (80.0%; train.memory_share allows 80.0%)"]
     double = settle_batch(
         with_train(tiny, tmp_path, batch_size="auto", accumulation=3), tiny.mesh, Medical, said.append
     )
