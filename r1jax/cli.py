@@ -14,9 +14,10 @@ from typing import Any, Literal, NoReturn, TypeVar, get_origin
 
 import tyro
 
-from r1jax.config import Config, from_dict, validate
+from r1jax.config import Config, from_dict
 from r1jax.errors import UserError, nearest
 from r1jax.fields import build, fit, leaves, to_dict, to_json, wanted
+from r1jax.validation import validate
 
 TRAIN_HELP = """\
 Trains the model that a config file describes; the same command again goes on from the last checkpoint.

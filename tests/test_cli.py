@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from eval import HELP
 from r1jax.cli import load_arguments, load_config
-from r1jax.config import Config, EvalArguments, EvalData, from_dict, validate
+from r1jax.config import Config, EvalArguments, EvalData, from_dict
 from r1jax.errors import UserError
 from r1jax.fields import leaves, to_json
+from r1jax.validation import validate
 
 ROOT = Path(__file__).resolve().parents[1]
 LEAVES = leaves(Config)

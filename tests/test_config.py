@@ -21,16 +21,33 @@ from r1jax.config import (
     TaskConfig,
     TrainConfig,
     VisionConfig,
-    check_cache_url,
     differences,
     from_dict,
-    to_dict,
-    validate,
 )
 from r1jax.errors import UserError
-from r1jax.fields import Bounds, leaves, to_json
+from r1jax.fields import Bounds, leaves, to_dict, to_json
+from r1jax.validation import check_cache_url, validate
 
 LEAVES = leaves(Config)
+DEEPSEEK_V3 = DecoderConfig(
+    vocab_size=129280,
+    hidden_size=7168,
+    num_hidden_layers=61,
+    num_attention_heads=128,
+    q_lora_rank=1536,
+    kv_lora_rank=512,
+    qk_nope_head_dim=128,
+    qk_rope_head_dim=64,
+    v_head_dim=128,
+    intermediate_size=18432,
+    moe_intermediate_size=2048,
+    n_routed_experts=256,
+    num_experts_per_tok=8,
+    n_group=8,
+    topk_group=4,
+    first_k_dense_replace=3,
+)
+"""As its published config.json has it."""
 
 
 def values(hint) -> st.SearchStrategy:
@@ -236,26 +253,7 @@ def test_rules_that_do_not_apply_are_not_enforced():
 
 
 def test_deepseek_v3_itself_is_valid():
-    # The published config.json of DeepSeek-V3.
-    big = DecoderConfig(
-        vocab_size=129280,
-        hidden_size=7168,
-        num_hidden_layers=61,
-        num_attention_heads=128,
-        q_lora_rank=1536,
-        kv_lora_rank=512,
-        qk_nope_head_dim=128,
-        qk_rope_head_dim=64,
-        v_head_dim=128,
-        intermediate_size=18432,
-        moe_intermediate_size=2048,
-        n_routed_experts=256,
-        num_experts_per_tok=8,
-        n_group=8,
-        topk_group=4,
-        first_k_dense_replace=3,
-    )
-    validate(Config(model=ModelConfig(decoder=big)))
+    validate(Config(model=ModelConfig(decoder=DEEPSEEK_V3)))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Int
 
-from r1jax.config import CacheConfig, check_cache_url
+from r1jax.config import CacheConfig
 from r1jax.data.blocks import BlockStore
 from r1jax.data.cache import GuardedTier, open_tier
 from r1jax.data.cache_counters import CacheCounters, Tally
@@ -19,6 +19,7 @@ from r1jax.data.cache_values import BlockCodec, dataset_name, key_of
 from r1jax.data.prefetch import Prefetcher
 from r1jax.data.single_flight import SingleFlight
 from r1jax.errors import UserError
+from r1jax.validation import check_cache_url
 
 STORE_EVERY_S = 10.0
 """How often a reader adds its counters to those in the shared tier."""

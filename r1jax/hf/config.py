@@ -6,10 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from r1jax.config import DecoderConfig, YarnConfig, decoder_relations
+from r1jax.config import DecoderConfig, YarnConfig
 from r1jax.data import tokenizer as byte_level
 from r1jax.errors import UserError
 from r1jax.fields import fit, wanted
+from r1jax.validation import decoder_relations
 
 CONFIG_FILE = "config.json"
 FP8_BLOCK = 128

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from r1jax.cli import load_arguments
-from r1jax.config import check_cache_url
 from r1jax.data.cache_lmdb import lmdb_library
 from r1jax.data.cache_redis import RedisTier
 from r1jax.data.cache_values import NAMESPACE
 from r1jax.errors import UserError
+from r1jax.validation import check_cache_url
 
 HELP = """\
 Prints what a cache (LMDB or Redis) holds of each data set, and how often readers found there what they asked for.

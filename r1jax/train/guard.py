@@ -91,7 +91,7 @@ class Guard:
 
     def log(self, figures: Mapping[str, float]) -> None:
         """Takes the figures of a row of metrics.jsonl, and sets the limit anew."""
-        if not figures["refused"]:
+        if not figures["refused"] and math.isfinite(figures["loss"]):  # as `logged_losses` finds them after a restart
             self.losses = [*self.losses, figures["loss"]][-HISTORY:]
             self.limit = np.float32(loss_limit(self.losses, self.factor))
 
@@ -106,13 +106,13 @@ def loss_limit(losses: Iterable[float], factor: float) -> float:
     """Loss above which a step is refused: far above the median of the last logged ones.
 
     Args:
-      losses: Logged losses, oldest first; what is not finite does not count.
+      losses: Logged losses, oldest first.
       factor: Robust standard deviations above the median; 0 sets no limit.
 
     Returns:
       The limit in the unit of the loss; infinity where there is none, or none yet.
     """
-    known = [loss for loss in losses if math.isfinite(loss)][-HISTORY:]
+    known = list(losses)[-HISTORY:]
     if not factor or len(known) < ENOUGH:
         return math.inf
     middle = statistics.median(known)
@@ -160,7 +160,7 @@ def read_jumps(workdir: Path) -> tuple[Jump, ...]:
         ) from None
 
 
-def jump(workdir: Path, step: int, seen: int, reason: str) -> tuple[Jump, ...]:
+def jump(workdir: Path, step: int, seen: int, reason: str) -> None:
     """Writes down that the batches between a checkpoint and the step that was refused are left out.
 
     Args:
@@ -168,9 +168,6 @@ def jump(workdir: Path, step: int, seen: int, reason: str) -> tuple[Jump, ...]:
       step: Steps that the checkpoint has done.
       seen: Steps done when the run was stopped, `step` + the batches to leave out.
       reason: What was seen.
-
-    Returns:
-      All jumps, the new one last.
 
     Raises:
       UserError: This checkpoint was gone back to so often that the data cannot be what is wrong.
@@ -189,7 +186,6 @@ def jump(workdir: Path, step: int, seen: int, reason: str) -> tuple[Jump, ...]:
     flush(draft)
     os.replace(draft, workdir / JUMPS)
     flush(workdir)
-    return jumps
 
 
 def batch_after(step: int, jumps: Iterable[Jump]) -> int:

@@ -24,6 +24,7 @@ from r1jax.telemetry import Load, Telemetry
 from r1jax.train.evaluation import Evaluator
 from r1jax.train.flops import work_of
 from r1jax.train.guard import PATIENCE, Guard, RollBack, batch_after, read_jumps
+from r1jax.train.memory import out_of_memory
 from r1jax.train.peak import peak_flops
 from r1jax.train.plan import example_batch
 from r1jax.train.profile import Profiler
@@ -112,8 +113,10 @@ def fit(
                     profiler.start()
             try:
                 state, metrics = step(state, jax.tree.map(place, batch), guard.limit)
-            except jax.errors.JaxRuntimeError:  # out of memory, for example; what was reached shall not be done again
-                if done - 1 > start and not any(x.is_deleted() for x in jax.tree.leaves(state)):
+            except jax.errors.JaxRuntimeError as error:
+                # What was reached shall not be done again; after another error, nobody knows what the state is worth.
+                lost = done - 1 == start or any(x.is_deleted() for x in jax.tree.leaves(state))
+                if out_of_memory(error) and not lost:
                     save(done - 1, None)
                 raise
             guard.note(metrics["refused"])

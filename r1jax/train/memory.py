@@ -66,7 +66,7 @@ def settle_batch(config: Config, mesh: Mesh, make_task: Callable[[Config], Task]
     if train.batch_size == AUTO and record:  # the run has its batch; on other devices only the parts may differ
         config = _with(config, record["batch_size"], AUTO)
     if config.train.batch_size == AUTO:
-        part = largest_part(need, budget, mesh.size, len(source))
+        part = largest_part(lambda cases: need(cases, train.accumulation), budget, mesh.size, len(source))
         config = _with(config, part * train.accumulation, train.accumulation)
     else:
         parts = fewest_parts(need, budget, mesh.size, config.train.batch_size)
@@ -80,16 +80,16 @@ def settle_batch(config: Config, mesh: Mesh, make_task: Callable[[Config], Task]
     return config
 
 
-def largest_part(need: Callable[[int, int], float], budget: float, devices: int, cases: int) -> int:
-    """Looks for the largest batch that fits: a power of two times the number of devices.
+def largest_part(need: Callable[[int], float], budget: float, devices: int, cases: int) -> int:
+    """Looks for the largest part of a batch that fits: a power of two times the number of devices.
 
     What a step takes grows about evenly with its cases, so two of them foretell the rest, and the answer is compiled.
 
     Args:
-      need: Bytes of a device for (cases of a part, parts).
+      need: Bytes of a device for so many cases of a part.
       budget: Bytes that may be taken.
       devices: Devices of the mesh.
-      cases: Training cases; no batch is larger.
+      cases: Training cases; no part is larger.
 
     Returns:
       Cases.
@@ -98,17 +98,17 @@ def largest_part(need: Callable[[int, int], float], budget: float, devices: int,
       UserError: Not even one a device fits.
     """
     small, large = (probe * devices for probe in PROBES)
-    at_small, at_large = need(small, 1), need(large, 1)
+    at_small, at_large = need(small), need(large)
     slope = max((at_large - at_small) / (large - small), 1.0)
     foretold = max(small + (budget - at_small) / slope, devices)
     size = devices
     while 2 * size <= min(foretold, max(cases, devices)):
         size *= 2
-    while 2 * size <= cases and need(2 * size, 1) <= budget:
+    while 2 * size <= cases and need(2 * size) <= budget:
         size *= 2
-    while need(size, 1) > budget:
+    while need(size) > budget:
         if size == devices:
-            raise _too_small(need(size, 1), budget)
+            raise _too_small(need(size), budget)
         size //= 2
     return size
 

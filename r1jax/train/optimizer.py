@@ -7,8 +7,9 @@ import jax
 import optax
 from jaxtyping import Array, Int
 
-from r1jax.config import Rule, TrainConfig, read_rule
+from r1jax.config import TrainConfig
 from r1jax.errors import UserError
+from r1jax.validation import Rule, read_rule
 
 BALANCE_BIAS = "e_score_correction_bias"
 UNDECAYED = ("embed_tokens", "position", "queries", "missing", "frequency")

@@ -6,10 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from r1jax.config import DecoderConfig, YarnConfig, decoder_relations
+from r1jax.config import DecoderConfig, YarnConfig
 from r1jax.errors import UserError
 from r1jax.hf.config import decoder_config, published_config, read_json
 from r1jax.ops.rope import inverse_frequencies, softmax_scale, yarn_magnitude
+from r1jax.validation import decoder_relations
 
 SHAPES = {
     "hidden_size": 7168,

@@ -6,12 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from r1jax.config import Config, DataConfig, DecoderConfig, ModelConfig, TaskConfig, validate
+from r1jax.config import Config, DataConfig, DecoderConfig, ModelConfig, TaskConfig
 from r1jax.errors import UserError
 from r1jax.models.moe import RouterStats
 from r1jax.models.r1 import Inputs, Output
 from r1jax.tasks.language.figures import language_figures, language_intervals
 from r1jax.tasks.language.task import Language
+from r1jax.validation import validate
 
 CONFIG = Config(
     model=ModelConfig(modalities=("text",), text_tokens=8),

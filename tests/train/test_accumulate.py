@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from r1jax.config import Config, validate
+from r1jax.config import Config
 from r1jax.errors import UserError
 from r1jax.models.r1 import R1
 from r1jax.tasks.catalog import TASKS
 from r1jax.train.accumulate import divide, sum_over
 from r1jax.train.step import batch_gradients
+from r1jax.validation import validate
 from tests.train import tiny as medical
 from tests.train import tiny_language as language
 from tests.train.experiment import optax_promotes

@@ -14,6 +14,7 @@ from r1jax.tasks.medical.schema import RECORD_FIELDS
 from r1jax.train.flops import work_of
 from r1jax.train.peak import peak_flops
 from r1jax.train.plan import example_batch
+from tests.test_config import DEEPSEEK_V3
 
 DECODER = DecoderConfig(
     vocab_size=512,
@@ -167,25 +168,7 @@ def test_terms_are_shown_with_their_numbers():
 
 def test_a_step_of_deepseek_v3_is_near_what_its_parameters_say():
     """37 G active parameters, less the embedding, at 6 FLOPs each a token, and 61 layers of causal attention."""
-    decoder = DecoderConfig(
-        vocab_size=129280,
-        hidden_size=7168,
-        num_hidden_layers=61,
-        num_attention_heads=128,
-        q_lora_rank=1536,
-        kv_lora_rank=512,
-        qk_nope_head_dim=128,
-        qk_rope_head_dim=64,
-        v_head_dim=128,
-        intermediate_size=18432,
-        moe_intermediate_size=2048,
-        n_routed_experts=256,
-        num_experts_per_tok=8,
-        n_group=8,
-        topk_group=4,
-        first_k_dense_replace=3,
-        num_nextn_predict_layers=0,
-    )
+    decoder = replace(DEEPSEEK_V3, num_nextn_predict_layers=0)
     config = language(decoder)
     shapes = {"text": (1, 4096), "text_valid": (1, 4096)}
     batch = {k: jax.ShapeDtypeStruct(v, bool if "valid" in k else np.int32) for k, v in shapes.items()}

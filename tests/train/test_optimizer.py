@@ -6,10 +6,11 @@ import numpy as np
 import optax
 import pytest
 
-from r1jax.config import Config, TrainConfig, validate
+from r1jax.config import Config, TrainConfig
 from r1jax.errors import UserError
 from r1jax.train.layer_metrics import layer_metrics
 from r1jax.train.optimizer import BALANCE_BIAS, decays, make_optimizer, schedule
+from r1jax.validation import validate
 from tests.train.experiment import optax_promotes
 
 CONFIG = TrainConfig(steps=100, warmup_steps=10, learning_rate=2e-3, final_learning_rate=1e-4, weight_decay=0.1)

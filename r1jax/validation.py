@@ -1,0 +1,209 @@
+"""What ties the fields of a config to each other: rules beyond the type of any one of them."""
+
+import math
+import operator
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+from r1jax.config import Config, DecoderConfig, ModelConfig, TableConfig, VisionConfig, from_dict
+from r1jax.errors import UserError, nearest
+from r1jax.fields import to_dict
+
+CACHE_SCHEMES = ("redis", "rediss", "unix", "redis+cluster", "rediss+cluster", "lmdb")
+
+
+def validate(config: Config) -> None:
+    """Refuses values that cannot work, before anything is built from them.
+
+    Args:
+      config: Any config, also one whose values have the wrong type.
+
+    Raises:
+      UserError: Names the field, its value and what is possible.
+    """
+    config = from_dict(to_dict(config))
+    for holds, name, rule in _relations(config):
+        if not holds:
+            raise UserError(f"config: {name} is {operator.attrgetter(name)(config)!r}, but it must be {rule}.")
+
+
+def _relations(config: Config) -> Iterator[tuple[bool, str, str]]:
+    """Yields (does it hold, field, what it must be) for each rule that ties fields; later ones rely on earlier ones."""
+    for name in ("name", "workdir"):
+        yield bool(getattr(config, name).strip()), name, "a name, not empty"
+    for holds, name, rule in decoder_relations(config.model.decoder):
+        yield holds, f"model.decoder.{name}", rule
+    yield from _encoder_relations(config.model)
+    yield from _task_relations(config)
+    check_cache_url("data.cache.url", config.data.cache.url)
+    data, train, mesh = config.data, config.train, config.mesh
+    yield data.path is None or bool(data.path.strip()), "data.path", "a folder, or None for generated cases"
+    yield not data.mix or data.path is not None, "data.path", "a folder, as data.mix is mixed with it"
+    folders = len(data.mix) + 1 if data.mix else 0
+    yield len(data.weights) == folders, "data.weights", f"{folders} numbers, for data.path and each of data.mix if any"
+    yield len({data.path, *data.mix}) == len(data.mix) + 1, "data.mix", "other folders than data.path, each once"
+    yield data.fold is None or data.fold < data.folds, "data.fold", f"below data.folds ({data.folds})"
+    yield train.warmup_steps < train.steps, "train.warmup_steps", f"below train.steps ({train.steps})"
+    size, parts, rate = train.batch_size, train.accumulation, train.learning_rate
+    yield (size, parts) != ("auto", "auto"), "train.accumulation", "a number where train.batch_size is auto"
+    rule = f"a multiple of train.accumulation ({parts})"
+    yield "auto" in (size, parts) or size % parts == 0, "train.batch_size", rule
+    yield train.final_learning_rate <= rate, "train.final_learning_rate", f"at most train.learning_rate ({rate})"
+    late = all(round(share * train.steps) > train.warmup_steps for share in train.milestones)
+    rule = f"after the warmup ({train.warmup_steps} of {train.steps} steps)"
+    yield train.schedule != "step" or late, "train.milestones", rule
+    yield all(map(_is_rule, train.rules)), "train.rules", "a list of PATTERN=RATE or PATTERN=RATE:DECAY"
+    for name in ("data", "fsdp"):
+        yield getattr(mesh, name) != 0, f"mesh.{name}", "a number of devices of at least 1, or -1"
+    yield mesh.data > 0 or mesh.fsdp > 0, "mesh.fsdp", "a number of devices: only one axis can take what is left"
+
+
+class Rule(NamedTuple):
+    """What one entry of `train.rules` says of the weights that it matches."""
+
+    pattern: str
+    """Regular expression that occurs in their path."""
+    rate: float
+    """Factor on the learning rate."""
+    decay: float | None
+    """Factor on the weight decay; None leaves it as it is, on for matrices and off for the rest."""
+
+
+def read_rule(text: str) -> Rule:
+    """Reads one entry of `train.rules`.
+
+    Args:
+      text: PATTERN=RATE or PATTERN=RATE:DECAY.
+
+    Returns:
+      The rule.
+
+    Raises:
+      ValueError: The text is no such rule.
+    """
+    pattern, _, factors = text.rpartition("=")
+    rate, colon, decay = factors.partition(":")
+    rule = Rule(pattern, float(rate), float(decay) if colon else None)
+    if not pattern or not all(0 <= x < math.inf for x in (rule.rate, rule.decay or 0.0)):
+        raise ValueError(text)
+    re.compile(pattern)
+    return rule
+
+
+def _is_rule(text: str) -> bool:
+    try:
+        read_rule(text)
+    except (ValueError, re.error):
+        return False
+    return True
+
+
+def check_cache_url(name: str, url: str | None, secrets: bool = False) -> None:
+    """Refuses a cache that cannot exist, and a password that would be stored in every checkpoint.
+
+    Args:
+      name: Of the field, for the message.
+      url: As in `CacheConfig.url`.
+      secrets: Whether the password itself may stand in the URL: nothing stores it.
+
+    Raises:
+      UserError: The scheme is unknown, a part is missing, or the URL holds a password; it is not repeated then.
+    """
+    if url in (None, "memory"):
+        return
+    scheme, colon, rest = url.partition(":")
+    if not colon or scheme not in CACHE_SCHEMES:
+        meant = nearest(scheme, ("memory", *CACHE_SCHEMES))
+        raise UserError(
+            f"{name} starts with {scheme[:40]!r}, which is no kind of cache{meant}: it must be memory, lmdb:DIR, "
+            "redis://HOST:PORT, rediss://HOST:PORT, unix:///SOCKET or redis+cluster://HOST:PORT"
+        )
+    if scheme == "lmdb":
+        if not rest.strip():
+            raise UserError(f"{name} is {url!r}, but the folder is missing: write lmdb:DIR")
+        return
+    try:
+        parts = urlsplit(url)
+        port, password = parts.port, parts.password
+    except ValueError as error:
+        raise UserError(f"{name}: {error}: write {scheme}://HOST:PORT") from None
+    if scheme == "unix" and not parts.path.strip("/"):
+        raise UserError(f"{name} names no socket: write unix:///SOCKET, with three slashes before an absolute path")
+    if scheme != "unix" and (not parts.hostname or port == 0):
+        raise UserError(f"{name} names no host: write {scheme}://HOST:PORT")
+    if "password=" in parts.query or (password is not None and not password.startswith("$") and not secrets):
+        raise UserError(
+            f"{name} holds a password, which every checkpoint would store: write {scheme}://USER:$NAME@... and put the "
+            "password into the environment variable NAME"
+        )
+
+
+def decoder_relations(decoder: DecoderConfig) -> Iterator[tuple[bool, str, str]]:
+    """Ties the decoder's fields; DeepSeek-V3's group limit scores a group by its two best experts.
+
+    Args:
+      decoder: Values that fit their fields.
+
+    Yields:
+      (does it hold, field, what it must be) for each rule.
+    """
+    experts, groups, kept = decoder.n_routed_experts, decoder.n_group, decoder.topk_group
+    yield decoder.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim", "even: RoPE turns channels in pairs"
+    yield (
+        decoder.first_k_dense_replace <= decoder.num_hidden_layers,
+        "first_k_dense_replace",
+        f"at most num_hidden_layers ({decoder.num_hidden_layers})",
+    )
+    yield experts % groups == 0, "n_routed_experts", f"a multiple of n_group ({groups})"
+    yield (
+        groups == 1 or experts >= 2 * groups or decoder.scoring_func == "softmax",
+        "n_group",
+        f"at most half of n_routed_experts ({experts}): a group is scored by its two best experts",
+    )
+    yield kept <= groups, "topk_group", f"at most n_group ({groups})"
+    reach = kept * (experts // groups)
+    yield (
+        decoder.num_experts_per_tok <= reach,
+        "num_experts_per_tok",
+        f"at most the {reach} experts of topk_group ({kept}) groups",
+    )
+
+
+def _task_relations(config: Config) -> Iterator[tuple[bool, str, str]]:
+    """Yields what each task asks of the model."""
+    kinds = config.model.modalities
+    if config.task.name == "medical":
+        yield bool(set(kinds) - {"text"}), "model.modalities", "at least one modality besides text"
+        yield config.data.tokenizer is None, "data.tokenizer", "None: the medical task reads text as bytes"
+    else:
+        yield not config.data.mix, "data.mix", "empty for the language task: put the files into one folder"
+        yield kinds == ("text",), "model.modalities", "text alone for the language task"
+        yield config.model.text_tokens > 2, "model.text_tokens", "at least 3: MTP predicts the token after next"
+
+
+def _encoder_relations(model: ModelConfig) -> Iterator[tuple[bool, str, str]]:
+    """Yields the encoders' rules."""
+    kinds = model.modalities
+    yield len(kinds) == len(set(kinds)), "model.modalities", "a list that names each modality once"
+    for name, rank, axes in (("volume", 3, "(z, y, x)"), ("image", 2, "(y, x)")):
+        group, vision = f"model.{name}", getattr(model, name)
+        yield len(vision.size) == rank, f"{group}.size", f"{rank} sizes, {axes}"
+        yield len(vision.widths) > 0, f"{group}.widths", "the width of at least one stage"
+        stages = len(vision.widths)
+        yield len(vision.blocks) == stages, f"{group}.blocks", f"as long as {group}.widths ({stages})"
+        cell = vision.stem_stride * 2 ** (stages - 1) * vision.merge
+        yield (
+            all(n % cell == 0 for n in vision.size),
+            f"{group}.size",
+            f"multiples of {cell}, stem_stride x 2^(stages - 1) x merge",
+        )
+        yield _heads(f"{group}.num_attention_heads", vision, vision.widths[-1], f"the last of {group}.widths")
+    yield _heads("model.table.num_attention_heads", model.table, model.decoder.hidden_size, "model.decoder.hidden_size")
+
+
+def _heads(name: str, encoder: VisionConfig | TableConfig, width: int, origin: str) -> tuple[bool, str, str]:
+    """States that attention heads share the width evenly; without layers nothing is shared."""
+    even = encoder.layers == 0 or width % encoder.num_attention_heads == 0
+    return even, name, f"a divisor of {origin} ({width})"
