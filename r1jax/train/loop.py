@@ -71,108 +71,187 @@ def fit(
       RollBack: Many steps in a row were refused.
       UserError: A weight is no finite number any more, or the disk is full.
     """
-    t, start, jumps = config.train, int(state.step), read_jumps(run.workdir)
-    if start == t.steps:
+    if int(state.step) == config.train.steps:
         return state
-    load = step_load(config, task, mesh, source)
-    telemetry = Telemetry(run.workdir, steps=t.steps, start=start, batch_size=t.batch_size, load=load, clock=run.clock)
-    profiler = Profiler(config.profile, run.workdir, start)
-    guard = Guard(run.workdir, t.spike_factor, start)
-    batches = open_batches(config, task, source, batch_after(start, jumps))
-    place = functools.partial(jax.make_array_from_process_local_data, batch_sharding(mesh))
-    made = describe(source, task.pipeline) | start_record(run.workdir)
-    # Read before the first step, as the task has read them: what they lie in may go.
-    tokenizer = {} if config.data.tokenizer is None else read_files(Path(config.data.tokenizer))
-    note = ""
-
-    def save(done: int, validated: dict[str, Any] | None) -> None:
-        where = {"next_batch": batch_after(done, jumps), **describe_order(source, t.batch_size, config.data)}
-        meta = {"step": done, "validation": validated, "order": where, **made}
-        useful = run.clock.useful
-        published = lambda: run.clock.mark(done, useful, [c.step for c in run.checkpoints.all()])  # noqa: E731
-        run.saver.save(done, state, config, meta, tokenizer, say=telemetry.say, then=published)
-
-    def cached() -> CacheCounters:
-        """What the cache did here, where validation reads too, and in the workers."""
-        here = getattr(source, "counters", dict)()
-        return total([here, batches.counters()] if config.data.workers else [here])
-
+    loop = Loop(config, run, task, mesh, evaluator, step, state, source, validation)
     try:
-        for done in range(start + 1, t.steps + 1):
-            run.saver.check()
-            run.watch.enter("waiting for data", done - 1)
-            if done - 1 > start and any(jump.step == done - 1 for jump in jumps):  # made when a later one was damaged
-                batches.close()
-                batches = open_batches(config, task, source, batch_after(done - 1, jumps))
-            with telemetry.waiting():
-                batch = next(batches)
-            run.watch.enter("step")
-            if profiler.begins(done):
-                jax.block_until_ready(state)
-                with telemetry.aside(done - 1):
-                    profiler.start()
-            try:
-                state, metrics = step(state, jax.tree.map(place, batch), guard.limit)
-            except jax.errors.JaxRuntimeError as error:
-                # What was reached shall not be done again; after another error, nobody knows what the state is worth.
-                lost = done - 1 == start or any(x.is_deleted() for x in jax.tree.leaves(state))
-                if out_of_memory(error) and not lost:
-                    save(done - 1, None)
-                raise
-            guard.note(metrics["refused"])
-            if profiler.ends(done):
-                jax.block_until_ready(metrics)
-                with telemetry.aside(done):
-                    telemetry.say(profiler.stop())
-            evaluates = done % t.eval_every == 0 or done == t.steps
-            if evaluates or done % t.log_every == 0 or done % t.save_every == 0:
-                refused = guard.settle()
-                if refused:
-                    telemetry.say(f"step {done}: {refused} of the last steps refused, {guard.reason(metrics)}")
-                if guard.streak >= PATIENCE:
-                    raise RollBack(done, guard.reason(metrics))
-                check_finite(done, state.params, run)
-            if done % t.log_every == 0 or done == t.steps:
-                figures = {k: float(v) for k, v in jax.device_get(metrics).items()}
-                guard.log(figures)
-                note = f"loss {figures['loss']:.3f}"
-                figures |= telemetry.rates() | cached().figures("cache.")
-                telemetry.log(done, {k: v for k, v in figures.items() if math.isfinite(v)})  # JSON has no other
-            telemetry.advance(done, note)
-            run.watch.enter("step", done)
-            if evaluates:
-                run.watch.enter("evaluation")
-                with telemetry.aside(done):
-                    validated = validate(config, task, evaluator, served(state, config), validation)
-                    reached = validated["figures"]
-                    telemetry.log(
-                        done, {f"validation.{mode}.{k}": v for mode, found in reached.items() for k, v in found.items()}
-                    )
-                    telemetry.say(f"step {done}: validation {task.headline(next(iter(reached.values())))}")
-                    if not guard.streak or done == t.steps:  # to go back to what lies before the first refused step
-                        save(done, validated)
-            elif done % t.save_every == 0 and not guard.streak:
-                with telemetry.aside(done):
-                    save(done, None)
+        for done in range(loop.start + 1, config.train.steps + 1):
+            metrics = loop.take_step(done, loop.next_batch(done))
+            loop.judge(done, metrics)
+            loop.log(done, metrics)
+            loop.evaluate_or_save(done)
             if run.stop:
-                check_finite(done, state.params, run)
-                with telemetry.aside(done):
-                    save(done, None)
-                    run.saver.wait()
-                name = signal.Signals(run.stop[0]).name
-                telemetry.say(f"{name}: saved at step {done}; the same command goes on from there")
+                loop.leave(done)
                 break
-        run.saver.wait()
-        if profiler.missed(int(state.step)):
-            telemetry.say(f"no trace: the run ended before step {profiler.first} (--profile.start, --profile.steps)")
-        if config.data.cache.url is not None and cached().lookups:
-            telemetry.say(line(cached()))
+        loop.finish()
     finally:
-        batches.close()
-        if profiler.running:
-            telemetry.say(profiler.stop())
-        telemetry.close()
-    return state
+        loop.close()
+    return loop.state
+
+
+class Loop:
+    """What a run holds while it trains; each method is one of the things that happen at a step."""
+
+    def __init__(
+        self,
+        config: Config,
+        run: Run,
+        task: Task,
+        mesh: Mesh,
+        evaluator: Evaluator,
+        step: Any,
+        state: TrainState,
+        source: Source,
+        validation: Source,
+    ) -> None:
+        """Opens telemetry and data; the arguments are those of `fit`."""
+        t, start = config.train, int(state.step)
+        self.config, self.run, self.task, self.evaluator = config, run, task, evaluator
+        self.step, self.state, self.source, self.validation = step, state, source, validation
+        self.start, self.jumps = start, read_jumps(run.workdir)
+        load = step_load(config, task, mesh, source)
+        self.telemetry = Telemetry(
+            run.workdir, steps=t.steps, start=start, batch_size=t.batch_size, load=load, clock=run.clock
+        )
+        self.profiler = Profiler(config.profile, run.workdir, start)
+        self.guard = Guard(run.workdir, t.spike_factor, start)
+        self.batches = open_batches(config, task, source, batch_after(start, self.jumps))
+        self.place = functools.partial(jax.make_array_from_process_local_data, batch_sharding(mesh))
+        self.made = describe(source, task.pipeline) | start_record(run.workdir)
+        # Read before the first step, as the task has read them: what they lie in may go.
+        self.tokenizer = {} if config.data.tokenizer is None else read_files(Path(config.data.tokenizer))
+        self.note = ""
+
+    def next_batch(self, done: int) -> dict[str, Any]:
+        """Waits for the batch of step `done`, and says if a save has failed meanwhile."""
+        self.run.saver.check()
+        self.run.watch.enter("waiting for data", done - 1)
+        if done - 1 > self.start and any(jump.step == done - 1 for jump in self.jumps):
+            # The run once went back to this step, but that checkpoint was damaged, so that it started from one before.
+            self.batches.close()
+            self.batches = open_batches(self.config, self.task, self.source, batch_after(done - 1, self.jumps))
+        with self.telemetry.waiting():
+            return next(self.batches)
+
+    def take_step(self, done: int, batch: dict[str, Any]) -> dict[str, jax.Array]:
+        """Has the devices do step `done`, which nobody waits for, and traces it where it shall be.
+
+        Returns:
+          Metrics of the step.
+        """
+        self.run.watch.enter("step")
+        if self.profiler.begins(done):
+            jax.block_until_ready(self.state)
+            with self.telemetry.aside(done - 1):
+                self.profiler.start()
+        try:
+            self.state, metrics = self.step(self.state, jax.tree.map(self.place, batch), self.guard.limit)
+        except jax.errors.JaxRuntimeError as error:
+            # What was reached shall not be done again; after another error, nobody knows what the state is worth.
+            lost = done - 1 == self.start or any(x.is_deleted() for x in jax.tree.leaves(self.state))
+            if out_of_memory(error) and not lost:
+                self.save(done - 1, None)
+            raise
+        self.guard.note(metrics["refused"])
+        if self.profiler.ends(done):
+            jax.block_until_ready(metrics)
+            with self.telemetry.aside(done):
+                self.telemetry.say(self.profiler.stop())
+        return metrics
+
+    def evaluates(self, done: int) -> bool:
+        """Whether the weights are scored after this step."""
+        return done % self.config.train.eval_every == 0 or done == self.config.train.steps
+
+    def judge(self, done: int, metrics: dict[str, jax.Array]) -> None:
+        """Settles what the guard has seen, before anything is logged, scored or saved.
+
+        Raises:
+          RollBack: Many steps in a row were refused.
+          UserError: A weight is no finite number any more.
+        """
+        t = self.config.train
+        if not (self.evaluates(done) or done % t.log_every == 0 or done % t.save_every == 0):
+            return
+        refused = self.guard.settle()
+        if refused:
+            self.telemetry.say(f"step {done}: {refused} of the last steps refused, {self.guard.reason(metrics)}")
+        if self.guard.streak >= PATIENCE:
+            raise RollBack(done, self.guard.reason(metrics))
+        check_finite(done, self.state.params, self.run)
+
+    def log(self, done: int, metrics: dict[str, jax.Array]) -> None:
+        """Writes a row of figures where one is due, and moves the progress view."""
+        if done % self.config.train.log_every == 0 or done == self.config.train.steps:
+            figures = {k: float(v) for k, v in jax.device_get(metrics).items()}
+            self.guard.log(figures)
+            self.note = f"loss {figures['loss']:.3f}"
+            figures |= self.telemetry.rates() | self.cached().figures("cache.")
+            self.telemetry.log(done, {k: v for k, v in figures.items() if math.isfinite(v)})  # JSON has no other
+        self.telemetry.advance(done, self.note)
+        self.run.watch.enter("step", done)
+
+    def evaluate_or_save(self, done: int) -> None:
+        """Scores and saves where that is due; amid refused steps it saves nothing, to go back to what lies before."""
+        if self.evaluates(done):
+            self.run.watch.enter("evaluation")
+            with self.telemetry.aside(done):
+                validated = self.evaluate(done)
+                if not self.guard.streak or done == self.config.train.steps:
+                    self.save(done, validated)
+        elif done % self.config.train.save_every == 0 and not self.guard.streak:
+            with self.telemetry.aside(done):
+                self.save(done, None)
+
+    def evaluate(self, done: int) -> dict[str, Any]:
+        """Scores the weights on the validation cases, and logs and says what was found."""
+        weights = served(self.state, self.config)
+        validated = validate(self.config, self.task, self.evaluator, weights, self.validation)
+        reached = validated["figures"]
+        figures = {f"validation.{mode}.{k}": v for mode, found in reached.items() for k, v in found.items()}
+        self.telemetry.log(done, figures)
+        self.telemetry.say(f"step {done}: validation {self.task.headline(next(iter(reached.values())))}")
+        return validated
+
+    def save(self, done: int, validated: dict[str, Any] | None) -> None:
+        """Has the state written, with all that the run needs to go on from it."""
+        run, useful = self.run, self.run.clock.useful
+        order = describe_order(self.source, self.config.train.batch_size, self.config.data)
+        where = {"next_batch": batch_after(done, self.jumps), **order}
+        meta = {"step": done, "validation": validated, "order": where, **self.made}
+        # It holds the run alone: with the loop it would keep the state's memory.
+        published = lambda: run.clock.mark(done, useful, [c.step for c in run.checkpoints.all()])  # noqa: E731
+        run.saver.save(done, self.state, self.config, meta, self.tokenizer, say=self.telemetry.say, then=published)
+
+    def leave(self, done: int) -> None:
+        """Saves after a signal, and says so."""
+        check_finite(done, self.state.params, self.run)
+        with self.telemetry.aside(done):
+            self.save(done, None)
+            self.run.saver.wait()
+        name = signal.Signals(self.run.stop[0]).name
+        self.telemetry.say(f"{name}: saved at step {done}; the same command goes on from there")
+
+    def cached(self) -> CacheCounters:
+        """What the cache did here, where validation reads too, and in the workers."""
+        here = getattr(self.source, "counters", dict)()
+        return total([here, self.batches.counters()] if self.config.data.workers else [here])
+
+    def finish(self) -> None:
+        """Waits for the last save, and says what is left to say."""
+        self.run.saver.wait()
+        if self.profiler.missed(int(self.state.step)):
+            flags = "(--profile.start, --profile.steps)"
+            self.telemetry.say(f"no trace: the run ended before step {self.profiler.first} {flags}")
+        if self.config.data.cache.url is not None and self.cached().lookups:
+            self.telemetry.say(line(self.cached()))
+
+    def close(self) -> None:
+        """Ends the data's threads and processes, a trace that is being made, and the telemetry."""
+        self.batches.close()
+        if self.profiler.running:
+            self.telemetry.say(self.profiler.stop())
+        self.telemetry.close()
 
 
 def step_load(config: Config, task: Task, mesh: Mesh, source: Source) -> Load:
