@@ -22,12 +22,12 @@ def main(arguments: list[str]) -> int:
     config = with_tokenizer(invocation.config)
     print(f"{config.name}: {start_platform(config.platform)}", file=sys.stderr)
     mesh = make_mesh(config.mesh)
-    asked, make_task = config.train, TASKS[config.task.name]
-    config = settle_batch(config, mesh, make_task, lambda line: print(line, file=sys.stderr))
-    check_batch(mesh, config.train.batch_size, config.train.accumulation)
-    task = make_task(config)
-    model = R1(config.model, task.heads)
+    task = TASKS[config.task.name](config)
     source, validation = task.source("train"), task.source("val")
+    asked = config.train
+    config = settle_batch(config, mesh, task, source, lambda line: print(line, file=sys.stderr))
+    check_batch(mesh, config.train.batch_size, config.train.accumulation)
+    model = R1(config.model, task.heads)
     about = f"data: {source.name}, {len(source)} {task.unit}; validation {len(validation)}"
     print("\n".join([about, *task.remarks(source)]), file=sys.stderr)
     batch = example_batch(source, task, config.train.batch_size)

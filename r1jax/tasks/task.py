@@ -134,13 +134,13 @@ class Task(Protocol):
         """A few figures of a validation, for the progress view."""
         ...
 
-    def closing(self, figures: dict[str, Figures], source: Source, step: int) -> str:
+    def closing(self, figures: dict[str, Figures], source: Source, cases: int) -> str:
         """The table that closes a run.
 
         Args:
           figures: Of the best checkpoint, by mode.
           source: The validation cases; synthetic ones know what is attainable.
-          step: Steps that the best checkpoint has done.
+          cases: Training cases that the best checkpoint has learned from, repetitions included.
 
         Returns:
           Lines of text.

@@ -29,7 +29,8 @@ def closing_table(run: Run, task: Task, validation: Source) -> str:
     lines = []
     if scored and scored["figures"]:
         lines.append(f"{validation.name}: {scored['cases']} validation {task.unit}, step {best.step}")
-        lines.append(task.closing(scored["figures"], validation, best.step))
+        cases = best.step * best.config().train.batch_size
+        lines.append(task.closing(scored["figures"], validation, cases))
     lines += _cost(run)
     lines += [
         f"best checkpoint  {best.path}",

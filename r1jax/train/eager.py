@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
-from jax.sharding import Mesh
 
 import r1jax
 from r1jax.config import Config
@@ -27,21 +26,19 @@ CLAMPED = ("CLIP", "PROMISE_IN_BOUNDS")
 """Modes in which a gather answers an index out of range with another place's number."""
 
 
-def eager_step(config: Config, model: R1, task: Task, mesh: Mesh, batch: Batch) -> Callable[..., Any]:
-    """Takes the place of `compile_step`: the same step, op by op and checked; many times slower.
+def eager_step(config: Config, model: R1, task: Task, batch: Batch) -> Callable[..., Any]:
+    """Takes the place of `compile_step`: the same step, op by op where its arrays are, and checked; many times slower.
 
     Args:
       config: The experiment.
       model: The model.
       task: The task.
-      mesh: Not read: arrays are computed with where they are.
       batch: Any collated batch (shapes).
 
     Returns:
       (state, batch, limit) -> (state, metrics), which raises UserError where numbers stop being finite, an index is
       out of range or a batch has another shape than the first.
     """
-    del mesh
     abstract = jax.eval_shape(lambda: init_state(config, model, task, batch))
     like = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch.items()}
     program, shapes = jax.make_jaxpr(make_step(config, model, task), return_shape=True)(abstract, like, NO_LIMIT)

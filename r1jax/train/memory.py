@@ -30,13 +30,14 @@ PROBES = 4, 16
 """Cases a device of the two steps from which the others are foretold."""
 
 
-def settle_batch(config: Config, mesh: Mesh, make_task: Callable[[Config], Task], say: Callable[[str], None]) -> Config:
+def settle_batch(config: Config, mesh: Mesh, task: Task, source: Source, say: Callable[[str], None]) -> Config:
     """Puts numbers where the config says "auto", and takes over what an earlier start of the run found.
 
     Args:
       config: The experiment.
       mesh: Devices.
-      make_task: The task of a config.
+      task: The task.
+      source: Training cases; no part of a batch is larger.
       say: Prints a line.
 
     Returns:
@@ -61,8 +62,7 @@ def settle_batch(config: Config, mesh: Mesh, make_task: Callable[[Config], Task]
         raise UserError(
             f"{_device(mesh)} does not say how much memory it has: give train.batch_size and train.accumulation numbers"
         )
-    source = make_task(_with(config, 1, 1)).source("train")
-    budget, need = train.memory_share * limit, _needs(config, mesh, make_task, source)
+    budget, need = train.memory_share * limit, _needs(config, mesh, task, source)
     if train.batch_size == AUTO and record:  # the run has its batch; on other devices only the parts may differ
         config = _with(config, record["batch_size"], AUTO)
     if config.train.batch_size == AUTO:
@@ -200,16 +200,13 @@ def _too_small(need: float, budget: float) -> UserError:
     )
 
 
-def _needs(
-    config: Config, mesh: Mesh, make_task: Callable[[Config], Task], source: Source
-) -> Callable[[int, int], float]:
+def _needs(config: Config, mesh: Mesh, task: Task, source: Source) -> Callable[[int, int], float]:
     """Bytes that a device needs for a step of so many cases a part and parts; each is compiled once."""
     known: dict[tuple[int, int], float] = {}
 
     def need(cases: int, parts: int) -> float:
         if (cases, parts) not in known:
             tried = _with(config, cases * parts, parts)
-            task = make_task(tried)
             model, batch = R1(tried.model, task.heads), example_batch(source, task, cases * parts)
             try:
                 compiled = compile_step(tried, model, task, mesh, batch)

@@ -41,7 +41,10 @@ def train(
         run.saver.wait()  # what it writes is what to go on from, and then it removes older ones
         state, said = restore_or_init(config, run, model, task, mesh, source, batch)
         print("\n".join([*said, "compiling the step"] if step is None else said), file=sys.stderr)
-        step = step or (eager_step if config.debug.eager else compile_step)(config, model, task, mesh, batch)
+        if step is None and config.debug.eager:
+            step = eager_step(config, model, task, batch)
+        elif step is None:
+            step = compile_step(config, model, task, mesh, batch)
         try:
             fit(config, run, task, mesh, evaluator, step, state, source, validation)
             return

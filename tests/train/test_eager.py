@@ -14,7 +14,7 @@ from tests.train.experiment import optax_promotes
 @pytest.fixture(scope="module")
 def step(tiny):
     with optax_promotes():
-        eager = eager_step(tiny.config, tiny.model, tiny.task, tiny.mesh, tiny.batch)
+        eager = eager_step(tiny.config, tiny.model, tiny.task, tiny.batch)
 
     def take(state, batch):
         with optax_promotes():

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import train
 from r1jax.errors import UserError
 from r1jax.tasks.medical.task import Medical
 from r1jax.train import memory, recover
@@ -16,6 +18,7 @@ from r1jax.train.checkpoints import CheckpointFolder
 from r1jax.train.memory import divisions, fewest_parts, in_more_parts, largest_part, settle_batch
 from r1jax.train.run import open_run
 
+TINY = Path(__file__).with_name("tiny.py")
 OOM = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 12345 bytes.")
 
 
@@ -70,7 +73,7 @@ def compiled(monkeypatch):
     """Needs of made-up programs: a megabyte for each case of a part; counts what is asked for."""
     asked = []
 
-    def needs(config, mesh, make_task, source):
+    def needs(config, mesh, task, source):
         def need(cases, parts):
             asked.append((cases, parts))
             return (cases + (parts > 1)) * 2.0**20  # more parts need room for the sum of their gradients
@@ -84,35 +87,45 @@ def compiled(monkeypatch):
 def test_auto_is_settled_kept_and_taken_up_again(tiny, tmp_path, compiled, monkeypatch):
     monkeypatch.setattr(memory, "device_limit", lambda mesh: 10 * 2.0**20)
     said = []
-    config = settle_batch(with_train(tiny, tmp_path, batch_size="auto"), tiny.mesh, Medical, said.append)
+    config = settle_batch(with_train(tiny, tmp_path, batch_size="auto"), tiny.mesh, tiny.task, tiny.source, said.append)
     assert (config.train.batch_size, config.train.accumulation) == (8, 1)
     assert said == ["batch: 8 cases in 1 part, 8 MiB of a device (80.0%; train.memory_share allows 80.0%)"]
     double = settle_batch(
-        with_train(tiny, tmp_path, batch_size="auto", accumulation=3), tiny.mesh, Medical, said.append
+        with_train(tiny, tmp_path, batch_size="auto", accumulation=3), tiny.mesh, tiny.task, tiny.source, said.append
     )
     assert (double.train.batch_size, double.train.accumulation) == (12, 3)
     parts = settle_batch(
-        with_train(tiny, tmp_path, batch_size=24, accumulation="auto"), tiny.mesh, Medical, said.append
+        with_train(tiny, tmp_path, batch_size=24, accumulation="auto"), tiny.mesh, tiny.task, tiny.source, said.append
     )
     assert (parts.train.batch_size, parts.train.accumulation) == (24, 4)
 
     memory.keep(config, tiny.mesh)
     compiled.clear()
-    again = settle_batch(with_train(tiny, tmp_path, batch_size="auto"), tiny.mesh, Medical, said.append)
+    again = settle_batch(with_train(tiny, tmp_path, batch_size="auto"), tiny.mesh, tiny.task, tiny.source, said.append)
     assert again == config and not compiled and "batch.json" in said[-1]
     # On another device the run keeps its batch; only the parts are found anew.
     (tmp_path / "batch.json").write_text(json.dumps({"device": "8 x other", "batch_size": 64, "accumulation": 1}))
-    moved = settle_batch(with_train(tiny, tmp_path, batch_size="auto"), tiny.mesh, Medical, said.append)
+    moved = settle_batch(with_train(tiny, tmp_path, batch_size="auto"), tiny.mesh, tiny.task, tiny.source, said.append)
     assert (moved.train.batch_size, moved.train.accumulation) == (64, 16)
+
+
+def test_the_command_opens_the_training_cases_once(tmp_path, compiled, monkeypatch, capsys):
+    opened, source = [], Medical.source
+    monkeypatch.setattr(Medical, "source", lambda self, split: opened.append(split) or source(self, split))
+    monkeypatch.setattr(memory, "device_limit", lambda mesh: 50 * 2.0**20)
+    monkeypatch.setattr(train, "plan", lambda config, *_: f"planned {config.train.batch_size} cases")
+    flags = ["--config", str(TINY), "--train.batch_size", "auto", "--workdir", str(tmp_path / "run"), "--dry-run"]
+    assert train.main(flags) == 0
+    assert capsys.readouterr().out == "planned 32 cases\n" and sorted(opened) == ["train", "val"]
 
 
 def test_what_cannot_be_settled_is_said(tiny, tmp_path, compiled, monkeypatch):
     monkeypatch.setattr(memory, "device_limit", lambda mesh: None)
     with pytest.raises(UserError, match=r"does not say how much memory it has: give train\.batch_size"):
-        settle_batch(with_train(tiny, tmp_path, batch_size="auto"), tiny.mesh, Medical, print)
+        settle_batch(with_train(tiny, tmp_path, batch_size="auto"), tiny.mesh, tiny.task, tiny.source, print)
     (tmp_path / "batch.json").write_text("{")
     with pytest.raises(UserError, match=r"batch\.json cannot be read"):
-        settle_batch(with_train(tiny, tmp_path, batch_size="auto"), tiny.mesh, Medical, print)
+        settle_batch(with_train(tiny, tmp_path, batch_size="auto"), tiny.mesh, tiny.task, tiny.source, print)
 
 
 def test_parts_run_out(tiny, tmp_path):
@@ -144,7 +157,7 @@ def test_out_of_memory_goes_on_from_the_same_step_in_more_parts(tiny, tmp_path, 
     assert taken == [(i, 1 if i < at else 2) for i in range(1, 25)]
     assert "out of memory: the batch is computed in 2 parts from now on" in capsys.readouterr().err
     assert json.loads((tmp_path / "batch.json").read_text())["accumulation"] == 2
-    again = settle_batch(config, tiny.mesh, Medical, print)  # the next start does not try one part again
+    again = settle_batch(config, tiny.mesh, tiny.task, tiny.source, print)  # the next start does not try one part again
     assert again.train.accumulation == 2
     newest = CheckpointFolder(tmp_path / "checkpoints").all()[-1]
     assert newest.step == 24 and newest.config().train.accumulation == 2
@@ -164,10 +177,10 @@ def test_another_error_is_no_lack_of_memory(tiny, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_the_step_that_is_found_is_the_largest_of_the_compiled_ones(tiny, tmp_path, monkeypatch):
     """With real programs: twice the answer would not fit."""
-    need = memory._needs(tiny.config, tiny.mesh, Medical, tiny.source)
+    need = memory._needs(tiny.config, tiny.mesh, tiny.task, tiny.source)
     with jax.numpy_dtype_promotion("standard"):
         at = {size: need(size, 1) for size in (4, 16)}
         assert at[16] > 1.5 * at[4]
         monkeypatch.setattr(memory, "device_limit", lambda mesh: float(np.mean([at[16], 2 * at[16]])) / 0.8)
-        found = settle_batch(with_train(tiny, tmp_path, batch_size="auto"), tiny.mesh, Medical, print)
+        found = settle_batch(with_train(tiny, tmp_path, batch_size="auto"), tiny.mesh, tiny.task, tiny.source, print)
         assert found.train.batch_size == 16

@@ -168,7 +168,7 @@ class Language:
         """Loss in both units."""
         return f"loss {figures['loss']:.4f} nats/token, {figures['bits_per_byte']:.4f} bits/byte"
 
-    def closing(self, figures: dict[str, Figures], source: Source, step: int) -> str:
+    def closing(self, figures: dict[str, Figures], source: Source, cases: int) -> str:
         """Losses of validation, and what they took."""
-        batch, length = self.config.train.batch_size, self.config.model.text_tokens
-        return closing_lines(figures[MODE], getattr(source, "entropy", None), step * batch * (length - 1))
+        tokens = cases * (self.config.model.text_tokens - 1)
+        return closing_lines(figures[MODE], getattr(source, "entropy", None), tokens)

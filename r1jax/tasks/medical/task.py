@@ -295,7 +295,7 @@ class Medical:
         score, aucs = self.score(figures), [f"{k} {v:.3f}" for k, v in figures.items() if k.startswith("auc")]
         return "  ".join([f"score {score:.3f}" if score is not None else "no case can be judged", *aucs])
 
-    def closing(self, figures: dict[str, Figures], source: Source, step: int) -> str:
+    def closing(self, figures: dict[str, Figures], source: Source, cases: int) -> str:
         """Findings as rows, what the model was shown as columns."""
         shown = shown_modes(self.config.model.modalities, source.schema.modalities)
         return findings_table(figures, shown, best_attainable(source))
