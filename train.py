@@ -1,10 +1,13 @@
 """Trains an experiment: `python train.py --config configs/medical.py` (`--help` lists every field)."""
 
-import sys
+from dataclasses import replace
 
-from r1jax.cli import load_config
+from r1jax.cli import Invocation, load_config
+from r1jax.config import LaunchConfig
 from r1jax.errors import run_main
 from r1jax.models.r1 import R1
+from r1jax.parallel.agree import is_first, say
+from r1jax.parallel.launch import launched
 from r1jax.parallel.mesh import check_batch, make_mesh
 from r1jax.parallel.platform import start_platform
 from r1jax.tasks.catalog import TASKS
@@ -19,28 +22,38 @@ from r1jax.train.start import with_tokenizer
 def main(arguments: list[str]) -> int:
     """Runs the experiment that the command line names; the same command again goes on where it stopped."""
     invocation = load_config(arguments)
-    config = with_tokenizer(invocation.config)
-    print(f"{config.name}: {start_platform(config.platform)}", file=sys.stderr)
+    with launched(invocation.config.launch):
+        return run_experiment(invocation)
+
+
+def run_experiment(invocation: Invocation) -> int:
+    """Plans or trains, in one process or as one of several."""
+    config = with_tokenizer(replace(invocation.config, launch=LaunchConfig()))  # how it was started is not the run
+    platform = start_platform(config.platform)
+    say(f"{config.name}: {platform}")
     mesh = make_mesh(config.mesh)
     task = TASKS[config.task.name](config)
     source, validation = task.source("train"), task.source("val")
     asked = config.train
-    config = settle_batch(config, mesh, task, source, lambda line: print(line, file=sys.stderr))
+    config = settle_batch(config, mesh, task, source, say)
     check_batch(mesh, config.train.batch_size, config.train.accumulation)
     model = R1(config.model, task.heads)
     about = f"data: {source.name}, {len(source)} {task.unit}; validation {len(validation)}"
-    print("\n".join([about, *task.remarks(source)]), file=sys.stderr)
+    say("\n".join([about, *task.remarks(source)]))
     batch = example_batch(source, task, config.train.batch_size)
     if invocation.mode == "dry-run":
-        print(plan(config, model, task, mesh, batch))
+        table = plan(config, model, task, mesh, batch)
+        if is_first():
+            print(table)
         return 0
     with open_run(config) as run:
-        if AUTO in (asked.batch_size, asked.accumulation):
+        if AUTO in (asked.batch_size, asked.accumulation) and is_first():
             keep(config, mesh)
         train(config, run, model, task, mesh, source, validation, batch)
         if run.stop and run.checkpoints.all()[-1].step < config.train.steps:
             return 128 + run.stop[0]
-        print(closing_table(run, task, validation))
+        if is_first():
+            print(closing_table(run, task, validation))
     return 0
 
 

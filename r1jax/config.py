@@ -274,6 +274,23 @@ class MeshConfig:
 
 
 @dataclass(frozen=True)
+class LaunchConfig:
+    """How several processes find each other (docs/launch.md); srun, mpirun and Kubernetes say it by themselves."""
+
+    coordinator: str | None = None
+    """HOST:PORT on which process 0 listens to the others; None takes what srun, mpirun or Kubernetes say, and without
+    them there is one process."""
+    processes: Count | None = None
+    """Processes of the run; 1 trains alone, whatever started it."""
+    process: Natural | None = None
+    """Number of this process, from 0."""
+    connect_timeout: Count = 300
+    """Seconds in which all processes must have reached the coordinator."""
+    heartbeat_timeout: Count = 20
+    """Seconds of silence after which a process counts as lost, and all others end."""
+
+
+@dataclass(frozen=True)
 class DebugConfig:
     """Ways to find an error; none changes what is computed."""
 
@@ -306,6 +323,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
     debug: DebugConfig = field(default_factory=DebugConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
+from r1jax.parallel.agree import is_first, say
 from r1jax.train.goodput import Clock
 
 PLAIN_INTERVAL_S = 15.0
@@ -69,7 +70,7 @@ class Telemetry:
             TimeRemainingColumn(),
             TextColumn("{task.description}"),
             console=self.console,
-            disable=not self.console.is_terminal,
+            disable=not (self.console.is_terminal and is_first()),
         )
         self.bar = self.progress.add_task("", total=steps, completed=start)
         self.progress.start()
@@ -154,9 +155,9 @@ class Telemetry:
         self.settled, self.unsettled_wait = now, 0.0
 
     def say(self, text: str) -> None:
-        """Prints a line above the progress view."""
+        """Prints a line above the progress view, once for all processes."""
         if self.progress.disable:
-            print(text, file=sys.stderr, flush=True)
+            say(text)
         else:
             self.progress.console.print(text, markup=False, highlight=False)
 

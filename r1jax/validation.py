@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
-from r1jax.config import Config, DecoderConfig, ModelConfig, TableConfig, VisionConfig, from_dict
+from r1jax.config import Config, DecoderConfig, LaunchConfig, ModelConfig, TableConfig, VisionConfig, from_dict
 from r1jax.errors import UserError, nearest
 from r1jax.fields import to_dict
 
@@ -58,6 +58,15 @@ def _relations(config: Config) -> Iterator[tuple[bool, str, str]]:
     for name in ("data", "fsdp"):
         yield getattr(mesh, name) != 0, f"mesh.{name}", "a number of devices of at least 1, or -1"
     yield mesh.data > 0 or mesh.fsdp > 0, "mesh.fsdp", "a number of devices: only one axis can take what is left"
+    yield from _launch_relations(config.launch)
+
+
+def _launch_relations(launch: LaunchConfig) -> Iterator[tuple[bool, str, str]]:
+    """Yields the rules of processes."""
+    named = launch.coordinator is None or re.fullmatch(r"\S+:\d{1,5}", launch.coordinator)
+    yield bool(named), "launch.coordinator", "HOST:PORT, or None"
+    below = None in (launch.process, launch.processes) or launch.process < launch.processes
+    yield below, "launch.process", f"below launch.processes ({launch.processes})"
 
 
 class Rule(NamedTuple):

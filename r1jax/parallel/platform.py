@@ -35,7 +35,8 @@ def start_platform(platform: str) -> str:
     if not jax.config.jax_compilation_cache_dir:
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "r1jax" / "xla"
         jax.config.update("jax_compilation_cache_dir", str(cache))
-    mend_cache(Path(jax.config.jax_compilation_cache_dir))
+    if jax.process_index() == 0:  # which alone writes it, where processes share it
+        mend_cache(Path(jax.config.jax_compilation_cache_dir))
     return f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform}), jax {jax.__version__}"
 
 

@@ -25,6 +25,7 @@ from r1jax.config import Config, differences, from_dict
 from r1jax.disk import flush, sha256
 from r1jax.errors import UserError
 from r1jax.fields import to_json
+from r1jax.parallel.agree import from_first, is_first
 from r1jax.parallel.mesh import shard_tree
 
 MANIFEST = "manifest.json"
@@ -53,6 +54,7 @@ FREE_TO_CHANGE = (
     "data.tokenizer",
     "train.init",
     "mesh.",
+    "launch.",
     "debug.",
 )
 """Fields that may differ when a run goes on: with other devices or parts the last bits may change, else nothing.
@@ -139,7 +141,7 @@ class Checkpoint:
         Raises:
           UserError: The checkpoint is damaged, or its arrays are not those of the model.
         """
-        self.verify()
+        from_first(self.verify)
         try:
             with ocp.StandardCheckpointer() as checkpointer:
                 return checkpointer.restore((self.path / "state").absolute(), abstract)
@@ -218,6 +220,8 @@ def write_sealed(
 ) -> Checkpoint:
     """Writes a checkpoint aside, seals it and renames it into place; a failure leaves nothing.
 
+    Several processes come here together, and each writes the arrays that it holds; the rest is done by process 0.
+
     Args:
       final: Where it shall be; nothing may be there, or an empty folder.
       state: Tree of arrays.
@@ -232,31 +236,40 @@ def write_sealed(
       OSError: The disk is full or the folder cannot be written.
     """
     draft = final.with_name(f".draft-{final.name}")
+    needed = sum(x.nbytes for x in jax.tree.leaves(state))
     try:
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-        needed = sum(x.nbytes for x in jax.tree.leaves(state))
-        if (
-            shutil.disk_usage(draft).free < needed * MARGIN
-        ):  # asked first: Orbax fails late and with pages of tracebacks
-            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {needed / 2**20:,.1f} MiB are needed")
+        from_first(lambda: _make_room(draft, needed))
         _write_arrays(draft.absolute() / "state", state)
-        (draft / "config.json").write_text(to_json(config))
-        (draft / "meta.json").write_text(json.dumps(meta, indent=1))
-        for name, content in (tokenizer or {}).items():
-            (draft / TOKENIZER).mkdir(exist_ok=True)
-            (draft / TOKENIZER / name).write_bytes(content)
-        files = sorted(p for p in draft.rglob("*") if p.is_file())
-        manifest = {str(p.relative_to(draft)): sha256(p) for p in files}
-        (draft / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        for path in (*draft.rglob("*"), draft):
-            flush(path)
-        os.rename(draft, final)
-        flush(final.parent)
+        from_first(lambda: _seal(draft, final, config, meta, tokenizer or {}))
     except OSError:
-        shutil.rmtree(draft, ignore_errors=True)
+        if is_first():
+            shutil.rmtree(draft, ignore_errors=True)
         raise
     return Checkpoint(final)
+
+
+def _make_room(draft: Path, needed: int) -> None:
+    """Makes an empty folder where so many bytes can be written."""
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    if shutil.disk_usage(draft).free < needed * MARGIN:  # asked first: Orbax fails late and with pages of tracebacks
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {needed / 2**20:,.1f} MiB are needed")
+
+
+def _seal(draft: Path, final: Path, config: Config, meta: dict[str, Any], tokenizer: Mapping[str, bytes]) -> None:
+    """Puts the rest beside the arrays, sums up every file, and publishes the checkpoint under its name."""
+    (draft / "config.json").write_text(to_json(config))
+    (draft / "meta.json").write_text(json.dumps(meta, indent=1))
+    for name, content in tokenizer.items():
+        (draft / TOKENIZER).mkdir(exist_ok=True)
+        (draft / TOKENIZER / name).write_bytes(content)
+    files = sorted(p for p in draft.rglob("*") if p.is_file())
+    manifest = {str(p.relative_to(draft)): sha256(p) for p in files}
+    (draft / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    for path in (*draft.rglob("*"), draft):
+        flush(path)
+    os.rename(draft, final)
+    flush(final.parent)
 
 
 class CheckpointFolder:
@@ -274,6 +287,10 @@ class CheckpointFolder:
         """Sealed checkpoints, oldest first; what a killed writer left is not among them."""
         found = [p for p in self.path.glob("[0-9]*") if p.name.isdigit()] if self.path.is_dir() else []
         return [Checkpoint(p) for p in sorted(found, key=lambda p: int(p.name))]
+
+    def at(self, step: int) -> Checkpoint:
+        """The checkpoint of so many steps, whether it is there or not."""
+        return Checkpoint(self.path / f"{step:08d}")
 
     def verify(self) -> tuple[list[Checkpoint], list[tuple[Checkpoint, UserError]]]:
         """Compares every checkpoint with its manifest.
@@ -321,8 +338,8 @@ class CheckpointFolder:
         Raises:
           UserError: The disk is full or the folder cannot be written; earlier checkpoints are untouched.
         """
-        final = self.path / f"{step:08d}"
-        if final.is_dir():
+        final = self.at(step).path
+        if from_first(final.is_dir):
             return Checkpoint(final)
         try:
             write_sealed(final, state, config, meta, tokenizer)
@@ -331,7 +348,7 @@ class CheckpointFolder:
                 f"checkpoint {final} could not be written ({error.strerror or error}); earlier checkpoints are "
                 "untouched: make room or choose another --workdir, and run the same command again"
             ) from error
-        self._prune()
+        from_first(self._prune)
         return Checkpoint(final)
 
     def _prune(self) -> None:

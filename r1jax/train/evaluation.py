@@ -11,7 +11,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from r1jax.data.loader import padded_batches
 from r1jax.data.source import Source
 from r1jax.models.r1 import R1
-from r1jax.parallel.mesh import batch_sharding, shard_tree
+from r1jax.parallel.agree import place_whole
+from r1jax.parallel.mesh import shard_tree
 from r1jax.tasks.task import Task
 
 
@@ -58,7 +59,7 @@ class Evaluator:
             n = len(indices)
             ids += list(raw["case_id"][:n])
             targets.append({k.removeprefix("target."): v[:n] for k, v in batch.items() if k.startswith("target.")})
-            placed = jax.device_put(batch, batch_sharding(self.mesh))
+            placed = jax.tree.map(lambda x: place_whole(self.mesh, x), batch)
             for mode in modes:
                 found = jax.device_get(self.forward(params, placed, switches[mode]))
                 predicted[mode].append({k: np.asarray(v)[:n] for k, v in found.items()})

@@ -1,6 +1,5 @@
 """The loop: step, log, evaluate, save; and the table that closes a run."""
 
-import functools
 import math
 import signal
 from pathlib import Path
@@ -18,7 +17,7 @@ from r1jax.data.source import Source
 from r1jax.data.tokenizer_files import read_files
 from r1jax.data.workers import Batches
 from r1jax.errors import UserError
-from r1jax.parallel.mesh import batch_sharding
+from r1jax.parallel.agree import Vote, place_share, share_of
 from r1jax.tasks.task import Task
 from r1jax.telemetry import Load, Telemetry
 from r1jax.train.evaluation import Evaluator
@@ -80,7 +79,7 @@ def fit(
             loop.judge(done, metrics)
             loop.log(done, metrics)
             loop.evaluate_or_save(done)
-            if run.stop:
+            if loop.shall_stop():
                 loop.leave(done)
                 break
         loop.finish()
@@ -115,8 +114,8 @@ class Loop:
         )
         self.profiler = Profiler(config.profile, run.workdir, start)
         self.guard = Guard(run.workdir, t.spike_factor, start)
-        self.batches = open_batches(config, task, source, batch_after(start, self.jumps))
-        self.place = functools.partial(jax.make_array_from_process_local_data, batch_sharding(mesh))
+        self.batches = open_batches(config, task, mesh, source, batch_after(start, self.jumps))
+        self.mesh, self.vote = mesh, Vote(mesh)
         self.made = describe(source, task.pipeline) | start_record(run.workdir)
         # Read before the first step, as the task has read them: what they lie in may go.
         self.tokenizer = {} if config.data.tokenizer is None else read_files(Path(config.data.tokenizer))
@@ -129,7 +128,9 @@ class Loop:
         if done - 1 > self.start and any(jump.step == done - 1 for jump in self.jumps):
             # The run once went back to this step, but that checkpoint was damaged, so that it started from one before.
             self.batches.close()
-            self.batches = open_batches(self.config, self.task, self.source, batch_after(done - 1, self.jumps))
+            self.batches = open_batches(
+                self.config, self.task, self.mesh, self.source, batch_after(done - 1, self.jumps)
+            )
         with self.telemetry.waiting():
             return next(self.batches)
 
@@ -145,11 +146,12 @@ class Loop:
             with self.telemetry.aside(done - 1):
                 self.profiler.start()
         try:
-            self.state, metrics = self.step(self.state, jax.tree.map(self.place, batch), self.guard.limit)
+            placed = jax.tree.map(lambda x: place_share(self.mesh, x, self.config.train.batch_size), batch)
+            self.state, metrics = self.step(self.state, placed, self.guard.limit)
         except jax.errors.JaxRuntimeError as error:
             # What was reached shall not be done again; after another error, nobody knows what the state is worth.
             lost = done - 1 == self.start or any(x.is_deleted() for x in jax.tree.leaves(self.state))
-            if out_of_memory(error) and not lost:
+            if out_of_memory(error) and not lost and jax.process_count() == 1:  # several would have to save together
                 self.save(done - 1, None)
             raise
         self.guard.note(metrics["refused"])
@@ -223,6 +225,13 @@ class Loop:
         published = lambda: run.clock.mark(done, useful, [c.step for c in run.checkpoints.all()])  # noqa: E731
         run.saver.save(done, self.state, self.config, meta, self.tokenizer, say=self.telemetry.say, then=published)
 
+    def shall_stop(self) -> bool:
+        """Whether a signal has asked any process to stop; all of them learn it at the same step."""
+        told = self.vote.cast(self.run.stop[0] if self.run.stop else 0)
+        if told and not self.run.stop:
+            self.run.stop.append(told)
+        return bool(told)
+
     def leave(self, done: int) -> None:
         """Saves after a signal, and says so."""
         check_finite(done, self.state.params, self.run)
@@ -263,7 +272,7 @@ def step_load(config: Config, task: Task, mesh: Mesh, source: Source) -> Load:
     return Load(work.tokens, work.flops, sum(known) if len(known) == len(rates) else None)
 
 
-def open_batches(config: Config, task: Task, source: Source, start: int) -> Batches:
+def open_batches(config: Config, task: Task, mesh: Mesh, source: Source, start: int) -> Batches:
     """Batches from number `start`, as the config orders and reads them; of several processes, each reads its part."""
     data = config.data
     return training_batches(
@@ -274,7 +283,7 @@ def open_batches(config: Config, task: Task, source: Source, start: int) -> Batc
         threads=data.threads,
         workers=data.workers,
         ahead=data.ahead,
-        share=Share(jax.process_index(), jax.process_count()),
+        share=Share(*share_of(mesh, config.train.batch_size)),
     )
 
 

@@ -1,13 +1,13 @@
 """A run from its start or newest checkpoint to its end, over what it recovers from by itself."""
 
-import sys
-
 import jax
 from jax.sharding import Mesh
 
 from r1jax.config import Config
 from r1jax.data.source import Source
+from r1jax.errors import UserError
 from r1jax.models.r1 import R1
+from r1jax.parallel.agree import from_first, say
 from r1jax.tasks.task import Task
 from r1jax.train.eager import eager_step
 from r1jax.train.evaluation import Evaluator
@@ -40,7 +40,7 @@ def train(
     while True:
         run.saver.wait()  # what it writes is what to go on from, and then it removes older ones
         state, said = restore_or_init(config, run, model, task, mesh, source, batch)
-        print("\n".join([*said, "compiling the step"] if step is None else said), file=sys.stderr)
+        say("\n".join([*said, "compiling the step"] if step is None else said))
         if step is None and config.debug.eager:
             step = eager_step(config, model, task, batch)
         elif step is None:
@@ -54,10 +54,14 @@ def train(
             if not out_of_memory(error):
                 raise
             config, step = in_more_parts(config, mesh), None
+            if jax.process_count() > 1:  # the others wait in the step, and cannot be told
+                raise UserError(
+                    f"out of memory: run the same command again, for {config.train.accumulation} parts of the batch"
+                ) from None
             note = f"out of memory: the batch is computed in {config.train.accumulation} parts from now on"
             run.history.note("out of memory", step=run.watch.step, accumulation=config.train.accumulation)
         del state  # or two of them would lie in memory
-        print(note, file=sys.stderr)
+        say(note)
 
 
 def roll_back(run: Run, step: int, reason: str) -> str:
@@ -75,8 +79,7 @@ def roll_back(run: Run, step: int, reason: str) -> str:
       UserError: The same checkpoint was gone back to too often.
     """
     run.saver.wait()
-    kept = run.checkpoints.all()
-    back = kept[-1].step if kept else 0
+    back = from_first(lambda: max((c.step for c in run.checkpoints.all()), default=0))
     jump(run.workdir, back, step, reason)
     run.history.note("rolled back", step=step, to=back, reason=reason)
     return f"step {step}: many steps refused ({reason}): back to step {back}, without the {step - back} batches since"

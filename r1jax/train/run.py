@@ -4,8 +4,9 @@ import fcntl
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +19,7 @@ from r1jax.data.source import Source
 from r1jax.errors import UserError
 from r1jax.fields import to_dict, to_json
 from r1jax.models.r1 import R1
+from r1jax.parallel.agree import from_first, is_first
 from r1jax.parallel.mesh import shard_tree
 from r1jax.tasks.task import Task
 from r1jax.train.checkpoints import CheckpointFolder, abstract_like, check_same_run
@@ -33,11 +35,15 @@ from r1jax.train.watch import Watch
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """What asks a run to save and leave; SIGUSR1 is how batch systems announce the end (SLURM's `--signal=USR1@120`)."""
 
+RECORDS = ("config.json", "metrics.jsonl", JUMPS)
+"""Files of a run folder that decide how the run goes on, beside its checkpoints."""
+
 
 class Run(NamedTuple):
     """An open run folder."""
 
     workdir: Path
+    """The folder itself; in a process that is not the first, a copy of the records that its way depends on."""
     checkpoints: CheckpointFolder
     stop: list[int]
     """The signals that asked to stop, once there were some; the first is the reason."""
@@ -51,7 +57,8 @@ class Run(NamedTuple):
 def open_run(config: Config) -> Iterator[Run]:
     """Locks the run folder, watches over the run, and turns signals into a wish to stop after the step.
 
-    However the run is left, a checkpoint that is being written is finished, and the history says what happened.
+    However the run is left, a checkpoint that is being written is finished, and the history says what happened. Of
+    several processes only process 0 writes the folder: each of the others keeps a copy of its own that is thrown away.
 
     Args:
       config: Names the folder and the time that is a hang.
@@ -63,20 +70,15 @@ def open_run(config: Config) -> Iterator[Run]:
       UserError: Another process trains in this folder, or it cannot be written.
     """
     workdir = Path(config.workdir)
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        lock = (workdir / ".lock").open("w")
-    except OSError as error:
-        raise UserError(f"workdir {workdir} cannot be written ({error.strerror}): choose another --workdir") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"another process is training in {workdir}: wait for it or choose another --workdir"
-            ) from None
-        checkpoints, history = CheckpointFolder(workdir / "checkpoints"), History(workdir)
-        checkpoints.clear_drafts()
+    checkpoints = CheckpointFolder(workdir / "checkpoints")
+    with ExitStack() as stack:
+        from_first(lambda: _lock(workdir, checkpoints, stack))
+        records = from_first(lambda: _records(workdir))
+        if not is_first():
+            workdir = Path(stack.enter_context(TemporaryDirectory(prefix="r1jax-", ignore_cleanup_errors=True)))
+            for name, text in records.items():
+                (workdir / name).write_text(text)
+        history = History(workdir)
         watch = Watch(workdir, history, config.train.hang_timeout)
         run = Run(workdir, checkpoints, [], history, watch, Saver(checkpoints, watch), Clock(workdir))
         try:
@@ -84,6 +86,25 @@ def open_run(config: Config) -> Iterator[Run]:
                 yield run
         finally:
             watch.close()
+
+
+def _lock(workdir: Path, checkpoints: CheckpointFolder, stack: ExitStack) -> None:
+    """Makes the run folder and locks it until the stack is closed, and removes what killed writers left."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock = stack.enter_context((workdir / ".lock").open("w"))
+    except OSError as error:
+        raise UserError(f"workdir {workdir} cannot be written ({error.strerror}): choose another --workdir") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another process is training in {workdir}: wait for it or choose another --workdir") from None
+    checkpoints.clear_drafts()
+
+
+def _records(workdir: Path) -> dict[str, str]:
+    """What a process must know of the run folder to go the same way as process 0."""
+    return {name: (workdir / name).read_text() for name in RECORDS if (workdir / name).exists()}
 
 
 @contextmanager
@@ -150,35 +171,13 @@ def restore_or_init(
     run.watch.enter("reading the checkpoint")
     abstract = jax.eval_shape(lambda: init_state(config, model, task, batch))
     where = shard_tree(mesh, abstract)
-    sound, damaged = run.checkpoints.verify()
-    if damaged and not sound:
-        raise UserError(
-            f"{damaged[0][1]}; none of the {len(damaged)} in {run.workdir} is sound: delete them to start anew"
-        )
-    if sound:
-        newest = sound[0]
-        check_same_run(newest.config(), config, run.workdir)
-        trained_on = newest.meta()["data"]
-        if trained_on["fingerprint"] != original(source).fingerprint:
-            raise UserError(
-                f"{run.workdir} was trained on {trained_on['name']!r}, but the data is now {source.name!r} with other "
-                "content: choose another --workdir"
-            )
-        # Before there were versions of the order there were no preprocessors either.
-        ordered = newest.meta().get("order", {"version": 0})["version"]
-        if ordered != VERSION:
-            raise UserError(
-                f"{run.workdir} was trained with version {ordered} of the order of cases, this is {VERSION}: use the "
-                "r1jax that started it, or choose another --workdir"
-            )
-        other = changed(newest.meta()["preprocess"], task.pipeline.provenance())
-        if other:
-            raise UserError(f"{run.workdir}: {other[0]}: bring that code back, or choose another --workdir")
-        said = [f"skipped: {error}; it is now {run.checkpoints.set_aside(bad)}" for bad, error in damaged]
+    step, said = from_first(lambda: _choose(config, run, source, task.pipeline))
+    if step is not None:
+        newest = run.checkpoints.at(step)
         state = newest.restore(abstract_like(abstract, where))
-        if newest.step < config.train.steps:  # else there is nothing to be done, and the folder stays as it is
-            _begin(config, run, source, task.pipeline, newest.step, str(newest.path))
-        return state, [*said, f"goes on from {newest.path}"]
+        if step < config.train.steps:  # else there is nothing to be done, and the folder stays as it is
+            _begin(config, run, source, task.pipeline, step, str(newest.path))
+        return state, said
     stored = run.workdir / "config.json"
     if not stored.exists() or stored.read_text() != to_json(config):  # else it went back to its very start
         (run.workdir / JUMPS).unlink(missing_ok=True)
@@ -187,6 +186,44 @@ def restore_or_init(
     _begin(config, run, source, task.pipeline, 0, None)
     fresh = jax.jit(lambda: init_state(config, model, task, batch), out_shardings=where)()
     return start_from(config.train.init, fresh, config.model, run.workdir) if config.train.init else (fresh, [])
+
+
+def _choose(config: Config, run: Run, source: Source, pipeline: Pipeline) -> tuple[int | None, list[str]]:
+    """Looks for the checkpoint to go on from, and sets damaged ones aside.
+
+    Returns:
+      Its step, None to start anew, and lines to print.
+
+    Raises:
+      UserError: As `restore_or_init`.
+    """
+    sound, damaged = run.checkpoints.verify()
+    if damaged and not sound:
+        raise UserError(
+            f"{damaged[0][1]}; none of the {len(damaged)} in {run.workdir} is sound: delete them to start anew"
+        )
+    if not sound:
+        return None, []
+    newest = sound[0]
+    check_same_run(newest.config(), config, run.workdir)
+    trained_on = newest.meta()["data"]
+    if trained_on["fingerprint"] != original(source).fingerprint:
+        raise UserError(
+            f"{run.workdir} was trained on {trained_on['name']!r}, but the data is now {source.name!r} with other "
+            "content: choose another --workdir"
+        )
+    # Before there were versions of the order there were no preprocessors either.
+    ordered = newest.meta().get("order", {"version": 0})["version"]
+    if ordered != VERSION:
+        raise UserError(
+            f"{run.workdir} was trained with version {ordered} of the order of cases, this is {VERSION}: use the "
+            "r1jax that started it, or choose another --workdir"
+        )
+    other = changed(newest.meta()["preprocess"], pipeline.provenance())
+    if other:
+        raise UserError(f"{run.workdir}: {other[0]}: bring that code back, or choose another --workdir")
+    said = [f"skipped: {error}; it is now {run.checkpoints.set_aside(bad)}" for bad, error in damaged]
+    return newest.step, [*said, f"goes on from {newest.path}"]
 
 
 def _begin(config: Config, run: Run, source: Source, pipeline: Pipeline, step: int, resumed: str | None) -> None:

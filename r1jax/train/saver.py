@@ -42,7 +42,8 @@ class Saver:
     ) -> None:
         """Copies a state and has it written; the state may be overwritten or donated once this returns.
 
-        Where the host has no room for the copy, it is written before this returns.
+        Where the host has no room for the copy, it is written before this returns. So it is where several processes
+        write: they wait for each other, and in a thread beside the steps their waits could cross.
 
         Args:
           step: Steps done.
@@ -67,8 +68,11 @@ class Saver:
             self.checkpoints.save(step, copy, config, meta, tokenizer)
             then()
 
-        if _available() < sum(x.nbytes for x in jax.tree.leaves(state)):
-            self._once("narrow", "host memory has no room for a copy of the state: training waits for each save", say)
+        together = jax.process_count() > 1
+        if together or _available() < sum(x.nbytes for x in jax.tree.leaves(state)):
+            if not together:
+                text = "host memory has no room for a copy of the state: training waits for each save"
+                self._once("narrow", text, say)
             self.watch.enter(f"writing the checkpoint of step {step}")
             write(state)
             return
