@@ -23,6 +23,8 @@ from r1jax.errors import UserError
 
 LOST = 76
 """Exit code of a process that ended because another one did (EX_PROTOCOL of sysexits.h: something remote failed)."""
+REMOTE = re.compile(r"\bGloo\b|\bNCCL\b|[Cc]oordination ?[Ss]ervice")
+"""What an error of a collective operation names; its type is now JAX's, now ValueError, and Orbax's where it saves."""
 SLURM_STEP = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 """What `srun` sets; a plain process of a batch script lacks the node list of a step."""
 
@@ -182,7 +184,12 @@ def _connect(config: LaunchConfig, place: Place) -> None:
 
 def _leave(error: BaseException, place: Place) -> NoReturn:
     """Says why this process ends, and ends it without the farewell of `jax.distributed`, which waits for all."""
-    if isinstance(error, SystemExit):
+    if REMOTE.search(str(error)):
+        code = LOST
+        first = str(error).splitlines()[0]
+        reason = f"another process has ended or cannot be reached ({first[:300]})"
+        print(f"error: {place}: {reason}; {GO_ON}", file=sys.stderr)
+    elif isinstance(error, SystemExit):
         code = error.code if isinstance(error.code, int) else 1
     elif isinstance(error, KeyboardInterrupt):
         code = 128 + signal.SIGINT
@@ -190,10 +197,6 @@ def _leave(error: BaseException, place: Place) -> NoReturn:
         code = 2
         if not isinstance(error, Told):
             print(f"error: {error}", file=sys.stderr)
-    elif isinstance(error, jax.errors.JaxRuntimeError):
-        code = LOST
-        first = str(error).splitlines()[0]
-        print(f"error: {place}: a computation over all processes failed ({first[:300]}); {GO_ON}", file=sys.stderr)
     else:
         code = 1
         traceback.print_exception(error)

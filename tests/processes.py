@@ -1,0 +1,67 @@
+"""Starts a script in several processes that find each other on this machine, as srun or mpirun would."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+"""Programs that are compiled in half the time."""
+
+
+def environment(devices: int, cache: Path) -> dict[str, str]:
+    """Variables of a process with so many CPU devices."""
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "XLA_FLAGS": FAST,
+        "PYTHONPATH": str(ROOT),
+    }
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("localhost", 0))
+        return one.getsockname()[1]
+
+
+def start(folder: Path, script: Path, processes: int, devices: int, *flags: object) -> list[subprocess.Popen]:
+    """Starts a script that takes the flags of `launch`, or once without them.
+
+    Args:
+      folder: Process i writes out.i and err.i there; the cache of programs lies beside it.
+      script: Python file.
+      processes: How many.
+      devices: CPU devices of each.
+      *flags: Words of the command line.
+
+    Returns:
+      The processes, in their order.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    port, started = free_port(), []
+    for i in range(processes):
+        place = ("--launch.coordinator", f"localhost:{port}", "--launch.processes", processes, "--launch.process", i)
+        words = [sys.executable, str(script), *map(str, (*flags, *(place if processes > 1 else ())))]
+        with (folder / f"out.{i}").open("w") as out, (folder / f"err.{i}").open("w") as err:
+            env = environment(devices, folder.parent / "xla")
+            started.append(subprocess.Popen(words, stdout=out, stderr=err, cwd=ROOT, env=env))
+    return started
+
+
+def finish(started: list[subprocess.Popen], folder: Path, seconds: float = 150) -> tuple[list[int], list[str]]:
+    """Waits for all.
+
+    Returns:
+      Exit codes, and what each wrote on stderr.
+    """
+    try:
+        codes = [process.wait(timeout=seconds) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    return codes, [(folder / f"err.{i}").read_text() for i in range(len(started))]

@@ -1,0 +1,97 @@
+"""A run in several processes, as srun starts them: stopped, killed, gone on with fewer, and the end of one process."""
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from r1jax.parallel.launch import LOST
+from r1jax.train.checkpoints import CheckpointFolder
+from tests.processes import ROOT, finish, start
+
+TRAIN = ROOT / "train.py"
+FLAGS = (
+    *("--config", ROOT / "tests" / "train" / "tiny_language.py", "--mesh.data", 1, "--mesh.fsdp", -1),
+    *("--model.decoder.vocab_size", 4096, "--model.decoder.num_nextn_predict_layers", 0),  # embeddings that are sharded
+    *("--train.steps", 24, "--train.batch_size", 8, "--train.save_every", 3, "--train.eval_every", 12),
+)
+
+
+def train(folder: Path, workdir: Path, processes: int, devices: int) -> list:
+    return start(folder, TRAIN, processes, devices, *FLAGS, "--workdir", workdir)
+
+
+def rows(workdir: Path) -> dict[int, dict]:
+    """Rows of metrics.jsonl that have a loss, by step."""
+    file = workdir / "metrics.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    read = [json.loads(line) for line in lines if line.endswith("}")]
+    return {row["step"]: row for row in read if "loss" in row}
+
+
+def wait_for(condition, processes: list) -> None:
+    """Waits until the condition holds; none may end before."""
+    end = time.monotonic() + 120
+    while not condition():
+        assert all(process.poll() is None for process in processes) and time.monotonic() < end
+        time.sleep(0.005)
+
+
+def last_state(workdir: Path) -> dict[str, np.ndarray]:
+    newest = CheckpointFolder(workdir / "checkpoints").all()[-1]
+    newest.verify()
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        structure = checkpointer.metadata(newest.path.absolute() / "state").item_metadata.tree
+        numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), structure)
+        state = checkpointer.restore(newest.path.absolute() / "state", restore_args=numpy)
+    return {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree_util.tree_leaves_with_path(state)}
+
+
+@pytest.mark.slow
+def test_stopped_killed_and_gone_on_with_fewer_processes(tmp_path):
+    """Four processes, of which one is told to stop; then two, of which one is killed; then one."""
+    workdir, folder = tmp_path / "run", CheckpointFolder(tmp_path / "run" / "checkpoints")
+
+    reference = train(tmp_path / "undisturbed", tmp_path / "undisturbed" / "run", 1, 4)
+    codes, errors = finish(reference, tmp_path / "undisturbed")
+    assert codes == [0], errors[0]
+
+    four = train(tmp_path / "four", workdir, 4, 1)
+    wait_for(lambda: len(rows(workdir)) >= 2, four)
+    four[2].send_signal(signal.SIGTERM)
+    codes, errors = finish(four, tmp_path / "four")
+    assert codes == [128 + signal.SIGTERM] * 4, "\n".join(errors)
+    stopped = folder.all()[-1].step
+    assert f"SIGTERM: saved at step {stopped}; the same command goes on from there" in errors[0] and stopped < 24
+    assert not any(line.startswith("process ") for text in errors[1:] for line in text.splitlines())  # all quiet
+
+    two = train(tmp_path / "two", workdir, 2, 2)
+    wait_for(lambda: folder.all()[-1].step > stopped, two)
+    killed = time.monotonic()
+    two[1].kill()
+    codes, errors = finish(two, tmp_path / "two")
+    assert time.monotonic() - killed < 30
+    assert codes == [LOST, -signal.SIGKILL], "\n".join(errors)
+    assert "process 0 of 2: another process has ended" in errors[0]
+    kept = folder.all()[-1].step
+    assert stopped < kept < 24 and len(rows(workdir)) >= kept
+
+    one = train(tmp_path / "one", workdir, 1, 4)
+    codes, errors = finish(one, tmp_path / "one")
+    assert codes == [0] and f"goes on from {folder.at(kept).path}" in errors[0]
+
+    expected, got = rows(tmp_path / "undisturbed" / "run"), rows(workdir)
+    assert got.keys() == expected.keys() == set(range(1, 25))
+    for name in ("loss", "gradient_norm"):  # nothing but the order of additions differs
+        np.testing.assert_allclose([r[name] for r in got.values()], [r[name] for r in expected.values()], rtol=1e-5)
+    expected, got = last_state(tmp_path / "undisturbed" / "run"), last_state(workdir)
+    assert got.keys() == expected.keys() and len(got) > 50
+    for name, x in expected.items():
+        np.testing.assert_allclose(got[name], x, rtol=1e-3, atol=1e-5, err_msg=name)
+    events = [json.loads(line)["event"] for line in (workdir / "history.jsonl").read_text().splitlines()]
+    assert events == ["started", "stopped", "started", "failed", "started", "ended"]
