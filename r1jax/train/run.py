@@ -28,6 +28,7 @@ from r1jax.train.provenance import environment, provenance
 from r1jax.train.saver import Saver
 from r1jax.train.start import RECORD, start_from
 from r1jax.train.step import Batch, TrainState, init_state
+from r1jax.train.wandb_run import import_wandb
 from r1jax.train.watch import Watch
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -60,8 +61,10 @@ def open_run(config: Config) -> Iterator[Run]:
       The run.
 
     Raises:
-      UserError: Another process trains in this folder, or it cannot be written.
+      UserError: Another process trains in this folder, it cannot be written, or what logs its figures is not installed.
     """
+    if config.train.wandb is not None:
+        import_wandb(config.train.wandb)  # or the step would be compiled first
     workdir = Path(config.workdir)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -75,7 +78,7 @@ def open_run(config: Config) -> Iterator[Run]:
             raise UserError(
                 f"another process is training in {workdir}: wait for it or choose another --workdir"
             ) from None
-        checkpoints, history = CheckpointFolder(workdir / "checkpoints"), History(workdir)
+        checkpoints, history = CheckpointFolder(workdir / "checkpoints", config.train.keep), History(workdir)
         checkpoints.clear_drafts()
         watch = Watch(workdir, history, config.train.hang_timeout)
         run = Run(workdir, checkpoints, [], history, watch, Saver(checkpoints, watch), Clock(workdir))
