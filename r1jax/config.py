@@ -255,6 +255,11 @@ class TrainConfig:
     log_every: Count = 10
     eval_every: Count = 200
     save_every: Count = 100
+    keep: Count = 1
+    """Newest checkpoints that are kept, beside the best one; with more of them, a run that cannot go on from the newest
+    may go further back (docs/runs.md)."""
+    wandb: str | None = None
+    """Project of Weights & Biases that gets the figures too; needs `r1jax[wandb]`, and works offline (docs/runs.md)."""
     spike_factor: Weight = 10.0
     """A step is refused, and after ten in a row the run goes back, where its loss is so many robust standard deviations
     above the median of those logged last (docs/runs.md); 0 refuses only what is not finite."""

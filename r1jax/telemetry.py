@@ -1,4 +1,4 @@
-"""What a run says while it goes: metrics.jsonl, TensorBoard, and one progress view."""
+"""What a run says while it goes: metrics.jsonl, TensorBoard, W&B if asked for, and one progress view."""
 
 import json
 import resource
@@ -16,6 +16,7 @@ from tensorboardX import SummaryWriter
 
 from r1jax.parallel.agree import is_first, say
 from r1jax.train.goodput import Clock
+from r1jax.train.wandb_run import WandbRun
 
 PLAIN_INTERVAL_S = 15.0
 
@@ -35,7 +36,15 @@ class Telemetry:
     """Writes figures of a run to files and shows how far it is."""
 
     def __init__(
-        self, workdir: Path, *, steps: int, start: int, batch_size: int, load: Load | None = None, clock: Clock
+        self,
+        workdir: Path,
+        *,
+        steps: int,
+        start: int,
+        batch_size: int,
+        load: Load | None = None,
+        clock: Clock,
+        remote: WandbRun | None = None,
     ) -> None:
         """Opens the files; rows after `start`, which a killed run had written, are dropped.
 
@@ -46,8 +55,10 @@ class Telemetry:
           batch_size: Cases a step.
           load: Of a step, for tokens and utilisation.
           clock: Of the run.
+          remote: Gets the figures too.
         """
         self.steps, self.start, self.batch_size, self.load, self.clock = steps, start, batch_size, load, clock
+        self.remote = remote
         clock.go_on(start)
         path = workdir / "metrics.jsonl"
         rows = path.read_text().splitlines() if path.exists() else []
@@ -86,6 +97,8 @@ class Telemetry:
         for name, value in figures.items():
             if not isinstance(value, list):
                 self.board.add_scalar(name.replace(".", "/", 1), value, step)
+        if self.remote is not None:
+            self.remote.log(step, figures)
 
     def advance(self, step: int, note: str) -> None:
         """Moves the progress view; a log file gets a plain line now and then instead.
@@ -167,6 +180,8 @@ class Telemetry:
         self.board.close()
         self.file.close()
         self.clock.write()
+        if self.remote is not None:
+            self.remote.close()
 
 
 def memory_peaks() -> dict[str, float]:

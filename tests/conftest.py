@@ -1,6 +1,7 @@
 """Strict settings of every test: eight CPU devices, no implicit promotion, run-time type checks, warnings as errors."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -16,6 +17,7 @@ import jaxtyping
 import pytest
 
 from tests.data.services import hdfs, redis_server, s3_url  # noqa: F401
+from tests.train.forked import Server
 
 jaxtyping.install_import_hook("r1jax", "beartype.beartype")
 
@@ -41,3 +43,16 @@ def shared(tmp_path_factory) -> Path:
     """A folder that all workers of this test run see, and no other test run."""
     base = tmp_path_factory.getbasetemp()
     return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session")
+def trainings(shared) -> Iterator[Server]:
+    """Starts train.py; all its processes share a cache of compiled programs, which kills may spoil."""
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(shared / "xla"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    server = Server(environment)
+    yield server
+    server.close()

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -19,30 +20,31 @@ import pytest
 import train
 from r1jax.errors import run_main
 from r1jax.train.checkpoints import CheckpointFolder
+from r1jax.train.history import read_history
 from tests.train.experiment import CLOCK
+from tests.train.forked import signal_at
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "tests" / "train" / "tiny.py"
+STEPS = 48
+COMMON = ("--train.steps", STEPS, "--train.accumulation", 2)
 
 
 @pytest.fixture(scope="module")
-def start(shared):
-    """Starts train.py; its output goes to files of a folder, its programs come from a cache that kills may spoil."""
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(shared / "xla"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
+def start(trainings):
+    """Starts train.py on the tiny experiment; its output goes to files of a folder."""
 
-    def run(folder, *flags, limit=None):
-        words = [sys.executable, str(ROOT / "train.py"), "--config", str(TINY), *map(str, flags)]
+    def run(folder, *flags, before="", limit=None):
+        words = ["--config", TINY, *COMMON, *flags]
+        if not limit:
+            return trainings.start(folder / "out", folder / "err", *words, before=before)
+        # Its pages of tracebacks pass through cat, which has no limit: cut off, they end the process with code 1.
+        piped = 'set -o pipefail; { prlimit "$@" 2>&1 >&3 | cat >&2; } 3>&1'
+        limited = ["bash", "-c", piped, "bash", f"--fsize={limit}", sys.executable, str(ROOT / "train.py")]
         with (folder / "out").open("w") as out, (folder / "err").open("w") as err:
-            # The limit is set by a program in between: a fork of this process, which has threads, may not run Python.
-            # Its pages of tracebacks pass through cat, which has no limit: cut off, they end the process with code 1.
-            if limit:
-                piped = 'set -o pipefail; { prlimit "$@" 2>&1 >&3 | cat >&2; } 3>&1'
-                words = ["bash", "-c", piped, "bash", f"--fsize={limit}", *words]
-            return subprocess.Popen(words, stdout=out, stderr=err, cwd=ROOT, env=environment)
+            return subprocess.Popen(
+                [*limited, *map(str, words)], stdout=out, stderr=err, cwd=ROOT, env=trainings.environment
+            )
 
     return run
 
@@ -79,7 +81,7 @@ def content(folder):
 
 def assert_same_end(workdir, reference):
     (step, got), (expected_step, expected) = last_state(workdir), last_state(reference)
-    assert step == expected_step == 24
+    assert step == expected_step == STEPS
     assert got.keys() == expected.keys() and len(got) > 100
     different = [name for name, x in expected.items() if x.tobytes() != got[name].tobytes()]
     assert not different, f"{len(different)} arrays differ, such as {different[0]}"
@@ -111,59 +113,109 @@ def wait_until(process, condition, seconds=120.0):
         time.sleep(0.002)
 
 
+STOPS = (
+    ("r1jax.telemetry:Telemetry.log", signal.SIGTERM),
+    ("r1jax.train.checkpoints:_write_arrays", signal.SIGKILL),
+    ("r1jax.telemetry:Telemetry.log", signal.SIGUSR1),
+    ("train:load_config", signal.SIGKILL),
+    ("r1jax.telemetry:Telemetry.log", signal.SIGTERM),
+    ("r1jax.telemetry:Telemetry.log", signal.SIGKILL),
+    ("r1jax.telemetry:Telemetry.log", signal.SIGINT),
+    ("r1jax.train.checkpoints:_write_arrays", signal.SIGKILL),
+    ("r1jax.telemetry:Telemetry.log", signal.SIGTERM),
+    ("r1jax.train.goodput:Clock.mark", signal.SIGKILL),
+)
+"""What is called when a signal comes: a row is written, or arrays; the command begins; a checkpoint is published."""
+CALLS = {"log": (2, 5), "_write_arrays": (2, 2), "load_config": (1, 1), "mark": (1, 2)}
+"""First and last of the calls of a process after which it may come; those of `_write_arrays` leave one save behind."""
+DELAY_S = {"log": 0.05, "_write_arrays": 0.03, "load_config": 3.0, "mark": 0.0}
+"""Longest time from the call to the signal."""
+
+
 @pytest.mark.slow
-def test_killed_at_any_moment(reference, start, tmp_path):
-    workdir, lives, torn = tmp_path / "run", 0, 0
-    checkpoints, metrics = workdir / "checkpoints", workdir / "metrics.jsonl"
-    draw, deadline = random.Random(0), time.monotonic() + 60
-    moments = ["start-up", "step", "saving", "saving", "published", "saving", "step", "published"]
-    while True:
-        process = start(tmp_path, "--workdir", workdir)
-        moment = moments[lives % len(moments)] if time.monotonic() < deadline else "never"
-        size = metrics.stat().st_size if metrics.exists() else 0
-        before = CheckpointFolder(checkpoints).all()[-1:]
-        if moment == "start-up":
-            time.sleep(draw.uniform(0.2, 4.0))
-        elif moment == "step":
-            wait_until(process, lambda size=size: metrics.exists() and metrics.stat().st_size > size)
-            time.sleep(draw.uniform(0, 0.2))
-        elif moment == "saving":  # after the first save of this life, so that each life comes on
-            wait_until(process, lambda before=before: CheckpointFolder(checkpoints).all()[-1:] != before)
-            wait_until(process, lambda: any(checkpoints.glob(".draft-*/state*")))
-            time.sleep(draw.uniform(0, 0.1))
-        elif moment == "published":
-            wait_until(process, lambda before=before: CheckpointFolder(checkpoints).all()[-1:] != before)
-        else:
-            process.wait(timeout=200)
-        process.kill()
-        if process.wait() == 0:
-            break
-        assert process.returncode == -signal.SIGKILL, (tmp_path / "err").read_text()
-        lives += 1
-        torn += any(checkpoints.glob(".draft-*"))
-    assert lives >= 4 and torn >= 1, f"only {lives} kills, {torn} of them while saving"
+@pytest.mark.timeout(900)
+def test_stopped_and_killed_at_ten_points(reference, start, tmp_path):
+    """Where a batch is read by a worker, has two parts, and drops out; the end is that of a run without workers."""
+    workdir, draw, torn = tmp_path / "run", random.Random(0), 0
+    flags = ("--workdir", workdir, "--data.workers", 1)
+    for where, number in STOPS:
+        name = where.split(":")[1].split(".")[-1]
+        point = {"call": draw.randint(*CALLS[name]), "delay": draw.uniform(0, DELAY_S[name])}
+        code, _, err = finish(start(tmp_path, *flags, before=signal_at(where, number, **point)), tmp_path)
+        if number == signal.SIGKILL:
+            assert code == -number, "\n".join(err)
+            torn += any((workdir / "checkpoints").glob(".draft-*"))
+            continue
+        assert code == 128 + number, "\n".join(err)
+        newest = CheckpointFolder(workdir / "checkpoints").all()[-1]
+        said = f"{number.name}: saved at step {newest.step}; the same command goes on from there"
+        assert newest.step < STEPS and err.count(said) == 1
+    assert torn, "no kill has met the writing"
+    code, out, err = finish(start(tmp_path, *flags), tmp_path)
+    assert code == 0 and "eval.py --checkpoint" in out, "\n".join(err)
+    events = [row["event"] for row in read_history(workdir)[0]]
+    assert events.count("stopped") == 5 and events[-1] == "ended"
     assert_same_end(workdir, reference)
 
 
+HANGS = {
+    "next_batch": """
+from r1jax.data.synthetic import SyntheticCases
+reads, read = 0, SyntheticCases.read_batch
+
+def a_source_that_hangs(self, rows):
+    global reads
+    reads += self.name.endswith("train")
+    return read(self, rows) if reads < 12 else hang()
+
+SyntheticCases.read_batch = a_source_that_hangs
+""",
+    "take_step": """
+def a_step_that_hangs(state, batch, limit):
+    return step(state, batch, limit) if int(state.step) < 30 else hang()
+
+compiled = recover.compile_step
+
+def compile_step(*arguments):
+    global step
+    step = compiled(*arguments)
+    return a_step_that_hangs
+
+recover.compile_step = compile_step
+""",
+}
+HUNG = """
+import threading
+from r1jax.train import recover
+from r1jax.train.loop import Loop
+
+hang = lambda: threading.Event().wait()
+{what}
+{method} = Loop.{method}
+
+def watched(self, done, *batch):
+    self.run.watch.timeout = 2.0  # from the first batch on: to compile may take longer
+    return {method}(self, done, *batch)
+
+Loop.{method} = watched
+"""
+
+
 @pytest.mark.slow
-def test_stopped_by_signals(reference, start, tmp_path):
+def test_a_run_that_hangs_ends_and_the_same_command_goes_on(reference, start, tmp_path):
     workdir = tmp_path / "run"
-    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
-        before = len(rows(workdir)) if workdir.exists() else 0
-        process = start(tmp_path, "--workdir", workdir)
-        metrics = workdir / "metrics.jsonl"
-        wait_until(process, lambda n=before, m=metrics: m.exists() and len(m.read_text().splitlines()) > n)
-        process.send_signal(number)
-        got, _, err = finish(process, tmp_path)
-        assert got == code, "\n".join(err)
-        said = [line for line in err if "the same command goes on from there" in line]
-        newest = CheckpointFolder(workdir / "checkpoints").all()[-1]
-        assert said == [
-            f"{signal.Signals(number).name}: saved at step {newest.step}; the same command goes on from there"
-        ]
-        assert newest.step < 24
-    code, out, _ = finish(start(tmp_path, "--workdir", workdir), tmp_path)
-    assert code == 0 and "eval.py --checkpoint" in out
+    for method, what in HANGS.items():
+        before = HUNG.format(what=what, method=method)
+        code, _, err = finish(start(tmp_path, "--workdir", workdir, before=before), tmp_path)
+        assert code == 75, "\n".join(err)
+        *_, last = read_history(workdir)[0]
+        (dump,) = (path for path in workdir.glob("hang-*.txt") if str(path) in err[-1])
+        assert last["event"] == "hung" and "no progress for 2 s after step" in err[-1]
+        assert re.search(r"in a_\w+_that_hangs", dump.read_text())
+        (newest, *_), damaged = CheckpointFolder(workdir / "checkpoints").verify()
+        assert damaged == [] and 0 < newest.step <= last["step"] < STEPS
+    code, _, err = finish(start(tmp_path, "--workdir", workdir), tmp_path)
+    assert code == 0, "\n".join(err)
     assert_same_end(workdir, reference)
 
 

@@ -38,6 +38,8 @@ FREE_TO_CHANGE = (
     "platform",
     "train.log_every",
     "train.save_every",
+    "train.keep",
+    "train.wandb",
     "train.accumulation",
     "train.memory_share",
     "train.hang_timeout",
@@ -275,13 +277,14 @@ def _seal(draft: Path, final: Path, config: Config, meta: dict[str, Any], tokeni
 class CheckpointFolder:
     """The checkpoints of one run; the newest and the best are kept."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, keep: int = 1) -> None:
         """Names the folder; it need not exist.
 
         Args:
           path: Usually workdir/checkpoints.
+          keep: How many of the newest are kept, beside the best.
         """
-        self.path = path
+        self.path, self.keep = path, keep
 
     def all(self) -> list[Checkpoint]:
         """Sealed checkpoints, oldest first; what a killed writer left is not among them."""
@@ -323,7 +326,7 @@ class CheckpointFolder:
         meta: dict[str, Any],
         tokenizer: Mapping[str, bytes] | None = None,
     ) -> Checkpoint:
-        """Writes, seals and publishes a checkpoint, then removes what is neither newest nor best.
+        """Writes, seals and publishes a checkpoint, then removes what is neither among the newest nor the best.
 
         Args:
           step: Steps done; one that exists already is left as it is.
@@ -351,25 +354,31 @@ class CheckpointFolder:
         from_first(self._prune)
         return Checkpoint(final)
 
+    def kept(self) -> list[Checkpoint]:
+        """Those that stay after a save, oldest first; a kill before the removal leaves more."""
+        found, best = self.all(), self.best()
+        return [c for c in found[: -self.keep] if c == best] + found[-self.keep :]
+
     def _prune(self) -> None:
-        best = self.best()
-        for old in self.all()[:-1]:
-            if best is not None and old.step != best.step:
+        kept = self.kept()
+        for old in self.all():
+            if old not in kept:
                 # Renamed first: a kill amid the removal must not leave half a checkpoint under a sound one's name.
                 shutil.rmtree(old.path.rename(self.path / f".draft-{old.path.name}"))
 
-    def set_aside(self, damaged: Checkpoint) -> Path:
-        """Renames a damaged checkpoint, so that its step can be written anew and nobody takes it for the best.
+    def set_aside(self, checkpoint: Checkpoint, why: str = "damaged") -> Path:
+        """Renames a checkpoint, so that its step can be written anew and nobody takes it for the newest or the best.
 
         Args:
-          damaged: One that `verify` refused.
+          checkpoint: One that `verify` refused, or that the run has gone back behind.
+          why: What its name starts with from now on; one that has that name already is removed.
 
         Returns:
           Where it lies now.
         """
-        aside = self.path / f"damaged-{damaged.path.name}"
+        aside = self.path / f"{why}-{checkpoint.path.name}"
         shutil.rmtree(aside, ignore_errors=True)
-        return damaged.path.rename(aside)
+        return checkpoint.path.rename(aside)
 
     def clear_drafts(self) -> None:
         """Removes what killed writers left; only the process that holds the run's lock may call it."""

@@ -3,15 +3,16 @@
 A step whose loss or gradient is not finite, or whose loss stands out of the last logged ones, changes no weight (the
 compiled step sees to that, from the limit that is computed here). Where many in a row are refused, it is not the batch:
 the run goes back to its newest checkpoint and jumps over the batches since (PaLM did so by hand: Chowdhery et al. 2022,
-section 5.1). Limits depend on the rows of metrics.jsonl alone, and jumps are written down before anything goes on, so
-that a run that is killed meanwhile takes the same way again.
+section 5.1); where that does not help, to one before. Limits depend on the rows of metrics.jsonl alone, and jumps are
+written down before anything goes on, so that a run that is killed meanwhile takes the same way again.
 """
 
 import json
 import math
 import os
 import statistics
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,11 +35,11 @@ LEAST = 1.5
 PATIENCE = 10
 """Refused steps in a row after which the run goes back."""
 RETRIES = 3
-"""Rollbacks to one checkpoint after which the run ends."""
+"""Rollbacks to one checkpoint after which an older one is tried, or the run ends."""
 
 
 class RollBack(Exception):
-    """The run shall go back to its newest checkpoint, and leave out the batches since."""
+    """The run shall go back to a checkpoint, and leave out the batches since."""
 
     def __init__(self, step: int, reason: str) -> None:
         super().__init__(f"step {step}: {reason}")
@@ -160,27 +161,32 @@ def read_jumps(workdir: Path) -> tuple[Jump, ...]:
         ) from None
 
 
+def way_back(steps: Collection[int], jumps: Iterable[Jump]) -> int | None:
+    """Chooses the checkpoint to go back to.
+
+    Args:
+      steps: Those that are kept.
+      jumps: All of the run.
+
+    Returns:
+      Steps of the newest that was not gone back to `RETRIES` times; None where there is none: then it is not the data.
+    """
+    tried = Counter(old.step for old in jumps)
+    return max((step for step in steps if tried[step] < RETRIES), default=None)
+
+
 def jump(workdir: Path, step: int, seen: int, reason: str) -> None:
-    """Writes down that the batches between a checkpoint and the step that was refused are left out.
+    """Writes down that the run goes back, and leaves out the batches that it has read since.
 
     Args:
       workdir: Run folder.
       step: Steps that the checkpoint has done.
-      seen: Steps done when the run was stopped, `step` + the batches to leave out.
+      seen: Steps done when the run was stopped.
       reason: What was seen.
-
-    Raises:
-      UserError: This checkpoint was gone back to so often that the data cannot be what is wrong.
     """
     before = read_jumps(workdir)
-    again = sum(old.step == step for old in before)
-    if again >= RETRIES:
-        raise UserError(
-            f"step {seen}: {reason}, also after {again} rollbacks to step {step} that each left out the batches "
-            "between; the checkpoint is untouched: lower train.learning_rate in another --workdir (or raise "
-            "train.spike_factor, 0 switches it off, if losses of this task do jump so)"
-        )
-    jumps = (*before, Jump(step, seen - step, reason))
+    left_out = batch_after(seen, before) - batch_after(step, before)
+    jumps = (*before, Jump(step, left_out, reason))
     draft = workdir / f".draft-{JUMPS}"
     draft.write_text(json.dumps([j._asdict() for j in jumps], indent=1) + "\n")
     flush(draft)
@@ -188,14 +194,22 @@ def jump(workdir: Path, step: int, seen: int, reason: str) -> None:
     flush(workdir)
 
 
+def in_force(jumps: Iterable[Jump]) -> tuple[Jump, ...]:
+    """Jumps on the way that the run takes now: whoever goes back to a step takes back those that were made after it."""
+    found: tuple[Jump, ...] = ()
+    for made in jumps:
+        found = (*(old for old in found if old.step <= made.step), made)
+    return found
+
+
 def batch_after(step: int, jumps: Iterable[Jump]) -> int:
     """Number of the batch that the next step reads.
 
     Args:
       step: Steps done.
-      jumps: Those of the run.
+      jumps: All of the run.
 
     Returns:
       The steps done, and all batches that were left out by then.
     """
-    return step + sum(j.batches for j in jumps if j.step <= step)
+    return step + sum(j.batches for j in in_force(jumps) if j.step <= step)

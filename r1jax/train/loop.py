@@ -17,12 +17,12 @@ from r1jax.data.source import Source
 from r1jax.data.tokenizer_files import read_files
 from r1jax.data.workers import Batches
 from r1jax.errors import UserError
-from r1jax.parallel.agree import Vote, place_share, share_of
+from r1jax.parallel.agree import Vote, is_first, place_share, share_of
 from r1jax.tasks.task import Task
 from r1jax.telemetry import Load, Telemetry
 from r1jax.train.evaluation import Evaluator
 from r1jax.train.flops import work_of
-from r1jax.train.guard import PATIENCE, Guard, RollBack, batch_after, read_jumps
+from r1jax.train.guard import PATIENCE, Guard, RollBack, batch_after, in_force, read_jumps
 from r1jax.train.memory import out_of_memory
 from r1jax.train.peak import peak_flops
 from r1jax.train.plan import example_batch
@@ -30,6 +30,7 @@ from r1jax.train.profile import Profiler
 from r1jax.train.run import Run, describe
 from r1jax.train.start import start_record
 from r1jax.train.step import TrainState
+from r1jax.train.wandb_run import WandbRun
 
 NORM = jax.jit(optax.tree.norm)
 
@@ -110,7 +111,13 @@ class Loop:
         self.start, self.jumps = start, read_jumps(run.workdir)
         load = step_load(config, task, mesh, source)
         self.telemetry = Telemetry(
-            run.workdir, steps=t.steps, start=start, batch_size=t.batch_size, load=load, clock=run.clock
+            run.workdir,
+            steps=t.steps,
+            start=start,
+            batch_size=t.batch_size,
+            load=load,
+            clock=run.clock,
+            remote=WandbRun(run.workdir, config, t.wandb) if t.wandb is not None and is_first() else None,
         )
         self.profiler = Profiler(config.profile, run.workdir, start)
         self.guard = Guard(run.workdir, t.spike_factor, start)
@@ -125,7 +132,7 @@ class Loop:
         """Waits for the batch of step `done`, and says if a save has failed meanwhile."""
         self.run.saver.check()
         self.run.watch.enter("waiting for data", done - 1)
-        if done - 1 > self.start and any(jump.step == done - 1 for jump in self.jumps):
+        if done - 1 > self.start and any(jump.step == done - 1 for jump in in_force(self.jumps)):
             # The run once went back to this step, but that checkpoint was damaged, so that it started from one before.
             self.batches.close()
             self.batches = open_batches(

@@ -11,7 +11,7 @@ from r1jax.parallel.agree import from_first, say
 from r1jax.tasks.task import Task
 from r1jax.train.eager import eager_step
 from r1jax.train.evaluation import Evaluator
-from r1jax.train.guard import RollBack, jump
+from r1jax.train.guard import RETRIES, RollBack, jump, read_jumps, way_back
 from r1jax.train.loop import fit
 from r1jax.train.memory import in_more_parts, out_of_memory
 from r1jax.train.run import Run, restore_or_init
@@ -65,7 +65,7 @@ def train(
 
 
 def roll_back(run: Run, step: int, reason: str) -> str:
-    """Has the run go on from its newest checkpoint, with the batches after it left out.
+    """Has the run go on from its newest checkpoint, or from an older one where that was in vain, with other batches.
 
     Args:
       run: The run.
@@ -76,10 +76,29 @@ def roll_back(run: Run, step: int, reason: str) -> str:
       What to tell the user.
 
     Raises:
-      UserError: The same checkpoint was gone back to too often.
+      UserError: All checkpoints were gone back to so often that the data cannot be what is wrong.
     """
     run.saver.wait()
-    back = from_first(lambda: max((c.step for c in run.checkpoints.all()), default=0))
+    back = from_first(lambda: _leave_later(run, step, reason))
     jump(run.workdir, back, step, reason)
     run.history.note("rolled back", step=step, to=back, reason=reason)
-    return f"step {step}: many steps refused ({reason}): back to step {back}, without the {step - back} batches since"
+    left = read_jumps(run.workdir)[-1].batches
+    return f"step {step}: many steps refused ({reason}): back to step {back}, without the {left} batches since"
+
+
+def _leave_later(run: Run, step: int, reason: str) -> int:
+    """Chooses the checkpoint to go back to, and sets aside those after it; returns its steps."""
+    kept, jumps = run.checkpoints.kept(), read_jumps(run.workdir)
+    steps = [checkpoint.step for checkpoint in kept] or [0]
+    back = way_back(steps, jumps)
+    if back is None:
+        tried = " and ".join(map(str, steps))
+        raise UserError(
+            f"step {step}: {reason}, also after {RETRIES} rollbacks to step {tried} that each left out the batches "
+            "between; the checkpoints are untouched: lower train.learning_rate in another --workdir (or raise "
+            "train.spike_factor, 0 switches it off, if losses of this task do jump so)"
+        )
+    # Before the jump is written down: a run that is killed in between comes here again, wherever it starts from.
+    for later in (checkpoint for checkpoint in run.checkpoints.all() if checkpoint.step > back):
+        run.checkpoints.set_aside(later, "left")
+    return back

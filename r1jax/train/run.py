@@ -30,6 +30,7 @@ from r1jax.train.provenance import environment, provenance
 from r1jax.train.saver import Saver
 from r1jax.train.start import RECORD, start_from
 from r1jax.train.step import Batch, TrainState, init_state
+from r1jax.train.wandb_run import import_wandb
 from r1jax.train.watch import Watch
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -67,12 +68,12 @@ def open_run(config: Config) -> Iterator[Run]:
       The run.
 
     Raises:
-      UserError: Another process trains in this folder, or it cannot be written.
+      UserError: Another process trains in this folder, it cannot be written, or what logs its figures is not installed.
     """
     workdir = Path(config.workdir)
-    checkpoints = CheckpointFolder(workdir / "checkpoints")
+    checkpoints = CheckpointFolder(workdir / "checkpoints", config.train.keep)
     with ExitStack() as stack:
-        from_first(lambda: _lock(workdir, checkpoints, stack))
+        from_first(lambda: _take(config, checkpoints, stack))
         records = from_first(lambda: _records(workdir))
         if not is_first():
             workdir = Path(stack.enter_context(TemporaryDirectory(prefix="r1jax-", ignore_cleanup_errors=True)))
@@ -88,8 +89,11 @@ def open_run(config: Config) -> Iterator[Run]:
             watch.close()
 
 
-def _lock(workdir: Path, checkpoints: CheckpointFolder, stack: ExitStack) -> None:
+def _take(config: Config, checkpoints: CheckpointFolder, stack: ExitStack) -> None:
     """Makes the run folder and locks it until the stack is closed, and removes what killed writers left."""
+    if config.train.wandb is not None:
+        import_wandb(config.train.wandb)  # or the step would be compiled first
+    workdir = Path(config.workdir)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         lock = stack.enter_context((workdir / ".lock").open("w"))

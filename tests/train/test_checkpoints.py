@@ -3,6 +3,7 @@ import errno
 import json
 import os
 import shutil
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from r1jax.config import Config, TrainConfig
 from r1jax.errors import UserError
@@ -145,6 +148,23 @@ def test_best_and_newest_are_kept(folder):
         kept.append(steps(folder))
     assert kept == [[2], [2, 4], [6], [6, 8], [6, 10], [6, 12], [14]]
     assert folder.best().step == 14  # of equals the newest
+
+
+@given(st.lists(st.sampled_from([None, 0.1, 0.5, 0.9]), min_size=1, max_size=12), st.integers(1, 5))
+def test_the_last_ones_and_the_best_are_kept(scores, keep):
+    def without_arrays(final, state, config, meta, tokenizer):
+        final.mkdir(parents=True)
+        (final / "meta.json").write_text(json.dumps(meta))
+
+    with tempfile.TemporaryDirectory() as place, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoints, "write_sealed", without_arrays)
+        folder = CheckpointFolder(Path(place), keep)
+        for step, score in enumerate(scores, 1):
+            save(folder, step, score)
+            scored = [(known, at) for at, known in enumerate(scores[:step], 1) if known is not None]
+            best = {max(scored)[1]} if scored else set()
+            assert set(steps(folder)) == {*range(max(1, step - keep + 1), step + 1), *best}
+            assert folder.kept() == folder.all()
 
 
 def test_without_scores_the_newest_is_the_best(folder):

@@ -3,6 +3,8 @@
 import json
 import math
 import statistics
+import tempfile
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 
 from r1jax.errors import UserError
 from r1jax.train import guard
-from r1jax.train.guard import Guard, Jump, batch_after, jump, logged_losses, loss_limit, read_jumps
+from r1jax.train.guard import Guard, Jump, batch_after, in_force, jump, logged_losses, loss_limit, read_jumps, way_back
 
 LOSSES = st.lists(st.floats(0.01, 100), min_size=guard.ENOUGH, max_size=60)
 
@@ -46,12 +48,14 @@ def test_losses_are_those_of_accepted_steps_up_to_the_checkpoint(tmp_path):
 def test_jumps_are_kept_and_bounded(tmp_path):
     assert read_jumps(tmp_path) == ()
     for i in range(guard.RETRIES):
+        assert way_back([10, 20], read_jumps(tmp_path)) == 20
         jump(tmp_path, 20, 33, "no finite loss")
         assert read_jumps(tmp_path) == (Jump(20, 13, "no finite loss"),) * (i + 1)
-    with pytest.raises(UserError, match=r"step 33: no finite loss, also after 3 rollbacks to step 20"):
-        jump(tmp_path, 20, 33, "no finite loss")
-    jump(tmp_path, 40, 50, "a loss of 9")  # another checkpoint, another count
-    assert len(read_jumps(tmp_path)) == guard.RETRIES + 1
+    tried = read_jumps(tmp_path)
+    assert way_back([20], tried) is None and way_back([10, 20], tried) == 10 and way_back([10, 20, 40], tried) == 40
+    jump(tmp_path, 10, 33, "a loss of 9")  # also without what was left out in vain after step 20
+    assert read_jumps(tmp_path) == (*tried, Jump(10, 23 + 3 * 13, "a loss of 9"))
+    assert in_force(read_jumps(tmp_path)) == read_jumps(tmp_path)[-1:]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["jumps.json"]
 
 
@@ -66,7 +70,16 @@ def test_no_batch_is_read_twice_on_the_way_that_counts(places):
     jumps = [Jump(step, batches, "") for step, batches in places]
     numbers = [batch_after(step, jumps) for step in range(40)]
     assert all(a < b for a, b in zip(numbers, numbers[1:], strict=False))
-    assert numbers[-1] == 39 + sum(batches for _, batches in places)
+    assert numbers[-1] == 39 + sum(jump.batches for jump in in_force(jumps))
+
+
+@given(st.lists(st.tuples(st.integers(0, 20), st.integers(1, 9)), max_size=6))
+def test_whoever_goes_back_reads_on_from_the_last_batch(places):
+    with tempfile.TemporaryDirectory() as folder:
+        for step, more in places:
+            unread = batch_after(step + more, read_jumps(Path(folder)))
+            jump(Path(folder), step, step + more, "")
+            assert batch_after(step, read_jumps(Path(folder))) == unread
 
 
 def test_a_restart_finds_the_limit_that_the_run_had(tmp_path):

@@ -12,7 +12,7 @@ import pytest
 from r1jax.errors import UserError
 from r1jax.train import recover
 from r1jax.train.checkpoints import CheckpointFolder
-from r1jax.train.guard import PATIENCE, Jump, read_jumps
+from r1jax.train.guard import PATIENCE, Jump, jump, read_jumps
 from r1jax.train.loop import open_batches
 from r1jax.train.run import open_run
 from r1jax.train.step import NO_LIMIT
@@ -47,8 +47,8 @@ class Steps:
 def train(tiny, monkeypatch):
     """Trains as train.py does, with the step that is given."""
 
-    def run(workdir, steps):
-        config = replace(tiny.config, workdir=str(workdir))
+    def run(workdir, steps, keep=1):
+        config = replace(tiny.config, workdir=str(workdir), train=replace(tiny.config.train, keep=keep))
         monkeypatch.setattr(recover, "compile_step", lambda *_: steps)
         with open_run(config) as opened:
             recover.train(config, opened, tiny.model, tiny.task, tiny.mesh, tiny.source, tiny.validation, tiny.batch)
@@ -58,7 +58,7 @@ def train(tiny, monkeypatch):
 
 
 def batches_of(tiny, count):
-    batches = open_batches(tiny.config, tiny.task, tiny.source, 0)
+    batches = open_batches(tiny.config, tiny.task, tiny.mesh, tiny.source, 0)
     try:
         return [next(batches) for _ in range(count)]
     finally:
@@ -132,6 +132,46 @@ def test_what_going_back_does_not_help_ends_the_run(tiny, train, order, tmp_path
     assert [j.step for j in read_jumps(tmp_path)] == [3, 3, 3]
     newest = CheckpointFolder(tmp_path / "checkpoints").all()[-1]
     assert newest.step == 3 and all(np.isfinite(x).all() for x in jax.tree.leaves(final(tmp_path)["params"]))
+
+
+class Spoilt(Steps):
+    """Poisons all that follows checkpoint 6, until the run has gone back behind it."""
+
+    def __init__(self, step, workdir, kill_at=None):
+        super().__init__(step, kill_at=kill_at)
+        self.workdir = workdir
+
+    def __call__(self, state, batch, limit):
+        spoilt = int(state.step) >= 6 and all(jump.step == 6 for jump in read_jumps(self.workdir))
+        self.poisoned = {name_of(batch)} if spoilt else set()
+        return super().__call__(state, batch, limit)
+
+
+@pytest.mark.slow
+def test_what_the_newest_does_not_help_the_one_before_may(tiny, train, order, tmp_path, monkeypatch):
+    whole = tmp_path / "whole"
+    steps = Spoilt(tiny.step, whole)
+    train(whole, steps, keep=2)
+    assert [tuple(j)[:2] for j in read_jumps(whole)] == [(6, 10), (6, 10), (6, 10), (3, 43)]
+    assert steps.read == order[:67]  # none twice
+    assert (whole / "checkpoints/left-00000006").is_dir()
+    assert [c.step for c in CheckpointFolder(whole / "checkpoints").all()][-2:] == [21, 24]
+
+    def killed(*_):
+        raise Killed
+
+    for kill_at in (30, 46, 52):  # between two rollbacks, and before and after the run comes past step 6 again
+        workdir = tmp_path / str(kill_at)
+        with pytest.raises(Killed):
+            train(workdir, Spoilt(tiny.step, workdir, kill_at=kill_at), keep=2)
+        if kill_at == 30:
+            with monkeypatch.context() as patch, pytest.raises(Killed):
+                patch.setattr(
+                    recover, "jump", lambda folder, step, *more: (killed if step == 3 else jump)(folder, step, *more)
+                )
+                train(workdir, Spoilt(tiny.step, workdir), keep=2)
+        train(workdir, Spoilt(tiny.step, workdir), keep=2)
+        assert same(final(workdir), final(whole)) and read_jumps(workdir) == read_jumps(whole)
 
 
 def test_without_a_checkpoint_it_goes_back_to_the_start(tiny, train, order, tmp_path):
