@@ -23,6 +23,10 @@ from r1jax.errors import UserError
 
 LOST = 76
 """Exit code of a process that ended because another one did (EX_PROTOCOL of sysexits.h: something remote failed)."""
+GO_ON = (
+    "what was saved is untouched, and the same command goes on from there, with as many processes or fewer: the first "
+    "error is in the output of the process that ended"
+)
 REMOTE = re.compile(r"\bGloo\b|\bNCCL\b|[Cc]oordination ?[Ss]ervice")
 """What an error of a collective operation names; its type is now JAX's, now ValueError, and Orbax's where it saves."""
 SLURM_STEP = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
@@ -61,7 +65,7 @@ def find_place(config: LaunchConfig, env: Mapping[str, str], gpus: int) -> Place
       The place; None where there is one process.
 
     Raises:
-      UserError: A coordinator is named, but neither the number of processes nor that of this one is known.
+      UserError: What is known is too little to find the others, or contradicts itself.
     """
     if config.processes == 1:
         return None
@@ -86,8 +90,10 @@ def find_place(config: LaunchConfig, env: Mapping[str, str], gpus: int) -> Place
                 "are and which one this is: add --launch.processes N --launch.process I"
             )
         cluster = None if cluster == "k8s" else cluster
-    elif cluster is None:
+    elif cluster is None or count == 1:
         return None
+    elif cluster == "ompi" and "OMPI_MCA_orte_hnp_uri" not in env:
+        raise UserError("Open MPI 5 does not say where process 0 runs: add --launch.coordinator HOST:PORT")
     if count is not None and count > 1 and index is not None and index >= count:
         raise UserError(f"launch.process is {index}, but it must be below the number of processes, {count}")
     return None if count == 1 else Place(cluster, config.coordinator, count, index, share_gpus(local, beside, gpus))
@@ -149,12 +155,6 @@ def launched(config: LaunchConfig) -> Iterator[None]:
         _leave(error, place)
 
 
-GO_ON = (
-    "what was saved is untouched, and the same command goes on from there, with as many processes or fewer: the first "
-    "error is in the output of the process that ended"
-)
-
-
 def _connect(config: LaunchConfig, place: Place) -> None:
     """Starts `jax.distributed`; where it finds no others, its own code ends the process, with a sentence of ours."""
     where = place.coordinator or f"the one of {place.cluster}"
@@ -164,6 +164,7 @@ def _connect(config: LaunchConfig, place: Place) -> None:
         "started, each once, with the same launch.coordinator and launch.processes, and that its port is open",
         2,
     )
+    jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM, which the run answers itself
     known = None not in (place.coordinator, place.count, place.index)
     try:
         jax.distributed.initialize(
@@ -177,9 +178,8 @@ def _connect(config: LaunchConfig, place: Place) -> None:
             shutdown_timeout_seconds=config.heartbeat_timeout,
         )
     except (ValueError, RuntimeError, OSError) as error:
-        raise UserError(
-            f"{place}: jax.distributed cannot start ({str(error).splitlines()[0]}): docs/launch.md"
-        ) from None
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{place}: jax.distributed cannot start ({reason}): see docs/launch.md") from None
 
 
 def _leave(error: BaseException, place: Place) -> NoReturn:
@@ -221,8 +221,8 @@ def _on_abort(text: str, code: int) -> None:
         os.write(2, f"{text}\n".encode())
         os._exit(code)
 
-    _handlers[:] = [ctypes.CFUNCTYPE(None, ctypes.c_int)(ended)]
-    ctypes.CDLL(None).signal(signal.SIGABRT, _handlers[0])
+    _handlers.append(ctypes.CFUNCTYPE(None, ctypes.c_int)(ended))
+    ctypes.CDLL(None).signal(signal.SIGABRT, _handlers[-1])
 
 
 class _Prefixed(io.TextIOBase):

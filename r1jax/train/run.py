@@ -114,10 +114,12 @@ def _records(workdir: Path) -> dict[str, str]:
 @contextmanager
 def _stopping(stop: list[int]) -> Iterator[None]:
     """Collects signals; a second Ctrl-C or SIGTERM means now, but SIGTERM after SIGUSR1 is only its reminder."""
+    received: list[int] = []  # by this process; what another one was told, it may be told too, a moment later
 
     def ask_to_stop(number: int, _: Any) -> None:
-        if number != signal.SIGUSR1 and (number in stop or (stop and number == signal.SIGINT)):
+        if number != signal.SIGUSR1 and (number in received or (received and number == signal.SIGINT)):
             raise KeyboardInterrupt
+        received.append(number)
         stop.append(number)
 
     before = {s: signal.signal(s, ask_to_stop) for s in SIGNALS}

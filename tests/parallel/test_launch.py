@@ -38,7 +38,8 @@ HERE = "node01:8476"
         ({}, SLURM | {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, 8, None),
         ({}, {k: v for k, v in SLURM.items() if k != "SLURM_STEP_NODELIST"}, 8, None),  # sbatch without srun
         ({"processes": 1}, SLURM, 8, None),
-        ({}, MPI, 1, Place("ompi", None, 4, 1, [0])),
+        ({}, MPI | {"OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.0.0.1:34911"}, 1, Place("ompi", None, 4, 1, [0])),
+        ({}, MPI | {"OMPI_COMM_WORLD_SIZE": "1"}, 1, None),
         ({"coordinator": HERE}, MPI, 2, Place("ompi", HERE, 4, 1, [1])),
         ({"coordinator": HERE, "processes": 2, "process": 1}, {}, 0, Place(None, HERE, 2, 1, None)),
         ({"coordinator": HERE, "processes": 2}, {"JOB_COMPLETION_INDEX": "1"}, 8, (1, 2, list(range(8)))),
@@ -61,6 +62,7 @@ def test_kubernetes_asks_its_server(monkeypatch):
     ("config", "env", "message"),
     [
         ({"coordinator": HERE}, {}, "add --launch.processes N --launch.process I"),
+        ({}, MPI, "Open MPI 5 does not say where process 0 runs: add --launch.coordinator HOST:PORT"),
         ({"process": 4}, SLURM, "launch.process is 4, but it must be below the number of processes, 4"),
     ],
 )
