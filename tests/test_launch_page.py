@@ -71,7 +71,7 @@ def test_batch_script_starts_processes_that_find_each_other(slurm, tmp_path):
     small = ("--model.decoder.num_nextn_predict_layers", 0)  # compiles faster
     code, out, err, told = slurm("--config", TINY, "--workdir", tmp_path / "run", "--dry-run", *small)
     assert code == 0 and told == "", err
-    assert "tiny-language: 2 x cpu" in err and re.search(r"^mesh +.*data 2", out, re.MULTILINE)
+    assert "tiny-language: 2 x cpu (cpu) in 2 processes" in err and re.search(r"^mesh +.*data 2", out, re.MULTILINE)
     assert out.count("FLOPs an example") == 1  # process 0 alone speaks
 
 

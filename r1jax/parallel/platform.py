@@ -37,7 +37,8 @@ def start_platform(platform: str) -> str:
         jax.config.update("jax_compilation_cache_dir", str(cache))
     if jax.process_index() == 0:  # which alone writes it, where processes share it
         mend_cache(Path(jax.config.jax_compilation_cache_dir))
-    return f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform}), jax {jax.__version__}"
+    processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    return f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform}){processes}, jax {jax.__version__}"
 
 
 def mend_cache(cache: Path) -> None:

@@ -12,7 +12,19 @@ from matplotlib.figure import Figure
 from r1jax.errors import UserError
 from r1jax.serve.run_folder import RunFolder
 
-MADE = ("versions", "git", "dirty", "command", "device", "devices", "data", "preprocess", "environment", "host")
+MADE = (
+    "versions",
+    "git",
+    "dirty",
+    "command",
+    "device",
+    "devices",
+    "processes",
+    "data",
+    "preprocess",
+    "environment",
+    "host",
+)
 """Entries of a start that are compared."""
 POINTS = 2000
 """Points kept of a curve: more cannot be seen."""

@@ -235,7 +235,8 @@ def _choose(config: Config, run: Run, source: Source, pipeline: Pipeline) -> tup
 def _begin(config: Config, run: Run, source: Source, pipeline: Pipeline, step: int, resumed: str | None) -> None:
     """Puts a start on record, with everything that it may differ in from the starts before."""
     made = describe(source, pipeline)
-    told = {"step": step, "steps": config.train.steps, "resumed_from": resumed, "devices": jax.device_count()}
+    told = {"step": step, "steps": config.train.steps, "resumed_from": resumed}
+    told |= {"devices": jax.device_count(), "processes": jax.process_count()}
     run.history.start(**told, **made, environment=environment(), config=to_dict(config))
     run.watch.enter("compiling", step)
 
