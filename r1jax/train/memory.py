@@ -19,6 +19,7 @@ from r1jax.data.source import Source
 from r1jax.disk import flush
 from r1jax.errors import UserError
 from r1jax.models.r1 import R1
+from r1jax.parallel.agree import from_first
 from r1jax.tasks.task import Task
 from r1jax.train.plan import device_limit, device_need, example_batch
 from r1jax.train.step import compile_step
@@ -46,7 +47,7 @@ def settle_batch(config: Config, mesh: Mesh, task: Task, source: Source, say: Ca
     Raises:
       UserError: Not even one case a device fits, or the devices do not say what they have.
     """
-    train, record = config.train, _read(config)
+    train, record = config.train, from_first(lambda: _read(config))
     if record and record["device"] == _device(mesh):
         size = record["batch_size"] if train.batch_size == AUTO else train.batch_size
         parts = record["accumulation"]
@@ -57,7 +58,7 @@ def settle_batch(config: Config, mesh: Mesh, task: Task, source: Source, say: Ca
             return _with(config, size, parts)
     if AUTO not in (train.batch_size, train.accumulation):
         return config
-    limit = device_limit(mesh)
+    limit = from_first(lambda: device_limit(mesh))
     if limit is None:
         raise UserError(
             f"{_device(mesh)} does not say how much memory it has: give train.batch_size and train.accumulation numbers"
@@ -210,11 +211,12 @@ def _needs(config: Config, mesh: Mesh, task: Task, source: Source) -> Callable[[
             model, batch = R1(tried.model, task.heads), example_batch(source, task, cases * parts)
             try:
                 compiled = compile_step(tried, model, task, mesh, batch)
-                known[cases, parts] = float(sum(device_need(tried, model, task, mesh, batch, compiled)))
+                took = float(sum(device_need(tried, model, task, mesh, batch, compiled)))
             except jax.errors.JaxRuntimeError as error:  # some compilers refuse what cannot fit
                 if not out_of_memory(error):
                     raise
-                known[cases, parts] = float("inf")
+                took = float("inf")
+            known[cases, parts] = from_first(lambda: took)  # the tuning of each process may differ a little
         return known[cases, parts]
 
     return need

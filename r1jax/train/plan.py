@@ -103,9 +103,9 @@ def device_need(config: Config, model: R1, task: Task, mesh: Mesh, batch: Batch,
 
 def device_limit(mesh: Mesh) -> float | None:
     """Bytes that JAX may use of a GPU, or this host's memory shared by its CPU devices; None where it is unknown."""
-    device = mesh.devices.flat[0]
+    device = mesh.local_devices[0]
     if device.platform == "cpu":
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / mesh.size
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / len(mesh.local_devices)
     return (device.memory_stats() or {}).get("bytes_limit")
 
 

@@ -34,8 +34,11 @@ def train(
       batch: Any collated batch (shapes).
 
     Raises:
-      UserError: The folder does not fit the config, the disk is full, or going back did not help.
+      UserError: The folder does not fit the config, the disk is full, going back did not help, or several processes
+        shall do what only one can.
     """
+    if config.debug.eager and jax.process_count() > 1:
+        raise UserError("debug.eager is True, but it looks at numbers of one process: add --launch.processes 1")
     step, evaluator = None, Evaluator(model, task, mesh, run.watch.beat)
     while True:
         run.saver.wait()  # what it writes is what to go on from, and then it removes older ones

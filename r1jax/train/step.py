@@ -268,7 +268,7 @@ def compile_step(config: Config, model: R1, task: Task, mesh: Mesh, batch: Batch
     Raises:
       UserError: Activations shall wait in the host's memory, and the devices cannot reach it.
     """
-    check_offload(config.model.remat, mesh.devices.flat[0])
+    check_offload(config.model.remat, mesh.local_devices[0])
     abstract = jax.eval_shape(lambda: init_state(config, model, task, batch))
     where, cases = shard_tree(mesh, abstract), batch_sharding(mesh)
     whole = NamedSharding(mesh, PartitionSpec())
