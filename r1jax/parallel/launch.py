@@ -147,7 +147,7 @@ def launched(config: LaunchConfig) -> Iterator[None]:
         _connect(config, place)
         if place.index:
             sys.stderr = _Prefixed(sys.stderr, f"process {place.index}: ")
-        _on_abort(f"error: {place}: another process has ended or cannot be reached; {GO_ON}", LOST)
+        _on_abort(f"error: {place}: another process has ended or cannot be reached; {GO_ON}\n", LOST)
         yield
         jax.distributed.shutdown()
         ctypes.CDLL(None).signal(signal.SIGABRT, None)
@@ -161,7 +161,7 @@ def _connect(config: LaunchConfig, place: Place) -> None:
     _on_abort(
         f"error: {place}: no agreement with the coordinator ({where}) within launch.connect_timeout "
         f"({config.connect_timeout} s): see that all {'' if place.count is None else place.count} processes were "
-        "started, each once, with the same launch.coordinator and launch.processes, and that its port is open",
+        "started, each once, with the same launch.coordinator and launch.processes, and that its port is open\n",
         2,
     )
     jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM, which the run answers itself
@@ -183,7 +183,7 @@ def _connect(config: LaunchConfig, place: Place) -> None:
 
 
 def _leave(error: BaseException, place: Place) -> NoReturn:
-    """Says why this process ends, and ends it without the farewell of `jax.distributed`, which waits for all."""
+    """Says why this process ends, and ends it; only after a user's mistake it waits a while for the others."""
     if REMOTE.search(str(error)):
         code = LOST
         first = str(error).splitlines()[0]
@@ -197,6 +197,7 @@ def _leave(error: BaseException, place: Place) -> NoReturn:
         code = 2
         if not isinstance(error, Told):
             print(f"error: {error}", file=sys.stderr)
+        _wait_for_the_same_mistake()
     else:
         code = 1
         traceback.print_exception(error)
@@ -204,6 +205,13 @@ def _leave(error: BaseException, place: Place) -> NoReturn:
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(code)
+
+
+def _wait_for_the_same_mistake() -> None:
+    """Gives all processes, which most often meet the same mistake, the time to say so, before they miss this one."""
+    _on_abort("", 2)
+    with contextlib.suppress(Exception):
+        jax.distributed.shutdown()
 
 
 _handlers: list[object] = []
@@ -218,7 +226,7 @@ def _on_abort(text: str, code: int) -> None:
     """
 
     def ended(_: int) -> None:
-        os.write(2, f"{text}\n".encode())
+        os.write(2, text.encode())
         os._exit(code)
 
     _handlers.append(ctypes.CFUNCTYPE(None, ctypes.c_int)(ended))

@@ -113,6 +113,14 @@ def test_the_others_end_with_process_0(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_mistake_that_all_meet(tmp_path):
+    codes, errors, _ = run(tmp_path, 2, "--mistaken", "no such folder")
+    assert codes == [2, 2]
+    assert errors[0].splitlines()[-1] == "error: no such folder"
+    assert errors[1].splitlines()[-1] == "process 1: error: no such folder"
+
+
+@pytest.mark.slow
 def test_a_coordinator_that_is_not_there(tmp_path):
     flags = ("--launch.coordinator", "localhost:9", "--launch.processes", 2, "--launch.process", 1)
     codes, errors, _ = run(tmp_path, 1, *flags, "--launch.connect_timeout", 1)

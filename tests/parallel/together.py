@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,6 +33,8 @@ class Arguments:
     ends: int = -1
     """Number of the process that a signal ends instead."""
     signal: int = 9
+    mistaken: str = ""
+    """What is said of a mistake that all meet, process 0 first; process 1 two seconds later."""
     launch: LaunchConfig = field(default_factory=LaunchConfig)
 
 
@@ -58,6 +61,9 @@ def caught(find) -> list[str]:
 
 
 def main(arguments: Arguments) -> None:
+    if arguments.mistaken:
+        time.sleep(2 * jax.process_index())
+        raise UserError(arguments.mistaken)
     if arguments.ends >= 0:
         from_first(lambda: None)
         if jax.process_index() == arguments.ends:
