@@ -1,10 +1,7 @@
 """Training from a mixture of folders, by the commands of a user."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -41,26 +38,16 @@ def figures(run):
 
 
 @pytest.fixture
-def go(shared, tmp_path, monkeypatch):
+def go(trainings, tmp_path, monkeypatch):
     """Starts train.py on a folder and further flags; a file says how long a case takes."""
-    environment = {"JAX_COMPILATION_CACHE_DIR": str(shared / "xla"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    environment |= {k: v for k, v in os.environ.items() if k not in {"XLA_FLAGS", *environment}}
-    environment["TEST_PACE"] = str(tmp_path / "pace")
-    monkeypatch.setenv("TEST_PACE", environment["TEST_PACE"])  # eval.py runs in this process
-    started = []
+    monkeypatch.setenv("TEST_PACE", str(tmp_path / "pace"))  # eval.py runs in this process
 
     def run(name, path, *more, pace=0.0):
         (tmp_path / "pace").write_text(str(pace), "utf-8")
         words = ("--config", TINY, "--workdir", tmp_path / name, "--data.path", path, *MIXED, *more)
-        with (tmp_path / "err").open("w") as err:
-            command = [sys.executable, "train.py", *map(str, words)]
-            started.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=err, stderr=err))
-        return started[-1]
+        return trainings.start(tmp_path / "out", tmp_path / "err", *words, TEST_PACE=str(tmp_path / "pace"))
 
-    yield run
-    for process in started:
-        process.kill()
-        process.wait()
+    return run
 
 
 @pytest.mark.slow

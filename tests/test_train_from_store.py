@@ -28,6 +28,7 @@ from tests.data.folders import write
 from tests.data.services import start_redis
 from tests.test_train import ROOT, TINY, command, last_state
 from tests.train.experiment import CLOCK
+from tests.train.forked import Forked
 
 STEPS = 60
 LIMIT_S = 240.0
@@ -51,7 +52,7 @@ class Run:
       folder: What it writes, its output included.
     """
 
-    process: subprocess.Popen
+    process: Forked | subprocess.Popen
     folder: Path
 
     def pace(self, seconds: str) -> None:
@@ -96,29 +97,26 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def go(shared):
+def go(trainings):
     """Starts train.py or eval.py in a folder; all share one cache of compiled programs."""
-    started = []
+    scored = []
 
     def run(folder: Path, data, *flags, pace: str = FAST, script: str = "train.py", timeout_s: float = 30.0) -> Run:
         folder.mkdir(exist_ok=True)
-        environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {
-            "JAX_COMPILATION_CACHE_DIR": str(shared / "xla"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "TEST_PACE": str(folder / "pace"),
-            "TEST_TIMEOUT_S": str(timeout_s),
-        }
+        environment = {"TEST_PACE": str(folder / "pace"), "TEST_TIMEOUT_S": str(timeout_s)}
         (folder / "pace").write_text(pace, "utf-8")
-        words = [sys.executable, str(ROOT / script), *map(str, flags), "--data.path", str(data)]
+        words, files = [*flags, "--data.path", data], (folder / "out", folder / "err")
         if script == "train.py":
-            words += ["--config", str(TINY), "--workdir", str(folder / "run"), *map(str, COMMON)]
-        with (folder / "out").open("w") as out, (folder / "err").open("w") as err:
-            process = subprocess.Popen(words, stdout=out, stderr=err, cwd=ROOT, env=environment)
-        started.append(process)
-        return Run(process, folder)
+            words += ["--config", TINY, "--workdir", folder / "run", *COMMON]
+            return Run(trainings.start(*files, *words, **environment), folder)
+        with files[0].open("w") as out, files[1].open("w") as err:
+            command = [sys.executable, str(ROOT / script), *map(str, words)]
+            environment = trainings.environment | environment
+            scored.append(subprocess.Popen(command, stdout=out, stderr=err, cwd=ROOT, env=environment))
+        return Run(scored[-1], folder)
 
     yield run
-    for process in started:
+    for process in scored:
         process.kill()
         process.wait()
 

@@ -1,9 +1,12 @@
 """The tiny experiment as train.py would build it, for the tests of this folder."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +19,8 @@ from r1jax.data.source import Source
 from r1jax.models.r1 import R1
 from r1jax.tasks.catalog import TASKS
 from r1jax.tasks.task import Task
+from r1jax.train import recover
+from r1jax.train import run as run_module
 from r1jax.train.evaluation import Evaluator
 from r1jax.train.loop import fit
 from r1jax.train.plan import example_batch
@@ -54,6 +59,15 @@ class Experiment:
         """A fresh state that a step may take over."""
         return jax.tree.map(jnp.copy, self.fresh)
 
+    @contextmanager
+    def traced_once(self) -> Iterator[None]:
+        """Gives runs the fresh state and the evaluator of the experiment, which they would trace and compile anew."""
+        with (
+            mock.patch.object(run_module, "init_state", lambda *_: self.init()),
+            mock.patch.object(recover, "Evaluator", lambda *_: self.evaluator),
+        ):
+            yield
+
     def batches(self, count: int) -> list[dict[str, np.ndarray]]:
         """Batches of the first training cases, in order."""
         size = self.config.train.batch_size
@@ -71,7 +85,7 @@ class Experiment:
           The last state, what was said about where it came from, and the signals that ended it.
         """
         config = replace(self.config, workdir=str(workdir))
-        with open_run(config) as run:
+        with self.traced_once(), open_run(config) as run:
             state, said = restore_or_init(config, run, self.model, self.task, self.mesh, self.source, self.batch)
             if on_open is not None:
                 on_open(run)

@@ -152,7 +152,7 @@ def test_out_of_memory_goes_on_from_the_same_step_in_more_parts(tiny, tmp_path, 
 
     monkeypatch.setattr(recover, "compile_step", compile_step)
     config = replace(tiny.config, workdir=str(tmp_path))
-    with open_run(config) as run:
+    with tiny.traced_once(), open_run(config) as run:
         recover.train(config, run, tiny.model, tiny.task, tiny.mesh, tiny.source, tiny.validation, tiny.batch)
     assert taken == [(i, 1 if i < at else 2) for i in range(1, 25)]
     assert "out of memory: the batch is computed in 2 parts from now on" in capsys.readouterr().err
@@ -176,7 +176,10 @@ def test_another_error_is_no_lack_of_memory(tiny, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_step_that_is_found_is_the_largest_of_the_compiled_ones(tiny, tmp_path, monkeypatch):
-    """With real programs: twice the answer would not fit."""
+    """With real programs, of a model that compiles fast: twice the answer would not fit."""
+    model = replace(tiny.config.model, modalities=("table", "text"))
+    config = replace(tiny.config, model=model, task=replace(tiny.config.task, modality_dropout=0.0))
+    tiny = replace(tiny, config=config, task=Medical(config))
     need = memory._needs(tiny.config, tiny.mesh, tiny.task, tiny.source)
     with jax.numpy_dtype_promotion("standard"):
         at = {size: need(size, 1) for size in (4, 16)}

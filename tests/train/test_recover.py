@@ -50,7 +50,7 @@ def train(tiny, monkeypatch):
     def run(workdir, steps, keep=1):
         config = replace(tiny.config, workdir=str(workdir), train=replace(tiny.config.train, keep=keep))
         monkeypatch.setattr(recover, "compile_step", lambda *_: steps)
-        with open_run(config) as opened:
+        with tiny.traced_once(), open_run(config) as opened:
             recover.train(config, opened, tiny.model, tiny.task, tiny.mesh, tiny.source, tiny.validation, tiny.batch)
         return opened
 
@@ -160,7 +160,7 @@ def test_what_the_newest_does_not_help_the_one_before_may(tiny, train, order, tm
     def killed(*_):
         raise Killed
 
-    for kill_at in (30, 46, 52):  # between two rollbacks, and before and after the run comes past step 6 again
+    for kill_at in (30, 52):  # between two rollbacks, and after the run has come past step 6 again
         workdir = tmp_path / str(kill_at)
         with pytest.raises(Killed):
             train(workdir, Spoilt(tiny.step, workdir, kill_at=kill_at), keep=2)
