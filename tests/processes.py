@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
@@ -29,6 +30,14 @@ def free_port() -> int:
         return one.getsockname()[1]
 
 
+def places(processes: int) -> list[tuple[object, ...]]:
+    """Flags that each process is told where it stands by; one alone needs none."""
+    if processes == 1:
+        return [()]
+    common = ("--launch.coordinator", f"localhost:{free_port()}", "--launch.processes", processes)
+    return [(*common, "--launch.process", i) for i in range(processes)]
+
+
 def start(folder: Path, script: Path, processes: int, devices: int, *flags: object) -> list[subprocess.Popen]:
     """Starts a script that takes the flags of `launch`, or once without them.
 
@@ -43,17 +52,16 @@ def start(folder: Path, script: Path, processes: int, devices: int, *flags: obje
       The processes, in their order.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    port, started = free_port(), []
-    for i in range(processes):
-        place = ("--launch.coordinator", f"localhost:{port}", "--launch.processes", processes, "--launch.process", i)
-        words = [sys.executable, str(script), *map(str, (*flags, *(place if processes > 1 else ())))]
+    started = []
+    for i, place in enumerate(places(processes)):
+        words = [sys.executable, str(script), *map(str, (*flags, *place))]
         with (folder / f"out.{i}").open("w") as out, (folder / f"err.{i}").open("w") as err:
             env = environment(devices, folder.parent / "xla")
             started.append(subprocess.Popen(words, stdout=out, stderr=err, cwd=ROOT, env=env))
     return started
 
 
-def finish(started: list[subprocess.Popen], folder: Path, seconds: float = 150) -> tuple[list[int], list[str]]:
+def finish(started: list[Any], folder: Path, seconds: float = 150) -> tuple[list[int], list[str]]:
     """Waits for all.
 
     Returns:

@@ -12,9 +12,9 @@ import pytest
 
 from r1jax.parallel.launch import LOST
 from r1jax.train.checkpoints import CheckpointFolder
-from tests.processes import ROOT, finish, start
+from tests.processes import ROOT, environment, finish, places
+from tests.train.forked import Forked, Server
 
-TRAIN = ROOT / "train.py"
 FLAGS = (
     *("--config", ROOT / "tests" / "train" / "tiny_language.py", "--mesh.data", 1, "--mesh.fsdp", -1),
     *("--model.decoder.vocab_size", 4096, "--model.decoder.num_nextn_predict_layers", 0),  # embeddings that are sharded
@@ -22,8 +22,22 @@ FLAGS = (
 )
 
 
-def train(folder: Path, workdir: Path, processes: int, devices: int) -> list:
-    return start(folder, TRAIN, processes, devices, *FLAGS, "--workdir", workdir)
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """Forks processes that have imported train.py."""
+    server = Server(environment(1, tmp_path_factory.mktemp("xla")))
+    yield server
+    server.close()
+
+
+def train(server: Server, folder: Path, workdir: Path, processes: int, devices: int) -> list[Forked]:
+    folder.mkdir()
+    before = f"import jax; jax.config.update('jax_num_cpu_devices', {devices})"
+    words = (*FLAGS, "--workdir", workdir)
+    return [
+        server.start(folder / f"out.{i}", folder / f"err.{i}", *words, *place, before=before)
+        for i, place in enumerate(places(processes))
+    ]
 
 
 def rows(workdir: Path) -> dict[int, dict]:
@@ -53,15 +67,15 @@ def last_state(workdir: Path) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.slow
-def test_stopped_killed_and_gone_on_with_fewer_processes(tmp_path):
+def test_stopped_killed_and_gone_on_with_fewer_processes(server, tmp_path):
     """Four processes, of which one is told to stop; then two, of which one is killed; then one."""
     workdir, folder = tmp_path / "run", CheckpointFolder(tmp_path / "run" / "checkpoints")
 
-    reference = train(tmp_path / "undisturbed", tmp_path / "undisturbed" / "run", 1, 4)
+    reference = train(server, tmp_path / "undisturbed", tmp_path / "undisturbed" / "run", 1, 4)
     codes, errors = finish(reference, tmp_path / "undisturbed")
     assert codes == [0], errors[0]
 
-    four = train(tmp_path / "four", workdir, 4, 1)
+    four = train(server, tmp_path / "four", workdir, 4, 1)
     wait_for(lambda: len(rows(workdir)) >= 2, four)
     four[2].send_signal(signal.SIGTERM)
     codes, errors = finish(four, tmp_path / "four")
@@ -70,7 +84,7 @@ def test_stopped_killed_and_gone_on_with_fewer_processes(tmp_path):
     assert f"SIGTERM: saved at step {stopped}; the same command goes on from there" in errors[0] and stopped < 24
     assert not any(line.startswith("process ") for text in errors[1:] for line in text.splitlines())  # all quiet
 
-    two = train(tmp_path / "two", workdir, 2, 2)
+    two = train(server, tmp_path / "two", workdir, 2, 2)
     wait_for(lambda: folder.all()[-1].step > stopped, two)
     killed = time.monotonic()
     two[1].kill()
@@ -81,7 +95,7 @@ def test_stopped_killed_and_gone_on_with_fewer_processes(tmp_path):
     kept = folder.all()[-1].step
     assert stopped < kept < 24 and len(rows(workdir)) >= kept
 
-    one = train(tmp_path / "one", workdir, 1, 4)
+    one = train(server, tmp_path / "one", workdir, 1, 4)
     codes, errors = finish(one, tmp_path / "one")
     assert codes == [0] and f"goes on from {folder.at(kept).path}" in errors[0]
 
