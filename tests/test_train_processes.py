@@ -30,14 +30,28 @@ def server(tmp_path_factory):
     server.close()
 
 
-def train(server: Server, folder: Path, workdir: Path, processes: int, devices: int) -> list[Forked]:
+def train(server: Server, folder: Path, workdir: Path, processes: int, devices: int, before: str = "") -> list[Forked]:
     folder.mkdir()
-    before = f"import jax; jax.config.update('jax_num_cpu_devices', {devices})"
+    before = f"import jax; jax.config.update('jax_num_cpu_devices', {devices})\n{before}"
     words = (*FLAGS, "--workdir", workdir)
     return [
         server.start(folder / f"out.{i}", folder / f"err.{i}", *words, *place, before=before)
         for i, place in enumerate(places(processes))
     ]
+
+
+REFUSED = """
+from r1jax.train.guard import PATIENCE, Guard
+settle, calls = Guard.settle, []
+
+def refuse(self):
+    calls.append(settle(self))
+    self.streak = PATIENCE if len(calls) == 8 else self.streak
+    return calls[-1]
+
+Guard.settle = refuse
+"""
+"""Has the guard of a process find that the steps before step 8 were refused, once."""
 
 
 def rows(workdir: Path) -> dict[int, dict]:
@@ -109,3 +123,20 @@ def test_stopped_killed_and_gone_on_with_fewer_processes(server, tmp_path):
         np.testing.assert_allclose(got[name], x, rtol=1e-3, atol=1e-5, err_msg=name)
     events = [json.loads(line)["event"] for line in (workdir / "history.jsonl").read_text().splitlines()]
     assert events == ["started", "stopped", "started", "failed", "started", "ended"]
+
+
+@pytest.mark.slow
+def test_all_go_back_together(server, tmp_path):
+    """Many refused steps send a run back; in two processes it goes the way that it goes in one."""
+    found = {}
+    for processes, devices in ((1, 4), (2, 2)):
+        here, workdir = tmp_path / f"{processes}", tmp_path / f"{processes}" / "run"
+        codes, errors = finish(train(server, here, workdir, processes, devices, before=REFUSED), here)
+        assert codes == [0] * processes, "\n".join(errors)
+        assert "back to step 6, without the 2 batches since" in errors[0]
+        assert not any(line.startswith("process ") for line in errors[-1].splitlines())
+        (jump,) = json.loads((workdir / "jumps.json").read_text())
+        assert (jump["step"], jump["batches"]) == (6, 2)
+        found[processes] = rows(workdir)
+    assert found[1].keys() == found[2].keys() == set(range(1, 25))
+    np.testing.assert_allclose(*([row["loss"] for row in found[n].values()] for n in (1, 2)), rtol=1e-5)
