@@ -247,7 +247,7 @@ class TrainConfig:
     moments: Literal["float32", "bfloat16"] = "float32"
     """In what AdamW's moments are kept; bfloat16 is rounded stochastically and saves 4 bytes a weight."""
     ema: Share = 0.99
-    """Decay of the weight average that is evaluated and served; 0 evaluates the raw weights."""
+    """Decay of the weight average that is evaluated and served; 0 keeps none, and evaluates the raw weights."""
     router_bias_rate: Weight = 1e-3
     """Step of the bias-only load balancing (gamma of DeepSeek-V3)."""
     router_bias_until: Fraction = 1.0
