@@ -120,7 +120,7 @@ class ModelConfig:
     """Activations that the backward pass computes again instead of keeping them (docs/training.md): attention scores;
     all but products; whole blocks; or all but products, which wait in the host's memory."""
     scan_layers: bool = False
-    """Compile the decoder's mixture layers as one loop: faster to compile, one more copy of their weights in memory."""
+    """Compile the decoder's layers of one kind as one loop: faster to compile, one more copy of their weights."""
 
 
 @dataclass(frozen=True)
