@@ -3,6 +3,7 @@
 import functools
 import math
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def fit(
     profiler = Profiler(config.profile, run.workdir, start)
     guard = Guard(run.workdir, t.spike_factor, start)
     batches = open_batches(config, task, source, batch_after(start, jumps))
-    place = functools.partial(jax.make_array_from_process_local_data, batch_sharding(mesh))
+    place = placing(mesh)
     made = describe(source, task.pipeline) | start_record(run.workdir)
     # Read before the first step, as the task has read them: what they lie in may go.
     tokenizer = {} if config.data.tokenizer is None else read_files(Path(config.data.tokenizer))
@@ -112,7 +113,7 @@ def fit(
                 with telemetry.aside(done - 1):
                     profiler.start()
             try:
-                state, metrics = step(state, jax.tree.map(place, batch), guard.limit)
+                state, metrics = step(state, place(batch), guard.limit)
             except jax.errors.JaxRuntimeError as error:
                 # What was reached shall not be done again; after another error, nobody knows what the state is worth.
                 lost = done - 1 == start or any(x.is_deleted() for x in jax.tree.leaves(state))
@@ -182,6 +183,14 @@ def step_load(config: Config, task: Task, mesh: Mesh, source: Source) -> Load:
     rates = [peak_flops(device.device_kind, dtype) for device in mesh.devices.flat]
     known = [rate for rate in rates if rate is not None]
     return Load(work.tokens, work.flops, sum(known) if len(known) == len(rates) else None)
+
+
+def placing(mesh: Mesh) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """What is done to a batch before the step takes it; each of several processes brings its part of the whole."""
+    if jax.process_count() == 1:  # the step takes NumPy arrays as they are, in a tenth of the time of placing them
+        return lambda batch: batch
+    place = functools.partial(jax.make_array_from_process_local_data, batch_sharding(mesh))
+    return lambda batch: jax.tree.map(place, batch)
 
 
 def open_batches(config: Config, task: Task, source: Source, start: int) -> Batches:
