@@ -171,13 +171,12 @@ def child(variant: str, tiny: bool, stage: str, steps: int) -> None:
     seconds = time.perf_counter() - began
     init = jax.jit(lambda: init_state(config, model, task, batch), out_shardings=shard_tree(mesh, abstract))
     init = init.lower().compile()
-    told = compiled_figures(step, abstract) | {"batch_size": size, "compile_seconds": seconds}
     if stage == "compile":
-        tell(told)
+        tell(compiled_figures(step, abstract) | {"batch_size": size, "compile_seconds": seconds})
         return
     wait_for_turn()
     state, where = jax.block_until_ready(init()), batch_sharding(mesh)
-    told["peak_before"] = peak()
+    told: dict[str, Any] = {"peak_before": peak()}
     if variant.startswith("curve/"):
         began, losses = time.perf_counter(), []
         for i in range(config.train.steps):
