@@ -17,6 +17,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -89,12 +90,33 @@ def op_by_op(function: Callable[..., Any], *arguments: Any) -> Callable[[], list
     """Traces a function, and returns a call that dispatches its operations."""
     program = jax.make_jaxpr(function)(*arguments)
     leaves = jax.tree.leaves(arguments)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # XLA compiles them side by side
+        list(pool.map(_run_on_zeros, _distinct(program.jaxpr).values()))
 
     def run() -> list[Any]:
         with mock.patch.object(eager, "run", dispatch):  # by which the programs inside of operations are walked through
             return dispatch(program.jaxpr, program.consts, leaves)
 
     return run
+
+
+def _distinct(jaxpr: Any) -> dict[str, Any]:
+    """One operation of each kind and shape, those of inner programs too."""
+    found: dict[str, Any] = {}
+    for op in jaxpr.eqns:
+        if op.primitive.name in eager.INNER:
+            for inner in core.jaxprs_in_params(op.params):
+                found |= _distinct(inner)
+        else:
+            found[f"{op.primitive} {[atom.aval for atom in op.invars]} {op.params}"] = op
+    return found
+
+
+def _run_on_zeros(op: Any) -> None:
+    """Runs an operation for the sake of its compilation; one on random keys compiles when it is needed."""
+    if not any(jnp.issubdtype(atom.aval.dtype, jax.dtypes.extended) for atom in op.invars):
+        zeros = [x.val if _literal(x) else jnp.zeros(x.aval.shape, x.aval.dtype) for x in op.invars]
+        jax.block_until_ready(op.primitive.bind(*zeros, **op.params))
 
 
 def operations(jaxpr: Any) -> int:
@@ -160,15 +182,12 @@ def child(case: str, tiny: bool, repeats: int) -> None:
     function, _ = make()  # a new function, that what was traced of the other is not found again
     fast = jax.jit(function).lower(*arguments).compile()
     runs["fast paths"] = functools.partial(fast, *arguments)
-    began = time.perf_counter()
     outputs = {name: jax.block_until_ready(run()) for name, run in runs.items()}  # compiles each operation
-    warmup = time.perf_counter() - began
     wait_for_turn()
     times = {name: _times(run, repeats if name == "op by op" else 10 * repeats) for name, run in runs.items()}
     tell(
         {
             "operations": operations(jax.make_jaxpr(function)(*arguments).jaxpr),
-            "first_call_seconds": warmup,
             "milliseconds": {name: 1e3 * float(np.median(found)) for name, found in times.items()},
             "quartiles": {name: (1e3 * np.quantile(found, [0.25, 0.75])).tolist() for name, found in times.items()},
             "apart": {name: _apart(outputs["op by op"], outputs[name]) for name in WAYS[1:]},
