@@ -125,25 +125,25 @@ def operations(jaxpr: Any) -> int:
 
 
 def block_case(tiny: bool, backward: bool) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """A mixture layer of the decoder in bf16, and its arguments."""
-    config, (batch, length) = DecoderConfig(), (2, 32)
-    if not tiny:
-        config, (batch, length) = (
-            replace(
-                config,
-                hidden_size=1024,
-                num_attention_heads=8,
-                q_lora_rank=None,
-                kv_lora_rank=512,
-                qk_nope_head_dim=128,
-                qk_rope_head_dim=64,
-                v_head_dim=128,
-                moe_intermediate_size=512,
-            ),
-            (4, 1024),
+    """A mixture layer of the decoder, and its arguments: in bf16 on a GPU, and that of configs/medical.py on a CPU."""
+    config, (batch, length), dtype = DecoderConfig(), (2, 32), jnp.float32
+    if not tiny and jax.default_backend() == "cpu":
+        config, (batch, length) = medical_config.get_config().model.decoder, (32, 184)
+    elif not tiny:
+        (batch, length), dtype = (4, 1024), jnp.bfloat16
+        config = replace(
+            config,
+            hidden_size=1024,
+            num_attention_heads=8,
+            q_lora_rank=None,
+            kv_lora_rank=512,
+            qk_nope_head_dim=128,
+            qk_rope_head_dim=64,
+            v_head_dim=128,
+            moe_intermediate_size=512,
         )
-    layer = DecoderLayer(config, jnp.bfloat16, 0.0, dense=False)
-    x = jax.random.normal(jax.random.key(0), (batch, length, config.hidden_size), jnp.bfloat16)
+    layer = DecoderLayer(config, dtype, 0.0, dense=False)
+    x = jax.random.normal(jax.random.key(0), (batch, length, config.hidden_size), dtype)
     places = jnp.broadcast_to(jnp.arange(length)[None], (batch, length))
     valid = jnp.ones((batch, length), bool)
     params = jax.jit(lambda: layer.init(jax.random.key(1), x, places, valid)["params"])()
