@@ -8,8 +8,8 @@
 weights on sequences of 2048; `curve/...` trains that decoder for 300 steps on the same small batches. Each variant runs
 in a process of its own; those that fail are told with their error. Activations are the temporaries of the compiled step
 less one fp32 gradient for each weight: whatever else the step needs besides state and batch (casts, the optimizer's
-numbers, work space) counts as activations, and where not all gradients are there at the peak, too little is subtracted
-from nothing, so that savings are rather understated.
+numbers, work space) counts as activations, and where activations make the peak, not all gradients are there yet, so
+that too much is subtracted from the largest: savings are rather understated.
 """
 
 import argparse
