@@ -16,7 +16,18 @@ from typing import NamedTuple
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from benchmarks import cache, data, decode, hf_loading, lidc, lidc_baselines, luna16_peers  # noqa: E402
+from benchmarks import (  # noqa: E402
+    cache,
+    data,
+    decode,
+    fusion,
+    hf_loading,
+    lidc,
+    lidc_baselines,
+    luna16_peers,
+    memory,
+    overhead,
+)
 from r1jax.errors import UserError, run_main  # noqa: E402
 
 BEGIN = "<!-- tables: begin (written by benchmarks/tables.py; do not edit by hand) -->"
@@ -48,6 +59,9 @@ SECTIONS = (
     Section("Reading shuffled cases", {"data": data.table}),
     Section("Decoding with the DeepSeek-V3 decoder", {"decode": decode.table}),
     Section("Loading and writing a Hugging Face checkpoint", {"hf_loading": hf_loading.table}),
+    Section("Memory and time of a training step", {"memory": memory.table}),
+    Section("One compiled program instead of many operations", {"fusion": fusion.table, "fusion_cpu": fusion.table}),
+    Section("The loop around the step", {"overhead": overhead.table, "overhead_cpu": overhead.table}),
 )
 
 

@@ -120,7 +120,7 @@ class ModelConfig:
     """Activations that the backward pass computes again instead of keeping them (docs/training.md): attention scores;
     all but products; whole blocks; or all but products, which wait in the host's memory."""
     scan_layers: bool = False
-    """Compile the decoder's mixture layers as one loop: faster to compile, one more copy of their weights in memory."""
+    """Compile the decoder's layers of one kind as one loop: faster to compile, one more copy of their weights."""
 
 
 @dataclass(frozen=True)
@@ -247,7 +247,7 @@ class TrainConfig:
     moments: Literal["float32", "bfloat16"] = "float32"
     """In what AdamW's moments are kept; bfloat16 is rounded stochastically and saves 4 bytes a weight."""
     ema: Share = 0.99
-    """Decay of the weight average that is evaluated and served; 0 evaluates the raw weights."""
+    """Decay of the weight average that is evaluated and served; 0 keeps none, and evaluates the raw weights."""
     router_bias_rate: Weight = 1e-3
     """Step of the bias-only load balancing (gamma of DeepSeek-V3)."""
     router_bias_until: Fraction = 1.0

@@ -13,6 +13,7 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
+from tensorboardX.proto.summary_pb2 import Summary
 
 from r1jax.parallel.agree import is_first, say
 from r1jax.train.goodput import Clock
@@ -94,9 +95,9 @@ class Telemetry:
           figures: Name to number, or to a list of numbers, which TensorBoard does not get.
         """
         self.file.write(json.dumps({"step": step, **figures}) + "\n")
-        for name, value in figures.items():
-            if not isinstance(value, list):
-                self.board.add_scalar(name.replace(".", "/", 1), value, step)
+        shown = {name.replace(".", "/", 1): value for name, value in figures.items() if not isinstance(value, list)}
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in shown.items()]
+        self.board.file_writer.add_summary(Summary(value=values), step)  # all in one: `add_scalar` takes 0.1 ms each
         if self.remote is not None:
             self.remote.log(step, figures)
 

@@ -179,15 +179,16 @@ class Decoder(nn.Module):
         Returns:
           Hidden states after the final norm, and the statistics of each mixture layer.
         """
-        stats = []
-        looped = self.config.first_k_dense_replace if self.scan_layers and not self.is_initializing() else None
-        for layer in self.layers[:looped]:
-            x, layer_stats = block(_uncached, self.remat)(layer, x, positions, valid, cases)
-            if layer_stats is not None:
-                stats.append(layer_stats)
-        if looped is not None and self.layers[looped:]:
-            x, scanned = self._scanned(x, positions, valid, cases)
-            stats += scanned
+        stats: list[RouterStats] = []
+        first = min(self.config.first_k_dense_replace, self.config.num_hidden_layers)
+        for numbers in (range(first), range(first, self.config.num_hidden_layers)):
+            if self.scan_layers and len(numbers) > 1 and not self.is_initializing():
+                x, scanned = self._scanned(x, positions, valid, cases, numbers)
+                stats += scanned
+                continue
+            for i in numbers:
+                x, layer_stats = block(_uncached, self.remat)(self.layers[i], x, positions, valid, cases)
+                stats += [] if layer_stats is None else [layer_stats]
         return self.norm(x), tuple(stats)
 
     def _scanned(
@@ -196,24 +197,26 @@ class Decoder(nn.Module):
         positions: Int[Array, "B T"],
         valid: Bool[Array, "B T"],
         cases: Int[Array, " B"] | None,
+        numbers: range,
     ) -> tuple[Float[Array, "B T D"], list[RouterStats]]:
-        """The mixture layers as one loop of the compiled program, whose size then does not grow with the depth.
+        """Layers of one kind as one loop of the compiled program, whose size then does not grow with the depth.
 
         The weights keep their places in the tree and are stacked on the way in.
         """
-        c, params = self.config, self.variables["params"]
-        numbers = range(c.first_k_dense_replace, c.num_hidden_layers)
+        c, params, dense = self.config, self.variables["params"], numbers[0] < self.config.first_k_dense_replace
         stacked = jax.tree.map(lambda *x: jnp.stack(x), *(params[f"layers_{i}"] for i in numbers))
-        layer = DecoderLayer(c, self.dtype, self.dropout, False, self.lora, self.remat, parent=None)
+        layer = DecoderLayer(c, self.dtype, self.dropout, dense, self.lora, self.remat, parent=None)
         key = self.make_rng("dropout") if cases is not None and self.dropout else None
 
-        def turn(x: Float[Array, "B T D"], item: tuple[Any, Int[Array, ""]]) -> tuple[Array, RouterStats]:
+        def turn(
+            x: Float[Array, "B T D"], item: tuple[Any, Int[Array, ""]]
+        ) -> tuple[Float[Array, "B T D"], RouterStats | None]:
             rngs = {} if key is None else {"dropout": jax.random.fold_in(key, item[1])}
             call = block(_uncached, self.remat)
             return layer.apply({"params": item[0]}, x, positions, valid, cases, rngs=rngs, method=call)
 
         x, stats = jax.lax.scan(turn, x, (stacked, jnp.asarray(numbers)))
-        return x, [jax.tree.map(lambda s, i=i: s[i], stats) for i in range(len(numbers))]
+        return x, [] if stats is None else [jax.tree.map(lambda s, i=i: s[i], stats) for i in range(len(numbers))]
 
     def cached(
         self,

@@ -153,8 +153,7 @@ class Loop:
             with self.telemetry.aside(done - 1):
                 self.profiler.start()
         try:
-            placed = jax.tree.map(lambda x: place_share(self.mesh, x, self.config.train.batch_size), batch)
-            self.state, metrics = self.step(self.state, placed, self.guard.limit)
+            self.state, metrics = self.step(self.state, placed(self.mesh, batch, self.config), self.guard.limit)
         except jax.errors.JaxRuntimeError as error:
             # What was reached shall not be done again; after another error, nobody knows what the state is worth.
             lost = done - 1 == self.start or any(x.is_deleted() for x in jax.tree.leaves(self.state))
@@ -277,6 +276,13 @@ def step_load(config: Config, task: Task, mesh: Mesh, source: Source) -> Load:
     rates = [peak_flops(device.device_kind, dtype) for device in mesh.devices.flat]
     known = [rate for rate in rates if rate is not None]
     return Load(work.tokens, work.flops, sum(known) if len(known) == len(rates) else None)
+
+
+def placed(mesh: Mesh, batch: dict[str, Any], config: Config) -> dict[str, Any]:
+    """The batch as the step takes it; each of several processes brings its part of the whole."""
+    if jax.process_count() == 1:  # the step takes NumPy arrays as they are, in a tenth of the time of placing them
+        return batch
+    return jax.tree.map(lambda part: place_share(mesh, part, config.train.batch_size), batch)
 
 
 def open_batches(config: Config, task: Task, mesh: Mesh, source: Source, start: int) -> Batches:

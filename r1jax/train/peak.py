@@ -4,7 +4,7 @@ import re
 
 RATES: tuple[tuple[str, float, float, float | None], ...] = (
     # Dense TFLOP/s in bf16 (fp16 alike), TF32, fp8, of NVIDIA's datasheets, whose figures with sparsity are halved.
-    # H100 Tensor Core GPU datasheet: SXM5, PCIe, NVL; the GH200 Superchip and the H200 have the same chip as the SXM5.
+    # H100 Tensor Core GPU datasheet: SXM5, PCIe, NVL; H200 and GH200 Grace Hopper Superchip datasheets say the same.
     (r"NVIDIA H100( \d+GB HBM\d\w*)?", 989.4, 494.7, 1978.9),
     (r"NVIDIA H100 PCIe", 756.0, 378.0, 1513.0),
     (r"NVIDIA H100 NVL", 835.5, 417.5, 1670.5),

@@ -116,9 +116,8 @@ def start_from(path: str, state: TrainState, model: ModelConfig, workdir: Path) 
     said = [f"starts from {checkpoint.path}: {len(taken)} of {len(wanted)} arrays taken"]
     said += [f"  freshly initialised: {_some(left)}"] if left else []
     said += [f"  not used: {_some(unused)}"] if unused else []
-    return state._replace(
-        params=params, ema=jax.tree.map(lambda x, old: jnp.array(x, old.dtype), params, state.ema)
-    ), said
+    ema = jax.tree.map(lambda x, old: jnp.array(x, old.dtype), params, state.ema) if state.ema else {}
+    return state._replace(params=params, ema=ema), said
 
 
 def start_record(workdir: Path) -> dict[str, Any]:

@@ -41,7 +41,7 @@ class TrainState(NamedTuple):
     optimizer: Any
     """Moments and counts; a `ScaledState` where the precision scales the loss."""
     ema: Any
-    """Moving average of `params` that is evaluated and served; fp32 whatever they are."""
+    """Moving average of `params` that is evaluated and served, fp32 whatever they are; {} where `train.ema` is 0."""
 
 
 def init_state(config: Config, model: R1, task: Task, batch: Batch) -> TrainState:
@@ -68,7 +68,7 @@ def init_state(config: Config, model: R1, task: Task, batch: Batch) -> TrainStat
         jax.random.key_data(key),
         stored(params, precision),
         ScaledState(optimizer, first_scale()) if precision.scaled else optimizer,
-        jax.tree.map(jnp.copy, params),
+        jax.tree.map(jnp.copy, params) if config.train.ema else {},
     )
 
 
@@ -190,20 +190,27 @@ def make_step(config: Config, model: R1, task: Task) -> Any:
         if not frozen and config.model.decoder.scoring_func == "sigmoid":  # DeepSeek-V2's routers have no such bias
             gamma = jnp.where(share < config.train.router_bias_until, config.train.router_bias_rate, 0.0)
             new = balance_routers(new, loads, config.model.decoder, gamma)
-        # Averaging over the steps so far keeps the first average from being the random start.
-        count = state.step.astype(jnp.float32)
-        decay = jnp.minimum(config.train.ema, (1 + count) / (10 + count))
-        average, unmoved = _divide(state.ema, config)
-        average = jax.tree.map(lambda old, new: old * decay + new * (1 - decay), average, _wide(new))
         metrics = {"loss": loss, **{f"loss.{k}": v for k, v in parts.items()}}
         metrics |= {"gradient_norm": optax.tree.norm(gradients), "learning_rate": jnp.asarray(rate(updates_done(kept)))}
         metrics |= layer_metrics(_wide(old), gradients, updates)
         for i, load in enumerate(loads):
             metrics[f"router.{i}.violation"] = jnp.max(load) / jnp.maximum(jnp.mean(load), 1e-9) - 1
-        done = TrainState(state.step + 1, state.key, join_trees(new, frozen), moments, join_trees(average, unmoved))
+        done = TrainState(state.step + 1, state.key, join_trees(new, frozen), moments, _average(state, new, config))
         return _if_sound(state._replace(optimizer=kept), done, scaling, metrics, limit)
 
     return step
+
+
+def _average(state: TrainState, new: Any, config: Config) -> Any:
+    """The moving average with new trained weights in it."""
+    if not config.train.ema:
+        return state.ema
+    # Averaging over the steps so far keeps the first average from being the random start.
+    count = state.step.astype(jnp.float32)
+    decay = jnp.minimum(config.train.ema, (1 + count) / (10 + count))
+    average, unmoved = _divide(state.ema, config)
+    average = jax.tree.map(lambda old, new: old * decay + new * (1 - decay), average, _wide(new))
+    return join_trees(average, unmoved)
 
 
 def _wide(tree: Any) -> Any:

@@ -6,6 +6,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.profiler import ProfileData
 
 from r1jax.config import ProfileConfig
 from r1jax.train.profile import Profiler, _own_times, read_ops, table
@@ -82,3 +83,47 @@ def test_a_run_writes_the_table(tiny, tmp_path, capsys):
     assert "operation" in said and "perfetto_trace.json.gz" in said
     row = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()][0]
     assert 0 < row["goodput"] < 1 and row["tokens_per_second"] > 0 and "mfu" not in row
+
+
+def gpu_plane(number):
+    """A device as XLA's CUDA tracer writes it: streams with kernels and copies, and lines that sum them up again."""
+    return f"""planes {{
+      name: "/device:GPU:{number}"
+      lines {{ id: 13 name: "Stream #13(Compute)" timestamp_ns: 1000
+        events {{ metadata_id: 1 offset_ps: 0 duration_ps: 4000000000
+                 stats {{ metadata_id: 1 ref_value: 3 }} stats {{ metadata_id: 2 str_value: "jit_step" }} }}
+        events {{ metadata_id: 1 offset_ps: 5000000000 duration_ps: 2000000000
+                 stats {{ metadata_id: 1 ref_value: 4 }} stats {{ metadata_id: 2 str_value: "jit_step" }} }}
+        events {{ metadata_id: 2 offset_ps: 7000000000 duration_ps: 1000000000 }} }}
+      lines {{ id: 20 name: "Stream #20(MemcpyD2H)" timestamp_ns: 1000
+        events {{ metadata_id: 3 offset_ps: 1000000000 duration_ps: 1000000000 }} }}
+      lines {{ id: 30 name: "XLA Ops" timestamp_ns: 1000
+        events {{ metadata_id: 4 offset_ps: 0 duration_ps: 4000000000 stats {{ metadata_id: 1 ref_value: 3 }} }} }}
+      lines {{ id: 31 name: "XLA Modules" timestamp_ns: 1000
+        events {{ metadata_id: 5 offset_ps: 0 duration_ps: 8000000000 }} }}
+      event_metadata {{ key: 1 value {{ id: 1 name: "nvjet_tst_128x256_64x4_h_bz_TNT" }} }}
+      event_metadata {{ key: 2 value {{ id: 2 name: "loop_add_fusion_7" }} }}
+      event_metadata {{ key: 3 value {{ id: 3 name: "MemcpyD2H" }} }}
+      event_metadata {{ key: 4 value {{ id: 4 name: "custom-call.3" }} }}
+      event_metadata {{ key: 5 value {{ id: 5 name: "jit_step(1)" }} }}
+      stat_metadata {{ key: 1 value {{ id: 1 name: "hlo_op" }} }}
+      stat_metadata {{ key: 2 value {{ id: 2 name: "hlo_module" }} }}
+      stat_metadata {{ key: 3 value {{ id: 3 name: "custom-call.3" }} }}
+      stat_metadata {{ key: 4 value {{ id: 4 name: "custom-call.9" }} }} }}"""
+
+
+HOST_PLANE = """planes { name: "/host:CPU" lines { name: "python" timestamp_ns: 1000
+  events { metadata_id: 1 duration_ps: 90000000000 stats { metadata_id: 1 str_value: "host" } } }
+  event_metadata { key: 1 value { id: 1 name: "dispatch" } }
+  stat_metadata { key: 1 value { id: 1 name: "hlo_op" } } }"""
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_kernels_of_gpus_are_told_by_their_operations(tmp_path, devices):
+    """Kernels of one name are told apart, those that name no operation go by their own, and nothing counts twice."""
+    text = "\n".join([HOST_PLANE, *map(gpu_plane, range(devices))])
+    trace = tmp_path / "host.xplane.pb"
+    trace.write_bytes(ProfileData.text_proto_to_serialized_xspace(text))
+    ops = {op.name: (op.count, op.milliseconds, op.share) for op in read_ops(trace)}
+    expected = {"custom-call.3": 4.0, "custom-call.9": 2.0, "loop_add_fusion_7": 1.0, "MemcpyD2H": 1.0}
+    assert ops == {name: (devices, pytest.approx(devices * t), pytest.approx(t / 8)) for name, t in expected.items()}

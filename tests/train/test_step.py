@@ -12,7 +12,7 @@ from r1jax.errors import UserError
 from r1jax.models.r1 import R1
 from r1jax.tasks.medical.task import Medical
 from r1jax.train.optimizer import BALANCE_BIAS
-from r1jax.train.step import NO_LIMIT, balance_routers, check_offload, make_step
+from r1jax.train.step import NO_LIMIT, balance_routers, check_offload, init_state, make_step
 from tests.train.experiment import optax_promotes
 
 
@@ -75,6 +75,14 @@ def test_average_follows_its_formula(tiny, run):
 def test_average_starts_at_the_weights(tiny):
     state = tiny.init()
     assert same(state.params, state.ema)
+
+
+def test_an_average_that_nobody_reads_is_not_kept(tiny):
+    config = replace(tiny.config, train=replace(tiny.config.train, ema=0.0))
+    with optax_promotes():
+        state = jax.eval_shape(lambda: init_state(config, tiny.model, tiny.task, tiny.batch))
+        after, _ = jax.eval_shape(make_step(config, tiny.model, tiny.task), state, tiny.batch, NO_LIMIT)
+    assert state.ema == {} and after == state
 
 
 def loss_at(run, tiny, step):

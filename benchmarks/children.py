@@ -1,0 +1,123 @@
+"""Variants of a benchmark in processes of their own: a peak of memory is the variant's, and so is a crash.
+
+First all compile, several at once, into JAX's cache of compiled programs. Then each is measured while nothing else
+computes; the next ones start meanwhile, find their programs in the cache, and wait for their turn.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+QUOTED = 600
+"""Characters of a crashed process's last words that are kept."""
+SETTINGS = {
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # one that waits its turn must not hold the memory
+    "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92",
+}
+"""Environment of the processes, where the caller's says nothing."""
+
+
+class Child(NamedTuple):
+    """One process."""
+
+    process: subprocess.Popen[str]
+    log: Path
+
+
+def wait_for_turn() -> None:
+    """Called by a process that is ready to be measured; returns when nothing else computes."""
+    sys.stdin.readline()
+
+
+def tell(result: Mapping[str, Any]) -> None:
+    """Called by a process at its end."""
+    print(json.dumps(result), flush=True)
+
+
+def run_at_once(
+    commands: Mapping[str, Sequence[str]], *, jobs: int, timeout: float
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Runs processes side by side.
+
+    Args:
+      commands: Words that start each process.
+      jobs: How many at once.
+      timeout: Seconds that each may take.
+
+    Yields:
+      Name and what the process told, or {"error": why it told nothing}, as they end.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        waiting, running = dict(commands), dict[str, Child]()
+        began: dict[str, float] = {}
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                name = next(iter(waiting))
+                running[name], began[name] = _start(waiting.pop(name), folder), time.monotonic()
+            time.sleep(0.05)
+            for name, child in list(running.items()):
+                if child.process.poll() is not None or time.monotonic() - began[name] > timeout:
+                    child.process.kill()  # of one that has ended, this does nothing
+                    yield name, _finish(running.pop(name), timeout)
+
+
+def run_in_turn(
+    commands: Mapping[str, Sequence[str]], *, ahead: int, timeout: float
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Measures processes one after the other, in their order; each calls `wait_for_turn` once it is ready.
+
+    Args:
+      commands: Words that start each process.
+      ahead: How many get ready while one is measured.
+      timeout: Seconds from the start of a turn to the end of the process.
+
+    Yields:
+      Name and what the process told, or {"error": why it told nothing}.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        waiting, started = dict(commands), dict[str, Child]()
+        try:
+            while waiting or started:
+                while waiting and len(started) <= ahead:
+                    name = next(iter(waiting))
+                    started[name] = _start(waiting.pop(name), folder)
+                name = next(iter(started))
+                yield name, _finish(started.pop(name), timeout)
+        finally:
+            for child in started.values():
+                child.process.kill()
+                child.process.communicate()
+
+
+def _start(words: Sequence[str], folder: str) -> Child:
+    descriptor, log = tempfile.mkstemp(dir=folder)
+    with os.fdopen(descriptor, "w") as stderr:
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(
+            [sys.executable, *words], stdin=pipe, stdout=pipe, stderr=stderr, text=True, env=SETTINGS | dict(os.environ)
+        )
+    return Child(process, Path(log))
+
+
+def _finish(child: Child, timeout: float) -> dict[str, Any]:
+    """Gives a process its turn and takes what it tells."""
+    timer = threading.Timer(timeout, child.process.kill)
+    timer.start()
+    try:
+        told, _ = child.process.communicate("\n")
+    finally:
+        timer.cancel()
+    if child.process.returncode == 0:
+        return json.loads(told.splitlines()[-1])
+    late = child.process.returncode == -9
+    reason = f"killed, after {timeout:.0f} s or by the system" if late else f"exit code {child.process.returncode}"
+    words = child.log.read_text(errors="replace").strip()
+    return {"error": f"{reason}: {words[-QUOTED:]}"}
