@@ -5,12 +5,12 @@ import sys
 from r1jax.cli import load_config
 from r1jax.errors import run_main
 from r1jax.models.r1 import R1
-from r1jax.parallel.mesh import check_batch, make_mesh
+from r1jax.parallel.mesh import check_batch, check_model, make_mesh
 from r1jax.parallel.platform import start_platform
 from r1jax.tasks.catalog import TASKS
 from r1jax.train.closing import closing_table
 from r1jax.train.memory import AUTO, keep, settle_batch
-from r1jax.train.plan import example_batch, plan
+from r1jax.train.plan import example_batch, plan, show_mesh
 from r1jax.train.recover import train
 from r1jax.train.run import open_run
 from r1jax.train.start import with_tokenizer
@@ -21,8 +21,12 @@ def main(arguments: list[str]) -> int:
     invocation = load_config(arguments)
     config = with_tokenizer(invocation.config)
     print(f"{config.name}: {start_platform(config.platform)}", file=sys.stderr)
-    mesh = make_mesh(config.mesh)
     asked, make_task = config.train, TASKS[config.task.name]
+    if invocation.mode == "show":
+        print(show_mesh(config, make_task))
+        return 0
+    mesh = make_mesh(config.mesh)
+    check_model(mesh.shape, config.model)
     config = settle_batch(config, mesh, make_task, lambda line: print(line, file=sys.stderr))
     check_batch(mesh, config.train.batch_size, config.train.accumulation)
     task = make_task(config)

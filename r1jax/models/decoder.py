@@ -14,6 +14,7 @@ from r1jax.models.layers import MLP, Dropout, Linear, RMSNorm
 from r1jax.models.lora import Lora
 from r1jax.models.moe import MoE, RouterStats
 from r1jax.models.remat import Remat, block
+from r1jax.ops.axes import constrain
 from r1jax.ops.latent_attention import PagedLatents
 
 
@@ -46,7 +47,7 @@ class DecoderLayer(nn.Module):
             mixed = attention(normed, positions, valid)
         else:
             mixed, cache = attention.cached(normed, positions, valid, cache, fresh=fresh)
-        x = x + drop(mixed, cases)
+        x = constrain(x + drop(mixed, cases), "batch", "length", None)
         normed = RMSNorm(c.rms_norm_eps, name="post_attention_layernorm")(x)
         if self.dense:
             mlp = MLP(c.intermediate_size, self.dtype, c.initializer_range, self.lora, name="mlp")
@@ -54,7 +55,7 @@ class DecoderLayer(nn.Module):
         else:
             few = cache is not None and not fresh  # decoding: blocks of 128 rows would be nearly empty
             y, stats = MoE(c, self.dtype, self.lora, name="mlp")(normed, valid, few=few)
-        return x + drop(y, cases), stats, cache
+        return constrain(x + drop(y, cases), "batch", "length", None), stats, cache
 
 
 def _uncached(
@@ -158,7 +159,7 @@ class Decoder(nn.Module):
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Embeds tokens in the compute dtype."""
-        return self.embed_tokens[tokens].astype(self.dtype)
+        return constrain(self.embed_tokens[tokens].astype(self.dtype), "batch", "length", None)
 
     def __call__(
         self,

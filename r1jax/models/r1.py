@@ -15,6 +15,7 @@ from r1jax.models.precision import PRECISIONS
 from r1jax.models.table import TableEncoder
 from r1jax.models.text import TextSummary
 from r1jax.models.vision import VisionEncoder
+from r1jax.ops.axes import constrain
 
 
 class Inputs(NamedTuple):
@@ -138,7 +139,7 @@ class R1(nn.Module):
             asked = self.queries.astype(tokens[0].dtype)[None]
             asked = jnp.broadcast_to(asked, (len(tokens[0]), *asked.shape[1:])) + summary[:, None]
             tokens, exist = [*tokens, asked], [*exist, jnp.ones(asked.shape[:2], bool)]
-        x, valid = jnp.concatenate(tokens, axis=1), jnp.concatenate(exist, axis=1)
+        x, valid = constrain(jnp.concatenate(tokens, axis=1), "batch", "length", None), jnp.concatenate(exist, axis=1)
         # Positions count what exists, so that a missing modality and padding shift nothing.
         positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
         hidden, router = self.decoder(x, positions, valid, cases=cases)

@@ -1,6 +1,8 @@
 """What a run would take, from the compiled program, before it starts (`train.py --dry-run`)."""
 
 import os
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -11,7 +13,8 @@ from jax.sharding import Mesh
 from r1jax.config import Config
 from r1jax.data.source import Source
 from r1jax.models.r1 import R1
-from r1jax.parallel.mesh import shard_tree
+from r1jax.parallel.mesh import abstract_mesh, check_model, shares
+from r1jax.parallel.show import bytes_a_device, show
 from r1jax.tasks.task import Task
 from r1jax.train.flops import work_of
 from r1jax.train.step import Batch, compile_step, init_state
@@ -30,6 +33,28 @@ def example_batch(source: Source, task: Task, batch_size: int) -> Batch:
     """
     one = task.collate(source.read_batch(np.zeros(1, np.int64)))
     return {k: jnp.asarray(np.repeat(v, batch_size, axis=0)) for k, v in one.items()}
+
+
+def show_mesh(config: Config, make_task: Callable[[Config], Task]) -> str:
+    """Says where the state of a run lies on its mesh, whose devices need not exist.
+
+    Args:
+      config: The experiment.
+      make_task: The task of a config.
+
+    Returns:
+      A table.
+
+    Raises:
+      UserError: The mesh does not fit the devices or the model.
+    """
+    mesh = abstract_mesh(config.mesh, jax.device_count())
+    check_model(mesh.shape, config.model)
+    config = replace(config, train=replace(config.train, batch_size=1, accumulation=1))
+    task = make_task(config)
+    model, batch = R1(config.model, task.heads), example_batch(task.source("train"), task, 1)
+    state = jax.eval_shape(lambda: init_state(config, model, task, batch))
+    return show(mesh, {"parameters": state.params, "optimizer": state.optimizer, "average": state.ema})
 
 
 def plan(config: Config, model: R1, task: Task, mesh: Mesh, batch: Batch) -> str:
@@ -62,7 +87,7 @@ def plan(config: Config, model: R1, task: Task, mesh: Mesh, batch: Batch) -> str
     rows = [
         ("parameters", f"{total:,} ({total - layers * idle:,} active a token)"),
         *((f"  {name}", f"{count:,}") for name, count in parts.items()),
-        ("mesh", ", ".join(f"{k} {v}" for k, v in mesh.shape.items())),
+        ("mesh", ", ".join(f"{k} {v}" for k, v in mesh.shape.items() if v > 1) or "one device"),
         ("state a device", f"{held / 2**20:,.1f} MiB"),
         ("batch, temporaries a device", f"{working / 2**20:,.1f} MiB"),
         ("memory of a device", _verdict(held + working, mesh)),
@@ -94,11 +119,8 @@ def device_need(config: Config, model: R1, task: Task, mesh: Mesh, batch: Batch,
       Of the state, and of the batch and what the program needs besides.
     """
     state = jax.eval_shape(lambda: init_state(config, model, task, batch))
-    sharded = jax.tree.map(
-        lambda x, s: int(np.prod(s.shard_shape(x.shape))) * x.dtype.itemsize, state, shard_tree(mesh, state)
-    )
-    working = compiled.memory_analysis().temp_size_in_bytes + sum(x.nbytes for x in batch.values()) // mesh.size
-    return sum(jax.tree.leaves(sharded)), working
+    working = compiled.memory_analysis().temp_size_in_bytes + sum(x.nbytes for x in batch.values()) // shares(mesh)
+    return sum(bytes_a_device(mesh, state)), working
 
 
 def device_limit(mesh: Mesh) -> float | None:
