@@ -5,7 +5,7 @@ import sys
 from r1jax.cli import load_config
 from r1jax.errors import run_main
 from r1jax.models.r1 import R1
-from r1jax.parallel.mesh import check_batch, check_model, make_mesh
+from r1jax.parallel.mesh import check_batch, check_model, make_mesh, planned_mesh
 from r1jax.parallel.platform import start_platform
 from r1jax.tasks.catalog import TASKS
 from r1jax.train.closing import closing_table
@@ -25,7 +25,7 @@ def main(arguments: list[str]) -> int:
     if invocation.mode == "show":
         print(show_mesh(config, make_task))
         return 0
-    mesh = make_mesh(config.mesh)
+    mesh = planned_mesh(config.mesh) if invocation.mode == "dry-run" else make_mesh(config.mesh)
     check_model(mesh.shape, config.model)
     config = settle_batch(config, mesh, make_task, lambda line: print(line, file=sys.stderr))
     check_batch(mesh, config.train.batch_size, config.train.accumulation)

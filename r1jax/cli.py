@@ -25,7 +25,7 @@ Trains the model that a config file describes; the same command again goes on fr
   --config FILE.py[:VARIANT,...]  the experiment; a variant is an argument of the file's get_config()
   --FIELD VALUE                   replaces one field of it, anywhere on the line; all fields are listed below
   --print-config                  prints the resolved config as JSON and leaves
-  --dry-run                       compiles the step, prints parameters, FLOPs and memory per device, and leaves
+  --dry-run                       compiles the step, prints parameters, FLOPs, memory, what devices exchange, and leaves
   --mesh.show                     prints where each weight lies on the mesh, on devices that need not exist, and leaves
   --profile                       traces 5 steps into WORKDIR/profile and prints their costliest operations
 

@@ -15,6 +15,7 @@ from r1jax.models.lora import Lora
 from r1jax.models.moe import MoE, RouterStats
 from r1jax.models.remat import Remat, block
 from r1jax.ops.axes import constrain
+from r1jax.ops.embedding import embed
 from r1jax.ops.latent_attention import PagedLatents
 
 
@@ -159,7 +160,7 @@ class Decoder(nn.Module):
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Embeds tokens in the compute dtype."""
-        return constrain(self.embed_tokens[tokens].astype(self.dtype), "batch", "length", None)
+        return embed(self.embed_tokens, tokens, self.dtype, (*self.path, "embed_tokens"))
 
     def __call__(
         self,

@@ -15,7 +15,7 @@ from r1jax.models.precision import PRECISIONS
 from r1jax.models.table import TableEncoder
 from r1jax.models.text import TextSummary
 from r1jax.models.vision import VisionEncoder
-from r1jax.ops.axes import constrain
+from r1jax.ops.axes import constrain, gathered
 
 
 class Inputs(NamedTuple):
@@ -136,7 +136,7 @@ class R1(nn.Module):
                 summary = summary + jnp.where(jnp.any(inputs.text_valid, axis=1)[:, None], read, 0)
         if self.heads:
             # Queries start from the summaries: a direct way for gradients, which attention over many tokens dilutes.
-            asked = self.queries.astype(tokens[0].dtype)[None]
+            asked = gathered(self.queries.astype(tokens[0].dtype), ("queries",))[None]
             asked = jnp.broadcast_to(asked, (len(tokens[0]), *asked.shape[1:])) + summary[:, None]
             tokens, exist = [*tokens, asked], [*exist, jnp.ones(asked.shape[:2], bool)]
         x, valid = constrain(jnp.concatenate(tokens, axis=1), "batch", "length", None), jnp.concatenate(exist, axis=1)

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from r1jax.config import VisionConfig
 from r1jax.models.layers import EncoderLayer, Linear, RMSNorm
 from r1jax.models.remat import Remat, block, kept
+from r1jax.ops.axes import gathered
 
 
 class Encoded(NamedTuple):
@@ -40,8 +41,9 @@ class PlaneConv(nn.Module):
         shape = (3, 3, x.shape[-1], self.features)
         weight = self.param("weight", nn.initializers.he_normal(), shape, jnp.float32)
         flat = x.reshape(-1, *x.shape[-3:]).astype(self.dtype)
+        weight = gathered(weight.astype(self.dtype), (*self.path, "weight"))
         dims = ("NHWC", "HWIO", "NHWC")
-        y = jax.lax.conv_general_dilated(flat, weight.astype(self.dtype), (1, 1), "SAME", dimension_numbers=dims)
+        y = jax.lax.conv_general_dilated(flat, weight, (1, 1), "SAME", dimension_numbers=dims)
         return kept(y).reshape(*x.shape[:-1], self.features)
 
 
@@ -117,6 +119,7 @@ class VisionEncoder(nn.Module):
         grid = x.shape[1:-1]
         x = RMSNorm(name="norm")(x.reshape(x.shape[0], -1, x.shape[-1]))
         place = self.param("position", nn.initializers.normal(0.02), x.shape[1:], jnp.float32)
+        place = gathered(place, (*self.path, "position"))
         size = Linear(x.shape[-1], self.dtype, bias=True, name="spacing")(jnp.log(spacing))
         x = x + jnp.broadcast_to(place.astype(self.dtype)[None], x.shape) + jnp.broadcast_to(size[:, None], x.shape)
         for i in range(c.layers):

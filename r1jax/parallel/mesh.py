@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.extend.backend import clear_backends
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from r1jax.config import DecoderConfig, MeshConfig, ModelConfig
@@ -98,6 +99,23 @@ def abstract_mesh(config: MeshConfig, devices: int) -> AbstractMesh:
     asked = math.prod(n for n in _sizes(config) if n > 0)
     sizes = mesh_sizes(config, devices if devices % asked == 0 and -1 in _sizes(config) else asked)
     return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def planned_mesh(config: MeshConfig) -> Mesh:
+    """The mesh of a config for a program that is compiled and never run.
+
+    Args:
+      config: Sizes, as for `abstract_mesh`.
+
+    Returns:
+      A mesh of the devices that are there, or of as many CPU devices as are asked for; arrays made before are lost.
+    """
+    count = abstract_mesh(config, jax.device_count()).size
+    if count != jax.device_count():
+        clear_backends()
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", count)
+    return make_mesh(config)
 
 
 def shard_tree(mesh: Mesh | AbstractMesh, tree: Any) -> Any:

@@ -12,11 +12,14 @@ from jax.sharding import Mesh
 
 from r1jax.config import Config
 from r1jax.data.source import Source
+from r1jax.models.precision import PRECISIONS
 from r1jax.models.r1 import R1
+from r1jax.parallel.collectives import collectives
 from r1jax.parallel.mesh import abstract_mesh, check_model, shares
 from r1jax.parallel.show import bytes_a_device, show
 from r1jax.tasks.task import Task
 from r1jax.train.flops import work_of
+from r1jax.train.roofline import MEMORY, roofline_rows
 from r1jax.train.step import Batch, compile_step, init_state
 
 
@@ -69,7 +72,8 @@ def plan(config: Config, model: R1, task: Task, mesh: Mesh, batch: Batch) -> str
 
     Returns:
       A table: parameters in all and active a token, bytes a device and whether it has them, FLOPs a step as XLA
-      counts them and as the model needs them, term by term.
+      counts them and as the model needs them, term by term; of several devices also what they exchange, and how long
+      H100s need for it all at least.
     """
     state = jax.eval_shape(lambda: init_state(config, model, task, batch))
     compiled = compile_step(config, model, task, mesh, batch)
@@ -100,6 +104,9 @@ def plan(config: Config, model: R1, task: Task, mesh: Mesh, batch: Batch) -> str
             for term in work.terms
         ),
     ]
+    if mesh.size > 1:
+        dtype = jnp.dtype(PRECISIONS[config.model.precision].compute).name
+        rows += roofline_rows(collectives(compiled.as_text(), mesh), mesh, work.flops, held, dtype)
     width = max(len(name) for name, _ in rows) + 2
     return "\n".join(f"{name:<{width}}{value}" for name, value in rows)
 
@@ -132,9 +139,11 @@ def device_limit(mesh: Mesh) -> float | None:
 
 
 def _verdict(needed: int, mesh: Mesh) -> str:
-    """Whether a step fits."""
-    limit = device_limit(mesh)
+    """Whether a step fits; several CPU devices stand for as many H100s."""
+    simulated = mesh.size > 1 and mesh.devices.flat[0].platform == "cpu"
+    limit = MEMORY if simulated else device_limit(mesh)
     if limit is None:
         return "unknown"
     fits = "the step fits" if needed <= limit else "the step does not fit"
-    return f"{limit / 2**20:,.0f} MiB: {fits}, it takes {needed / limit:.1%}"
+    told = f"{limit / 2**20:,.0f} MiB{' of an H100' if simulated else ''}: {fits}, it takes {needed / limit:.1%}"
+    return f"{told} (temporaries as the CPU's compiler plans them)" if simulated else told
