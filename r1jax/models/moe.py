@@ -272,7 +272,10 @@ class MoE(nn.Module):
         self, x: Float[Array, "B T D"], valid: Bool[Array, "B T"], *, few: bool = False
     ) -> tuple[Float[Array, "B T D"], RouterStats]:
         c = self.config
-        scores, bias = Router(c, name="gate")(x)
+        # On a mesh the tokens keep their two dimensions, each of which may be divided over devices.
+        tokens = x.reshape(-1, x.shape[-1]) if placement() is None else x
+        scores, bias = Router(c, name="gate")(tokens)
+        scores = scores.reshape(*x.shape[:2], -1)
         mixed = Experts(c, self.dtype, name="experts")(x, scores, bias, few=few)
         routed = mixed.output.astype(x.dtype)
         shared_width = c.n_shared_experts * c.moe_intermediate_size
