@@ -14,8 +14,9 @@ BYTES |= {"bf16": 2, "f16": 2, "f32": 4, "f64": 8, "f8e4m3fn": 1, "f8e5m2": 1}
 COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 COLLECTIVE = re.compile(rf"= (.+?) ({'|'.join(KINDS)})(-start)?\(")
 ARRAY = re.compile(rf"\b({'|'.join(BYTES)})\[([\d,]*)\]")
-CALL = re.compile(r"(?:body|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
+CALL = re.compile(r"(?:body|calls|to_apply)=%?([\w.\-]+)")
 BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+BRANCH = re.compile(r"(?:true|false)_computation=%?([\w.\-]+)")
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
 
@@ -31,7 +32,9 @@ class Collective(NamedTuple):
     """Of what each device has afterwards, as XLA writes them: `f32[8,16]`."""
     result_bytes: int
     times: int
-    """How often a step does it: loops count each turn, of a choice each branch counts."""
+    """How often a step does it; loops count each turn."""
+    rare: bool
+    """In one branch of a choice: the further rounds of the experts' exchange, which even routing does not need."""
     name: str
     """Where in the program it comes from."""
 
@@ -60,7 +63,7 @@ def collectives(program: str, mesh: Mesh | AbstractMesh) -> list[Collective]:
       One entry for each instruction between more than one device.
     """
     bodies = dict(_computations(program))
-    times = _times(bodies)
+    times, rare = _times(bodies)
     found = []
     for name, lines in bodies.items():
         for line in lines:
@@ -75,7 +78,9 @@ def collectives(program: str, mesh: Mesh | AbstractMesh) -> list[Collective]:
                     told = tuple(f"{kind}[{dims}]" for kind, dims in shapes)
                     origin = re.search(r'op_name="([^"]*)"', line)
                     found.append(
-                        Collective(match[2], axes, devices, told, size, times[name], origin[1] if origin else "")
+                        Collective(
+                            match[2], axes, devices, told, size, times[name], name in rare, origin[1] if origin else ""
+                        )
                     )
     return found
 
@@ -93,22 +98,25 @@ def _computations(program: str) -> Iterator[tuple[str, list[str]]]:
             lines.append(line)
 
 
-def _times(bodies: Mapping[str, list[str]]) -> dict[str, int]:
-    """How often each computation runs in a run of the entry."""
+def _times(bodies: Mapping[str, list[str]]) -> tuple[dict[str, int], set[str]]:
+    """How often each computation runs at most in a run of the entry, and which run only where a choice falls so."""
     times: dict[str, int] = {}
+    rare = set()
 
-    def visit(name: str, count: int) -> None:
+    def visit(name: str, count: int, chosen: bool) -> None:
         times[name] = times.get(name, 0) + count
+        if chosen:
+            rare.add(name)
         for line in bodies.get(name, ()):
-            called = CALL.findall(line)
-            for branches in BRANCHES.findall(line):
-                called += [branch.strip().lstrip("%") for branch in branches.split(",")]
             trips = TRIPS.search(line) if " while(" in line else None
-            for inner in called:
-                visit(inner, count * (int(trips[1]) if trips else 1))
+            for inner in CALL.findall(line):
+                visit(inner, count * (int(trips[1]) if trips else 1), chosen)
+            listed = ", ".join([*BRANCHES.findall(line), *BRANCH.findall(line)])
+            for inner in filter(None, listed.split(", ")):
+                visit(inner.lstrip("%"), count, True)
 
-    visit("ENTRY", 1)
-    return times
+    visit("ENTRY", 1, False)
+    return times, rare
 
 
 def _group(line: str, mesh: Mesh | AbstractMesh) -> tuple[tuple[str, ...], int]:
@@ -131,9 +139,9 @@ def _laid(devices: int, dims: str, order: str | None) -> np.ndarray:
 
 def _first_group(line: str, devices: int) -> np.ndarray:
     """Devices of the first group, in any of the notations of XLA."""
-    pairs = re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", line)
-    if pairs:
-        return np.array([int(pairs[1]), int(pairs[2])])
+    if "source_target_pairs=" in line:
+        pairs = re.findall(r"\{(\d+),(\d+)\}", line.split("source_target_pairs=")[1])
+        return np.array(next(([int(a), int(b)] for a, b in pairs if a != b), [0]))
     listed = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
     if listed:
         return np.array(_numbers(listed[1]))

@@ -6,6 +6,7 @@ hidden behind what is for the compiler to find.
 
 import math
 from collections import defaultdict
+from collections.abc import Mapping
 
 from jax.sharding import Mesh
 
@@ -39,19 +40,26 @@ def roofline_rows(found: list[Collective], mesh: Mesh, flops: float, held: int, 
     narrow = 0.5 if dtype in ("bfloat16", "float16") else 1.0  # XLA's CPU compiler sends these as fp32
     sent: dict[tuple[str, tuple[str, ...]], float] = defaultdict(float)
     for one in found:
-        sent[one.kind, one.axes] += one.wire_bytes * narrow
+        if not one.rare:
+            sent[one.kind, one.axes] += one.wire_bytes * narrow
+    further = sum(one.wire_bytes * narrow for one in found if one.rare)
     rows = [("sent by a device a step", f"{sum(sent.values()) / 2**20:,.1f} MiB")]
     rows += [
-        (f"  {kind}, {' + '.join(axes)}", f"{size / 2**20:,.1f} MiB{'' if near(mesh, axes) else ', between nodes'}")
+        (
+            f"  {kind}, {' + '.join(axes)}",
+            f"{size / 2**20:,.1f} MiB{'' if near(mesh.shape, axes) else ', between nodes'}",
+        )
         for (kind, axes), size in sorted(sent.items(), key=lambda item: -item[1])
     ]
+    if further:
+        rows.append(("  further rounds to experts", f"{further / 2**20:,.1f} MiB at most, where routing is uneven"))
     peak = peak_flops(DEVICE, dtype)
     assert peak is not None
     times = {
         "products": flops / mesh.size / peak,
         "memory of the state": 2 * held / MEMORY_RATE,
-        "NVLink": sum(size for (_, axes), size in sent.items() if near(mesh, axes)) / NVLINK_RATE,
-        "network": sum(size for (_, axes), size in sent.items() if not near(mesh, axes)) / NETWORK_RATE,
+        "NVLink": sum(size for (_, axes), size in sent.items() if near(mesh.shape, axes)) / NVLINK_RATE,
+        "network": sum(size for (_, axes), size in sent.items() if not near(mesh.shape, axes)) / NETWORK_RATE,
     }
     longest, total = max(times.values()), sum(times.values())
     told = ", ".join(f"{name} {1e3 * seconds:,.3g}" for name, seconds in times.items())
@@ -63,8 +71,8 @@ def roofline_rows(found: list[Collective], mesh: Mesh, flops: float, held: int, 
     ]
 
 
-def near(mesh: Mesh, axes: tuple[str, ...]) -> bool:
+def near(sizes: Mapping[str, int], axes: tuple[str, ...]) -> bool:
     """Whether devices that differ along these axes are in one node, laid out by `make_mesh`."""
-    names = list(mesh.shape)
+    names = list(sizes)
     outermost = min((names.index(axis) for axis in axes), default=len(names))
-    return math.prod(list(mesh.shape.values())[outermost:]) <= NODE
+    return math.prod(list(sizes.values())[outermost:]) <= NODE
