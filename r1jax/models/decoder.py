@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from r1jax.config import DecoderConfig
 from r1jax.models.attention import MLA
+from r1jax.models.initial import normal
 from r1jax.models.layers import MLP, Dropout, Linear, RMSNorm
 from r1jax.models.lora import Lora
 from r1jax.models.moe import MoE, RouterStats
@@ -123,7 +124,7 @@ class LanguageHead(nn.Module):
     init_std: float
 
     def setup(self) -> None:
-        init = nn.initializers.normal(self.init_std)
+        init = normal(self.init_std)
         self.weight = self.param("weight", init, (self.vocab_size, self.width), jnp.float32)
 
     def __call__(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
@@ -147,7 +148,7 @@ class Decoder(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        init = nn.initializers.normal(c.initializer_range)
+        init = normal(c.initializer_range)
         self.embed_tokens = self.param("embed_tokens", init, (c.vocab_size, c.hidden_size), jnp.float32)
         self.layers = [
             DecoderLayer(c, self.dtype, self.dropout, i < c.first_k_dense_replace, self.lora, self.remat)

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from r1jax.models.initial import normal
 from r1jax.models.lora import Lora
 from r1jax.models.remat import Remat, attention, kept
 from r1jax.ops.axes import constrain, gathered
@@ -26,11 +27,11 @@ class Linear(nn.Module):
     def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
         width = x.shape[-1]
         std = width**-0.5 if self.init_std is None else self.init_std
-        weight = self.param("weight", nn.initializers.normal(std), (self.features, width), jnp.float32)
+        weight = self.param("weight", normal(std), (self.features, width), jnp.float32)
         x, weight = x.astype(self.dtype), gathered(weight.astype(self.dtype), (*self.path, "weight"))
         y = kept(jnp.einsum("...I,OI->...O", x, weight))
         if self.lora.rank:
-            a = self.param("lora_a", nn.initializers.normal(width**-0.5), (self.lora.rank, width), jnp.float32)
+            a = self.param("lora_a", normal(width**-0.5), (self.lora.rank, width), jnp.float32)
             b = self.param("lora_b", nn.initializers.zeros, (self.features, self.lora.rank), jnp.float32)
             a, b = (gathered(w.astype(self.dtype), (*self.path, name)) for w, name in ((a, "lora_a"), (b, "lora_b")))
             low = jnp.einsum("...I,RI->...R", x, a)

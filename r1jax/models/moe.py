@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from r1jax.config import DecoderConfig
+from r1jax.models.initial import normal
 from r1jax.models.layers import MLP
 from r1jax.models.lora import Lora
 from r1jax.models.remat import kept
@@ -92,7 +93,7 @@ class Router(nn.Module):
     def __call__(self, x: Float[Array, "*T D"]) -> tuple[Float[Array, "*T E"], Float[Array, " E"]]:
         c = self.config
         shape = (c.n_routed_experts, x.shape[-1])
-        weight = self.param("weight", nn.initializers.normal(c.initializer_range), shape, jnp.float32)
+        weight = self.param("weight", normal(c.initializer_range), shape, jnp.float32)
         # A buffer that the train step moves by its sign rule; no gradient flows into it.
         bias = self.param("e_score_correction_bias", nn.initializers.zeros, shape[:1], jnp.float32)
         exact, weight = jax.lax.Precision.HIGHEST, gathered(weight.astype(jnp.float32), (*self.path, "weight"))
@@ -247,7 +248,7 @@ class Experts(nn.Module):
     ) -> Mixed:
         c = self.config
         width, hidden = x.shape[-1], c.moe_intermediate_size
-        init = nn.initializers.normal(c.initializer_range)
+        init = normal(c.initializer_range)
         gate_up = self.param("gate_up_proj", init, (c.n_routed_experts, 2 * hidden, width), jnp.float32)
         down = self.param("down_proj", init, (c.n_routed_experts, width, hidden), jnp.float32)
         x, gate_up, down = (part.astype(self.dtype) for part in (x, gate_up, down))

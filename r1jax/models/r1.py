@@ -8,6 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from r1jax.config import ModelConfig
 from r1jax.models.decoder import Decoder, language_logits
+from r1jax.models.initial import normal
 from r1jax.models.layers import Linear
 from r1jax.models.lora import Lora
 from r1jax.models.moe import RouterStats
@@ -87,7 +88,7 @@ class R1(nn.Module):
             return
         if "text" in c.modalities:
             self.text = TextSummary(width, self.dtype, c.dropout)
-        self.queries = self.param("queries", nn.initializers.normal(0.02), (len(self.heads), width), jnp.float32)
+        self.queries = self.param("queries", normal(0.02), (len(self.heads), width), jnp.float32)
         self.head = {name: Linear(size, jnp.float32, bias=True) for name, size in self.heads}
 
     def encode(

@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from r1jax.config import VisionConfig
+from r1jax.models.initial import normal
 from r1jax.models.layers import EncoderLayer, Linear, RMSNorm
 from r1jax.models.remat import Remat, block, kept
 from r1jax.ops.axes import constrain, gathered
@@ -119,7 +120,7 @@ class VisionEncoder(nn.Module):
                 x = block(ResidualBlock.__call__, self.remat)(residual, x)
         grid = x.shape[1:-1]
         x = RMSNorm(name="norm")(x.reshape(x.shape[0], -1, x.shape[-1]))
-        place = self.param("position", nn.initializers.normal(0.02), x.shape[1:], jnp.float32)
+        place = self.param("position", normal(0.02), x.shape[1:], jnp.float32)
         place = gathered(place, (*self.path, "position"))
         size = Linear(x.shape[-1], self.dtype, bias=True, name="spacing")(jnp.log(spacing))
         x = x + jnp.broadcast_to(place.astype(self.dtype)[None], x.shape) + jnp.broadcast_to(size[:, None], x.shape)
