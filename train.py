@@ -8,12 +8,12 @@ from r1jax.errors import run_main
 from r1jax.models.r1 import R1
 from r1jax.parallel.agree import is_first, say
 from r1jax.parallel.launch import launched
-from r1jax.parallel.mesh import check_batch, make_mesh
+from r1jax.parallel.mesh import check_batch, check_model, make_mesh, planned_mesh
 from r1jax.parallel.platform import start_platform
 from r1jax.tasks.catalog import TASKS
 from r1jax.train.closing import closing_table
 from r1jax.train.memory import AUTO, keep, settle_batch
-from r1jax.train.plan import example_batch, plan
+from r1jax.train.plan import example_batch, plan, show_mesh
 from r1jax.train.recover import train
 from r1jax.train.run import open_run
 from r1jax.train.start import with_tokenizer
@@ -31,7 +31,13 @@ def run_experiment(invocation: Invocation) -> int:
     config = with_tokenizer(replace(invocation.config, launch=LaunchConfig()))  # how it was started is not the run
     platform = start_platform(config.platform)
     say(f"{config.name}: {platform}")
-    mesh = make_mesh(config.mesh)
+    if invocation.mode == "show":
+        table = show_mesh(config, TASKS[config.task.name])
+        if is_first():
+            print(table)
+        return 0
+    mesh = planned_mesh(config.mesh) if invocation.mode == "dry-run" else make_mesh(config.mesh)
+    check_model(mesh.shape, config.model)
     task = TASKS[config.task.name](config)
     source, validation = task.source("train"), task.source("val")
     asked = config.train

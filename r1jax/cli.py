@@ -25,7 +25,8 @@ Trains the model that a config file describes; the same command again goes on fr
   --config FILE.py[:VARIANT,...]  the experiment; a variant is an argument of the file's get_config()
   --FIELD VALUE                   replaces one field of it, anywhere on the line; all fields are listed below
   --print-config                  prints the resolved config as JSON and leaves
-  --dry-run                       compiles the step, prints parameters, FLOPs and memory per device, and leaves
+  --dry-run                       compiles the step, prints parameters, FLOPs, memory, what devices exchange, and leaves
+  --mesh.show                     prints where each weight lies on the mesh, on devices that need not exist, and leaves
   --profile                       traces 5 steps into WORKDIR/profile and prints their costliest operations
 
 Examples:
@@ -33,7 +34,7 @@ Examples:
   python train.py --config configs/medical.py:smoke --train.steps 200 --model.volume.size 32 32 32
 """
 T = TypeVar("T")
-SWITCHES = ("--config", "--print-config", "--dry-run", "--profile", "--help")
+SWITCHES = ("--config", "--print-config", "--dry-run", "--mesh.show", "--profile", "--help")
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Invocation:
     """What train.py was asked to do."""
 
     config: Config
-    mode: Literal["run", "dry-run"]
+    mode: Literal["run", "dry-run", "show"]
 
 
 def load_config(arguments: list[str]) -> Invocation:
@@ -51,7 +52,7 @@ def load_config(arguments: list[str]) -> Invocation:
       arguments: Words after the program's name.
 
     Returns:
-      The resolved and validated config, and whether to run it or only to compile it.
+      The resolved and validated config, and whether to run it, only to compile it, or only to show its mesh.
 
     Raises:
       UserError: A flag, a variant, a value or the config file is wrong.
@@ -61,7 +62,8 @@ def load_config(arguments: list[str]) -> Invocation:
     if stray:
         hint = "did you mean --config?" if ".py" in stray[0] else "flags start with --."
         raise UserError(f"unexpected argument {stray[0]!r}; {hint}")
-    asked_help, print_config, dry_run = (_switch(flags, name) for name in ("help", "print_config", "dry_run"))
+    asked_help, print_config = (_switch(flags, name) for name in ("help", "print_config"))
+    dry_run, show = (_switch(flags, name) for name in ("dry_run", "mesh.show"))
     if _switch(flags, "profile"):
         flags.setdefault("profile.steps", ["5"])
     words = flags.pop("config", None)
@@ -82,7 +84,7 @@ def load_config(arguments: list[str]) -> Invocation:
     if print_config:
         print(to_json(config), end="")
         sys.exit(0)
-    return Invocation(config, "dry-run" if dry_run else "run")
+    return Invocation(config, "show" if show else "dry-run" if dry_run else "run")
 
 
 def load_arguments(

@@ -270,12 +270,28 @@ class TrainConfig:
     """Checkpoint or run folder whose weights a fresh run starts from, where they fit; a resume ignores it."""
 
 
+Devices = Annotated[int, Bounds("of at least 1, or -1", -1)]
+
+
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; -1 takes what is left."""
+    """Devices along each mesh axis; -1 takes what is left (docs/parallel.md)."""
 
-    data: Annotated[int, Bounds("of at least 1, or -1", -1)] = -1
-    fsdp: Annotated[int, Bounds("of at least 1, or -1", -1)] = 1
+    data: Devices = -1
+    """Copies of the model, each with other cases."""
+    fsdp: Devices = 1
+    """Devices that divide the cases and keep a part of every weight each."""
+    tensor: Devices = 1
+    """Devices that divide heads, feed-forward widths and the vocabulary; within a node."""
+    expert: Devices = 1
+    """Devices that divide the experts, and the cases outside them."""
+    pipe: Devices = 1
+    """Devices that divide the layers."""
+    sequence: Devices = 1
+    """Devices that divide the length of the decoder's sequence."""
+    expert_capacity: Positive = 2.0
+    """Rows that a device sends another for its experts at once, as a multiple of the even share; what is more follows
+    in further rounds, and nothing is dropped."""
 
 
 @dataclass(frozen=True)

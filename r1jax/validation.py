@@ -7,7 +7,16 @@ from collections.abc import Iterator
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
-from r1jax.config import Config, DecoderConfig, LaunchConfig, ModelConfig, TableConfig, VisionConfig, from_dict
+from r1jax.config import (
+    Config,
+    DecoderConfig,
+    LaunchConfig,
+    MeshConfig,
+    ModelConfig,
+    TableConfig,
+    VisionConfig,
+    from_dict,
+)
 from r1jax.errors import UserError, nearest
 from r1jax.fields import to_dict
 
@@ -38,7 +47,7 @@ def _relations(config: Config) -> Iterator[tuple[bool, str, str]]:
     yield from _encoder_relations(config.model)
     yield from _task_relations(config)
     check_cache_url("data.cache.url", config.data.cache.url)
-    data, train, mesh = config.data, config.train, config.mesh
+    data, train = config.data, config.train
     yield data.path is None or bool(data.path.strip()), "data.path", "a folder, or None for generated cases"
     yield not data.mix or data.path is not None, "data.path", "a folder, as data.mix is mixed with it"
     folders = len(data.mix) + 1 if data.mix else 0
@@ -56,10 +65,19 @@ def _relations(config: Config) -> Iterator[tuple[bool, str, str]]:
     rule = f"after the warmup ({train.warmup_steps} of {train.steps} steps)"
     yield train.schedule != "step" or late, "train.milestones", rule
     yield all(map(_is_rule, train.rules)), "train.rules", "a list of PATTERN=RATE or PATTERN=RATE:DECAY"
-    for name in ("data", "fsdp"):
-        yield getattr(mesh, name) != 0, f"mesh.{name}", "a number of devices of at least 1, or -1"
-    yield mesh.data > 0 or mesh.fsdp > 0, "mesh.fsdp", "a number of devices: only one axis can take what is left"
+    yield from _mesh_relations(config.mesh)
     yield from _launch_relations(config.launch)
+
+
+def _mesh_relations(mesh: MeshConfig) -> Iterator[tuple[bool, str, str]]:
+    """Ties the sizes of the mesh."""
+    axes = ("data", "fsdp", "tensor", "expert", "pipe", "sequence")
+    for name in axes:
+        yield getattr(mesh, name) != 0, f"mesh.{name}", "a number of devices of at least 1, or -1"
+    free = [name for name in axes if getattr(mesh, name) == -1]
+    if len(free) > 1:
+        yield False, f"mesh.{free[1]}", f"a number of devices: mesh.{free[0]} takes what is left, and only one axis can"
+    yield mesh.pipe == 1, "mesh.pipe", "1: layers cannot be divided among devices yet"
 
 
 def _launch_relations(launch: LaunchConfig) -> Iterator[tuple[bool, str, str]]:

@@ -8,9 +8,11 @@ from jaxtyping import Array, Bool, Float, Int
 from r1jax.config import DecoderConfig
 from r1jax.models.layers import Linear, RMSNorm
 from r1jax.models.lora import Lora
-from r1jax.models.remat import Remat, attention
+from r1jax.models.remat import Remat, attention, kept
+from r1jax.ops.axes import gathered
 from r1jax.ops.latent_attention import PagedLatents, latent_attention, write_latents
 from r1jax.ops.rope import apply_rope, inverse_frequencies, softmax_scale, yarn_magnitude
+from r1jax.ops.sequence_attention import length_axes, sequence_attention
 
 LATENT_NORM_EPS = 1e-6  # Hugging Face keeps this whatever rms_norm_eps says
 
@@ -109,9 +111,26 @@ class MLA(nn.Module):
         valid: Bool[Array, "B T"],
     ) -> Float[Array, "B T D"]:
         """Attention of tokens to each other with the keys and values of every head."""
+        if length_axes(q_nope.shape[1]):
+            return self._over_devices(q_nope, q_rope, latent, k_rope, valid)
         kv = self.kv_b_proj(latent).reshape(*q_nope.shape[:3], -1)
         k_nope, v = jnp.split(kv, [self.config.qk_nope_head_dim], axis=-1)
         shared = jnp.broadcast_to(k_rope[:, :, None, :], q_rope.shape)
         q, k = jnp.concatenate([q_nope, q_rope], axis=-1), jnp.concatenate([k_nope, shared], axis=-1)
         mixed = attention(self.remat)(q, k, v, valid, scale=self.scale, causal=True)
+        return self.o_proj(mixed.reshape(*mixed.shape[:2], -1))
+
+    def _over_devices(
+        self,
+        q_nope: Float[Array, "B T N Hk"],
+        q_rope: Float[Array, "B T N H"],
+        latent: Float[Array, "B T R"],
+        k_rope: Float[Array, "B T H"],
+        valid: Bool[Array, "B T"],
+    ) -> Float[Array, "B T D"]:
+        """The same where the tokens lie on different devices."""
+        weight = gathered(self.kv_b_proj.matrix(), (*self.path, "kv_b_proj", "weight"))
+        kv_b = weight.reshape(self.config.num_attention_heads, -1, self.config.kv_lora_rank)
+        q = jnp.concatenate([q_nope, q_rope], axis=-1)
+        mixed = kept(sequence_attention(q, latent, k_rope, kv_b, valid, scale=self.scale))
         return self.o_proj(mixed.reshape(*mixed.shape[:2], -1))

@@ -10,10 +10,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from r1jax.config import DecoderConfig
 from r1jax.models.attention import MLA
+from r1jax.models.initial import normal
 from r1jax.models.layers import MLP, Dropout, Linear, RMSNorm
 from r1jax.models.lora import Lora
 from r1jax.models.moe import MoE, RouterStats
 from r1jax.models.remat import Remat, block
+from r1jax.ops.axes import constrain
+from r1jax.ops.embedding import embed
 from r1jax.ops.latent_attention import PagedLatents
 
 
@@ -46,7 +49,7 @@ class DecoderLayer(nn.Module):
             mixed = attention(normed, positions, valid)
         else:
             mixed, cache = attention.cached(normed, positions, valid, cache, fresh=fresh)
-        x = x + drop(mixed, cases)
+        x = constrain(x + drop(mixed, cases), "batch", "length", None)
         normed = RMSNorm(c.rms_norm_eps, name="post_attention_layernorm")(x)
         if self.dense:
             mlp = MLP(c.intermediate_size, self.dtype, c.initializer_range, self.lora, name="mlp")
@@ -54,7 +57,7 @@ class DecoderLayer(nn.Module):
         else:
             few = cache is not None and not fresh  # decoding: blocks of 128 rows would be nearly empty
             y, stats = MoE(c, self.dtype, self.lora, name="mlp")(normed, valid, few=few)
-        return x + drop(y, cases), stats, cache
+        return constrain(x + drop(y, cases), "batch", "length", None), stats, cache
 
 
 def _uncached(
@@ -121,7 +124,7 @@ class LanguageHead(nn.Module):
     init_std: float
 
     def setup(self) -> None:
-        init = nn.initializers.normal(self.init_std)
+        init = normal(self.init_std)
         self.weight = self.param("weight", init, (self.vocab_size, self.width), jnp.float32)
 
     def __call__(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
@@ -145,7 +148,7 @@ class Decoder(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        init = nn.initializers.normal(c.initializer_range)
+        init = normal(c.initializer_range)
         self.embed_tokens = self.param("embed_tokens", init, (c.vocab_size, c.hidden_size), jnp.float32)
         self.layers = [
             DecoderLayer(c, self.dtype, self.dropout, i < c.first_k_dense_replace, self.lora, self.remat)
@@ -158,7 +161,7 @@ class Decoder(nn.Module):
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Embeds tokens in the compute dtype."""
-        return self.embed_tokens[tokens].astype(self.dtype)
+        return embed(self.embed_tokens, tokens, self.dtype, (*self.path, "embed_tokens"))
 
     def __call__(
         self,

@@ -6,8 +6,10 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from r1jax.models.initial import normal
 from r1jax.models.lora import Lora
 from r1jax.models.remat import Remat, attention, kept
+from r1jax.ops.axes import constrain, gathered
 from r1jax.ops.hashed_bits import hashed_bits
 
 
@@ -25,14 +27,15 @@ class Linear(nn.Module):
     def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
         width = x.shape[-1]
         std = width**-0.5 if self.init_std is None else self.init_std
-        weight = self.param("weight", nn.initializers.normal(std), (self.features, width), jnp.float32)
-        x = x.astype(self.dtype)
-        y = kept(jnp.einsum("...I,OI->...O", x, weight.astype(self.dtype)))
+        weight = self.param("weight", normal(std), (self.features, width), jnp.float32)
+        x, weight = x.astype(self.dtype), gathered(weight.astype(self.dtype), (*self.path, "weight"))
+        y = kept(jnp.einsum("...I,OI->...O", x, weight))
         if self.lora.rank:
-            a = self.param("lora_a", nn.initializers.normal(width**-0.5), (self.lora.rank, width), jnp.float32)
+            a = self.param("lora_a", normal(width**-0.5), (self.lora.rank, width), jnp.float32)
             b = self.param("lora_b", nn.initializers.zeros, (self.features, self.lora.rank), jnp.float32)
-            low = jnp.einsum("...I,RI->...R", x, a.astype(self.dtype))
-            y = y + self.lora.scale * jnp.einsum("...R,OR->...O", low, b.astype(self.dtype))
+            a, b = (gathered(w.astype(self.dtype), (*self.path, name)) for w, name in ((a, "lora_a"), (b, "lora_b")))
+            low = jnp.einsum("...I,RI->...R", x, a)
+            y = y + self.lora.scale * jnp.einsum("...R,OR->...O", low, b)
         if self.bias:
             offset = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
             y = y + jnp.broadcast_to(offset.astype(self.dtype), y.shape)
@@ -90,7 +93,8 @@ class MLP(nn.Module):
             return Linear(features, self.dtype, init_std=self.init_std, lora=self.lora, name=name)
 
         hidden = nn.silu(linear("gate_proj", self.width)(x)) * linear("up_proj", self.width)(x)
-        return linear("down_proj", x.shape[-1])(hidden)
+        names = ("batch", *[None] * (x.ndim - 3), "length", "hidden") if x.ndim > 2 else ("batch", "hidden")
+        return linear("down_proj", x.shape[-1])(constrain(hidden, *names))
 
 
 class EncoderLayer(nn.Module):

@@ -5,13 +5,17 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from r1jax.config import DecoderConfig
+from r1jax.models.initial import normal
 from r1jax.models.layers import MLP
 from r1jax.models.lora import Lora
 from r1jax.models.remat import kept
+from r1jax.ops.axes import Placement, axes_of, gather_dimensions, gathered, placement, spread
+from r1jax.ops.expert_exchange import exchange
 from r1jax.ops.grouped_matmul import gather_rows, grouped_matmul, plan_dispatch, scatter_rows
 
 
@@ -24,6 +28,8 @@ class RouterStats(NamedTuple):
     """Sequence-wise balance loss before its weight (equation 17), mean over the sequences."""
     sequence_load: Float[Array, "B E"]
     """`load` of each sequence by itself."""
+    waited: Int[Array, ""] | None = None
+    """Choices that found no place in the first exchange between devices and went in a later one; None without any."""
 
 
 def select_experts(
@@ -84,16 +90,150 @@ class Router(nn.Module):
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "T D"]) -> tuple[Float[Array, "T E"], Float[Array, " E"]]:
+    def __call__(self, x: Float[Array, "*T D"]) -> tuple[Float[Array, "*T E"], Float[Array, " E"]]:
         c = self.config
         shape = (c.n_routed_experts, x.shape[-1])
-        weight = self.param("weight", nn.initializers.normal(c.initializer_range), shape, jnp.float32)
+        weight = self.param("weight", normal(c.initializer_range), shape, jnp.float32)
         # A buffer that the train step moves by its sign rule; no gradient flows into it.
         bias = self.param("e_score_correction_bias", nn.initializers.zeros, shape[:1], jnp.float32)
-        exact = jax.lax.Precision.HIGHEST
-        logits = jnp.einsum("TD,ED->TE", x.astype(jnp.float32), weight.astype(jnp.float32), precision=exact)
+        exact, weight = jax.lax.Precision.HIGHEST, gathered(weight.astype(jnp.float32), (*self.path, "weight"))
+        logits = jnp.einsum("...D,ED->...E", x.astype(jnp.float32), weight, precision=exact)
         scores = nn.sigmoid(logits) if c.scoring_func == "sigmoid" else nn.softmax(logits, axis=-1)
         return scores, jax.lax.stop_gradient(bias)
+
+
+class Mixed(NamedTuple):
+    """What the routed experts make of some tokens."""
+
+    output: Float[Array, "*T D"]
+    """sum_k w_k E_k(x), fp32."""
+    experts: Int[Array, "*T K"]
+    """Which were chosen."""
+    waited: Int[Array, ""] | None = None
+    """Choices that found no place in the first exchange between devices."""
+
+
+def mix_experts(
+    x: Float[Array, "T D"],
+    scores: Float[Array, "T E"],
+    bias: Float[Array, " E"],
+    gate_up: Float[Array, "E F2 D"],
+    down: Float[Array, "E D F"],
+    *,
+    config: DecoderConfig,
+    few: bool = False,
+) -> Mixed:
+    """Chooses experts and mixes their results, on one device.
+
+    Args:
+      x: Tokens, in the dtype of the weights.
+      scores: Affinities, fp32.
+      bias: For the choice only.
+      gate_up: Stacked weights, gate above up; F may be a part of the experts' width, and the output then a summand.
+      down: Stacked weights.
+      config: K, groups and scaling.
+      few: Whether there are few tokens: blocks are then as long as an expert's mean share, and with one row a block no
+        expert unasked is read.
+
+    Returns:
+      Output and choices.
+    """
+    experts, weights = select_experts(scores, bias, config)
+    block = min(128, -(-experts.size // config.n_routed_experts)) if few else 128
+    plan = plan_dispatch(experts, config.n_routed_experts, block=block)
+    rows = _feed_forward(scatter_rows(x, plan), plan.block_expert, gate_up, down)
+    back = gather_rows(rows, plan)
+    return Mixed(jnp.einsum("TKD,TK->TD", back.astype(jnp.float32), weights), experts)
+
+
+def _feed_forward(
+    rows: Float[Array, "P D"],
+    block_expert: Int[Array, " blocks"],
+    gate_up: Float[Array, "E F2 D"],
+    down: Float[Array, "E D F"],
+) -> Float[Array, "P D"]:
+    """SwiGLU of each block of rows with its expert's weights."""
+    gate, up = jnp.split(kept(grouped_matmul(rows, gate_up, block_expert)), 2, axis=-1)
+    return kept(grouped_matmul(nn.silu(gate) * up, down, block_expert))
+
+
+def exchange_and_mix(
+    x: Float[Array, "T D"],
+    scores: Float[Array, "T E"],
+    bias: Float[Array, " E"],
+    gate_up: Float[Array, "e F2 D"],
+    down: Float[Array, "e D F"],
+    *,
+    config: DecoderConfig,
+    axis: str,
+    everywhere: tuple[str, ...],
+    capacity: float,
+) -> Mixed:
+    """`mix_experts` where each device along an axis has e of the E experts; the other arguments are `exchange`'s."""
+    experts, weights = select_experts(scores, bias, config)
+    local = len(gate_up)
+
+    def compute(rows: Float[Array, "P D"], expert: Int[Array, " P"]) -> Float[Array, "P D"]:
+        plan = plan_dispatch(expert[:, None], local + 1)  # empty places last: they are zeros for any expert
+        ordered = scatter_rows(rows, plan)
+        return gather_rows(_feed_forward(ordered, jnp.minimum(plan.block_expert, local - 1), gate_up, down), plan)[:, 0]
+
+    output, waited = exchange(
+        x, experts, weights, compute, local_experts=local, axis=axis, everywhere=everywhere, capacity=capacity
+    )
+    return Mixed(output, experts, waited)
+
+
+def spread_experts(
+    where: Placement,
+    x: Float[Array, "B T D"],
+    scores: Float[Array, "B T E"],
+    bias: Float[Array, " E"],
+    gate_up: Float[Array, "E F2 D"],
+    down: Float[Array, "E D F"],
+    *,
+    config: DecoderConfig,
+    path: tuple[str, ...],
+) -> Mixed:
+    """`mix_experts` on a mesh: each device sorts its own tokens, and gathers the parts of its experts' weights.
+
+    Args:
+      where: The mesh.
+      x: Tokens.
+      scores: Affinities.
+      bias: For the choice only.
+      gate_up: Stacked weights, gate above up.
+      down: Stacked weights.
+      config: K, groups and scaling.
+      path: Of the module, for the place of its weights.
+
+    Returns:
+      As `mix_experts`, with the tokens' two dimensions; equal to it up to the order of additions.
+    """
+    names = ("experts", None, "hidden", None), ("experts", None, "hidden")
+    # Gate and up are each divided over the devices of their width, so that these hold matching parts of both.
+    pairs = gate_up.reshape(len(gate_up), 2, -1, gate_up.shape[-1])
+    experts, _, hidden, _ = map(axes_of, where.spec(names[0], pairs.shape))
+    weights = (pairs, "gate_up_proj", names[0]), (down, "down_proj", names[1])
+    apart = tuple(where.kept(w.shape, dims, (*path, name)) for w, name, dims in weights)
+    tokens, total = where.spec(("batch", "length", None), x.shape), where.all_axes()
+    counted = tuple(axis for part in tokens for axis in axes_of(part))
+
+    def local(x: Array, scores: Array, bias: Array, pairs: Array, down: Array) -> tuple[Array, Array, Array | None]:
+        pairs, down = (gather_dimensions(w, kept) for w, (_, kept) in zip((pairs, down), apart, strict=True))
+        gate_up = pairs.reshape(len(pairs), -1, pairs.shape[-1])
+        flat = x.reshape(-1, x.shape[-1]), scores.reshape(-1, scores.shape[-1]), bias, gate_up, down
+        if experts:
+            mixed = exchange_and_mix(*flat, config=config, axis=experts[0], everywhere=total, capacity=where.capacity)
+        else:
+            mixed = mix_experts(*flat, config=config)
+        output = jax.lax.psum(mixed.output, hidden) if hidden else mixed.output
+        waited = None if mixed.waited is None else jax.lax.psum(mixed.waited, counted)
+        return output.reshape(x.shape), mixed.experts.reshape(*x.shape[:2], -1), waited
+
+    in_specs = tokens, tokens, PartitionSpec(), *(spec for spec, _ in apart)
+    run = spread(local, in_specs, (tokens, tokens, PartitionSpec()))
+    return Mixed(*run(x, scores, bias, pairs, down))
 
 
 class Experts(nn.Module):
@@ -104,21 +244,20 @@ class Experts(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "T D"], experts: Int[Array, "T K"], weights: Float[Array, "T K"], *, few: bool = False
-    ) -> Float[Array, "T D"]:
+        self, x: Float[Array, "B T D"], scores: Float[Array, "B T E"], bias: Float[Array, " E"], *, few: bool = False
+    ) -> Mixed:
         c = self.config
         width, hidden = x.shape[-1], c.moe_intermediate_size
-        init = nn.initializers.normal(c.initializer_range)
+        init = normal(c.initializer_range)
         gate_up = self.param("gate_up_proj", init, (c.n_routed_experts, 2 * hidden, width), jnp.float32)
         down = self.param("down_proj", init, (c.n_routed_experts, width, hidden), jnp.float32)
-        # Few tokens: blocks as long as an expert's mean share, and with one row a block no expert unasked is read.
-        block = min(128, -(-experts.size // c.n_routed_experts)) if few else 128
-        plan = plan_dispatch(experts, c.n_routed_experts, block=block)
-        rows = scatter_rows(x.astype(self.dtype), plan)
-        gate, up = jnp.split(kept(grouped_matmul(rows, gate_up.astype(self.dtype), plan.block_expert)), 2, axis=-1)
-        rows = kept(grouped_matmul(nn.silu(gate) * up, down.astype(self.dtype), plan.block_expert))
-        back = gather_rows(rows, plan)
-        return jnp.einsum("TKD,TK->TD", back.astype(jnp.float32), weights).astype(x.dtype)
+        x, gate_up, down = (part.astype(self.dtype) for part in (x, gate_up, down))
+        where = placement()
+        if where is not None:
+            return spread_experts(where, x, scores, bias, gate_up, down, config=c, path=self.path)
+        tokens = x.reshape(-1, width), scores.reshape(-1, c.n_routed_experts)
+        mixed = mix_experts(*tokens, bias, gate_up, down, config=c, few=few)
+        return Mixed(mixed.output.reshape(x.shape), mixed.experts.reshape(*x.shape[:2], -1))
 
 
 class MoE(nn.Module):
@@ -134,16 +273,18 @@ class MoE(nn.Module):
         self, x: Float[Array, "B T D"], valid: Bool[Array, "B T"], *, few: bool = False
     ) -> tuple[Float[Array, "B T D"], RouterStats]:
         c = self.config
-        batch, length, width = x.shape
-        flat = x.reshape(-1, width)
-        scores, bias = Router(c, name="gate")(flat)
-        experts, weights = select_experts(scores, bias, c)
-        routed = Experts(c, self.dtype, name="experts")(flat, experts, weights, few=few).reshape(x.shape)
+        # On a mesh the tokens keep their two dimensions, each of which may be divided over devices.
+        tokens = x.reshape(-1, x.shape[-1]) if placement() is None else x
+        scores, bias = Router(c, name="gate")(tokens)
+        scores = scores.reshape(*x.shape[:2], -1)
+        mixed = Experts(c, self.dtype, name="experts")(x, scores, bias, few=few)
+        routed = mixed.output.astype(x.dtype)
         shared_width = c.n_shared_experts * c.moe_intermediate_size
         if shared_width:
             shared = MLP(shared_width, self.dtype, c.initializer_range, self.lora, name="shared_experts")
             routed = routed + shared(x)
-        chosen = jnp.sum(jax.nn.one_hot(experts, c.n_routed_experts), axis=1).reshape(batch, length, -1)
+        chosen = jnp.sum(jax.nn.one_hot(mixed.experts, c.n_routed_experts), axis=2)
         existing = chosen * valid[..., None].astype(jnp.float32)
-        balance = sequence_balance_loss(scores.reshape(chosen.shape), chosen, valid, c.num_experts_per_tok)
-        return routed, RouterStats(jnp.sum(existing, axis=(0, 1)), balance, jnp.sum(existing, axis=1))
+        balance = sequence_balance_loss(scores, chosen, valid, c.num_experts_per_tok)
+        load, waited = jnp.sum(existing, axis=(0, 1)), mixed.waited
+        return routed, RouterStats(load, balance, jnp.sum(existing, axis=1), waited)

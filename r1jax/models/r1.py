@@ -8,6 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from r1jax.config import ModelConfig
 from r1jax.models.decoder import Decoder, language_logits
+from r1jax.models.initial import normal
 from r1jax.models.layers import Linear
 from r1jax.models.lora import Lora
 from r1jax.models.moe import RouterStats
@@ -15,6 +16,7 @@ from r1jax.models.precision import PRECISIONS
 from r1jax.models.table import TableEncoder
 from r1jax.models.text import TextSummary
 from r1jax.models.vision import VisionEncoder
+from r1jax.ops.axes import constrain, gathered
 
 
 class Inputs(NamedTuple):
@@ -86,7 +88,7 @@ class R1(nn.Module):
             return
         if "text" in c.modalities:
             self.text = TextSummary(width, self.dtype, c.dropout)
-        self.queries = self.param("queries", nn.initializers.normal(0.02), (len(self.heads), width), jnp.float32)
+        self.queries = self.param("queries", normal(0.02), (len(self.heads), width), jnp.float32)
         self.head = {name: Linear(size, jnp.float32, bias=True) for name, size in self.heads}
 
     def encode(
@@ -135,10 +137,10 @@ class R1(nn.Module):
                 summary = summary + jnp.where(jnp.any(inputs.text_valid, axis=1)[:, None], read, 0)
         if self.heads:
             # Queries start from the summaries: a direct way for gradients, which attention over many tokens dilutes.
-            asked = self.queries.astype(tokens[0].dtype)[None]
+            asked = gathered(self.queries.astype(tokens[0].dtype), ("queries",))[None]
             asked = jnp.broadcast_to(asked, (len(tokens[0]), *asked.shape[1:])) + summary[:, None]
             tokens, exist = [*tokens, asked], [*exist, jnp.ones(asked.shape[:2], bool)]
-        x, valid = jnp.concatenate(tokens, axis=1), jnp.concatenate(exist, axis=1)
+        x, valid = constrain(jnp.concatenate(tokens, axis=1), "batch", "length", None), jnp.concatenate(exist, axis=1)
         # Positions count what exists, so that a missing modality and padding shift nothing.
         positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
         hidden, router = self.decoder(x, positions, valid, cases=cases)

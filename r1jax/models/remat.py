@@ -5,15 +5,18 @@ keeps of each block the results of its products and of attention, and computes t
 `full` keeps only what enters a block. `offload` keeps what `minimal` keeps, but in the host's memory.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float
 
 from r1jax.ops.attention import dot_product_attention
+from r1jax.ops.axes import placement, spread
 
 Remat = Literal["none", "attention", "minimal", "full", "offload"]
 PRODUCT = "product"
@@ -53,6 +56,28 @@ def block(call: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
     return nn.remat(call, policy=policy)
 
 
+def spread_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S N H"],
+    v: Float[Array, "B S N Hv"],
+    valid: Bool[Array, "B S"] | None,
+    *,
+    scale: float,
+    causal: bool,
+) -> Float[Array, "B T N Hv"]:
+    """`dot_product_attention`; on a mesh within each device's own cases and heads, and nothing is exchanged."""
+    where, attend = placement(), functools.partial(dot_product_attention, scale=scale, causal=causal)
+    if where is None:
+        return attend(q, k, v, valid=valid)
+    heads = where.spec(("batch", None, "heads", None), q.shape)
+    arrays = (q, k, v) if valid is None else (q, k, v, valid)
+
+    def local(q: Array, k: Array, v: Array, *valid: Array) -> Array:
+        return attend(q, k, v, valid=valid[0] if valid else None)
+
+    return spread(local, (heads, heads, heads, PartitionSpec(heads[0]))[: len(arrays)], heads)(*arrays)
+
+
 def attention(remat: Remat) -> Callable[..., Array]:
     """`dot_product_attention` by the policy; its keyword arguments are settings, its positional ones arrays.
 
@@ -65,7 +90,7 @@ def attention(remat: Remat) -> Callable[..., Array]:
 
     def attend(q: Array, k: Array, v: Array, valid: Array | None, *, scale: float, causal: bool) -> Array:
         def run(q: Array, k: Array, v: Array, valid: Array | None) -> Array:
-            return dot_product_attention(q, k, v, scale=scale, causal=causal, valid=valid)
+            return spread_attention(q, k, v, valid, scale=scale, causal=causal)
 
         return kept((jax.checkpoint(run) if remat == "attention" else run)(q, k, v, valid))
 

@@ -8,8 +8,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from r1jax.config import TableConfig
+from r1jax.models.initial import normal
 from r1jax.models.layers import EncoderLayer, Linear, RMSNorm
 from r1jax.models.remat import Remat, block
+from r1jax.ops.axes import constrain, gathered
 
 
 class TableEncoder(nn.Module):
@@ -42,10 +44,11 @@ class TableEncoder(nn.Module):
         angle = 2 * math.pi * known * frequency[None]
         parts = [known, jnp.sin(angle), jnp.cos(angle), jnp.ones_like(known)]
         x = jnp.concatenate(parts, axis=-1).astype(self.dtype)
-        init = nn.initializers.normal(x.shape[-1] ** -0.5)
+        init = normal(x.shape[-1] ** -0.5)
         weight = self.param("weight", init, (fields, self.features, x.shape[-1]), jnp.float32)
-        absent = self.param("missing", nn.initializers.normal(1.0), (fields, self.features), jnp.float32)
-        x = jnp.einsum("BFI,FOI->BFO", x, weight.astype(self.dtype))
+        absent = self.param("missing", normal(1.0), (fields, self.features), jnp.float32)
+        weight, absent = (gathered(w, (*self.path, name)) for w, name in ((weight, "weight"), (absent, "missing")))
+        x = constrain(jnp.einsum("BFI,FOI->BFO", x, weight.astype(self.dtype)), "batch", None, None)
         x = jnp.where(missing[..., None], jnp.broadcast_to(absent.astype(self.dtype)[None], x.shape), x)
         fields_alone = jnp.mean(x, axis=1)
         for i in range(c.layers):

@@ -15,8 +15,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from r1jax.config import VisionConfig
+from r1jax.models.initial import normal
 from r1jax.models.layers import EncoderLayer, Linear, RMSNorm
 from r1jax.models.remat import Remat, block, kept
+from r1jax.ops.axes import constrain, gathered
 
 
 class Encoded(NamedTuple):
@@ -39,10 +41,12 @@ class PlaneConv(nn.Module):
     def __call__(self, x: Float[Array, "*B Y X C"]) -> Float[Array, "*B Y X F"]:
         shape = (3, 3, x.shape[-1], self.features)
         weight = self.param("weight", nn.initializers.he_normal(), shape, jnp.float32)
-        flat = x.reshape(-1, *x.shape[-3:]).astype(self.dtype)
+        # A plane is never divided: the partitioner of jax 0.10.2 then doubles gradients before a convolution.
+        flat = constrain(x.reshape(-1, *x.shape[-3:]).astype(self.dtype), "batch", None, None, None)
+        weight = gathered(weight.astype(self.dtype), (*self.path, "weight"))
         dims = ("NHWC", "HWIO", "NHWC")
-        y = jax.lax.conv_general_dilated(flat, weight.astype(self.dtype), (1, 1), "SAME", dimension_numbers=dims)
-        return kept(y).reshape(*x.shape[:-1], self.features)
+        y = jax.lax.conv_general_dilated(flat, weight, (1, 1), "SAME", dimension_numbers=dims)
+        return constrain(kept(y), "batch", None, None, None).reshape(*x.shape[:-1], self.features)
 
 
 class ThroughConv(nn.Module):
@@ -106,7 +110,7 @@ class VisionEncoder(nn.Module):
           Tokens, summary, and where the finding is.
         """
         c = self.config
-        x = space_to_depth(x[..., None], c.stem_stride)
+        x = constrain(space_to_depth(x[..., None], c.stem_stride), "batch", *[None] * (x.ndim))
         for stage, (width, blocks) in enumerate(zip(c.widths, c.blocks, strict=True)):
             if stage:
                 x = space_to_depth(x, 2)
@@ -116,7 +120,8 @@ class VisionEncoder(nn.Module):
                 x = block(ResidualBlock.__call__, self.remat)(residual, x)
         grid = x.shape[1:-1]
         x = RMSNorm(name="norm")(x.reshape(x.shape[0], -1, x.shape[-1]))
-        place = self.param("position", nn.initializers.normal(0.02), x.shape[1:], jnp.float32)
+        place = self.param("position", normal(0.02), x.shape[1:], jnp.float32)
+        place = gathered(place, (*self.path, "position"))
         size = Linear(x.shape[-1], self.dtype, bias=True, name="spacing")(jnp.log(spacing))
         x = x + jnp.broadcast_to(place.astype(self.dtype)[None], x.shape) + jnp.broadcast_to(size[:, None], x.shape)
         for i in range(c.layers):

@@ -2,19 +2,79 @@
 
 A chunk's gradient is formed while its logits are there (Wijmans et al. 2025, "Cut your losses in large-vocabulary
 language models", without their sparsity): the backward pass only scales it. Chunks run along the time axis, so that a
-batch that is spread over devices stays spread.
+batch that is spread over devices stays spread. Where the vocabulary is divided over devices too, each forms the logits
+of its part, and they exchange a maximum and sums a token (Shoeybi et al. 2019, section 3).
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from r1jax.ops.axes import Placement, axes_of, gather_dimensions, placement, spread
 from r1jax.ops.losses import cross_entropy
 
+HEAD = ("lm_head", "weight")
+"""End of the weight's path in the parameter tree, which says where it is kept."""
 CHUNK = 1024
 """Tokens whose logits are held at once."""
+
+
+class Part(NamedTuple):
+    """The part of the vocabulary whose logits a device forms."""
+
+    vocabulary: int
+    """Tokens in all."""
+    axes: tuple[str, ...] = ()
+    """Mesh axes along which it is divided; none on one device."""
+
+    def first(self, size: int) -> Int[Array, ""] | int:
+        """First token of a part of so many."""
+        return jax.lax.axis_index(self.axes) * size if self.axes else 0
+
+    def sum(self, x: Array) -> Array:
+        """Sum over the parts."""
+        return jax.lax.psum(x, self.axes) if self.axes else x
+
+
+class Lies(NamedTuple):
+    """Where on a mesh the arguments are."""
+
+    states: PartitionSpec
+    tokens: PartitionSpec
+    weight: PartitionSpec
+    apart: tuple[tuple[str, ...], ...]
+    """Mesh axes over which each dimension of the weight is gathered."""
+    part: Part
+
+    @staticmethod
+    def on(where: Placement, hidden: Array, weight: Array) -> "Lies":
+        """The places on a mesh."""
+        names = ("vocabulary", None)
+        kept, apart = where.kept(weight.shape, names, HEAD)
+        part = Part(len(weight), axes_of(where.spec(names, weight.shape)[0]))
+        tokens = where.spec(("batch", "length"), hidden.shape[:2])
+        return Lies(PartitionSpec(*tokens, None), tokens, kept, apart, part)
+
+    def sum_over_tokens(self, x: Array) -> Array:
+        """Sum over the devices that have different tokens."""
+        axes = tuple(axis for dimension in self.tokens for axis in axes_of(dimension))
+        return jax.lax.psum(x, axes) if axes else x
+
+    def sum_where_kept(self, to_weight: Array) -> Array:
+        """The same for a gradient of the weight, of which each device keeps its part."""
+        over = tuple(axis for dimension in self.tokens for axis in axes_of(dimension))
+        apart = tuple(axis for axes in self.apart for axis in axes)
+        for dimension, axes in enumerate(self.apart):
+            if axes:
+                to_weight = jax.lax.psum_scatter(to_weight, axes, scatter_dimension=dimension, tiled=True)
+        for axis in apart:
+            to_weight = to_weight if axis in over else to_weight / jax.lax.axis_size(axis)  # they had the same tokens
+        rest = tuple(axis for axis in over if axis not in apart)
+        return jax.lax.psum(to_weight, rest) if rest else to_weight
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
@@ -54,13 +114,25 @@ def token_losses(
     chunk: int = CHUNK,
 ) -> Float[Array, "B T"]:
     """The losses that `linear_cross_entropy` sums; meant for scoring, its gradient would hold every logit."""
-    weight = weight.astype(hidden.dtype)
 
-    def one(_: None, part: tuple[Array, Array]) -> tuple[None, Array]:
-        return None, _losses(_logits(part[0], weight), part[1], smoothing, z_loss)
+    def local(hidden: Array, weight: Array, labels: Array, part: Part) -> Array:
+        def one(_: None, chunk: tuple[Array, Array]) -> tuple[None, Array]:
+            scores = _scores(chunk[0], weight, part)
+            return None, _losses(scores, chunk[1], smoothing, z_loss, part)
 
-    losses = jax.lax.scan(one, None, (_chunks(hidden, chunk), _chunks(labels, chunk)))[1]
-    return _whole(losses, hidden.shape[1])
+        losses = jax.lax.scan(one, None, (_chunks(hidden, chunk), _chunks(labels, chunk)))[1]
+        return _whole(losses, hidden.shape[1])
+
+    narrow, where = weight.astype(hidden.dtype), placement()
+    if where is None:
+        return local(hidden, narrow, labels, Part(len(weight)))
+    lies = Lies.on(where, hidden, weight)
+    run = spread(
+        lambda hidden, weight, labels: local(hidden, gather_dimensions(weight, lies.apart), labels, lies.part),
+        (lies.states, lies.weight, lies.tokens),
+        lies.tokens,
+    )
+    return run(hidden, narrow, labels)
 
 
 def _forward(
@@ -72,26 +144,54 @@ def _forward(
     z_loss: float,
     chunk: int,
 ) -> tuple[Float[Array, ""], tuple[Array, Array]]:
-    narrow = weight.astype(hidden.dtype)
+    settings, narrow, where = (smoothing, z_loss, chunk), weight.astype(hidden.dtype), placement()
+    if where is None:
+        total, to_hidden, to_weight = _slopes(hidden, narrow, labels, weights, *settings, Part(len(weight)))
+    else:
+        lies = Lies.on(where, hidden, weight)
 
-    def one(carry: tuple[Array, Array], part: tuple[Array, ...]) -> tuple[tuple[Array, Array], Array]:
+        def local(hidden: Array, weight: Array, labels: Array, weights: Array) -> tuple[Array, Array, Array]:
+            weight = gather_dimensions(weight, lies.apart)
+            total, to_hidden, to_weight = _slopes(hidden, weight, labels, weights, *settings, lies.part)
+            return lies.sum_over_tokens(total), to_hidden, lies.sum_where_kept(to_weight)
+
+        in_specs, out_specs = (
+            (lies.states, lies.weight, lies.tokens, lies.tokens),
+            (PartitionSpec(), lies.states, lies.weight),
+        )
+        total, to_hidden, to_weight = spread(local, in_specs, out_specs)(hidden, narrow, labels, weights)
+    return total, (to_hidden, to_weight.astype(weight.dtype))
+
+
+def _slopes(
+    hidden: Float[Array, "B T D"],
+    weight: Float[Array, "v D"],
+    labels: Int[Array, "B T"],
+    weights: Float[Array, "B T"],
+    smoothing: float,
+    z_loss: float,
+    chunk: int,
+    part: Part,
+) -> tuple[Float[Array, ""], Float[Array, "B T D"], Float[Array, "v D"]]:
+    """Loss of the tokens of a device, its gradient by them, and by the device's part of the vocabulary."""
+
+    def one(carry: tuple[Array, Array], tokens: tuple[Array, ...]) -> tuple[tuple[Array, Array], Array]:
         total, to_weight = carry
-        x, y, w = part
-        logits = _logits(x, narrow)
-        normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-        size = logits.shape[-1]
-        target = (1 - smoothing) * jax.nn.one_hot(y, size, dtype=jnp.float32) + smoothing / size
-        slope = jnp.exp(logits - normaliser) * (1 + 2 * z_loss * normaliser) - target
+        x, y, w = tokens
+        scores = _scores(x, weight, part)
+        own = y - part.first(len(weight))
+        target = (1 - smoothing) * jax.nn.one_hot(own, len(weight), dtype=jnp.float32) + smoothing / part.vocabulary
+        slope = jnp.exp(scores.shifted - scores.log_sum) * (1 + 2 * z_loss * (scores.highest + scores.log_sum)) - target
         slope = (slope * w[..., None]).astype(x.dtype)
-        to_hidden = jnp.einsum("btV,VD->btD", slope, narrow, preferred_element_type=jnp.float32)
+        to_hidden = part.sum(jnp.einsum("btV,VD->btD", slope, weight, preferred_element_type=jnp.float32))
         to_weight = to_weight + jnp.einsum("btV,btD->VD", slope, x, preferred_element_type=jnp.float32)
-        total = total + jnp.sum(_losses(logits, y, smoothing, z_loss) * w)
+        total = total + jnp.sum(_losses(scores, y, smoothing, z_loss, part) * w)
         return (total, to_weight), to_hidden.astype(x.dtype)
 
-    parts = tuple(_chunks(x, chunk) for x in (hidden, labels, weights))
+    chunks = tuple(_chunks(x, chunk) for x in (hidden, labels, weights))
     start = (jnp.zeros((), jnp.float32), jnp.zeros(weight.shape, jnp.float32))
-    (total, to_weight), to_hidden = jax.lax.scan(one, start, parts)
-    return total, (_whole(to_hidden, hidden.shape[1]), to_weight.astype(weight.dtype))
+    (total, to_weight), to_hidden = jax.lax.scan(one, start, chunks)
+    return total, _whole(to_hidden, hidden.shape[1]), to_weight
 
 
 def _backward(
@@ -113,18 +213,46 @@ def linear_cross_entropy_reference(
     z_loss: float = 0.0,
 ) -> Float[Array, ""]:
     """`linear_cross_entropy` with all logits at once."""
-    return jnp.sum(_losses(_logits(hidden, weight.astype(hidden.dtype)), labels, smoothing, z_loss) * weights)
+    logits = _logits(hidden, weight.astype(hidden.dtype))
+    losses = cross_entropy(logits, labels, smoothing=smoothing)
+    return jnp.sum((losses + z_loss * jax.nn.logsumexp(logits, axis=-1) ** 2) * weights)
 
 
-def _logits(x: Float[Array, "B t D"], weight: Float[Array, "V D"]) -> Float[Array, "B t V"]:
+def _logits(x: Float[Array, "b t D"], weight: Float[Array, "V D"]) -> Float[Array, "b t V"]:
     return jnp.einsum("btD,VD->btV", x, weight, preferred_element_type=jnp.float32)
 
 
+class Scores(NamedTuple):
+    """Logits of a part of the vocabulary beside what is known of all of it."""
+
+    shifted: Float[Array, "b t v"]
+    """Logits, less `highest`."""
+    highest: Float[Array, "b t 1"]
+    """Largest logit of the whole vocabulary."""
+    log_sum: Float[Array, "b t 1"]
+    """Logarithm of the sum of the exponentials of the shifted logits of the whole vocabulary."""
+
+
+def _scores(x: Float[Array, "b t D"], weight: Float[Array, "v D"], part: Part) -> Scores:
+    logits = _logits(x, weight)
+    highest = jnp.max(jax.lax.stop_gradient(logits), axis=-1, keepdims=True)
+    highest = jax.lax.pmax(highest, part.axes) if part.axes else highest
+    shifted = logits - highest
+    return Scores(shifted, highest, jnp.log(part.sum(jnp.sum(jnp.exp(shifted), axis=-1, keepdims=True))))
+
+
 def _losses(
-    logits: Float[Array, "B t V"], labels: Int[Array, "B t"], smoothing: float, z_loss: float
-) -> Float[Array, "B t"]:
-    losses = cross_entropy(logits, labels, smoothing=smoothing)
-    return losses + z_loss * jax.nn.logsumexp(logits, axis=-1) ** 2 if z_loss else losses
+    scores: Scores, labels: Int[Array, "b t"], smoothing: float, z_loss: float, part: Part
+) -> Float[Array, "b t"]:
+    size = scores.shifted.shape[-1]
+    own = labels - part.first(size)
+    inside = (own >= 0) & (own < size)
+    found = jnp.take_along_axis(scores.shifted, jnp.where(inside, own, 0)[..., None], axis=-1)[..., 0]
+    hit = part.sum(jnp.where(inside, found, 0.0))
+    losses = scores.log_sum[..., 0] - (1 - smoothing) * hit
+    if smoothing:
+        losses = losses - smoothing / part.vocabulary * part.sum(jnp.sum(scores.shifted, axis=-1))
+    return losses + z_loss * (scores.highest + scores.log_sum)[..., 0] ** 2 if z_loss else losses
 
 
 def _chunks(x: Array, chunk: int) -> Array:

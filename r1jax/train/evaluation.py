@@ -12,7 +12,7 @@ from r1jax.data.loader import padded_batches
 from r1jax.data.source import Source
 from r1jax.models.r1 import R1
 from r1jax.parallel.agree import place_whole
-from r1jax.parallel.mesh import shard_tree
+from r1jax.parallel.mesh import shard_tree, shares, traced_for
 from r1jax.tasks.task import Task
 
 
@@ -33,7 +33,9 @@ class Evaluator:
         def forward(params: Any, batch: dict[str, Any], mode: Any) -> dict[str, Any]:
             return task.outcomes(functools.partial(model.apply, {"params": params}), batch, mode)
 
-        self.forward = jax.jit(forward, out_shardings=NamedSharding(mesh, PartitionSpec()))
+        self.forward = jax.jit(
+            traced_for(mesh, task.config.mesh, forward), out_shardings=NamedSharding(mesh, PartitionSpec())
+        )
 
     def predict(
         self, params: Any, source: Source, *, batch_size: int, modes: tuple[str, ...]
@@ -43,13 +45,13 @@ class Evaluator:
         Args:
           params: Weights to serve.
           source: The cases.
-          batch_size: Cases a forward pass; rounded up to the number of devices.
+          batch_size: Cases a forward pass; rounded up to a multiple of the devices that share it.
           modes: Names of the task's modes, in turn.
 
         Returns:
           Outcomes of each mode (cases first), targets, case ids.
         """
-        batch_size = -(-batch_size // self.mesh.size) * self.mesh.size
+        batch_size = -(-batch_size // shares(self.mesh)) * shares(self.mesh)
         params = jax.device_put(params, shard_tree(self.mesh, params))
         predicted: dict[str, list[dict[str, np.ndarray]]] = {mode: [] for mode in modes}
         switches = self.task.modes()

@@ -20,6 +20,7 @@ from r1jax.disk import flush
 from r1jax.errors import UserError
 from r1jax.models.r1 import R1
 from r1jax.parallel.agree import from_first
+from r1jax.parallel.mesh import shares
 from r1jax.tasks.task import Task
 from r1jax.train.plan import device_limit, device_need, example_batch
 from r1jax.train.step import compile_step
@@ -67,10 +68,10 @@ def settle_batch(config: Config, mesh: Mesh, task: Task, source: Source, say: Ca
     if train.batch_size == AUTO and record:  # the run has its batch; on other devices only the parts may differ
         config = _with(config, record["batch_size"], AUTO)
     if config.train.batch_size == AUTO:
-        part = largest_part(lambda cases: need(cases, train.accumulation), budget, mesh.size, len(source))
+        part = largest_part(lambda cases: need(cases, train.accumulation), budget, shares(mesh), len(source))
         config = _with(config, part * train.accumulation, train.accumulation)
     else:
-        parts = fewest_parts(need, budget, mesh.size, config.train.batch_size)
+        parts = fewest_parts(need, budget, shares(mesh), config.train.batch_size)
         config = _with(config, config.train.batch_size, parts)
     size, parts = config.train.batch_size, config.train.accumulation
     took = need(size // parts, parts)
@@ -150,7 +151,7 @@ def in_more_parts(config: Config, mesh: Mesh) -> Config:
       UserError: Every part has one case a device already.
     """
     size, parts = config.train.batch_size, config.train.accumulation
-    more = next((n for n in divisions(size, mesh.size) if n >= 2 * parts), None)
+    more = next((n for n in divisions(size, shares(mesh)) if n >= 2 * parts), None)
     if more is None:
         raise UserError(
             f"a step of {size} cases in {parts} parts takes more memory than {_device(mesh)} has: choose model.remat, "

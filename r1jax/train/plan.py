@@ -1,6 +1,8 @@
 """What a run would take, from the compiled program, before it starts (`train.py --dry-run`)."""
 
 import os
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -10,10 +12,14 @@ from jax.sharding import Mesh
 
 from r1jax.config import Config
 from r1jax.data.source import Source
+from r1jax.models.precision import PRECISIONS
 from r1jax.models.r1 import R1
-from r1jax.parallel.mesh import shard_tree
+from r1jax.parallel.collectives import collectives
+from r1jax.parallel.mesh import abstract_mesh, check_model, shares
+from r1jax.parallel.show import bytes_a_device, show
 from r1jax.tasks.task import Task
 from r1jax.train.flops import work_of
+from r1jax.train.roofline import MEMORY, roofline_rows
 from r1jax.train.step import Batch, compile_step, init_state
 
 
@@ -32,6 +38,28 @@ def example_batch(source: Source, task: Task, batch_size: int) -> Batch:
     return {k: jnp.asarray(np.repeat(v, batch_size, axis=0)) for k, v in one.items()}
 
 
+def show_mesh(config: Config, make_task: Callable[[Config], Task]) -> str:
+    """Says where the state of a run lies on its mesh, whose devices need not exist.
+
+    Args:
+      config: The experiment.
+      make_task: The task of a config.
+
+    Returns:
+      A table.
+
+    Raises:
+      UserError: The mesh does not fit the devices or the model.
+    """
+    mesh = abstract_mesh(config.mesh, jax.device_count())
+    check_model(mesh.shape, config.model)
+    config = replace(config, train=replace(config.train, batch_size=1, accumulation=1))
+    task = make_task(config)
+    model, batch = R1(config.model, task.heads), example_batch(task.source("train"), task, 1)
+    state = jax.eval_shape(lambda: init_state(config, model, task, batch))
+    return show(mesh, {"parameters": state.params, "optimizer": state.optimizer, "average": state.ema})
+
+
 def plan(config: Config, model: R1, task: Task, mesh: Mesh, batch: Batch) -> str:
     """Compiles the step ahead of time and says what it takes.
 
@@ -44,7 +72,8 @@ def plan(config: Config, model: R1, task: Task, mesh: Mesh, batch: Batch) -> str
 
     Returns:
       A table: parameters in all and active a token, bytes a device and whether it has them, FLOPs a step as XLA
-      counts them and as the model needs them, term by term.
+      counts them and as the model needs them, term by term; of several devices also what they exchange, and how long
+      H100s need for it all at least.
     """
     state = jax.eval_shape(lambda: init_state(config, model, task, batch))
     compiled = compile_step(config, model, task, mesh, batch)
@@ -62,7 +91,7 @@ def plan(config: Config, model: R1, task: Task, mesh: Mesh, batch: Batch) -> str
     rows = [
         ("parameters", f"{total:,} ({total - layers * idle:,} active a token)"),
         *((f"  {name}", f"{count:,}") for name, count in parts.items()),
-        ("mesh", ", ".join(f"{k} {v}" for k, v in mesh.shape.items())),
+        ("mesh", ", ".join(f"{k} {v}" for k, v in mesh.shape.items() if v > 1) or "one device"),
         ("state a device", f"{held / 2**20:,.1f} MiB"),
         ("batch, temporaries a device", f"{working / 2**20:,.1f} MiB"),
         ("memory of a device", _verdict(held + working, mesh)),
@@ -75,6 +104,9 @@ def plan(config: Config, model: R1, task: Task, mesh: Mesh, batch: Batch) -> str
             for term in work.terms
         ),
     ]
+    if mesh.size > 1:
+        dtype = jnp.dtype(PRECISIONS[config.model.precision].compute).name
+        rows += roofline_rows(collectives(compiled.as_text(), mesh), mesh, work.flops, held, dtype)
     width = max(len(name) for name, _ in rows) + 2
     return "\n".join(f"{name:<{width}}{value}" for name, value in rows)
 
@@ -94,11 +126,8 @@ def device_need(config: Config, model: R1, task: Task, mesh: Mesh, batch: Batch,
       Of the state, and of the batch and what the program needs besides.
     """
     state = jax.eval_shape(lambda: init_state(config, model, task, batch))
-    sharded = jax.tree.map(
-        lambda x, s: int(np.prod(s.shard_shape(x.shape))) * x.dtype.itemsize, state, shard_tree(mesh, state)
-    )
-    working = compiled.memory_analysis().temp_size_in_bytes + sum(x.nbytes for x in batch.values()) // mesh.size
-    return sum(jax.tree.leaves(sharded)), working
+    working = compiled.memory_analysis().temp_size_in_bytes + sum(x.nbytes for x in batch.values()) // shares(mesh)
+    return sum(bytes_a_device(mesh, state)), working
 
 
 def device_limit(mesh: Mesh) -> float | None:
@@ -110,9 +139,11 @@ def device_limit(mesh: Mesh) -> float | None:
 
 
 def _verdict(needed: int, mesh: Mesh) -> str:
-    """Whether a step fits."""
-    limit = device_limit(mesh)
+    """Whether a step fits; several CPU devices stand for as many H100s."""
+    simulated = mesh.size > 1 and mesh.devices.flat[0].platform == "cpu"
+    limit = MEMORY if simulated else device_limit(mesh)
     if limit is None:
         return "unknown"
     fits = "the step fits" if needed <= limit else "the step does not fit"
-    return f"{limit / 2**20:,.0f} MiB: {fits}, it takes {needed / limit:.1%}"
+    told = f"{limit / 2**20:,.0f} MiB{' of an H100' if simulated else ''}: {fits}, it takes {needed / limit:.1%}"
+    return f"{told} (temporaries as the CPU's compiler plans them)" if simulated else told

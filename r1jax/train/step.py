@@ -15,7 +15,7 @@ from r1jax.models.lora import join_trees, split_adapters
 from r1jax.models.precision import PRECISIONS, stored
 from r1jax.models.r1 import R1, Inputs
 from r1jax.ops.rounding import round_like
-from r1jax.parallel.mesh import batch_sharding, shard_tree
+from r1jax.parallel.mesh import batch_sharding, shard_tree, traced_for
 from r1jax.tasks.task import Task
 from r1jax.train.accumulate import divide, sum_over
 from r1jax.train.layer_metrics import layer_metrics
@@ -114,7 +114,7 @@ def batch_gradients(
     key: PRNGKeyArray,
     share: Float[Array, ""],
     scale: Float[Array, ""] | None = None,
-) -> tuple[Any, Float[Array, ""], dict[str, Array], tuple[Float[Array, " E"], ...]]:
+) -> tuple[Any, Float[Array, ""], dict[str, Array], tuple[Float[Array, " E"], ...], list[Array]]:
     """Gradients, loss, its parts and the experts' loads of a whole batch, computed in `train.accumulation` parts.
 
     Every mean of the loss is taken over the whole batch, and a case's random numbers depend on its index alone, so that
@@ -132,7 +132,8 @@ def batch_gradients(
       scale: Factor on the loss while it is differentiated; the gradients are divided by it.
 
     Returns:
-      Gradients in fp32, the scalar loss, its parts, and the tokens of each expert of each mixture layer.
+      Gradients in fp32, the scalar loss, its parts, the tokens of each expert of each mixture layer, and for each of
+      these layers how many choices waited for a second exchange between devices (none where there is no exchange).
     """
     augment, dropout = jax.random.split(key)
     cases = jnp.arange(len(jax.tree.leaves(batch)[0]))
@@ -152,7 +153,8 @@ def batch_gradients(
             output = model.apply({"params": params}, inputs, cases=part[0], language=task.language, rngs=rngs)
             loss, parts = task.loss(output, inputs, targets, share, weights)
             scaled = loss if scale is None else loss * scale
-            return scaled, (loss, parts, tuple(stats.load for stats in output.router))
+            waited = [stats.waited for stats in output.router if stats.waited is not None]
+            return scaled, (loss, parts, tuple(stats.load for stats in output.router), waited)
 
         gradients, sums = jax.grad(loss_fn, has_aux=True)(trained)
         return gradients, *sums
@@ -183,7 +185,9 @@ def make_step(config: Config, model: R1, task: Task) -> Any:
         draws, rounding, rounding_moments = jax.random.split(key, 3)
         kept, scaling = state.optimizer if isinstance(state.optimizer, ScaledState) else (state.optimizer, None)
         scale = scaling.scale if scaling else None
-        gradients, loss, parts, loads = batch_gradients(config, model, task, old, frozen, batch, draws, share, scale)
+        gradients, loss, parts, loads, waited = batch_gradients(
+            config, model, task, old, frozen, batch, draws, share, scale
+        )
         updates, moments = optimizer.update(gradients, _wide(kept), _wide(old))
         new = round_like(rounding, optax.apply_updates(_wide(old), updates), old)
         moments = round_like(rounding_moments, moments, kept)
@@ -195,6 +199,8 @@ def make_step(config: Config, model: R1, task: Task) -> Any:
         metrics |= layer_metrics(_wide(old), gradients, updates)
         for i, load in enumerate(loads):
             metrics[f"router.{i}.violation"] = jnp.max(load) / jnp.maximum(jnp.mean(load), 1e-9) - 1
+        for i, count in enumerate(waited):
+            metrics[f"router.{i}.waited"] = count.astype(jnp.float32)
         done = TrainState(state.step + 1, state.key, join_trees(new, frozen), moments, _average(state, new, config))
         return _if_sound(state._replace(optimizer=kept), done, scaling, metrics, limit)
 
@@ -280,7 +286,7 @@ def compile_step(config: Config, model: R1, task: Task, mesh: Mesh, batch: Batch
     where, cases = shard_tree(mesh, abstract), batch_sharding(mesh)
     whole = NamedSharding(mesh, PartitionSpec())
     step = jax.jit(
-        make_step(config, model, task),
+        traced_for(mesh, config.mesh, make_step(config, model, task)),
         in_shardings=(where, cases, whole),
         out_shardings=(where, whole),
         donate_argnums=0,

@@ -1,10 +1,12 @@
-"""Mesh sizes, where arrays lie, and one training step on three meshes."""
+"""Mesh sizes, where arrays lie, and one whole step on two of them."""
+
+from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
 
 from r1jax.config import (
     Config,
@@ -19,7 +21,16 @@ from r1jax.config import (
 from r1jax.errors import UserError
 from r1jax.models.r1 import R1
 from r1jax.parallel import mesh as mesh_module
-from r1jax.parallel.mesh import SMALLEST_SHARDED, batch_sharding, check_batch, make_mesh, shard_tree
+from r1jax.parallel.mesh import (
+    SMALLEST_SHARDED,
+    abstract_mesh,
+    batch_sharding,
+    by_node,
+    check_batch,
+    check_model,
+    make_mesh,
+    shard_tree,
+)
 from r1jax.tasks.medical.task import Medical
 from r1jax.train.step import NO_LIMIT, compile_step, init_state
 
@@ -53,11 +64,57 @@ TINY = Config(
 
 
 @pytest.mark.parametrize(
-    ("data", "fsdp", "shape"), [(-1, 1, (8, 1)), (8, 1, (8, 1)), (2, -1, (2, 4)), (-1, 4, (2, 4)), (1, 8, (1, 8))]
+    ("asked", "sizes"),
+    [
+        ({}, {"data": 8}),
+        ({"data": 8}, {"data": 8}),
+        ({"data": 2, "fsdp": -1}, {"data": 2, "fsdp": 4}),
+        ({"fsdp": 4}, {"data": 2, "fsdp": 4}),
+        ({"data": 1, "fsdp": 2, "expert": -1, "tensor": 2}, {"fsdp": 2, "expert": 2, "tensor": 2}),
+        ({"data": 1, "sequence": 8}, {"sequence": 8}),
+    ],
 )
-def test_sizes(data, fsdp, shape):
-    mesh = make_mesh(MeshConfig(data, fsdp))
-    assert mesh.axis_names == ("data", "fsdp") and mesh.devices.shape == shape
+def test_sizes(asked, sizes):
+    mesh = make_mesh(MeshConfig(**asked))
+    assert mesh.axis_names == ("pipe", "data", "fsdp", "expert", "sequence", "tensor")
+    assert {name: size for name, size in mesh.shape.items() if size > 1} == sizes
+
+
+def test_inner_axes_stay_within_a_node():
+    devices = [
+        SimpleNamespace(id=i, process_index=i // 2) for i in range(8)
+    ]  # two devices a process, two processes a node
+    assert by_node([devices[i] for i in (5, 2, 7, 0, 3, 6, 1, 4)]) == devices
+    slices = [SimpleNamespace(id=i, process_index=i, slice_index=i % 2) for i in range(4)]
+    assert [device.id for device in by_node(slices)] == [0, 2, 1, 3]
+    grid = make_mesh(MeshConfig(data=1, fsdp=2, tensor=4), jax.devices()[::-1]).devices.squeeze()
+    assert [[device.id for device in row] for row in grid] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+def test_a_mesh_can_be_described_without_its_devices():
+    mesh = abstract_mesh(MeshConfig(fsdp=64, tensor=8), 8)
+    assert dict(mesh.shape) == {"pipe": 1, "data": 1, "fsdp": 64, "expert": 1, "sequence": 1, "tensor": 8}
+    assert abstract_mesh(MeshConfig(fsdp=4), 8).shape["data"] == 2
+
+
+@pytest.mark.parametrize(
+    ("sizes", "told"),
+    [
+        ({"tensor": 3}, "mesh.tensor is 3, but model.decoder.num_attention_heads is 2"),
+        ({"tensor": 2}, "mesh.tensor is 2, but model.decoder.vocab_size is 263"),
+        ({"expert": 3}, "mesh.expert is 3, but model.decoder.n_routed_experts is 8"),
+    ],
+)
+def test_dimensions_that_do_not_divide_are_refused(sizes, told):
+    config = replace(TINY.model, decoder=replace(TINY.model.decoder, vocab_size=263))
+    with pytest.raises(UserError, match=told):
+        check_model(sizes, config)
+    check_model({"tensor": 2, "expert": 4, "fsdp": 3}, TINY.model)
+
+
+def test_a_size_that_does_not_fit_is_told_with_its_axis():
+    with pytest.raises(UserError, match="mesh.data 1 x mesh.fsdp 1 x mesh.tensor 2 x mesh.expert 3 does not fit 8"):
+        make_mesh(MeshConfig(data=1, tensor=2, expert=3))
 
 
 @pytest.mark.parametrize(("data", "fsdp"), [(3, 1), (-1, 3), (4, 4), (1, 1), (-1, -1), (-1, 16)])
@@ -66,11 +123,12 @@ def test_sizes_that_do_not_fit_are_refused(data, fsdp):
         make_mesh(MeshConfig(data, fsdp))
 
 
-def test_batch_must_spread_over_all_devices():
+def test_batch_must_spread_over_the_devices_that_share_it():
     mesh = make_mesh(MeshConfig(2, 4))
     check_batch(mesh, 16)
     with pytest.raises(UserError, match="train.batch_size is 12"):
         check_batch(mesh, 12)
+    check_batch(make_mesh(MeshConfig(2, 1, tensor=2, expert=2)), 12)
     batch = jax.device_put(jnp.arange(16), batch_sharding(mesh))
     assert sorted(int(s.data[0]) for s in batch.addressable_shards) == list(range(0, 16, 2))
 
@@ -137,16 +195,15 @@ def start():
 
 @pytest.fixture(scope="module")
 def on_one_device(start):
-    mesh = jax.make_mesh((1, 1), ("data", "fsdp"), (AxisType.Auto,) * 2, devices=jax.devices()[:1])
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     return run_step(mesh, start)
 
 
-@pytest.mark.parametrize("sizes", [(8, 1), (2, 4)], ids=["data 8", "data 2 x fsdp 4"])
-def test_a_step_on_eight_devices_equals_one_on_one(start, on_one_device, sizes, monkeypatch):
+def test_a_step_on_eight_devices_equals_one_on_one(start, on_one_device, monkeypatch):
     monkeypatch.setattr(mesh_module, "SMALLEST_SHARDED", 64)  # the tiny arrays are to be split too
     metrics, params, _ = on_one_device
-    other_metrics, other, split = run_step(make_mesh(MeshConfig(*sizes)), start)
-    assert (split > 10) == (sizes[1] > 1)
+    other_metrics, other, split = run_step(make_mesh(MeshConfig(2, 4)), start)
+    assert split > 10
     for name, value in metrics.items():
         np.testing.assert_allclose(other_metrics[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max() > 1e-5, start.params, params)

@@ -65,7 +65,7 @@ def computed(request):
 
 @pytest.mark.parametrize("count", [2, 8])
 def test_parts_add_up_to_the_whole(computed, count):
-    (gradients, loss, parts, loads), (slopes, total, each, counts) = computed[1], computed[count]
+    (gradients, loss, parts, loads, _), (slopes, total, each, counts, _) = computed[1], computed[count]
     assert loss > 0 and parts.keys() == each.keys()
     np.testing.assert_allclose(total, loss, rtol=1e-6)
     for name, value in parts.items():

@@ -38,7 +38,7 @@ def test_memory_and_work(tiny, rows):
     flops = number(rows["FLOPs a step and device"])
     assert flops > 6 * number(rows["parameters"])
     assert number(rows["FLOPs an example"]) == pytest.approx(flops / 8, rel=1e-3)
-    assert rows["mesh"] == "data 1, fsdp 1"
+    assert rows["mesh"] == "one device"
 
 
 def test_example_batch_has_the_shapes_of_a_batch(tiny):

@@ -1,0 +1,76 @@
+"""A training on eight devices is that on one device, whatever the mesh: losses, every gradient, and the weights."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from r1jax.config import MeshConfig
+from r1jax.parallel import mesh as mesh_module
+from tests.parallel.spread import CONFIG, course, furthest, start
+
+STILL = replace(CONFIG, model=replace(CONFIG.model, dropout=0.0), task=replace(CONFIG.task, modality_dropout=0.0))
+"""Nothing is random."""
+slow = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return start()
+
+
+@pytest.fixture(scope="module")
+def alone(weights):
+    return course(None, weights)
+
+
+@pytest.fixture(autouse=True)
+def tiny_arrays_are_split(monkeypatch):
+    monkeypatch.setattr(mesh_module, "SMALLEST_SHARDED", 64)
+
+
+def assert_same(course, alone):
+    np.testing.assert_allclose(course.losses, alone.losses, rtol=1e-5)
+    for step, (one, other) in enumerate(zip(course.gradients, alone.gradients, strict=True)):
+        assert furthest(one, other) < 1e-5, f"gradients of step {step}"
+    assert furthest(course.params, alone.params) < 1e-5
+
+
+def mesh(**sizes):
+    return MeshConfig(**{"data": 1, **sizes})
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        pytest.param({"data": 8}, marks=slow),
+        pytest.param({"fsdp": 8}, marks=slow),
+        pytest.param({"tensor": 4, "data": 2}, marks=slow),
+        pytest.param({"expert": 8}, marks=slow),
+        pytest.param({"sequence": 8}, marks=slow),
+        pytest.param({"data": 2, "fsdp": 2, "tensor": 2}, marks=slow),
+        pytest.param({"data": 2, "expert": 4}, marks=slow),
+        pytest.param({"expert": 4, "tensor": 2}, marks=slow),
+        pytest.param({"fsdp": 4, "expert": 2}, marks=slow),
+        pytest.param({"expert": 2, "sequence": 4}, marks=slow),
+        pytest.param({"fsdp": 2, "sequence": 2, "tensor": 2}, marks=slow),
+        {"fsdp": 2, "expert": 2, "tensor": 2},
+    ],
+    ids=lambda sizes: ", ".join(f"{name} {size}" for name, size in sizes.items()),
+)
+def test_a_mesh_computes_what_one_device_does(sizes, weights, alone):
+    found = course(mesh(**sizes), weights)
+    assert_same(found, alone)
+    assert found.split == 0 if sizes == {"data": 8} else found.split > 10
+
+
+@slow
+@pytest.mark.parametrize("sizes", [{"fsdp": 2, "expert": 2, "tensor": 2}, {"expert": 8}])
+def test_without_dropout_too(sizes, weights):
+    assert_same(course(mesh(**sizes), weights, STILL), course(None, weights, STILL))
+
+
+def test_what_finds_no_place_among_the_experts_waits_and_is_not_dropped(weights, alone):
+    found = course(mesh(data=2, expert=4, expert_capacity=0.3), weights)
+    assert_same(found, alone)
+    assert (found.waited > 0).all()
