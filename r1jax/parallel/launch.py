@@ -90,6 +90,12 @@ def find_place(config: LaunchConfig, env: Mapping[str, str], gpus: int) -> Place
                 "are and which one this is: add --launch.processes N --launch.process I"
             )
         cluster = None if cluster == "k8s" else cluster
+    elif cluster is None and (config.processes, config.process) != (None, None):  # each would train alone
+        name = "processes" if config.processes is not None else "process"
+        raise UserError(
+            f"launch.{name} is {getattr(config, name)}, but nothing says where process 0 runs: add "
+            "--launch.coordinator HOST:PORT --launch.processes N --launch.process I"
+        )
     elif cluster is None or count == 1:
         return None
     elif cluster == "ompi" and "OMPI_MCA_orte_hnp_uri" not in env:

@@ -188,7 +188,9 @@ def _read(config: Config) -> dict[str, Any] | None:
 
 
 def _device(mesh: Mesh) -> str:
-    return f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
+    """The devices, and how the work is divided where they do not just share the cases: a batch that fits is of both."""
+    axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1 and axis != "data")
+    return f"{mesh.size} x {mesh.devices.flat[0].device_kind}{f' ({axes})' if axes else ''}"
 
 
 def _with(config: Config, batch_size: int | str, accumulation: int | str) -> Config:

@@ -62,11 +62,15 @@ def test_kubernetes_asks_its_server(monkeypatch):
     ("config", "env", "message"),
     [
         ({"coordinator": HERE}, {}, "add --launch.processes N --launch.process I"),
+        ({"processes": 2, "process": 0}, {}, "launch.processes is 2, but .*: add --launch.coordinator HOST:PORT"),
+        ({"process": 1}, {}, "launch.process is 1, but .*: add --launch.coordinator HOST:PORT"),
+        ({"processes": 2}, {"JOB_COMPLETION_INDEX": "1"}, "launch.processes is 2, but .*: add --launch.coordinator"),
         ({}, MPI, "Open MPI 5 does not say where process 0 runs: add --launch.coordinator HOST:PORT"),
         ({"process": 4}, SLURM, "launch.process is 4, but it must be below the number of processes, 4"),
     ],
 )
-def test_contradictions(config, env, message):
+def test_contradictions(monkeypatch, config, env, message):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=message):
         find_place(LaunchConfig(**config), env, 8)
 

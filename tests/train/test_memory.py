@@ -11,7 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import train
+from r1jax.config import MeshConfig
 from r1jax.errors import UserError
+from r1jax.parallel.mesh import make_mesh
 from r1jax.tasks.medical.task import Medical
 from r1jax.train import memory, recover
 from r1jax.train.checkpoints import CheckpointFolder
@@ -107,6 +109,19 @@ def test_auto_is_settled_kept_and_taken_up_again(tiny, tmp_path, compiled, monke
     (tmp_path / "batch.json").write_text(json.dumps({"device": "8 x other", "batch_size": 64, "accumulation": 1}))
     moved = settle_batch(with_train(tiny, tmp_path, batch_size="auto"), tiny.mesh, tiny.task, tiny.source, said.append)
     assert (moved.train.batch_size, moved.train.accumulation) == (64, 16)
+
+
+def test_a_batch_that_was_found_on_another_mesh_is_divided_anew(tiny, tmp_path, compiled, monkeypatch):
+    monkeypatch.setattr(memory, "device_limit", lambda mesh: 80 * 2.0**20)
+    auto, sizes = with_train(tiny, tmp_path, batch_size="auto"), ({"data": 8}, {"data": 2, "fsdp": 4}, {"tensor": 8})
+    meshes = [make_mesh(MeshConfig(**{"data": 1, **size})) for size in sizes]
+    for mesh in meshes:
+        (tmp_path / "batch.json").unlink(missing_ok=True)
+        memory.keep(with_train(tiny, tmp_path, batch_size=64, accumulation=1), mesh)
+        for other in meshes:
+            compiled.clear()
+            found = settle_batch(auto, other, tiny.task, tiny.source, lambda line: None)
+            assert (found.train.batch_size, bool(compiled)) == (64, other != mesh)
 
 
 def test_the_command_opens_the_training_cases_once(tmp_path, compiled, monkeypatch, capsys):
