@@ -57,7 +57,7 @@ def token_losses(
     weight = weight.astype(hidden.dtype)
 
     def one(_: None, part: tuple[Array, Array]) -> tuple[None, Array]:
-        return None, _losses(_logits(part[0], weight), part[1], smoothing, z_loss)
+        return None, _losses(_logits(part[0], weight), part[1], smoothing, z_loss)[0]
 
     losses = jax.lax.scan(one, None, (_chunks(hidden, chunk), _chunks(labels, chunk)))[1]
     return _whole(losses, hidden.shape[1])
@@ -78,14 +78,13 @@ def _forward(
         total, to_weight = carry
         x, y, w = part
         logits = _logits(x, narrow)
-        normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-        size = logits.shape[-1]
-        target = (1 - smoothing) * jax.nn.one_hot(y, size, dtype=jnp.float32) + smoothing / size
-        slope = jnp.exp(logits - normaliser) * (1 + 2 * z_loss * normaliser) - target
+        losses, normaliser = _losses(logits, y, smoothing, z_loss)
+        target = (1 - smoothing) * jax.nn.one_hot(y, logits.shape[-1]) + smoothing / logits.shape[-1]
+        slope = jnp.exp(logits - normaliser[..., None]) * (1 + 2 * z_loss * normaliser)[..., None] - target
         slope = (slope * w[..., None]).astype(x.dtype)
         to_hidden = jnp.einsum("btV,VD->btD", slope, narrow, preferred_element_type=jnp.float32)
         to_weight = to_weight + jnp.einsum("btV,btD->VD", slope, x, preferred_element_type=jnp.float32)
-        total = total + jnp.sum(_losses(logits, y, smoothing, z_loss) * w)
+        total = total + jnp.sum(losses * w)
         return (total, to_weight), to_hidden.astype(x.dtype)
 
     parts = tuple(_chunks(x, chunk) for x in (hidden, labels, weights))
@@ -113,7 +112,9 @@ def linear_cross_entropy_reference(
     z_loss: float = 0.0,
 ) -> Float[Array, ""]:
     """`linear_cross_entropy` with all logits at once."""
-    return jnp.sum(_losses(_logits(hidden, weight.astype(hidden.dtype)), labels, smoothing, z_loss) * weights)
+    logits = _logits(hidden, weight.astype(hidden.dtype))
+    losses = cross_entropy(logits, labels, smoothing=smoothing) + z_loss * jax.nn.logsumexp(logits, axis=-1) ** 2
+    return jnp.sum(losses * weights)
 
 
 def _logits(x: Float[Array, "B t D"], weight: Float[Array, "V D"]) -> Float[Array, "B t V"]:
@@ -122,9 +123,13 @@ def _logits(x: Float[Array, "B t D"], weight: Float[Array, "V D"]) -> Float[Arra
 
 def _losses(
     logits: Float[Array, "B t V"], labels: Int[Array, "B t"], smoothing: float, z_loss: float
-) -> Float[Array, "B t"]:
-    losses = cross_entropy(logits, labels, smoothing=smoothing)
-    return losses + z_loss * jax.nn.logsumexp(logits, axis=-1) ** 2 if z_loss else losses
+) -> tuple[Float[Array, "B t"], Float[Array, "B t"]]:
+    """Losses of tokens and their log normalisers; reads the logits twice, where log-probabilities would be written."""
+    normaliser = jax.nn.logsumexp(logits, axis=-1)
+    losses = normaliser - (1 - smoothing) * jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+    if smoothing:
+        losses = losses - smoothing * jnp.mean(logits, axis=-1)
+    return losses + z_loss * normaliser**2, normaliser
 
 
 def _chunks(x: Array, chunk: int) -> Array:

@@ -1,0 +1,179 @@
+"""Kernels of r1jax on one GPU, beside their peers and the ceilings of the same card in the same run.
+
+    python benchmarks/h100.py --output benchmarks/results/h100.json
+    python benchmarks/h100.py --scale tiny --output /tmp/h100.json --cases attention grouped-weight
+
+Every case is checked against an fp32 reference, then timed: medians of samples of 10 ms or more. Cases run in child
+processes; what crashes one (a kernel may take its CUDA context with it) is noted, and a new child goes on with the rest. Rates count useful operations only: causal attention half of the scores, routed rows without
+padding, a backward pass of attention five products. Results are written after each case.
+"""
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+LIMIT = 40.0
+"""Seconds without a word after which a child is given up."""
+PEAK = 989.4
+"""bf16 TFLOP/s in the datasheet of the H100 SXM."""
+
+
+def child(args: argparse.Namespace) -> None:
+    """Measures cases and prints a line of JSON before and after each."""
+    if args.child == "torch":
+        from benchmarks.h100_torch import measure
+    else:
+        from benchmarks.h100_kernels import measure
+    for name in args.names:
+        print(json.dumps({"begin": name}), flush=True)
+        try:
+            row = measure(name, args.scale, args.samples)
+        except Exception as error:  # whatever a kernel refuses is a result
+            text = " ".join(str(error).split())
+            row = {"name": name, "refused": f"{type(error).__name__}: {text[:300]}"}
+        print(json.dumps(row), flush=True)
+
+
+def run_child(kind: str, names: list[str], args: argparse.Namespace, note) -> list[str]:
+    """Runs cases in a child and notes their rows.
+
+    Returns:
+      The cases that are left to do after the one that ended it.
+    """
+    command = [sys.executable, __file__, "--child", kind, "--scale", args.scale, "--samples", str(args.samples)]
+    environment = os.environ | {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9"}
+    process = subprocess.Popen(
+        [*command, "--names", *names], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    told: list[str] = []
+    reader = threading.Thread(target=lambda: told.extend(process.stderr), daemon=True)
+    reader.start()
+    current, left = names[0], list(names)
+
+    def watch() -> threading.Timer:
+        timer = threading.Timer(max(0.0, min(LIMIT, args.end - time.monotonic())), process.kill)
+        timer.start()
+        return timer
+
+    timer = watch()
+    for line in process.stdout:
+        timer.cancel()
+        timer = watch()
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if "begin" in row:
+            current = row["begin"]
+        else:
+            note(row)
+            left.remove(row["name"])
+    timer.cancel()
+    process.wait()
+    reader.join(1)
+    if left:
+        last = " ".join("".join(told).split())[-400:]
+        note({"name": current, "refused": f"process ended with {process.returncode}: {last}"})
+        left.remove(current)
+    return left
+
+
+def environment() -> dict:
+    """Versions and the card."""
+    versions = {"python": platform.python_version()}
+    for package in ("jax", "jaxlib", "jax-cuda13-plugin", "nvidia-cudnn-cu13", "torch", "transformers"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    query = ["nvidia-smi", "--query-gpu=name,driver_version,power.limit,clocks.max.sm", "--format=csv,noheader"]
+    try:
+        card = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        card = f"{os.cpu_count()} CPU cores, {platform.machine()}"
+    return {"command": " ".join(["python benchmarks/h100.py", *sys.argv[1:]]), "hardware": card, "versions": versions}
+
+
+def table(rows: list[dict]) -> str:
+    """One line a case; a share is of the largest matmul of the same run."""
+    ceiling = next((row["tflops"] for row in rows if row["name"] == "ceiling matmul" and "tflops" in row), None)
+    lines = [f"{'case':62}{'ms':>9}{'TFLOP/s':>9}{'of peak':>9}{'of matmul':>10}{'error':>10}"]
+    for row in rows:
+        if "refused" in row:
+            lines.append(f"{row['name']:62} {row['refused'][:120]}")
+            continue
+        rate = f"{row['tflops']:9.1f}{row['tflops'] / PEAK:9.1%}" if "tflops" in row else f"{'':18}"
+        share = f"{row['tflops'] / ceiling:10.1%}" if ceiling and "tflops" in row else f"{'':10}"
+        error = f"{row['error']:10.1e}" if row["error"] is not None else f"{'':10}"
+        more = f"  {row['tb_per_s']:.2f} TB/s" if "tb_per_s" in row else ""
+        more += f"  {row['extra_gib']:.2f} GiB extra" if "extra_gib" in row else ""
+        lines.append(f"{row['name']:62}{row['ms']:9.3f}{rate}{share}{error}{more}")
+    return "\n".join(lines)
+
+
+def risky(name: str) -> bool:
+    """Whether a case runs kernels that may end their process, and not only a library's."""
+    return name.startswith(("grouped", "tiling"))
+
+
+def chosen(names: list[str], words: list[str]) -> list[str]:
+    """Cases whose name starts with one of the words."""
+    return [name for name in names if not words or any(name.startswith(word) for word in words)]
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument("--scale", choices=("full", "tiny"), default="full")
+    parser.add_argument("--cases", nargs="+", default=[], help="only those whose names begin with one of these words")
+    parser.add_argument("--samples", type=int, default=20)
+    parser.add_argument("--limit", type=float, default=600, help="seconds after which it ends")
+    parser.add_argument("--child", choices=("jax", "torch"), help=argparse.SUPPRESS)
+    parser.add_argument("--names", nargs="+", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    if args.child:
+        child(args)
+        return
+    began = time.monotonic()
+    rows: list[dict] = []
+    result = environment() | {"results": rows}
+
+    def note(row: dict) -> None:
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+        if args.output:
+            result["seconds"] = time.monotonic() - began
+            args.output.write_text(json.dumps(result, indent=1) + "\n")
+
+    from benchmarks import h100_kernels, h100_torch
+
+    own = list(h100_kernels.cases())
+    peers = list(h100_torch.CASES) if importlib.util.find_spec("torch") else []
+    last = [name for name in own if name.startswith("tiling")]
+    args.end = began + args.limit
+    for kind, names in (("jax", [name for name in own if name not in last]), ("torch", peers), ("jax", last)):
+        left = chosen(names, args.cases)
+        while left and time.monotonic() < args.end:
+            together = [name for name in left if risky(name) == risky(left[0])]
+            later = [name for name in left if name not in together]
+            left = run_child(kind, together, args, note) + later
+    print(table(rows))
+    print(f"{time.monotonic() - began:.0f} s; {result['hardware']}; {result['versions']}")
+
+
+if __name__ == "__main__":
+    main()
