@@ -4,7 +4,8 @@
     python benchmarks/h100.py --scale tiny --output /tmp/h100.json --cases attention grouped-weight
 
 Every case is checked against an fp32 reference, then timed: medians of samples of 10 ms or more. Cases run in child
-processes; what crashes one (a kernel may take its CUDA context with it) is noted, and a new child goes on with the rest. Rates count useful operations only: causal attention half of the scores, routed rows without
+processes; what crashes one (a kernel may take its CUDA context with it) is noted, and a new child goes on with the
+rest. Rates count useful operations only: causal attention half of the scores, routed rows without their groups'
 padding, a backward pass of attention five products. Results are written after each case.
 """
 
