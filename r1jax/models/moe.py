@@ -1,5 +1,6 @@
 """DeepSeekMoE: shared and routed experts, sigmoid router, group limit, bias-only balancing (DeepSeek-V3, 2.1.2)."""
 
+import functools
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -12,7 +13,7 @@ from r1jax.config import DecoderConfig
 from r1jax.models.layers import MLP
 from r1jax.models.lora import Lora
 from r1jax.models.remat import kept
-from r1jax.ops.grouped_matmul import gather_rows, grouped_matmul, plan_dispatch, scatter_rows
+from r1jax.ops.grouped_matmul import grouped_matmul, plan_dispatch, scatter_choices, scatter_rows, sum_rows
 
 
 class RouterStats(NamedTuple):
@@ -96,6 +97,13 @@ class Router(nn.Module):
         return scores, jax.lax.stop_gradient(bias)
 
 
+@functools.partial(jax.checkpoint, prevent_cse=False)  # of all that lies between, nothing is worth keeping
+def _weighted_swiglu(both: Float[Array, "P G"], share: Float[Array, " P"]) -> Float[Array, "P F"]:
+    """silu(gate) * up of each row [gate, up], times the row's weight; in fp32 between the products."""
+    gate, up = jnp.split(both.astype(jnp.float32), 2, axis=-1)
+    return (nn.silu(gate) * up * share[:, None]).astype(both.dtype)
+
+
 class Experts(nn.Module):
     """Routed feed-forward experts with stacked weights, gate above up."""
 
@@ -115,10 +123,10 @@ class Experts(nn.Module):
         block = min(128, -(-experts.size // c.n_routed_experts)) if few else 128
         plan = plan_dispatch(experts, c.n_routed_experts, block=block)
         rows = scatter_rows(x.astype(self.dtype), plan)
-        gate, up = jnp.split(kept(grouped_matmul(rows, gate_up.astype(self.dtype), plan.block_expert)), 2, axis=-1)
-        rows = kept(grouped_matmul(nn.silu(gate) * up, down.astype(self.dtype), plan.block_expert))
-        back = gather_rows(rows, plan)
-        return jnp.einsum("TKD,TK->TD", back.astype(jnp.float32), weights).astype(x.dtype)
+        both = kept(grouped_matmul(rows, gate_up.astype(self.dtype), plan.block_expert))
+        # Weighted before the last product, whose result then is no part of the backward pass.
+        hidden = _weighted_swiglu(both, scatter_choices(weights, plan))
+        return sum_rows(grouped_matmul(hidden, down.astype(self.dtype), plan.block_expert), plan).astype(x.dtype)
 
 
 class MoE(nn.Module):

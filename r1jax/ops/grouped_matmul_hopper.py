@@ -8,7 +8,7 @@ the next tile's operands arrive while this one's result is stored. Rows come in 
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -65,7 +65,7 @@ def blocks_times_weights(
     rows, columns, depth = tiling.rows, tiling.columns, tiling.depth
     steps = x.shape[1] // depth
 
-    def tile(expert_of: Array, i: Array, j: Array) -> _Tile:
+    def tile(expert_of: Any, i: Array, j: Array) -> _Tile:
         expert = expert_of[i]
         owner = jnp.minimum(expert, experts - 1)
         across, down = pl.ds(j * columns, columns), lambda k: pl.ds(k * depth, depth)
@@ -84,14 +84,14 @@ def blocks_times_weights(
 
 
 def blocks_times_blocks(
-    a: Float[Array, "P M"], b: Float[Array, "P N"], first_block: Int[Array, " E+1"], *, block: int, tiling: Tiling
+    a: Float[Array, "P M"], b: Float[Array, "P N"], first_block: Int[Array, " starts"], *, block: int, tiling: Tiling
 ) -> Float[Array, "E M N"]:
     """Sum over the rows of each expert of the outer products of a and b: the gradient of its weights.
 
     Args:
       a: Rows.
       b: Rows.
-      first_block: Of each expert, and where the last one's end.
+      first_block: Of each of E experts, and where the last one's end, E + 1 in all.
       block: Rows a block, a multiple of the tiling's depth.
       tiling: Sizes.
 
@@ -100,7 +100,7 @@ def blocks_times_blocks(
     """
     experts, rows, columns, depth = first_block.shape[0] - 1, tiling.rows, tiling.columns, tiling.depth
 
-    def tile(first: Array, expert: Array, i: Array, j: Array) -> _Tile:
+    def tile(first: Any, expert: Array, i: Array, j: Array) -> _Tile:
         start, end = first[expert] * block, first[expert + 1] * block
         along = lambda k: pl.ds(start + k * depth, depth)  # noqa: E731
         return _Tile(
@@ -230,7 +230,7 @@ def _multiply(
 
         jax.lax.cond(thread == 2, copy, multiply)
 
-    def shared(shape: tuple[int, ...], dtype) -> plgpu.SMEM:
+    def shared(shape: tuple[int, ...], dtype):
         swizzle = plgpu.find_swizzle(shape[-1] * jnp.dtype(dtype).itemsize * 8)
         tile = plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize))
         return plgpu.SMEM(shape, dtype, transforms=(tile, plgpu.SwizzleTransform(swizzle)))

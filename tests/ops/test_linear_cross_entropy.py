@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from r1jax.ops import linear_cross_entropy as module
 from r1jax.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference, token_losses
 
 
@@ -29,6 +30,12 @@ def value_and_grad(loss, hidden, weight, labels, weights, *settings):
     return jax.jit(jax.value_and_grad(lambda h, w: loss(h, w, labels, weights, *settings), argnums=(0, 1)))(
         hidden, weight
     )
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """What is computed where logits are slow to read."""
+    monkeypatch.setattr(module, "_on_gpu", lambda: True)
 
 
 @pytest.mark.parametrize(("smoothing", "z_loss"), [(0.0, 0.0), (0.2, 1e-2)])
@@ -132,3 +139,46 @@ def test_no_array_holds_all_logits():
     assert memory[0] < 8 * 4 * chunk * vocabulary < 4 * every <= memory[1]
     scored = lambda h, w: token_losses(h, w, arrays[2], chunk=chunk)  # noqa: E731
     assert max(sizes(jax.make_jaxpr(scored)(*arrays[:2]).jaxpr)) == chunk * vocabulary
+
+
+def test_normaliser_of_one_pass_equals_logsumexp(on_gpu):
+    logits = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3, 4099)) * 30, jnp.float32)
+    logits = logits.at[0, 0].set(-1e4).at[0, 1, 7].set(3e4)
+    np.testing.assert_allclose(module._normaliser_in_one_pass(logits), jax.nn.logsumexp(logits, axis=-1), rtol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1.0, 60.0])  # at 60, some labels' logits are more than e^88 below the highest
+@pytest.mark.parametrize(("smoothing", "z_loss"), [(0.0, 0.0), (0.2, 1e-2)])
+def test_way_of_a_gpu_equals_the_reference(on_gpu, smoothing, z_loss, scale):
+    hidden, weight, labels, weights = draw(dtype=jnp.bfloat16, vocabulary=67)
+    hidden = (hidden * scale).astype(jnp.bfloat16)
+    value, gradients = value_and_grad(linear_cross_entropy, hidden, weight, labels, weights, smoothing, z_loss, 9)
+    expected, slopes = value_and_grad(
+        linear_cross_entropy_reference, hidden, weight, labels, weights, smoothing, z_loss
+    )
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    for got, slope in zip(gradients, slopes, strict=True):
+        assert got.dtype == slope.dtype
+        close(got, slope, 1e-2)
+
+
+@pytest.mark.parametrize("scale", [1.0, 60.0])
+@pytest.mark.parametrize(("smoothing", "z_loss"), [(0.0, 0.0), (0.2, 1e-2)])
+def test_relative_slopes_are_exact_but_for_rounding(smoothing, z_loss, scale):
+    """In fp32 there is no rounding to speak of: the factor and the label's own entry are right."""
+    rng = np.random.default_rng(0)
+    logits = jnp.asarray(rng.standard_normal((2, 3, 67)) * scale, jnp.float32)
+    labels = jnp.asarray(rng.integers(0, 67, (2, 3)), jnp.int32)
+
+    def loss(logits):
+        z = jax.nn.logsumexp(logits, axis=-1)
+        label = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+        losses = z - (1 - smoothing) * label - smoothing * jnp.mean(logits, axis=-1) + z_loss * z**2
+        return jnp.sum(losses), losses
+
+    expected, losses = jax.grad(loss, has_aux=True)(logits)
+    slopes, found, factor = jax.jit(module._relative_slopes, static_argnums=(2, 3, 4))(
+        logits, labels, smoothing, z_loss, jnp.float32
+    )
+    np.testing.assert_allclose(found, losses, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(slopes * factor[..., None] - smoothing / 67, expected, rtol=1e-4, atol=1e-5)
