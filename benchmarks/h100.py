@@ -10,6 +10,7 @@ padding, a backward pass of attention five products. Results are written after e
 """
 
 import argparse
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -23,7 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-LIMIT = 40.0
+LIMIT, LIMIT_TRAIN = 60.0, 150.0
 """Seconds without a word after which a child is given up."""
 PEAK = 989.4
 """bf16 TFLOP/s in the datasheet of the H100 SXM."""
@@ -33,6 +34,10 @@ def child(args: argparse.Namespace) -> None:
     """Measures cases and prints a line of JSON before and after each."""
     if args.child == "torch":
         from benchmarks.h100_torch import measure
+    elif args.child == "train":
+        from benchmarks import h100_train
+
+        measure = functools.partial(h100_train.measure, folder=args.output and args.output.parent)
     else:
         from benchmarks.h100_kernels import measure
     for name in args.names:
@@ -52,7 +57,8 @@ def run_child(kind: str, names: list[str], args: argparse.Namespace, note) -> li
       The cases that are left to do after the one that ended it.
     """
     command = [sys.executable, __file__, "--child", kind, "--scale", args.scale, "--samples", str(args.samples)]
-    environment = os.environ | {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9"}
+    command += ["--output", str(args.output)] if args.output else []
+    environment = os.environ | {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.93"}
     process = subprocess.Popen(
         [*command, "--names", *names], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     )
@@ -62,7 +68,8 @@ def run_child(kind: str, names: list[str], args: argparse.Namespace, note) -> li
     current, left = names[0], list(names)
 
     def watch() -> threading.Timer:
-        timer = threading.Timer(max(0.0, min(LIMIT, args.end - time.monotonic())), process.kill)
+        patience = LIMIT_TRAIN if kind == "train" else LIMIT
+        timer = threading.Timer(max(0.0, min(patience, args.end - time.monotonic())), process.kill)
         timer.start()
         return timer
 
@@ -118,13 +125,17 @@ def table(rows: list[dict]) -> str:
         error = f"{row['error']:10.1e}" if row["error"] is not None else f"{'':10}"
         more = f"  {row['tb_per_s']:.2f} TB/s" if "tb_per_s" in row else ""
         more += f"  {row['extra_gib']:.2f} GiB extra" if "extra_gib" in row else ""
+        if "tokens_per_second" in row:
+            more += f"  {row['tokens_per_second']:,.0f} tokens/s, device busy {row['device_share']:.1%}"
+            more += f", {row['peak_gib']:.1f} GiB, remat {row['remat']}"
+            more += f", loss {row['losses'][0]:.3f} to {row['losses'][-1]:.3f}"
         lines.append(f"{row['name']:62}{row['ms']:9.3f}{rate}{share}{error}{more}")
     return "\n".join(lines)
 
 
 def risky(name: str) -> bool:
     """Whether a case runs kernels that may end their process, and not only a library's."""
-    return name.startswith(("grouped", "tiling"))
+    return name.startswith(("grouped", "tiling", "experts"))
 
 
 def chosen(names: list[str], words: list[str]) -> list[str]:
@@ -139,7 +150,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cases", nargs="+", default=[], help="only those whose names begin with one of these words")
     parser.add_argument("--samples", type=int, default=20)
     parser.add_argument("--limit", type=float, default=600, help="seconds after which it ends")
-    parser.add_argument("--child", choices=("jax", "torch"), help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=("jax", "torch", "train"), help=argparse.SUPPRESS)
     parser.add_argument("--names", nargs="+", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -160,13 +171,15 @@ def main() -> None:
             result["seconds"] = time.monotonic() - began
             args.output.write_text(json.dumps(result, indent=1) + "\n")
 
-    from benchmarks import h100_kernels, h100_torch
+    from benchmarks import h100_kernels, h100_torch, h100_train
 
     own = list(h100_kernels.cases())
     peers = list(h100_torch.CASES) if importlib.util.find_spec("torch") else []
     last = [name for name in own if name.startswith("tiling")]
     args.end = began + args.limit
-    for kind, names in (("jax", [name for name in own if name not in last]), ("torch", peers), ("jax", last)):
+    steps = list(h100_train.cases(args.scale))
+    first = [name for name in own if name not in last]
+    for kind, names in (("jax", first), ("train", steps), ("torch", peers), ("jax", last)):
         left = chosen(names, args.cases)
         while left and time.monotonic() < args.end:
             together = [name for name in left if risky(name) == risky(left[0])]

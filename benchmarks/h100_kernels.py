@@ -3,16 +3,18 @@
 import functools
 import math
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from r1jax.ops import attention, grouped_matmul, grouped_matmul_hopper
-from r1jax.ops.linear_cross_entropy import linear_cross_entropy
+from r1jax.models.moe import _weighted_swiglu
+from r1jax.ops import attention, grouped_matmul, grouped_matmul_hopper, linear_cross_entropy
 
 BF16 = jnp.bfloat16
 
@@ -345,28 +347,78 @@ def gathered(a: jax.Array, b: jax.Array, groups: Routed) -> jax.Array:
     return grouped_matmul.grouped_matmul(a, b, expert)
 
 
+def experts_case(s: Sizes, seed: int, choices: int = 4) -> Case:
+    """Routed experts as the model calls them, forward and backward, against the same without the kernels."""
+    tokens = s.rows // choices
+    x, pull = normal(seed, tokens, s.inner), normal(seed + 1, tokens, s.inner)
+    gate_up = normal(seed + 2, s.experts, 2 * s.outer, s.inner) * s.inner**-0.5
+    down = normal(seed + 3, s.experts, s.inner, s.outer) * s.outer**-0.5
+    affinity = normal(seed + 4, tokens, s.experts, dtype=jnp.float32)
+    weights, chosen = jax.lax.top_k(jax.nn.sigmoid(affinity), choices)
+
+    def run(x, weights, gate_up, down):
+        plan = grouped_matmul.plan_dispatch(chosen, s.experts)
+        both = grouped_matmul.grouped_matmul(grouped_matmul.scatter_rows(x, plan), gate_up, plan.block_expert)
+        hidden = _weighted_swiglu(both, grouped_matmul.scatter_choices(weights, plan))
+        return grouped_matmul.sum_rows(grouped_matmul.grouped_matmul(hidden, down, plan.block_expert), plan)
+
+    def both(*arrays):
+        out, back = jax.vjp(run, *arrays[:-1])
+        return out, *back(arrays[-1])
+
+    arrays = (x, weights, gate_up, down, pull)
+    with mock.patch.object(grouped_matmul, "_on_hopper", lambda *_: False):
+        expected = jax.jit(lambda *a: both(*a))(*arrays)
+    call = jax.jit(lambda *a: both(*a))
+    error = max(differ(a, b) for a, b in zip(call(*arrays), expected, strict=True))
+    return Case(3 * 2 * s.rows * 3 * s.inner * s.outer, functools.partial(call, *arrays), error)
+
+
 # --- linear layer and cross-entropy ---------------------------------------------------------------------------------
 
 
-def loss_case(s: Sizes, seed: int, chunk: int, smoothing: float = 0.1) -> Case:
+def loss_case(s: Sizes, seed: int, chunk: int | None = None, normalised: bool = False, smoothing: float = 0.1) -> Case:
+    """Values and both gradients; `normalised` takes the way of other devices and types, which reads logits twice."""
     hidden = normal(seed, s.batch, s.tokens // s.batch, s.width)
     weight = normal(seed + 1, s.vocabulary, s.width, dtype=jnp.float32) * s.width**-0.5
     labels = jax.random.randint(jax.random.key(seed), hidden.shape[:2], 0, s.vocabulary)
     weights = jnp.ones(hidden.shape[:2], jnp.float32)
 
     def run(hidden, weight):
-        return linear_cross_entropy(hidden, weight, labels, weights, smoothing, 1e-4, chunk)
+        return linear_cross_entropy.linear_cross_entropy(hidden, weight, labels, weights, smoothing, 1e-4, chunk)
 
-    compiled = jax.jit(jax.value_and_grad(run, (0, 1))).lower(hidden, weight).compile()
-    (_, (to_hidden, to_weight)) = compiled(hidden, weight)
+    other = linear_cross_entropy._forward_normalised if normalised else linear_cross_entropy._forward_relative
+    with mock.patch.object(linear_cross_entropy, "_forward_relative", other):
+        compiled = jax.jit(jax.value_and_grad(run, (0, 1))).lower(hidden, weight).compile()
+    value, (to_hidden, to_weight) = compiled(hidden, weight)
     few = 8
-    with jax.default_matmul_precision("highest"):
+    rows = jnp.concatenate([labels[0, :few], jnp.arange(few)])
+
+    @jax.jit
+    def reference(hidden, weight, labels):
         exact = weight.astype(BF16).astype(jnp.float32)
-        logits = hidden[:1, :few].astype(jnp.float32) @ exact.T
-        normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-        target = (1 - smoothing) * jax.nn.one_hot(labels[:1, :few], s.vocabulary) + smoothing / s.vocabulary
-        slope = jnp.exp(logits - normaliser) * (1 + 2e-4 * normaliser) - target
-        error = differ(to_hidden[:1, :few], slope @ exact)
+
+        def normaliser(part):
+            return jax.nn.logsumexp(part.astype(jnp.float32) @ exact.T, axis=-1)
+
+        flat, right = hidden.reshape(-1, s.width), labels.reshape(-1)
+        z = jax.lax.map(normaliser, flat.reshape(-1, min(512, s.tokens), s.width)).reshape(-1)
+        flat = flat.astype(jnp.float32)
+
+        def slope(logits, z, hits):
+            target = (1 - smoothing) * hits + smoothing / s.vocabulary
+            return jnp.exp(logits - z[:, None]) * (1 + 2e-4 * z)[:, None] - target
+
+        some = slope(flat @ exact[rows].T, z, right[:, None] == rows[None])
+        first = slope(flat[:few] @ exact.T, z[:few], jax.nn.one_hot(right[:few], s.vocabulary))
+        label = jnp.sum(flat * exact[right], axis=-1)
+        mean = flat @ jnp.mean(exact, axis=0)
+        return jnp.sum(z - (1 - smoothing) * label - smoothing * mean + 1e-4 * z**2), first @ exact, some.T @ flat
+
+    with jax.default_matmul_precision("highest"):
+        expected = reference(hidden, weight, labels)
+    assert abs(float(value - expected[0])) < 1e-4 * float(expected[0]), (value, expected[0])
+    error = max(differ(to_hidden[0, :few], expected[1]), differ(to_weight[rows], expected[2]))
     del to_hidden, to_weight
     analysis = compiled.memory_analysis()
     extra = analysis.temp_size_in_bytes
@@ -393,12 +445,21 @@ def cases() -> dict[str, Callable[[Sizes, int], Case]]:
     """Makers by name."""
     found = {"ceiling matmul": square_matmul, "ceiling copy": copy} | grouped_cases() | attention_cases()
     found["loss products alone"] = three_products
-    found |= {f"loss ours, chunk {n}": functools.partial(loss_case, chunk=n) for n in (1024, 2048)}
+    found["loss ours"] = loss_case
+    found["loss-way logits read twice"] = functools.partial(loss_case, normalised=True)
+    found |= {f"loss-way chunk {n}": functools.partial(loss_case, chunk=n) for n in (1664, 4096)}
+    found["experts ours, both"] = experts_case
     return found | tiling_cases()
 
 
 def attention_cases() -> dict[str, Callable[[Sizes, int], Case]]:
     narrow = {"key": 128, "value": 128}
+    ours = attention.dot_product_attention
+    own: dict[str, dict[str, Any]] = {
+        "causal": {"attend": ours},
+        "causal, holes": {"attend": ours, "valid": holes},
+        "bidirectional 128/128": {"attend": ours, "causal": False, **narrow},
+    }
     kinds: dict[str, dict[str, Any]] = {
         "causal": {"attend": cudnn},
         "causal, lengths": {"attend": functools.partial(cudnn, padding=True)},
@@ -408,7 +469,11 @@ def attention_cases() -> dict[str, Callable[[Sizes, int], Case]]:
         "causal 128/128": {"attend": cudnn, **narrow},
         "bidirectional 128/128": {"attend": cudnn, "causal": False, **narrow},
     }
-    return {
+    found = {
+        f"attention-both ours {name}": functools.partial(attention_case, backward=True, **arguments)
+        for name, arguments in own.items()
+    }
+    return found | {
         f"attention-{direction} cuDNN {name}": functools.partial(
             attention_case, backward=direction == "both", **arguments
         )
@@ -448,11 +513,13 @@ def tiling_cases() -> dict[str, Callable[[Sizes, int], Case]]:
 
 def measure(name: str, scale: str, samples: int) -> dict[str, Any]:
     """Checks and times one case."""
-    if jax.default_backend() == "cpu":  # to check the way, not to time it
+    if jax.default_backend() == "cpu" and name.startswith(("grouped", "tiling")):  # to check the way, not to time it
         plgpu.set_gpu_interpret_mode()
     found, s = cases(), SCALES[scale]
     began = time.perf_counter()
-    case = found[name](s, seed=list(found).index(name) * 10)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # a kernel that is not used is no result
+        case = found[name](s, seed=list(found).index(name) * 10)
     ready = time.perf_counter() - began
     median, spread = seconds(case.run, samples)
     row = {"name": name, "ms": 1e3 * median, "iqr_ms": 1e3 * spread, "error": case.error, "preparing_s": ready}

@@ -83,7 +83,7 @@ def _exist(x: Float[Array, "B S N H"], there: Bool[Array, "B S"]) -> Float[Array
 
 @jax.custom_vjp
 def _move(x: Float[Array, "B S N H"], order: Int[Array, "B S"], back: Int[Array, "B S"]) -> Float[Array, "B S N H"]:
-    """x in a new order; `back` undoes it, and so the backward pass too is a gather."""
+    """Brings x in a new order; `back` undoes it, and so the backward pass too is a gather."""
     return jnp.take_along_axis(x, order[:, :, None, None], axis=1)
 
 

@@ -16,7 +16,7 @@ from r1jax.ops.losses import cross_entropy
 from r1jax.ops.self_test import target
 
 CHUNK, CHUNK_ON_GPU = 1024, 2048
-"""Tokens whose logits are held at once; the more there are, the less often the weight's gradient is read and written."""
+"""Tokens whose logits are held at once; with more, the weight's gradient is read and written less often."""
 HIGHEST = 1e30
 """Sum of exponentials above which they are formed anew, lest products with them overflow."""
 
@@ -77,8 +77,20 @@ def _forward(
     z_loss: float,
     chunk: int | None,
 ) -> tuple[Float[Array, ""], tuple[Array, Array]]:
-    if _on_gpu() and hidden.dtype == jnp.bfloat16:
-        return _forward_relative(hidden, weight, labels, weights, smoothing, z_loss, chunk)
+    way = _forward_relative if _on_gpu() and hidden.dtype == jnp.bfloat16 else _forward_normalised
+    return way(hidden, weight, labels, weights, smoothing, z_loss, chunk)
+
+
+def _forward_normalised(
+    hidden: Float[Array, "B T D"],
+    weight: Float[Array, "V D"],
+    labels: Int[Array, "B T"],
+    weights: Float[Array, "B T"],
+    smoothing: float,
+    z_loss: float,
+    chunk: int | None,
+) -> tuple[Float[Array, ""], tuple[Array, Array]]:
+    """Slopes from probabilities, for every device and type."""
     narrow = weight.astype(hidden.dtype)
 
     def one(carry: tuple[Array, Array], part: tuple[Array, ...]) -> tuple[tuple[Array, Array], Array]:
@@ -109,7 +121,7 @@ def _forward_relative(
     z_loss: float,
     chunk: int | None,
 ) -> tuple[Float[Array, ""], tuple[Array, Array]]:
-    """`_forward` for a GPU, where logits take longer to read than to compute with: they are read once.
+    """The same for a GPU and bf16, where logits take longer to read than to compute with: they are read once.
 
     Exponentials are taken relative to the label's, so that the normaliser need not be known before; it multiplies what
     is narrow, after the product to the hidden states and before that to the weight. What smoothing takes from every
@@ -206,7 +218,7 @@ def _losses(
 
 
 def _normaliser_in_one_pass(logits: Float[Array, "B t V"]) -> Float[Array, "B t"]:
-    """logsumexp that keeps maximum and sum together (Milakov & Gimelshein 2018): reading costs a GPU the most."""
+    """Normaliser by maximum and sum that are kept together (Milakov & Gimelshein 2018): a GPU takes long to read."""
 
     def join(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
         shrink, first = jnp.exp(-jnp.abs(a[0] - b[0])), a[0] >= b[0]
