@@ -42,10 +42,8 @@ def dot_product_attention(
     Returns:
       Array of q's dtype.
     """
-    if target().platform == "gpu" and attention_cudnn.takes(q, k, v):
-        lengths, widths = (q.shape[1] % 64, k.shape[1] % 64), (q.shape[-1], v.shape[-1])
-        if _cudnn_agrees(q.dtype, lengths, widths, causal, valid is not None):
-            return attention_cudnn.fused_attention(q, k, v, scale=scale, causal=causal, valid=valid)
+    if is_fused(q, k, v, causal=causal, masked=valid is not None):
+        return attention_cudnn.fused_attention(q, k, v, scale=scale, causal=causal, valid=valid)
     batch, length, heads, width = q.shape
     block = max(1, SCORES // (batch * heads * k.shape[1]))
     if length <= block:
@@ -76,21 +74,27 @@ def dot_product_attention_reference(
     return _attend(q, k, v, jnp.arange(q.shape[1]) if causal else None, scale, valid)
 
 
-@functools.cache
-def _cudnn_agrees(
-    dtype: DTypeLike, lengths: tuple[int, int], widths: tuple[int, int], causal: bool, masked: bool
+def is_fused(
+    q: Float[Array, "B T N H"], k: Float[Array, "B S N H"], v: Float[Array, "B S N Hv"], *, causal: bool, masked: bool
 ) -> bool:
-    """Tries cuDNN on this device, once for each kind of arrays.
+    """Whether cuDNN computes such attention in a program that is traced now; tries it before it says so."""
+    if target().platform != "gpu" or not attention_cudnn.takes(q, k, v):
+        return False
+    return _cudnn_agrees(q.dtype, (q.shape[-1], v.shape[-1]), causal, masked)
+
+
+@functools.cache
+def _cudnn_agrees(dtype: DTypeLike, widths: tuple[int, int], causal: bool, masked: bool) -> bool:
+    """Tries cuDNN on this device, once for each kind of arrays, at lengths that are odd and no multiple of its tiles.
 
     Args:
       dtype: Of all arrays.
-      lengths: Of queries and keys, modulo 64.
       widths: Of keys and values.
       causal: As in `dot_product_attention`.
       masked: Whether `valid` is given.
     """
     rng = np.random.default_rng(0)
-    queries, keys = (128 + n for n in lengths)
+    queries, keys = 173 if causal else 151, 173
     shapes = ((2, queries, 2, widths[0]), (2, keys, 2, widths[0]), (2, keys, 2, widths[1]))
     # Of NumPy, for the caller is tracing a program.
     arrays = [rng.standard_normal(shape).astype(dtype) for shape in shapes]

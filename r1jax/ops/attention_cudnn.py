@@ -45,6 +45,8 @@ def fused_attention(
     Returns:
       Array of q's dtype.
     """
+    if q.shape[1] % 2 or k.shape[1] % 2:
+        return _even(q, k, v, scale, causal, valid)
     if valid is None:
         return _cudnn(q, k, v, scale, causal, None)
     order = jnp.argsort(~valid, axis=1, stable=True)
@@ -58,6 +60,23 @@ def fused_attention(
         return _cudnn(q, k, v, scale, causal, (jnp.full_like(lengths, q.shape[1]), lengths))
     q = _exist(_move(q, order, back), front)
     return _exist(_move(_cudnn(q, k, v, scale, causal, (lengths, lengths)), back, order), valid)
+
+
+def _even(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S N H"],
+    v: Float[Array, "B S N Hv"],
+    scale: float,
+    causal: bool,
+    valid: Bool[Array, "B S"] | None,
+) -> Float[Array, "B T N Hv"]:
+    """`fused_attention` of odd lengths, which JAX refuses where there is a backward pass: with one place more."""
+    length, odd = q.shape[1], k.shape[1] % 2
+    if odd and not causal and valid is None:  # causality hides the place from all queries that were there before
+        valid = jnp.ones(k.shape[:2], bool)
+    q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
+    valid = None if valid is None else jnp.pad(valid, ((0, 0), (0, odd)))
+    return fused_attention(q, k, v, scale=scale, causal=causal, valid=valid)[:, :length]
 
 
 def _cudnn(

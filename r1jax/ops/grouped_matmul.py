@@ -165,7 +165,7 @@ def _on_hopper(x: Float[Array, "P D"], w: Float[Array, "E F D"], block_expert: I
 
 @functools.cache
 def _hopper_agrees() -> bool:
-    """Tries the kernels on this device: five blocks, an expert without rows, widths that are no multiples of a tile."""
+    """Tries the kernels on this device: four blocks, an expert without rows, widths that are no multiples of a tile."""
     rng = np.random.default_rng(0)
     experts = np.array([0, 0, 2, 3], np.int32)
     x = rng.standard_normal((512, 192)).astype(jnp.bfloat16)

@@ -16,7 +16,7 @@ TOLERANCE = 2e-2
 def target() -> jax.Device:
     """The device that a program which is traced now will run on."""
     chosen = jax.config.jax_default_device
-    return chosen if isinstance(chosen, jax.Device) else jax.devices(chosen)[0]
+    return chosen if isinstance(chosen, jax.Device) else jax.local_devices(backend=chosen)[0]
 
 
 def agrees(
@@ -25,7 +25,8 @@ def agrees(
     """Whether a kernel gives the values and gradients of its reference; warns where it does not.
 
     It runs in a thread of its own, for the caller is in the middle of tracing a program, and what is computed there
-    becomes part of that program.
+    becomes part of that program. It costs two compilations: the kernel's values and gradients in one program of the
+    device, and the reference's in one of the CPU, whose compiler does not try variants of each product.
 
     Args:
       what: Name of the kernel, for the warning.
@@ -56,12 +57,20 @@ def _trouble(
     try:
         with jax.default_device(device):
             found = jax.jit(lambda *x: everything(fast, *x))(*arrays)
-            with jax.default_matmul_precision("highest"):
-                expected = jax.jit(lambda *x: everything(reference, *(a.astype(jnp.float32) for a in x)))(*arrays)
-            pairs = [[np.asarray(x, np.float32) for x in pair] for pair in zip(found, expected, strict=True)]
+        with jax.default_device(_cpu() or device), jax.default_matmul_precision("highest"):
+            expected = jax.jit(lambda *x: everything(reference, *(a.astype(jnp.float32) for a in x)))(*arrays)
+        pairs = [[np.asarray(x, np.float32) for x in pair] for pair in zip(found, expected, strict=True)]
     except Exception as error:  # whatever a library says to a device, version or shape that it does not support
         return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     distances = [np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in pairs]
     if all(distance < TOLERANCE for distance in distances):  # of NaN, this is false
         return None
     return f"its values and gradients differ from the reference by {', '.join(f'{x:.1e}' for x in distances)}"
+
+
+def _cpu() -> jax.Device | None:
+    """This process's CPU as a device; None where JAX was told to leave it alone."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return None
