@@ -28,6 +28,16 @@ LIMIT, LIMIT_TRAIN = 60.0, 150.0
 """Seconds without a word after which a child is given up."""
 PEAK = 989.4
 """bf16 TFLOP/s in the datasheet of the H100 SXM."""
+GOALS = {
+    "attention-forward cuDNN causal": (500, 650),
+    "attention-backward cuDNN causal": (380, 500),
+    "grouped-forward ours": (480, 600),
+    "grouped-input ours": (400, 550),
+    "grouped-weight ours": (450, 650),
+}
+"""TFLOP/s that a case must and should reach."""
+GOALS_MS = {"loss ours": (110, 92)}
+"""The same in milliseconds, of all cases whose names begin so."""
 
 
 def child(args: argparse.Namespace) -> None:
@@ -131,6 +141,52 @@ def table(rows: list[dict]) -> str:
             more += f", loss {row['losses'][0]:.3f} to {row['losses'][-1]:.3f}"
         lines.append(f"{row['name']:62}{row['ms']:9.3f}{rate}{share}{error}{more}")
     return "\n".join(lines)
+
+
+def with_backward(rows: list[dict]) -> list[dict]:
+    """Adds the backward pass of attention alone: what forward and backward take together, less the forward pass."""
+    found = []
+    for row in rows:
+        found.append(row)
+        forward = [r for r in rows if r["name"] == row["name"].replace("-both", "-forward") and same_run(r, row)]
+        if not row["name"].startswith("attention-both") or not forward or "refused" in row or "refused" in forward[0]:
+            continue
+        ms, flops = row["ms"] - forward[0]["ms"], row["ms"] * row["tflops"] - forward[0]["ms"] * forward[0]["tflops"]
+        name = row["name"].replace("-both", "-backward")
+        found.append({"name": name, "ms": ms, "tflops": flops / ms, "error": None, "run": row.get("run", 1)})
+    return found
+
+
+def same_run(a: dict, b: dict) -> bool:
+    """Files may hold rows of several runs, numbered from 1."""
+    return a.get("run", 1) == b.get("run", 1)
+
+
+def markdown(report: dict) -> str:
+    """The table of benchmarks/README.md."""
+    rows = [row for row in report["results"] if "refused" not in row]
+    lines = [
+        "| case | run | ms | TFLOP/s | of the datasheet | of the run's matmul | error | must, aim |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in with_backward(rows):
+        rate = ["", "", ""]
+        if "tflops" in row:
+            ceiling = next((r["tflops"] for r in rows if r["name"] == "ceiling matmul" and same_run(r, row)), None)
+            share = f"{row['tflops'] / ceiling:.0%}" if ceiling else ""
+            rate = [f"{row['tflops']:.0f}", f"{row['tflops'] / PEAK:.0%}", share]
+        elif "tb_per_s" in row:
+            rate[0] = f"{row['tb_per_s']:.2f} TB/s"
+        goal = "{} and {} TFLOP/s".format(*GOALS[row["name"]]) if row["name"] in GOALS else ""
+        for name, goals in GOALS_MS.items():
+            goal = "{} and {} ms".format(*goals) if row["name"].startswith(name) else goal
+        spread = f" ± {row['iqr_ms'] / 2:.3f}" if "iqr_ms" in row else ""
+        more = f", {row['extra_gib']:.2f} GiB extra" if "extra_gib" in row else ""
+        more += f", {row['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in row else ""
+        error = "" if row["error"] is None else f"{row['error']:.1e}"
+        cells = [row["name"] + more, str(row.get("run", 1)), f"{row['ms']:.3f}{spread}", *rate, error, goal]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, *(["", report["note"]] if "note" in report else [])])
 
 
 def risky(name: str) -> bool:

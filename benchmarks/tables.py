@@ -16,7 +16,7 @@ from typing import NamedTuple
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from benchmarks import cache, data, decode, hf_loading, lidc, lidc_baselines, luna16_peers  # noqa: E402
+from benchmarks import cache, data, decode, h100, hf_loading, lidc, lidc_baselines, luna16_peers  # noqa: E402
 from r1jax.errors import UserError, run_main  # noqa: E402
 
 BEGIN = "<!-- tables: begin (written by benchmarks/tables.py; do not edit by hand) -->"
@@ -47,6 +47,7 @@ SECTIONS = (
     Section("Hit rates of the cache", {"cache": cache.table}),
     Section("Reading shuffled cases", {"data": data.table}),
     Section("Decoding with the DeepSeek-V3 decoder", {"decode": decode.table}),
+    Section("Kernels on one Hopper GPU", {"h100": h100.markdown}),
     Section("Loading and writing a Hugging Face checkpoint", {"hf_loading": hf_loading.table}),
 )
 
