@@ -338,12 +338,11 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--block", type=int, default=10, help="steps of a block, a multiple of train.log_every")
     parser.add_argument("--blocks", type=int, default=16)
     parser.add_argument("--saves", type=int, default=3)
-    parser.add_argument("--note", default="", help="a remark on the machine, for the report")
     args = parser.parse_args(arguments)
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
     began = time.perf_counter()
     start_platform("auto")
-    report = jax_environment(argparse.Namespace(**vars(args), overrides=[])) | {"note": args.note}
+    report = jax_environment(argparse.Namespace(**vars(args), overrides=[]))
 
     def save(name: str, figures: dict[str, Any]) -> None:
         report[name], report["seconds"] = figures, time.perf_counter() - began

@@ -73,8 +73,6 @@ def provenance(name: str, report: dict) -> str:
     parts = [f"[{name}.json](results/{name}.json): `{report['command']}`", report["hardware"], versions]
     if "seconds" in report:
         parts.append(f"{report['seconds']:,.0f} s")
-    if report.get("note"):
-        parts.append(report["note"])
     return "; ".join(parts) + "."
 
 
