@@ -244,7 +244,6 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
     parser.add_argument("--repeats", type=int, default=8, help="timed calls op by op; five times as many compiled")
     parser.add_argument("--timeout", type=float, default=240.0, help="seconds that a case may take")
-    parser.add_argument("--note", default="", help="a remark on the machine, for the report")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     if args.child:
@@ -253,7 +252,7 @@ def main(arguments: list[str]) -> None:
     os.environ |= SETTINGS | os.environ  # this process asks for the device's name, and shall not take its memory
     began, cases = time.perf_counter(), dict[str, Any]()
     told = argparse.Namespace(**{k: v for k, v in vars(args).items() if k != "child"}, overrides=[])
-    about = jax_environment(told) | {"note": args.note}
+    about = jax_environment(told)
     same = [__file__, "--output", str(args.output), "--scale", args.scale, "--repeats", str(args.repeats)]
     commands = {case: [*same, "--child", case] for case in args.cases}
     for case, found in run_in_turn(commands, ahead=0, timeout=args.timeout):

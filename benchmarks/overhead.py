@@ -143,6 +143,7 @@ class Blocks:
             "bare_ms": float(np.median(bare)),
             "loop_ms": float(np.median(looped)),
             "processor_ms": 1e3 * float(np.median(self.worked[FIRST:])),
+            "processor_least_ms": 1e3 * min(self.worked[FIRST:]),
             "surplus_ms": float(np.median(looped - bare)),
             "surplus_quartiles_ms": np.quantile(looped - bare, [0.25, 0.75]).tolist(),
             "share": float(np.median(looped - bare) / np.median(bare)),
@@ -176,8 +177,12 @@ def config_of(tiny: bool, batch_size: int, workdir: str) -> Config:
 
 
 def endless(config: Config, workdir: str) -> Config:
-    """The config with more steps than are measured, and without evaluation and saves of the loop's own."""
+    """The config with more steps than are measured, and without evaluation and saves of the loop's own.
+
+    Weights hardly move: a batch that comes again and again would be learned by heart, until the guard sees outliers.
+    """
     train = replace(config.train, steps=FOREVER, eval_every=FOREVER, save_every=FOREVER)
+    train = replace(train, learning_rate=1e-9, final_learning_rate=1e-9)
     return replace(config, workdir=workdir, train=train)
 
 
@@ -301,8 +306,8 @@ def done(run: Run) -> bool:
 def table(report: dict[str, Any]) -> str:
     """Markdown: what the loop costs, then what a save does."""
     lines = [
-        "| | bare step, ms | in the loop, ms | surplus, ms | share | processor time of the loop, ms |",
-        "|" + "---|" * 6,
+        "| | bare step, ms | in the loop, ms | surplus, ms | share | processor time of the loop, ms | least |",
+        "|" + "---|" * 7,
     ]
     for name in ("step", "no computation"):
         if name in report:
@@ -310,7 +315,7 @@ def table(report: dict[str, Any]) -> str:
             share = f"{row['share']:.2%}" if name == "step" else ""
             lines.append(
                 f"| {name} | {row['bare_ms']:.3f} | {row['loop_ms']:.3f} | {row['surplus_ms']:.3f} | {share} | "
-                f"{row['processor_ms']:.3f} |"
+                f"{row['processor_ms']:.3f} | {row['processor_least_ms']:.3f} |"
             )
     if "saves" in report:
         row = report["saves"]
@@ -333,12 +338,11 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--block", type=int, default=10, help="steps of a block, a multiple of train.log_every")
     parser.add_argument("--blocks", type=int, default=16)
     parser.add_argument("--saves", type=int, default=3)
-    parser.add_argument("--note", default="", help="a remark on the machine, for the report")
     args = parser.parse_args(arguments)
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
     began = time.perf_counter()
     start_platform("auto")
-    report = jax_environment(argparse.Namespace(**vars(args), overrides=[])) | {"note": args.note}
+    report = jax_environment(argparse.Namespace(**vars(args), overrides=[]))
 
     def save(name: str, figures: dict[str, Any]) -> None:
         report[name], report["seconds"] = figures, time.perf_counter() - began

@@ -238,6 +238,15 @@ def decoder(**changes) -> Config:
         (Config(train=TrainConfig(final_learning_rate=0.1)), "train.final_learning_rate is 0.1"),
         (Config(mesh=MeshConfig(data=0)), "mesh.data is 0"),
         (Config(mesh=MeshConfig(fsdp=-1)), "mesh.fsdp is -1"),
+        (
+            Config(mesh=MeshConfig(data=1, expert=-1, tensor=-1)),
+            "mesh.expert is -1, but it must be a number of devices",
+        ),
+        (
+            Config(mesh=MeshConfig(pipe=2)),
+            "mesh.pipe is 2, but it must be 1: layers cannot be divided among devices yet",
+        ),
+        (Config(mesh=MeshConfig(sequence=0)), "mesh.sequence is 0"),
         (Config(workdir=""), "workdir is ''"),
     ],
 )

@@ -24,6 +24,8 @@ class MLA(nn.Module):
     dtype: DTypeLike
     lora: Lora = Lora()
     remat: Remat = "none"
+    prefix: bool = False
+    """In every row, the tokens that exist come first: then causality hides the others from them."""
 
     def setup(self) -> None:
         c = self.config
@@ -47,7 +49,8 @@ class MLA(nn.Module):
         self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], valid: Bool[Array, "B T"]
     ) -> Float[Array, "B T D"]:
         """Causal attention within x, keys and values expanded."""
-        return self._expanded(*self._queries(x, positions), *self._latents(x, positions), valid)
+        hidden = None if self.prefix else valid
+        return self._expanded(*self._queries(x, positions), *self._latents(x, positions), hidden)
 
     def cached(
         self,
@@ -65,7 +68,8 @@ class MLA(nn.Module):
           positions: Their places in the row, from 0.
           valid: Tokens that exist; others are neither written nor seen.
           cache: What came before.
-          fresh: Nothing came before: x is the whole row, and attention is that of `__call__`.
+          fresh: Nothing came before: x is the whole row, what exists of it comes first, and attention is that of
+            `__call__`.
 
         Returns:
           The mixed states and the cache.
@@ -74,7 +78,7 @@ class MLA(nn.Module):
         latent, k_rope = self._latents(x, positions)
         cache = write_latents(cache, jnp.concatenate([latent, k_rope], axis=-1), positions, valid)
         if fresh:
-            return self._expanded(q_nope, q_rope, latent, k_rope, valid), cache
+            return self._expanded(q_nope, q_rope, latent, k_rope, None), cache
         kv_b = self.kv_b_proj.matrix()
         mixed = latent_attention(q_nope, q_rope, kv_b, cache, positions, valid, scale=self.scale)
         return self.o_proj(mixed.reshape(*x.shape[:2], -1)), cache
@@ -108,7 +112,7 @@ class MLA(nn.Module):
         q_rope: Float[Array, "B T N H"],
         latent: Float[Array, "B T R"],
         k_rope: Float[Array, "B T H"],
-        valid: Bool[Array, "B T"],
+        valid: Bool[Array, "B T"] | None,
     ) -> Float[Array, "B T D"]:
         """Attention of tokens to each other with the keys and values of every head."""
         if length_axes(q_nope.shape[1]):

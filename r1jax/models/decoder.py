@@ -29,6 +29,8 @@ class DecoderLayer(nn.Module):
     dense: bool
     lora: Lora = Lora()
     remat: Remat = "none"
+    prefix: bool = False
+    """As in `MLA`."""
 
     @nn.compact
     def __call__(
@@ -44,7 +46,7 @@ class DecoderLayer(nn.Module):
         c = self.config
         drop = Dropout(self.dropout)
         normed = RMSNorm(c.rms_norm_eps, name="input_layernorm")(x)
-        attention = MLA(c, self.dtype, self.lora, self.remat, name="self_attn")
+        attention = MLA(c, self.dtype, self.lora, self.remat, self.prefix, name="self_attn")
         if cache is None:
             mixed = attention(normed, positions, valid)
         else:
@@ -96,7 +98,8 @@ class MTP(nn.Module):
         # The paper writes [h; emb]; the published weights are for [emb; h].
         pair = [RMSNorm(c.rms_norm_eps, name="enorm")(next_embedding), RMSNorm(c.rms_norm_eps, name="hnorm")(hidden)]
         eh_proj = Linear(c.hidden_size, self.dtype, init_std=c.initializer_range, lora=self.lora, name="eh_proj")
-        layer = DecoderLayer(c, self.dtype, self.dropout, dense=False, lora=self.lora, remat=self.remat, name="layer")
+        # It reads text alone, which has no gaps.
+        layer = DecoderLayer(c, self.dtype, self.dropout, False, self.lora, self.remat, prefix=True, name="layer")
         x = eh_proj(jnp.concatenate(pair, axis=-1))
         if cache is None:
             x, stats = block(_uncached, self.remat)(layer, x, positions, valid, cases)
@@ -145,13 +148,15 @@ class Decoder(nn.Module):
     lora: Lora = Lora()
     remat: Remat = "none"
     scan_layers: bool = False
+    prefix: bool = False
+    """As in `MLA`; rows of text alone have no gaps, those with modalities may."""
 
     def setup(self) -> None:
         c = self.config
         init = normal(c.initializer_range)
         self.embed_tokens = self.param("embed_tokens", init, (c.vocab_size, c.hidden_size), jnp.float32)
         self.layers = [
-            DecoderLayer(c, self.dtype, self.dropout, i < c.first_k_dense_replace, self.lora, self.remat)
+            DecoderLayer(c, self.dtype, self.dropout, i < c.first_k_dense_replace, self.lora, self.remat, self.prefix)
             for i in range(c.num_hidden_layers)
         ]
         self.norm = RMSNorm(c.rms_norm_eps)
@@ -208,7 +213,7 @@ class Decoder(nn.Module):
         """
         c, params, dense = self.config, self.variables["params"], numbers[0] < self.config.first_k_dense_replace
         stacked = jax.tree.map(lambda *x: jnp.stack(x), *(params[f"layers_{i}"] for i in numbers))
-        layer = DecoderLayer(c, self.dtype, self.dropout, dense, self.lora, self.remat, parent=None)
+        layer = DecoderLayer(c, self.dtype, self.dropout, dense, self.lora, self.remat, self.prefix, parent=None)
         key = self.make_rng("dropout") if cases is not None and self.dropout else None
 
         def turn(

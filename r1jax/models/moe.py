@@ -1,5 +1,6 @@
 """DeepSeekMoE: shared and routed experts, sigmoid router, group limit, bias-only balancing (DeepSeek-V3, 2.1.2)."""
 
+import functools
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -16,7 +17,7 @@ from r1jax.models.lora import Lora
 from r1jax.models.remat import kept
 from r1jax.ops.axes import Placement, axes_of, gather_dimensions, gathered, placement, spread
 from r1jax.ops.expert_exchange import exchange
-from r1jax.ops.grouped_matmul import gather_rows, grouped_matmul, plan_dispatch, scatter_rows
+from r1jax.ops.grouped_matmul import grouped_matmul, plan_dispatch, scatter_choices, scatter_rows, sum_rows
 
 
 class RouterStats(NamedTuple):
@@ -106,7 +107,7 @@ class Mixed(NamedTuple):
     """What the routed experts make of some tokens."""
 
     output: Float[Array, "*T D"]
-    """sum_k w_k E_k(x), fp32."""
+    """sum_k w_k E_k(x)."""
     experts: Int[Array, "*T K"]
     """Which were chosen."""
     waited: Int[Array, ""] | None = None
@@ -141,20 +142,30 @@ def mix_experts(
     experts, weights = select_experts(scores, bias, config)
     block = min(128, -(-experts.size // config.n_routed_experts)) if few else 128
     plan = plan_dispatch(experts, config.n_routed_experts, block=block)
-    rows = _feed_forward(scatter_rows(x, plan), plan.block_expert, gate_up, down)
-    back = gather_rows(rows, plan)
-    return Mixed(jnp.einsum("TKD,TK->TD", back.astype(jnp.float32), weights), experts)
+    rows = _feed_forward(scatter_rows(x, plan), scatter_choices(weights, plan), plan.block_expert, gate_up, down)
+    return Mixed(sum_rows(rows, plan), experts)
 
 
 def _feed_forward(
     rows: Float[Array, "P D"],
+    share: Float[Array, " P"] | None,
     block_expert: Int[Array, " blocks"],
     gate_up: Float[Array, "E F2 D"],
     down: Float[Array, "E D F"],
 ) -> Float[Array, "P D"]:
-    """SwiGLU of each block of rows with its expert's weights."""
-    gate, up = jnp.split(kept(grouped_matmul(rows, gate_up, block_expert)), 2, axis=-1)
-    return kept(grouped_matmul(nn.silu(gate) * up, down, block_expert))
+    """SwiGLU of each block of rows with its expert's weights, times the row's share."""
+    both = kept(grouped_matmul(rows, gate_up, block_expert))
+    # With its share before the last product, whose result then is no part of the backward pass.
+    result = grouped_matmul(_swiglu(both, share), down, block_expert)
+    return result if share is not None else kept(result)
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False)  # of all that lies between, nothing is worth keeping
+def _swiglu(both: Float[Array, "P G"], share: Float[Array, " P"] | None) -> Float[Array, "P F"]:
+    """silu(gate) * up of each row [gate, up], times the row's share; in fp32 between the products."""
+    gate, up = jnp.split(both.astype(jnp.float32), 2, axis=-1)
+    hidden = nn.silu(gate) * up
+    return (hidden if share is None else hidden * share[:, None]).astype(both.dtype)
 
 
 def exchange_and_mix(
@@ -175,8 +186,8 @@ def exchange_and_mix(
 
     def compute(rows: Float[Array, "P D"], expert: Int[Array, " P"]) -> Float[Array, "P D"]:
         plan = plan_dispatch(expert[:, None], local + 1)  # empty places last: they are zeros for any expert
-        ordered = scatter_rows(rows, plan)
-        return gather_rows(_feed_forward(ordered, jnp.minimum(plan.block_expert, local - 1), gate_up, down), plan)[:, 0]
+        owner = jnp.minimum(plan.block_expert, local)
+        return sum_rows(_feed_forward(scatter_rows(rows, plan), None, owner, gate_up, down), plan)
 
     output, waited = exchange(
         x, experts, weights, compute, local_experts=local, axis=axis, everywhere=everywhere, capacity=capacity
@@ -227,7 +238,7 @@ def spread_experts(
             mixed = exchange_and_mix(*flat, config=config, axis=experts[0], everywhere=total, capacity=where.capacity)
         else:
             mixed = mix_experts(*flat, config=config)
-        output = jax.lax.psum(mixed.output, hidden) if hidden else mixed.output
+        output = jax.lax.psum(mixed.output.astype(jnp.float32), hidden) if hidden else mixed.output
         waited = None if mixed.waited is None else jax.lax.psum(mixed.waited, counted)
         return output.reshape(x.shape), mixed.experts.reshape(*x.shape[:2], -1), waited
 

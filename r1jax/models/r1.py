@@ -75,8 +75,9 @@ class R1(nn.Module):
         c = self.config
         self.dtype = PRECISIONS[c.precision].compute
         width = c.decoder.hidden_size
+        alone = c.modalities == ("text",) and not self.heads
         self.decoder = Decoder(
-            c.decoder, self.dtype, c.dropout, Lora(c.lora_rank, c.lora_alpha), c.remat, c.scan_layers
+            c.decoder, self.dtype, c.dropout, Lora(c.lora_rank, c.lora_alpha), c.remat, c.scan_layers, prefix=alone
         )
         if "volume" in c.modalities:
             self.volume = VisionEncoder(c.volume, width, self.dtype, c.dropout, c.remat)

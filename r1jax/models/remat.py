@@ -15,12 +15,14 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
-from r1jax.ops.attention import dot_product_attention
+from r1jax.ops.attention import dot_product_attention, is_fused
 from r1jax.ops.axes import placement, spread
 
 Remat = Literal["none", "attention", "minimal", "full", "offload"]
 PRODUCT = "product"
 """Name of the activations that `minimal` keeps."""
+CUDNN = "dot_product_attention_fwd_wrapper"
+"""JAX's name of cuDNN's forward pass: its backward pass reads the result and the normaliser, or it is done again."""
 
 
 def kept(x: Array) -> Array:
@@ -41,7 +43,8 @@ def block(call: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
     policies = jax.checkpoint_policies
     match remat:
         case "minimal":
-            policy = policies.save_only_these_names(PRODUCT)
+            named = policies.save_only_these_names(PRODUCT)
+            policy = lambda primitive, *x, **y: primitive.name == CUDNN or named(primitive, *x, **y)  # noqa: E731
         case "full":
             policy = policies.nothing_saveable
         case "offload":
@@ -92,6 +95,9 @@ def attention(remat: Remat) -> Callable[..., Array]:
         def run(q: Array, k: Array, v: Array, valid: Array | None) -> Array:
             return spread_attention(q, k, v, valid, scale=scale, causal=causal)
 
-        return kept((jax.checkpoint(run) if remat == "attention" else run)(q, k, v, valid))
+        mixed = (jax.checkpoint(run) if remat == "attention" else run)(q, k, v, valid)
+        if remat == "minimal" and is_fused(q, k, v, causal=causal, masked=valid is not None):
+            return mixed  # cuDNN's own result is kept; this is the same, and would be kept a second time
+        return kept(mixed)
 
     return attend

@@ -16,11 +16,12 @@ from jaxtyping import Array, Float, Int
 
 from r1jax.ops.axes import Placement, axes_of, gather_dimensions, placement, spread
 from r1jax.ops.losses import cross_entropy
+from r1jax.ops.self_test import target
 
 HEAD = ("lm_head", "weight")
 """End of the weight's path in the parameter tree, which says where it is kept."""
-CHUNK = 1024
-"""Tokens whose logits are held at once."""
+CHUNK, CHUNK_ON_GPU = 1024, 3072
+"""Tokens whose logits are held at once, at most; with more, the weight's gradient is read and written less often."""
 
 
 class Part(NamedTuple):
@@ -85,7 +86,7 @@ def linear_cross_entropy(
     weights: Float[Array, "B T"],
     smoothing: float = 0.0,
     z_loss: float = 0.0,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> Float[Array, ""]:
     """Weighted sum over tokens of the cross-entropy of softmax(hidden weight^T), in nats and fp32.
 
@@ -97,7 +98,8 @@ def linear_cross_entropy(
         formed with these weights: a mean is a sum that is divided afterwards.
       smoothing: Label smoothing, as in `cross_entropy`.
       z_loss: Factor of the squared log normaliser (Chowdhery et al. 2022, section 5).
-      chunk: Tokens whose logits are held at once, rounded to whole time steps of the batch.
+      chunk: Tokens whose logits are held at once, at most, in whole time steps of the batch; None leaves it to the
+        device.
 
     Returns:
       Scalar.
@@ -111,7 +113,7 @@ def token_losses(
     labels: Int[Array, "B T"],
     smoothing: float = 0.0,
     z_loss: float = 0.0,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> Float[Array, "B T"]:
     """The losses that `linear_cross_entropy` sums; meant for scoring, its gradient would hold every logit."""
 
@@ -142,7 +144,7 @@ def _forward(
     weights: Float[Array, "B T"],
     smoothing: float,
     z_loss: float,
-    chunk: int,
+    chunk: int | None,
 ) -> tuple[Float[Array, ""], tuple[Array, Array]]:
     settings, narrow, where = (smoothing, z_loss, chunk), weight.astype(hidden.dtype), placement()
     if where is None:
@@ -170,7 +172,7 @@ def _slopes(
     weights: Float[Array, "B T"],
     smoothing: float,
     z_loss: float,
-    chunk: int,
+    chunk: int | None,
     part: Part,
 ) -> tuple[Float[Array, ""], Float[Array, "B T D"], Float[Array, "v D"]]:
     """Loss of the tokens of a device, its gradient by them, and by the device's part of the vocabulary."""
@@ -181,7 +183,8 @@ def _slopes(
         scores = _scores(x, weight, part)
         own = y - part.first(len(weight))
         target = (1 - smoothing) * jax.nn.one_hot(own, len(weight), dtype=jnp.float32) + smoothing / part.vocabulary
-        slope = jnp.exp(scores.shifted - scores.log_sum) * (1 + 2 * z_loss * (scores.highest + scores.log_sum)) - target
+        normaliser = scores.highest + scores.log_sum
+        slope = jnp.exp(scores.logits - normaliser) * (1 + 2 * z_loss * normaliser) - target
         slope = (slope * w[..., None]).astype(x.dtype)
         to_hidden = part.sum(jnp.einsum("btV,VD->btD", slope, weight, preferred_element_type=jnp.float32))
         to_weight = to_weight + jnp.einsum("btV,btD->VD", slope, x, preferred_element_type=jnp.float32)
@@ -195,7 +198,7 @@ def _slopes(
 
 
 def _backward(
-    smoothing: float, z_loss: float, chunk: int, saved: tuple[Array, Array], scale: Float[Array, ""]
+    smoothing: float, z_loss: float, chunk: int | None, saved: tuple[Array, Array], scale: Float[Array, ""]
 ) -> tuple[Array, Array, None, None]:
     del smoothing, z_loss, chunk
     return (*((x.astype(jnp.float32) * scale).astype(x.dtype) for x in saved), None, None)
@@ -214,8 +217,8 @@ def linear_cross_entropy_reference(
 ) -> Float[Array, ""]:
     """`linear_cross_entropy` with all logits at once."""
     logits = _logits(hidden, weight.astype(hidden.dtype))
-    losses = cross_entropy(logits, labels, smoothing=smoothing)
-    return jnp.sum((losses + z_loss * jax.nn.logsumexp(logits, axis=-1) ** 2) * weights)
+    losses = cross_entropy(logits, labels, smoothing=smoothing) + z_loss * jax.nn.logsumexp(logits, axis=-1) ** 2
+    return jnp.sum(losses * weights)
 
 
 def _logits(x: Float[Array, "b t D"], weight: Float[Array, "V D"]) -> Float[Array, "b t V"]:
@@ -225,41 +228,44 @@ def _logits(x: Float[Array, "b t D"], weight: Float[Array, "V D"]) -> Float[Arra
 class Scores(NamedTuple):
     """Logits of a part of the vocabulary beside what is known of all of it."""
 
-    shifted: Float[Array, "b t v"]
-    """Logits, less `highest`."""
+    logits: Float[Array, "b t v"]
     highest: Float[Array, "b t 1"]
     """Largest logit of the whole vocabulary."""
     log_sum: Float[Array, "b t 1"]
-    """Logarithm of the sum of the exponentials of the shifted logits of the whole vocabulary."""
+    """Logarithm of the sum of exp(logit - highest) over the whole vocabulary."""
 
 
 def _scores(x: Float[Array, "b t D"], weight: Float[Array, "v D"], part: Part) -> Scores:
     logits = _logits(x, weight)
     highest = jnp.max(jax.lax.stop_gradient(logits), axis=-1, keepdims=True)
     highest = jax.lax.pmax(highest, part.axes) if part.axes else highest
-    shifted = logits - highest
-    return Scores(shifted, highest, jnp.log(part.sum(jnp.sum(jnp.exp(shifted), axis=-1, keepdims=True))))
+    total = part.sum(jnp.sum(jnp.exp(logits - highest), axis=-1, keepdims=True))
+    return Scores(logits, highest, jnp.log(total))
 
 
 def _losses(
     scores: Scores, labels: Int[Array, "b t"], smoothing: float, z_loss: float, part: Part
 ) -> Float[Array, "b t"]:
-    size = scores.shifted.shape[-1]
+    size = scores.logits.shape[-1]
     own = labels - part.first(size)
     inside = (own >= 0) & (own < size)
-    found = jnp.take_along_axis(scores.shifted, jnp.where(inside, own, 0)[..., None], axis=-1)[..., 0]
-    hit = part.sum(jnp.where(inside, found, 0.0))
+    found = jnp.take_along_axis(scores.logits, jnp.where(inside, own, 0)[..., None], axis=-1) - scores.highest
+    hit = part.sum(jnp.where(inside, found[..., 0], 0.0))
     losses = scores.log_sum[..., 0] - (1 - smoothing) * hit
     if smoothing:
-        losses = losses - smoothing / part.vocabulary * part.sum(jnp.sum(scores.shifted, axis=-1))
+        losses = losses - smoothing / part.vocabulary * part.sum(jnp.sum(scores.logits - scores.highest, axis=-1))
     return losses + z_loss * (scores.highest + scores.log_sum)[..., 0] ** 2 if z_loss else losses
 
 
-def _chunks(x: Array, chunk: int) -> Array:
-    """[B, T, ...] as [chunks, B, t, ...]; zeros fill the last one, and zero is the weight of what they add."""
+def _chunks(x: Array, chunk: int | None) -> Array:
+    """[B, T, ...] as [chunks, B, t, ...] of as equal a length as can be.
+
+    Zeros fill the last chunk, fewer than there are chunks; zero is the weight of what they add.
+    """
     batch, length, *rest = x.shape
-    step = min(max(1, chunk // batch), length)
-    count = -(-length // step)
+    chunk = chunk or (CHUNK_ON_GPU if target().platform == "gpu" else CHUNK)
+    count = -(-length // max(1, chunk // batch))
+    step = -(-length // count)
     x = jnp.pad(x, [(0, 0), (0, count * step - length), *[(0, 0)] * len(rest)])
     return jnp.moveaxis(x.reshape(batch, count, step, *rest), 1, 0)
 

@@ -123,7 +123,7 @@ def placement_on(mesh: Mesh | AbstractMesh, smallest: int, config: MeshConfig | 
         name = "/".join(path)
         return (
             weight_spec(name, shape, sizes, smallest=smallest),
-            weight_spec(name, shape, sizes, kept=False, smallest=smallest),
+            weight_spec(name, shape, sizes, kept=False),
         )
 
     axes = {name: present(axes, sizes) for name, axes in DIMENSIONS.items()}

@@ -58,7 +58,14 @@ def test_a_repeated_source_reads_once():
 
 
 def test_table_names_share_and_saves():
-    row = {"bare_ms": 100.0, "loop_ms": 100.5, "surplus_ms": 0.5, "share": 0.005, "processor_ms": 1.0}
+    row = {
+        "bare_ms": 100.0,
+        "loop_ms": 100.5,
+        "surplus_ms": 0.5,
+        "share": 0.005,
+        "processor_ms": 1.0,
+        "processor_least_ms": 0.9,
+    }
     saves = {
         "state_bytes": 2.1e9,
         "stands_still_seconds": 0.5,
@@ -68,5 +75,5 @@ def test_table_names_share_and_saves():
         "share": 0.05,
     }
     told = table({"step": row, "no computation": row, "saves": saves})
-    assert "| step | 100.000 | 100.500 | 0.500 | 0.50% | 1.000 |" in told
+    assert "| step | 100.000 | 100.500 | 0.500 | 0.50% | 1.000 | 0.900 |" in told
     assert "A save of 2.10 GB holds up the steps for 0.500 s, 5.0% of 100 steps" in told

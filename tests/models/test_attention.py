@@ -101,3 +101,22 @@ def test_tokens_that_are_not_valid_are_not_seen(hidden):
     seen = np.setdiff1d(np.arange(6), hidden)
     np.testing.assert_allclose(np.asarray(first)[:, seen], np.asarray(second)[:, seen], rtol=0, atol=1e-6)
     assert np.isfinite(first).all()
+
+
+def test_padding_at_the_end_needs_no_mask():
+    """Causality hides it: without a mask, tokens that exist have the same values and gradients."""
+    masked, params, x, positions, _ = make(CONFIG)
+    valid = jnp.arange(6)[None] < 4
+    plain = MLA(CONFIG, jnp.float32, prefix=True)
+
+    def loss(run, x):
+        return jnp.sum(jnp.where(valid[..., None], jnp.sin(run(x)), 0))
+
+    runs = (
+        lambda x: masked(params, x, positions, valid),
+        lambda x: plain.apply({"params": params}, x, positions, valid),
+    )
+    with_mask, without = (jax.value_and_grad(lambda x, r=run: loss(r, x))(x) for run in runs)
+    np.testing.assert_allclose(without[0], with_mask[0], rtol=1e-5)
+    np.testing.assert_allclose(without[1], with_mask[1], rtol=0, atol=1e-5)
+    assert np.asarray(without[1])[0, :4].any() and not np.asarray(without[1])[0, 4:].any()

@@ -1,8 +1,10 @@
 """Rematerialisation changes memory, never numbers; parameters keep their names under every policy."""
 
+import types
 from dataclasses import replace
 from typing import get_args
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,8 @@ import pytest
 
 from r1jax.config import DecoderConfig, ModelConfig, TableConfig, VisionConfig
 from r1jax.models.r1 import R1, Inputs
-from r1jax.models.remat import Remat
+from r1jax.models.remat import Remat, attention, block
+from r1jax.ops import attention as ops
 
 CONFIG = ModelConfig(
     modalities=("image", "table", "text"),
@@ -115,4 +118,35 @@ def test_layers_in_a_loop_are_the_layers_one_by_one():
     assert len(loads) == 4 and all(map(np.array_equal, loads, counts))
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(gradients), jax.tree.leaves(slopes), strict=True):
         assert np.abs(a - b).max() <= 2e-6 * max(np.abs(a).max(), 1e-3), jax.tree_util.keystr(path)
-    assert sizes[2] < 1.2 * sizes[1]
+    assert sizes[2] < 1.2 * sizes[1] and sizes[1] < sizes[0]
+
+
+@pytest.mark.parametrize(("policy", "times"), [("none", 1), ("minimal", 1), ("full", 2)])
+@pytest.mark.parametrize("length", [128, 129])
+def test_minimal_does_not_compute_cudnns_attention_again(monkeypatch, policy, times, length):
+    """Traced as for a GPU, and not run."""
+    from jax._src.cudnn import fused_attention_stablehlo as library
+
+    monkeypatch.setattr(ops, "target", lambda: types.SimpleNamespace(platform="gpu"))
+    monkeypatch.setattr(ops, "_cudnn_agrees", lambda *_: True)
+    monkeypatch.setattr(library, "check_cudnn_version", lambda *_: 91900)
+    monkeypatch.setattr(library, "check_is_flash_attention", lambda *_: None)
+
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            q = nn.Dense(2 * 24, dtype=jnp.bfloat16)(x).reshape(1, length, 2, 24)
+            mixed = attention(policy)(q, jnp.cos(q), jnp.sin(q)[..., :16], None, scale=0.2, causal=True)
+            return nn.Dense(8, dtype=jnp.bfloat16)(mixed.reshape(1, length, -1))
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return block(lambda layer, x: layer(x), policy)(Layer(), x)
+
+    x = jnp.ones((1, length, 8), jnp.bfloat16)
+    params = jax.eval_shape(Model().init, jax.random.key(0), x)
+    loss = lambda p: jnp.sum(Model().apply(p, x).astype(jnp.float32) ** 2)  # noqa: E731
+    program = str(jax.make_jaxpr(jax.grad(loss))(params))
+    assert program.count("dot_product_attention_fwd_wrapper") == times
+    assert program.count("dot_product_attention_bwd_wrapper") == 1

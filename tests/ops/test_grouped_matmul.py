@@ -9,12 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from r1jax.ops import grouped_matmul as module
 from r1jax.ops.grouped_matmul import (
-    gather_rows,
     grouped_matmul,
     grouped_matmul_reference,
     plan_dispatch,
+    scatter_choices,
     scatter_rows,
+    sum_rows,
 )
 
 SHAPES = [
@@ -80,7 +82,9 @@ def test_every_choice_has_its_row_and_every_block_its_expert(case):
     assert (plan.source[empty] == tokens).all() and (plan.choice[empty] == tokens * k).all()
     loads = Counter(experts.ravel().tolist())
     assert plan.counts.tolist() == [loads[e] for e in range(count)]
-    assert plan.block_expert.min() >= 0 and plan.block_expert.max() < count
+    used = sum(-(-loads[e] // block) for e in range(count))
+    assert (np.diff(plan.block_expert) >= 0).all() and plan.block_expert.min() >= 0
+    assert (plan.block_expert[:used] < count).all() and (plan.block_expert[used:] == count).all()
 
 
 @settings(max_examples=60)
@@ -97,7 +101,7 @@ def test_product_equals_loop_over_tokens(case, seed):
 @jax.jit(static_argnums=3)
 def route_and_multiply(x, w, experts, block):
     plan = plan_dispatch(experts, w.shape[0], block=block)
-    return gather_rows(grouped_matmul(scatter_rows(x, plan), w, plan.block_expert), plan)
+    return grouped_matmul(scatter_rows(x, plan), w, plan.block_expert)[plan.slot]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -121,7 +125,7 @@ def test_product_equals_the_reference_in_value_and_gradient(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_both_moves_equal_plain_indexing_in_value_and_gradient(name):
+def test_all_moves_equal_plain_indexing_in_value_and_gradient(name):
     experts, count, block = routing(name)
     rng = np.random.default_rng(2)
     plan = plan_of(jnp.asarray(experts, jnp.int32), count, block=block)
@@ -131,20 +135,26 @@ def test_both_moves_equal_plain_indexing_in_value_and_gradient(name):
     def plain_scatter(x, plan):
         return jnp.concatenate([x, jnp.zeros((1, 5))])[plan.source]
 
-    def plain_gather(y, plan):
-        return y[plan.slot]
+    def plain_sum(y, plan):
+        return sum(y[plan.slot[:, i]] for i in range(plan.slot.shape[1]))
+
+    def plain_choices(weights, plan):
+        return jnp.concatenate([weights.reshape(-1), jnp.zeros(1)])[plan.choice]
+
+    weights = jnp.asarray(rng.standard_normal(experts.shape), jnp.float32)
+    ways = ((scatter_rows, plain_scatter), (sum_rows, plain_sum), (scatter_choices, plain_choices))
 
     @jax.jit
-    def compare(x, y):
+    def compare(*arrays):
         pairs = []
-        for ours, plain, rows in ((scatter_rows, plain_scatter, x), (gather_rows, plain_gather, y)):
+        for (ours, plain), rows in zip(ways, arrays, strict=True):
             out, back = jax.vjp(lambda rows, f=ours: f(rows, plan), rows)
             expected, expected_back = jax.vjp(lambda rows, f=plain: f(rows, plan), rows)
             pull = jnp.cos(3 * expected + jnp.arange(float(expected.size)).reshape(expected.shape))
             pairs += [(out, expected), (back(pull)[0], expected_back(pull)[0])]
         return pairs
 
-    for ours, plain in compare(x, y):
+    for ours, plain in compare(x, y, weights):
         np.testing.assert_allclose(ours, plain, rtol=0, atol=1e-6)
 
 
@@ -172,3 +182,46 @@ def test_bf16_accumulates_in_fp32():
     x = jnp.ones((1, 4096), jnp.bfloat16)
     out = grouped_matmul(x, jnp.ones((1, 1, 4096), jnp.bfloat16), jnp.zeros(1, jnp.int32))
     assert out.dtype == jnp.bfloat16 and out[0, 0] == 4096
+
+
+def test_sums_of_bf16_rows_are_fp32():
+    """256 + 1 + 1 + ... is 256 in bf16, one by one."""
+    plan = plan_dispatch(jnp.arange(9)[None], 9, block=1)
+    y = jnp.ones((9, 1), jnp.bfloat16).at[plan.slot[0, 0]].set(256)
+    assert sum_rows(y, plan)[0, 0] == 264
+    gradient = jax.vjp(lambda x: scatter_rows(x, plan), y[:1])[1](y)[0]
+    assert gradient[0, 0] == 264
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_kernels_get_what_makes_their_gradients_right(name, monkeypatch):
+    """The custom gradients, with loops over blocks in the place of the kernels."""
+    experts, count, _ = routing(name)
+    plan = plan_of(jnp.asarray(experts, jnp.int32), count, block=128)
+    rng = np.random.default_rng(1)
+    x = scatter_rows(jnp.asarray(rng.standard_normal((len(experts), 5)), jnp.float32), plan)
+    w = jnp.asarray(rng.standard_normal((count, 4, 5)), jnp.float32)
+    kernels = pytest.importorskip("r1jax.ops.grouped_matmul_hopper")
+
+    def blocks_times_weights(x, w, block_expert, *, transposed, tiling):
+        out = grouped_matmul_reference(x, w if transposed else jnp.swapaxes(w, 1, 2), block_expert)
+        return jnp.where(jnp.repeat(block_expert < len(w), tiling.rows)[:, None], out, 0)
+
+    def blocks_times_blocks(a, b, first_block, *, block, tiling):
+        rows = jnp.arange(a.shape[0])[None]
+        inside = (rows >= first_block[:-1, None] * block) & (rows < first_block[1:, None] * block)
+        return jnp.einsum("EP,PM,PN->EMN", inside.astype(jnp.float32), a, b)
+
+    monkeypatch.setattr(kernels, "blocks_times_weights", blocks_times_weights)
+    monkeypatch.setattr(kernels, "blocks_times_blocks", blocks_times_blocks)
+
+    @jax.jit
+    def both(x, w):
+        results = []
+        for product in (module._hopper, grouped_matmul_reference):
+            out, back = jax.vjp(lambda x, w, f=product: sum_rows(f(x, w, plan.block_expert), plan), x, w)
+            results.append((out, *back(jnp.sin(out))))
+        return results
+
+    for fast, slow in zip(*both(x, w), strict=True):
+        np.testing.assert_allclose(fast, slow, rtol=0, atol=2e-6 * (1 + np.abs(slow).max()))

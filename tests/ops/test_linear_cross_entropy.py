@@ -1,11 +1,14 @@
 """The chunked loss against all logits at once, against float64 and against optax; and that it stays small."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+from r1jax.ops import linear_cross_entropy as module
 from r1jax.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference, token_losses
 
 
@@ -32,7 +35,7 @@ def value_and_grad(loss, hidden, weight, labels, weights, *settings):
 
 
 @pytest.mark.parametrize(("smoothing", "z_loss"), [(0.0, 0.0), (0.2, 1e-2)])
-@pytest.mark.parametrize("chunk", [1, 9, 15, 1000])  # 1, 3, 5 and all 7 time steps: 3 and 5 leave a ragged end
+@pytest.mark.parametrize("chunk", [1, 9, 15, 1000])  # 1, 3, 4 and all 7 time steps: 3 and 4 do not divide 7
 def test_equals_the_reference(smoothing, z_loss, chunk):
     arrays = draw()
     value, gradients = value_and_grad(linear_cross_entropy, *arrays, smoothing, z_loss, chunk)
@@ -132,3 +135,12 @@ def test_no_array_holds_all_logits():
     assert memory[0] < 8 * 4 * chunk * vocabulary < 4 * every <= memory[1]
     scored = lambda h, w: token_losses(h, w, arrays[2], chunk=chunk)  # noqa: E731
     assert max(sizes(jax.make_jaxpr(scored)(*arrays[:2]).jaxpr)) == chunk * vocabulary
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "platform", "parts"), [(4, 8192, "gpu", 11), (4, 8192, "cpu", 32), (1, 3073, "gpu", 2)]
+)
+def test_chunks_are_as_equal_as_can_be(monkeypatch, batch, length, platform, parts):
+    monkeypatch.setattr(module, "target", lambda: types.SimpleNamespace(platform=platform))
+    count, _, step = jax.eval_shape(lambda x: module._chunks(x, None), jnp.zeros((batch, length))).shape
+    assert count == parts and 0 <= count * step - length < count

@@ -114,16 +114,17 @@ def test_of_200_damaged_checkpoints_none_is_taken(tmp_path):
     assert damaged == [] and [c.step for c in sound] == [2, 1] and (newest.path / MANIFEST).is_file()
 
 
-def test_lost_permission_keeps_what_is_there(tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS], ids=["permission", "read-only"])
+def test_storage_that_cannot_be_written_any_more_keeps_what_is_there(tmp_path, monkeypatch, number):
     folder = CheckpointFolder(tmp_path)
     folder.save(1, state(1), Config(), {"step": 1, "validation": None})
 
     def refused(*_, **__):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        raise OSError(number, os.strerror(number))
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "mkdir", refused)  # root may write anywhere, so that taking the rights away would not do
-        with pytest.raises(UserError, match="00000002 could not be written .Permission denied.; earlier"):
+        with pytest.raises(UserError, match=rf"00000002 could not be written .{os.strerror(number)}.; earlier"):
             folder.save(2, state(2), Config(), {"step": 2, "validation": None})
     assert os.listdir(tmp_path) == ["00000001"]
     assert_is(folder.all()[0], 1)

@@ -1,0 +1,186 @@
+"""Training steps of h100.py: models of their real width, through the compiled step of r1jax, on random tokens.
+
+A child process of h100.py calls it. One batch is learned again and again, so that its loss has to fall.
+"""
+
+import gzip
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks.h100_kernels import seconds
+from configs import language, medical
+from r1jax.config import Config, DecoderConfig
+from r1jax.models.r1 import R1
+from r1jax.parallel.mesh import batch_sharding, make_mesh, shard_tree
+from r1jax.tasks.catalog import TASKS
+from r1jax.train.flops import work_of
+from r1jax.train.plan import device_limit, device_need, example_batch
+from r1jax.train.profile import read_ops
+from r1jax.train.step import NO_LIMIT, compile_step, init_state
+
+PEAK = 989.4e12
+V2_LITE = DecoderConfig(
+    vocab_size=102400,
+    hidden_size=2048,
+    num_hidden_layers=4,
+    num_attention_heads=16,
+    q_lora_rank=None,
+    kv_lora_rank=512,
+    qk_nope_head_dim=128,
+    qk_rope_head_dim=64,
+    v_head_dim=128,
+    intermediate_size=10944,
+    moe_intermediate_size=1408,
+    n_routed_experts=64,
+    n_shared_experts=2,
+    num_experts_per_tok=6,
+    n_group=1,
+    topk_group=1,
+    norm_topk_prob=False,
+    routed_scaling_factor=1.0,
+    scoring_func="softmax",
+    num_nextn_predict_layers=0,
+)
+"""DeepSeek-V2-Lite with 4 of its 27 layers."""
+DENSE = replace(V2_LITE, vocab_size=32768, num_hidden_layers=14, first_k_dense_replace=14, intermediate_size=8192)
+"""About 1 B parameters, no experts."""
+TINY = {"vocab_size": 512, "hidden_size": 128, "num_attention_heads": 2, "intermediate_size": 192}
+TINY |= {"num_hidden_layers": 2, "moe_intermediate_size": 64, "kv_lora_rank": 64, "n_routed_experts": 8}
+
+
+def language_config(decoder: DecoderConfig, scale: str, **train: Any) -> Config:
+    """64 k tokens a step in sequences of 4096, fp32 weights and moments, bf16 products."""
+    if scale == "tiny":
+        dense = decoder.first_k_dense_replace > 1
+        decoder = replace(decoder, **TINY, first_k_dense_replace=2 if dense else 1)
+    config, (batch, length) = language.get_config(), (16, 4096) if scale == "full" else (4, 128)
+    return replace(
+        config,
+        model=replace(config.model, decoder=decoder, text_tokens=length, precision="bf16", remat=train.pop("remat")),
+        train=replace(config.train, batch_size=batch, steps=1000, warmup_steps=10, learning_rate=3e-4, **train),
+    )
+
+
+def random_tokens(config: Config) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    shape = (config.train.batch_size, config.model.text_tokens)
+    tokens = rng.integers(0, config.model.decoder.vocab_size, shape).astype(np.int32)
+    valid = np.ones(shape, bool)
+    return {"text": tokens, "text_valid": valid, "target.bytes": np.full(len(tokens), shape[1], np.float32)}
+
+
+def cases(scale: str) -> dict[str, Callable[[], Config]]:
+    """Configs by name; more parts of a step take less memory, and add the gradients more often."""
+
+    def of(decoder: DecoderConfig, accumulation: int, remat: str = "none") -> Callable[[], Config]:
+        return lambda: language_config(decoder, scale, accumulation=accumulation, remat=remat)
+
+    return {
+        "train V2-Lite-4L, 4 parts": of(V2_LITE, 4),
+        "train dense 1B, 4 parts": of(DENSE, 4),
+        "train medical default": medical.get_config,
+        "train V2-Lite-4L, 2 parts": of(V2_LITE, 2, "minimal"),
+        "train dense 1B, 2 parts": of(DENSE, 2, "minimal"),
+    }
+
+
+def compile_fitting(config: Config, mesh: Any, batch: dict[str, np.ndarray]) -> tuple[Config, Any, int]:
+    """Compiles the step, and where it would not fit again with more that is computed twice.
+
+    Returns:
+      The config, the program, bytes that it takes.
+    """
+    while True:
+        task = TASKS[config.task.name](config)
+        model = R1(config.model, task.heads)
+        compiled = compile_step(config, model, task, mesh, batch)
+        need = sum(device_need(config, model, task, mesh, batch, compiled))
+        limit = device_limit(mesh)
+        more = {"none": "minimal", "minimal": "full"}.get(config.model.remat)
+        if limit is None or need <= limit:
+            return config, compiled, need
+        if more is None:
+            raise MemoryError(f"the step takes {need / 2**30:.1f} GiB of {limit / 2**30:.1f}")
+        config = replace(config, model=replace(config.model, remat=more))
+
+
+def measure(name: str, scale: str, samples: int, folder: Path | None) -> dict[str, Any]:
+    """Compiles a step, takes 3 + samples of them on one batch, and traces two more.
+
+    Args:
+      name: Of the case.
+      scale: full or tiny.
+      samples: Timed steps.
+      folder: Where the compiled program and the costliest operations go, if anywhere.
+
+    Returns:
+      A row; `device_share` is the time of all operations of the device over that of the clock.
+    """
+    began = time.perf_counter()
+    config = cases(scale)[name]()
+    task, mesh = TASKS[config.task.name](config), make_mesh(config.mesh)
+    if config.task.name == "language":
+        batch = random_tokens(config)
+    else:
+        batch = jax.tree.map(np.asarray, example_batch(task.source("train"), task, config.train.batch_size))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # a kernel that is not used is no result
+        config, compiled, need = compile_fitting(config, mesh, batch)
+    model = R1(config.model, task.heads)
+    compile_s = time.perf_counter() - began
+    abstract = jax.eval_shape(lambda: init_state(config, model, task, batch))
+    where = shard_tree(mesh, abstract)
+    state = jax.jit(lambda: init_state(config, model, task, batch), out_shardings=where)()
+    count = sum(x.size for x in jax.tree.leaves(state.params))
+    batch = jax.device_put(batch, batch_sharding(mesh))
+    losses: list[Any] = []
+
+    def run() -> Any:
+        nonlocal state
+        state, metrics = compiled(state, batch, NO_LIMIT)
+        losses.append(metrics["loss"])
+        return metrics
+
+    jax.block_until_ready(run())
+    median, spread = seconds(run, samples, least=0.0)
+    with TemporaryDirectory() as scratch:
+        with jax.profiler.trace(scratch):
+            traced = time.perf_counter()
+            jax.block_until_ready((run(), run())[1])
+            traced = time.perf_counter() - traced
+        ops = read_ops(max(Path(scratch).rglob("*.xplane.pb")))
+    busy = sum(op.milliseconds for op in ops) / 1e3
+    if folder is not None:
+        stem = folder / name.replace(",", "").replace(" ", "-")
+        with gzip.open(f"{stem}.hlo.gz", "wt") as file:
+            file.write(compiled.as_text())
+        Path(f"{stem}.ops.txt").write_text("".join(f"{o.milliseconds:10.3f} {o.count:6} {o.name}\n" for o in ops))
+    found = [float(x) for x in losses]
+    assert np.isfinite(found).all(), found
+    work = work_of(config.model, task, batch)
+    stats = jax.devices()[0].memory_stats() or {}
+    return {
+        "name": name,
+        "ms": 1e3 * median,
+        "iqr_ms": 1e3 * spread,
+        "error": None,
+        "preparing_s": time.perf_counter() - began,
+        "compile_s": compile_s,
+        "tflops": work.flops / median / 1e12,
+        "mfu": work.flops / median / PEAK,
+        "tokens_per_second": work.tokens / median,
+        "parameters": count,
+        "losses": [found[0], found[len(found) // 2], found[-1]],
+        "device_share": busy / traced,
+        "remat": config.model.remat,
+        "need_gib": need / 2**30,
+        "peak_gib": stats.get("peak_bytes_in_use", 0) / 2**30,
+    }

@@ -1,0 +1,29 @@
+"""The page's table of a GPU's kernels, from rows of two runs."""
+
+import pytest
+
+from benchmarks.h100 import markdown, with_backward
+
+FORWARD = {"name": "attention-forward cuDNN causal", "run": 1, "ms": 1.0, "iqr_ms": 0.2, "tflops": 500.0, "error": 1e-3}
+BOTH = {"name": "attention-both cuDNN causal", "run": 1, "ms": 3.0, "iqr_ms": 0.2, "tflops": 400.0, "error": 1e-3}
+
+
+def test_backward_pass_is_what_the_forward_pass_leaves():
+    alone = with_backward([FORWARD, BOTH])[-1]
+    assert alone["name"] == "attention-backward cuDNN causal"
+    assert alone["ms"] == 2.0 and alone["tflops"] == pytest.approx((3 * 400 - 500) / 2)
+    assert with_backward([FORWARD, BOTH | {"run": 2}]) == [FORWARD, BOTH | {"run": 2}]
+
+
+def test_shares_are_of_the_matmul_of_the_same_run():
+    ceilings = [
+        {"name": "ceiling matmul", "run": n, "ms": 1.0, "tflops": rate, "error": None}
+        for n, rate in ((1, 800), (2, 500))
+    ]
+    rows = [*ceilings, FORWARD, FORWARD | {"name": "other", "run": 2}, {"name": "broken", "refused": "no"}]
+    lines = markdown({"results": rows, "note": "Two runs."}).splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:-2]]
+    assert [row[0] for row in cells] == ["ceiling matmul"] * 2 + [FORWARD["name"], "other"]
+    assert [row[5] for row in cells] == ["100%", "100%", "62%", "100%"]
+    assert cells[2][2] == "1.000 ± 0.100" and cells[2][7] == "500 and 650 TFLOP/s" and not cells[3][7]
+    assert lines[-1] == "Two runs."
