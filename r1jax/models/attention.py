@@ -130,7 +130,7 @@ class MLA(nn.Module):
         q_rope: Float[Array, "B T N H"],
         latent: Float[Array, "B T R"],
         k_rope: Float[Array, "B T H"],
-        valid: Bool[Array, "B T"],
+        valid: Bool[Array, "B T"] | None,
     ) -> Float[Array, "B T D"]:
         """The same where the tokens lie on different devices."""
         weight = gathered(self.kv_b_proj.matrix(), (*self.path, "kv_b_proj", "weight"))

@@ -24,7 +24,7 @@ def sequence_attention(
     latent: Float[Array, "B T R"],
     k_rope: Float[Array, "B T Hr"],
     kv_b: Float[Array, "N O R"],
-    valid: Bool[Array, "B T"],
+    valid: Bool[Array, "B T"] | None,
     *,
     scale: float,
 ) -> Float[Array, "B T N Hv"]:
@@ -35,7 +35,7 @@ def sequence_attention(
       latent: Normed latents.
       k_rope: Turned keys that all heads share.
       kv_b: Expansion of the latents, for each head.
-      valid: Tokens that may be seen.
+      valid: Tokens that may be seen; None is all.
       scale: Factor on the scores.
 
     Returns:
@@ -44,20 +44,21 @@ def sequence_attention(
     where, axes = placement(), length_axes(q.shape[1])
     assert where is not None and axes
     heads = where.spec(("batch", "length", "heads", None), q.shape)
-    rows, tokens = where.spec(("batch", "length", None), latent.shape), where.spec(("batch", "length"), valid.shape)
+    rows, tokens = where.spec(("batch", "length", None), latent.shape), where.spec(("batch", "length"), q.shape[:2])
     nope, rank = q.shape[-1] - k_rope.shape[-1], latent.shape[-1]
 
-    def local(q: Array, latent: Array, k_rope: Array, kv_b: Array, valid: Array) -> Array:
+    def local(q: Array, latent: Array, k_rope: Array, kv_b: Array, *valid: Array) -> Array:
         shared = jax.lax.all_gather(jnp.concatenate([latent, k_rope], axis=-1), axes, axis=1, tiled=True)
-        valid = jax.lax.all_gather(valid, axes, axis=1, tiled=True)
+        seen = jax.lax.all_gather(valid[0], axes, axis=1, tiled=True) if valid else None
         latent, k_rope = jnp.split(shared, [rank], axis=-1)
         k_nope, v = jnp.split(jnp.einsum("BSR,NOR->BSNO", latent, kv_b), [nope], axis=-1)
         turned = jnp.broadcast_to(k_rope[:, :, None, :], (*k_nope.shape[:-1], k_rope.shape[-1]))
         first = jax.lax.axis_index(axes) * q.shape[1]
-        return attend_from(first, q, jnp.concatenate([k_nope, turned], axis=-1), v, valid, scale)
+        return attend_from(first, q, jnp.concatenate([k_nope, turned], axis=-1), v, seen, scale)
 
     weight = where.spec(("heads", None, None), kv_b.shape)
-    return spread(local, (heads, rows, rows, weight, tokens), heads)(q, latent, k_rope, kv_b, valid)
+    arrays = (q, latent, k_rope, kv_b) if valid is None else (q, latent, k_rope, kv_b, valid)
+    return spread(local, (heads, rows, rows, weight, tokens)[: len(arrays)], heads)(*arrays)
 
 
 def attend_from(
@@ -65,7 +66,7 @@ def attend_from(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S N H"],
     v: Float[Array, "B S N Hv"],
-    valid: Bool[Array, "B S"],
+    valid: Bool[Array, "B S"] | None,
     scale: float,
 ) -> Float[Array, "B T N Hv"]:
     """Causal attention of queries at the places first, first + 1, ... to the keys at 0, 1, ..., some at a time."""
@@ -80,7 +81,8 @@ def attend_from(
     def attend(part: tuple[Float[Array, "B block N H"], Int[Array, " block"]]) -> Float[Array, "B block N Hv"]:
         q, place = part
         scores = jnp.einsum("BTNH,BSNH->BNTS", q, k, preferred_element_type=jnp.float32) * scale
-        seen = (place[:, None] >= jnp.arange(k.shape[1])[None])[None, None] & valid[:, None, None, :]
+        seen = (place[:, None] >= jnp.arange(k.shape[1])[None])[None, None]
+        seen = seen if valid is None else seen & valid[:, None, None, :]
         probs = jax.nn.softmax(jnp.where(seen, scores, jnp.finfo(jnp.float32).min), axis=-1).astype(v.dtype)
         return jnp.einsum("BNTS,BSNH->BTNH", probs, v, preferred_element_type=jnp.float32).astype(q.dtype)
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from r1jax.config import MeshConfig
+from r1jax.config import DecoderConfig, MeshConfig
+from r1jax.models.attention import MLA
 from r1jax.ops.attention import dot_product_attention_reference
 from r1jax.ops.axes import constrain, gathered, placement
 from r1jax.ops.embedding import embed
@@ -76,10 +77,14 @@ def test_rows_of_a_divided_table(sizes, batch, length):
     close(found, jax.value_and_grad(look, has_aux=True)(table))
 
 
-@pytest.mark.parametrize("sizes", [{"sequence": 8}, {"fsdp": 2, "sequence": 2, "tensor": 2}], ids=str)
-def test_attention_over_a_divided_sequence(sizes):
+@pytest.mark.parametrize(
+    ("sizes", "masked"),
+    [({"sequence": 8}, True), ({"fsdp": 2, "sequence": 2, "tensor": 2}, True), ({"sequence": 8}, False)],
+    ids=str,
+)
+def test_attention_over_a_divided_sequence(sizes, masked):
     q, latent, k_rope, kv_b = draw(2, 16, 4, 7), draw(2, 16, 5, seed=1), draw(2, 16, 3, seed=2), draw(4, 10, 5, seed=3)
-    valid = jnp.ones((2, 16), bool).at[0, :3].set(False).at[1, 11:].set(False)
+    valid = jnp.ones((2, 16), bool).at[0, :3].set(False).at[1, 11:].set(False) if masked else None
     slope = draw(2, 16, 4, 6, seed=4)
 
     def spread(q, latent, k_rope, kv_b):
@@ -96,6 +101,20 @@ def test_attention_over_a_divided_sequence(sizes):
     # Latents and the rotary key of a token travel, 8 numbers, and whether it exists; never keys or values of heads.
     sent = [one for one in exchanged if one.kind == "all-gather" and "sequence" in one.axes and "shard_map" in one.name]
     assert {int(shape.split(",")[-1].rstrip("]")) for one in sent for shape in one.shapes if "f32" in shape} == {8}
+
+
+def test_text_alone_over_a_divided_sequence():
+    """Its decoder passes no mask."""
+    decoder = DecoderConfig(hidden_size=16, num_attention_heads=4, q_lora_rank=8, kv_lora_rank=8)
+    module, x, valid = (
+        MLA(decoder, jnp.float32, prefix=True),
+        draw(2, 16, 16),
+        jnp.arange(16)[None] < jnp.array([[16], [9]]),
+    )
+    where = x, jnp.broadcast_to(jnp.arange(16), (2, 16)), valid
+    params = module.init(jax.random.key(0), *where)
+    found, _ = on({"data": 2, "sequence": 4}, module.apply, params, *where)
+    close(found, module.apply(params, *where), 1e-5)
 
 
 def test_one_device_needs_no_placement():
