@@ -129,8 +129,8 @@ def test_minimal_does_not_compute_cudnns_attention_again(monkeypatch, policy, ti
 
     monkeypatch.setattr(ops, "target", lambda: types.SimpleNamespace(platform="gpu"))
     monkeypatch.setattr(ops, "_cudnn_agrees", lambda *_: True)
-    monkeypatch.setattr(library, "check_cudnn_version", lambda *_: 91900)
-    monkeypatch.setattr(library, "check_is_flash_attention", lambda *_: None)
+    monkeypatch.setattr(library, "check_cudnn_version", lambda *_, **__: 91900)
+    monkeypatch.setattr(library, "check_is_flash_attention", lambda *_, **__: None)
 
     class Layer(nn.Module):
         @nn.compact
