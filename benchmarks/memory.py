@@ -238,7 +238,10 @@ def _row(name: str, row: dict[str, Any], rows: dict[str, dict[str, Any]]) -> str
         other = rows.get(to, {}).get(key)
         return f"{row[key] / other - 1:+.0%}" if other and row.get(key) is not None and to != name else ""
 
-    took = f"{1e3 * row['step_seconds']:.1f}" if "step_seconds" in row else "does not fit"
+    failed = (
+        "does not fit" if "RESOURCE_EXHAUSTED" in row.get("error", "") else "failed" if "error" in row else "not timed"
+    )
+    took = f"{1e3 * row['step_seconds']:.1f}" if "step_seconds" in row else failed
     cells = [
         *(name, size("state"), size("temporaries"), size("activations")),
         *(ratio("activations", "fp32"), ratio("activations", "bf16"), size("peak"), ratio("peak", "fp32")),
