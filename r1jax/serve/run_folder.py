@@ -152,7 +152,8 @@ def read_run(path: Path) -> RunFolder:
         run.metas[checkpoint.step] = _object(checkpoint.path / "meta.json", run.problems)
         if not (checkpoint.path / MANIFEST).is_file():
             run.problems.append(f"{checkpoint.path / MANIFEST}: is missing")
-    run.problems += [f"{p}: set aside as damaged" for p in sorted((path / "checkpoints").glob("damaged-*"))]
+    for pattern, why in (("damaged-*", "as damaged"), ("left-*", "when the run went further back")):
+        run.problems += [f"{p}: set aside {why}" for p in sorted((path / "checkpoints").glob(pattern))]
     return run
 
 

@@ -100,12 +100,17 @@ def read_ops(path: Path) -> list[Op]:
 
 
 def _named(events: Iterable[Any], device: bool) -> Iterable[tuple[str, float, float]]:
-    """(operation, start, end) of the events that are one; kernels that name no operation go by their own names."""
+    """(operation, start, end) of the events that are one.
+
+    Kernels that name no operation, or only the CUDA graph that they belong to, go by their own names.
+    """
     with warnings.catch_warnings():  # on Python 3.12 the type of an event's statistics lacks an attribute
         warnings.simplefilter("ignore", DeprecationWarning)
         for event in events:
             stats = dict(event.stats)
-            name = stats.get("hlo_op", event.name if device else None)
+            name = stats.get("hlo_op")
+            if device and (name is None or str(name).startswith("command_buffer")):
+                name = event.name
             if name is not None:
                 yield str(name), event.start_ns, event.start_ns + event.duration_ns
 

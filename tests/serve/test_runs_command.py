@@ -73,6 +73,15 @@ def test_whatever_lies_there_is_listed(tmp_path, capsys):
     assert out.startswith("run ") and "strange: no run" in out and "\x1b" not in out
 
 
+def test_checkpoints_that_were_set_aside_are_named(tmp_path, capsys):
+    run = make(tmp_path / "back")
+    for name in ("damaged-00000060", "left-00000070"):
+        (run / "checkpoints" / name).mkdir()
+    damaged, left = listed(tmp_path, capsys)["back"]["problems"]
+    assert damaged.endswith("damaged-00000060: set aside as damaged")
+    assert left.endswith("left-00000070: set aside when the run went further back")
+
+
 def test_nothing_there(tmp_path, capsys):
     assert list_runs([str(tmp_path)]) == 0 and "holds no runs" in capsys.readouterr().out
     with pytest.raises(UserError, match="is no folder"):

@@ -94,7 +94,7 @@ def gpu_plane(number):
                  stats {{ metadata_id: 1 ref_value: 3 }} stats {{ metadata_id: 2 str_value: "jit_step" }} }}
         events {{ metadata_id: 1 offset_ps: 5000000000 duration_ps: 2000000000
                  stats {{ metadata_id: 1 ref_value: 4 }} stats {{ metadata_id: 2 str_value: "jit_step" }} }}
-        events {{ metadata_id: 2 offset_ps: 7000000000 duration_ps: 1000000000 }} }}
+        events {{ metadata_id: 2 offset_ps: 7000000000 duration_ps: 1000000000 stats {{ metadata_id: 1 ref_value: 5 }} }} }}
       lines {{ id: 20 name: "Stream #20(MemcpyD2H)" timestamp_ns: 1000
         events {{ metadata_id: 3 offset_ps: 1000000000 duration_ps: 1000000000 }} }}
       lines {{ id: 30 name: "XLA Ops" timestamp_ns: 1000
@@ -109,7 +109,8 @@ def gpu_plane(number):
       stat_metadata {{ key: 1 value {{ id: 1 name: "hlo_op" }} }}
       stat_metadata {{ key: 2 value {{ id: 2 name: "hlo_module" }} }}
       stat_metadata {{ key: 3 value {{ id: 3 name: "custom-call.3" }} }}
-      stat_metadata {{ key: 4 value {{ id: 4 name: "custom-call.9" }} }} }}"""
+      stat_metadata {{ key: 4 value {{ id: 4 name: "custom-call.9" }} }}
+      stat_metadata {{ key: 5 value {{ id: 5 name: "command_buffer_2" }} }} }}"""
 
 
 HOST_PLANE = """planes { name: "/host:CPU" lines { name: "python" timestamp_ns: 1000
@@ -120,7 +121,8 @@ HOST_PLANE = """planes { name: "/host:CPU" lines { name: "python" timestamp_ns: 
 
 @pytest.mark.parametrize("devices", [1, 2])
 def test_kernels_of_gpus_are_told_by_their_operations(tmp_path, devices):
-    """Kernels of one name are told apart, those that name no operation go by their own, and nothing counts twice."""
+    """Kernels of one name are told apart, those that name no operation or a CUDA graph go by their own names, and
+    nothing counts twice."""
     text = "\n".join([HOST_PLANE, *map(gpu_plane, range(devices))])
     trace = tmp_path / "host.xplane.pb"
     trace.write_bytes(ProfileData.text_proto_to_serialized_xspace(text))
