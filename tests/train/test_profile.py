@@ -94,7 +94,8 @@ def gpu_plane(number):
                  stats {{ metadata_id: 1 ref_value: 3 }} stats {{ metadata_id: 2 str_value: "jit_step" }} }}
         events {{ metadata_id: 1 offset_ps: 5000000000 duration_ps: 2000000000
                  stats {{ metadata_id: 1 ref_value: 4 }} stats {{ metadata_id: 2 str_value: "jit_step" }} }}
-        events {{ metadata_id: 2 offset_ps: 7000000000 duration_ps: 1000000000 stats {{ metadata_id: 1 ref_value: 5 }} }} }}
+        events {{ metadata_id: 2 offset_ps: 7000000000 duration_ps: 1000000000
+                 stats {{ metadata_id: 1 ref_value: 5 }} }} }}
       lines {{ id: 20 name: "Stream #20(MemcpyD2H)" timestamp_ns: 1000
         events {{ metadata_id: 3 offset_ps: 1000000000 duration_ps: 1000000000 }} }}
       lines {{ id: 30 name: "XLA Ops" timestamp_ns: 1000
