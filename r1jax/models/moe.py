@@ -155,9 +155,11 @@ def _feed_forward(
 ) -> Float[Array, "P D"]:
     """SwiGLU of each block of rows with its expert's weights, times the row's share."""
     both = kept(grouped_matmul(rows, gate_up, block_expert))
-    # With its share before the last product, whose result then is no part of the backward pass.
-    result = grouped_matmul(_swiglu(both, share), down, block_expert)
-    return result if share is not None else kept(result)
+    if share is not None and rows.dtype != jnp.float32:
+        # With its share before the last product, whose result then is no part of the backward pass.
+        return grouped_matmul(_swiglu(both, share), down, block_expert)
+    result = kept(grouped_matmul(_swiglu(both, None), down, block_expert))
+    return result if share is None else result * share[:, None]  # as Hugging Face does, to meet its numbers in fp32
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False)  # of all that lies between, nothing is worth keeping

@@ -96,7 +96,7 @@ def exchange(
         slot = slot.reshape(tokens, k)
         rows = _swap(_send(x, choice, slot), axis)
         back = _swap(compute(rows, _swap(expert, axis)), axis)
-        return jnp.einsum("TKD,TK->TD", _collect(back, choice, slot).astype(jnp.float32), weights)
+        return jnp.sum(_collect(back, choice, slot).astype(jnp.float32) * weights[..., None], axis=1)
 
     out, rounds = round_(0), -(-most // places)
     if rounds > 1:

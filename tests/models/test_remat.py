@@ -118,7 +118,7 @@ def test_layers_in_a_loop_are_the_layers_one_by_one():
     assert len(loads) == 4 and all(map(np.array_equal, loads, counts))
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(gradients), jax.tree.leaves(slopes), strict=True):
         assert np.abs(a - b).max() <= 2e-6 * max(np.abs(a).max(), 1e-3), jax.tree_util.keystr(path)
-    assert sizes[2] < 1.2 * sizes[1] and sizes[1] < sizes[0]
+    assert sizes[2] < 1.2 * sizes[1]
 
 
 @pytest.mark.parametrize(("policy", "times"), [("none", 1), ("minimal", 1), ("full", 2)])
