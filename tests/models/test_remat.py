@@ -79,7 +79,8 @@ def test_numbers_stay(computed, policy):
     pairs = list(zip(jax.tree.leaves(gradients), jax.tree.leaves(slopes), strict=True))
     size = np.sqrt(sum(np.sum(np.square(a, dtype=np.float64)) for a, _ in pairs))
     assert np.sqrt(sum(np.sum(np.square(a.astype(np.float64) - b)) for a, b in pairs)) <= 1e-6 * size
-    assert all(np.abs(a - b).max() <= 3e-6 * np.abs(a).max() + 1e-9 * size for a, b in pairs)
+    # The floor is for a bias before a softmax, whose gradient is nothing but rounding.
+    assert all(np.abs(a - b).max() <= 3e-6 * np.abs(a).max() + 1e-8 * size for a, b in pairs)
 
 
 def test_memory_falls(computed):
