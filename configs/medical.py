@@ -3,9 +3,9 @@
     python train.py --config configs/medical.py                  generated cases, minutes on 2 CPU cores
     python train.py --config configs/medical.py:smoke            the same in small, about a minute
 
-On 2048 generated test cases (seed 0, one training, 95 % bootstrap intervals): presence AUC .980 (.975 to .984);
-malignancy AUC .891 (.874 to .908) from image and record, .767 from the image and .765 from the record alone, where
-.932, .801 and .780 are attainable: 90.4 % (86.6 to 94.3) of the way from chance to the ceiling.
+On 2048 generated test cases (seed 0, one training, 95 % bootstrap intervals): presence AUC .979 (.974 to .983);
+malignancy AUC .890 (.872 to .906) from image and record, .765 from the image and .765 from the record alone, where
+.932, .801 and .780 are attainable: 90.1 % (86.1 to 93.9) of the way from chance to the ceiling.
 
 Real data, by path (docs/data.md says how a folder looks):
 
