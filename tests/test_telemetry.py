@@ -1,5 +1,6 @@
 import json
 import struct
+import time
 
 import pytest
 from tensorboardX.proto.event_pb2 import Event
@@ -38,6 +39,18 @@ def test_rows_and_events(tmp_path):
     assert rows(tmp_path) == [{"step": s, "loss": s, "validation.both.auc": 0.5} for s in (1, 2)]
     scalars = {(e.step, v.tag): v.simple_value for e in events(tmp_path) for v in e.summary.value}
     assert scalars == {(s, tag): v for s in (1, 2) for tag, v in (("loss", s), ("validation/both.auc", 0.5))}
+
+
+@pytest.mark.parametrize("days", [-40, 40])
+def test_a_clock_that_is_set_anew_stops_nothing(tmp_path, monkeypatch, days):
+    telemetry, now = Telemetry(tmp_path, steps=100, start=0, batch_size=4, clock=Clock(tmp_path)), time.time()
+    for step in range(1, 61):
+        if step == 20:
+            monkeypatch.setattr("time.time", lambda: now + days * 86400)
+        telemetry.log(step, {"loss": float(step)})
+        assert [e.step for e in events(tmp_path)][-1] == step, "a row reaches TensorBoard's file before the next step"
+    telemetry.close()
+    assert [row["step"] for row in rows(tmp_path)] == list(range(1, 61))
 
 
 def test_lists_go_to_the_rows_alone(tmp_path):
