@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from r1jax.models.moe import _weighted_swiglu
+from r1jax.models.moe import _swiglu
 from r1jax.ops import attention, grouped_matmul, grouped_matmul_hopper, linear_cross_entropy
 
 BF16 = jnp.bfloat16
@@ -359,7 +359,7 @@ def experts_case(s: Sizes, seed: int, choices: int = 4) -> Case:
     def run(x, weights, gate_up, down):
         plan = grouped_matmul.plan_dispatch(chosen, s.experts)
         both = grouped_matmul.grouped_matmul(grouped_matmul.scatter_rows(x, plan), gate_up, plan.block_expert)
-        hidden = _weighted_swiglu(both, grouped_matmul.scatter_choices(weights, plan))
+        hidden = _swiglu(both, grouped_matmul.scatter_choices(weights, plan))
         return grouped_matmul.sum_rows(grouped_matmul.grouped_matmul(hidden, down, plan.block_expert), plan)
 
     def both(*arrays):

@@ -3,9 +3,19 @@
 import pytest
 
 from benchmarks.h100 import markdown, with_backward
+from benchmarks.h100_kernels import cases
+from benchmarks.h100_train import cases as steps
 
 FORWARD = {"name": "attention-forward cuDNN causal", "run": 1, "ms": 1.0, "iqr_ms": 0.2, "tflops": 500.0, "error": 1e-3}
 BOTH = {"name": "attention-both cuDNN causal", "run": 1, "ms": 3.0, "iqr_ms": 0.2, "tflops": 400.0, "error": 1e-3}
+
+
+def test_every_product_of_the_routed_experts_and_two_models_are_there():
+    for product in ("forward", "input", "weight"):
+        assert {f"grouped-{product} ours", f"grouped-{product} cuBLAS, equal"} <= cases().keys()
+    assert {"attention-both ours causal", "loss ours", "experts ours, both"} <= cases().keys()
+    weights = [make().model.decoder for name, make in steps("full").items() if name.startswith("train dense")]
+    assert weights and all(d.first_k_dense_replace == d.num_hidden_layers for d in weights)
 
 
 def test_backward_pass_is_what_the_forward_pass_leaves():

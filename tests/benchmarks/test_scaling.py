@@ -1,0 +1,38 @@
+"""benchmarks/scaling.py on simulated devices: what it trains fits every mesh, and its table is what it measured."""
+
+import jax
+import pytest
+
+from benchmarks.scaling import AXES, collectives, config_of, table
+from r1jax.config import MeshConfig
+from r1jax.parallel.mesh import check_batch, check_model, make_mesh
+
+
+@pytest.mark.parametrize("scale", ["tiny", "full"])
+@pytest.mark.parametrize("axis", AXES)
+def test_eight_devices_can_divide_the_model_along_every_axis(axis, scale):
+    config = config_of(scale, MeshConfig(**{"data": 1, axis: 8}), 1)
+    mesh = make_mesh(config.mesh)
+    check_model(mesh.shape, config.model)
+    check_batch(mesh, config.train.batch_size)
+    assert config.model.text_tokens % 8 == 0 and config.model.decoder.n_routed_experts % 8 == 0
+    assert config_of(scale, config.mesh, 8).train.batch_size == 8 * config.train.batch_size
+
+
+def test_collectives_have_a_rate():
+    found = collectives(jax.devices(), 2**14, 2)
+    assert set(found) == {"all_reduce", "reduce_scatter", "all_gather", "all_to_all"}
+    assert all(rate > 0 for rate in found.values())
+
+
+def test_efficiency_is_a_share_of_one_device():
+    row = {"seconds": 0.5, "tokens_per_second": 600.0, "cases": 4}
+    report = {
+        "devices": 4,
+        "one": {"seconds": 0.5, "tokens_per_second": 200.0, "cases": 1},
+        "steps": {"fsdp weak": row, "tensor strong": {"error": "RESOURCE_EXHAUSTED: no room"}},
+        "collectives": {"all_reduce": 2.5e9},
+    }
+    lines = table(report).splitlines()
+    assert "| fsdp | weak | 4 | 500.0 | 600 | 75% |" in lines and "| all_reduce | 2.50 |" in lines
+    assert "| tensor | strong | failed: RESOURCE_EXHAUSTED: no room | | | |" in lines
