@@ -9,14 +9,9 @@ import numpy as np
 import pytest
 
 from r1jax.config import (
-    Config,
-    DecoderConfig,
     MeshConfig,
-    ModelConfig,
-    TableConfig,
     TaskConfig,
     TrainConfig,
-    VisionConfig,
 )
 from r1jax.errors import UserError
 from r1jax.models.r1 import R1
@@ -33,31 +28,20 @@ from r1jax.parallel.mesh import (
 )
 from r1jax.tasks.medical.task import Medical
 from r1jax.train.step import NO_LIMIT, compile_step, init_state
+from tests.parallel.spread import CONFIG
 
-TINY = Config(
-    model=ModelConfig(
-        modalities=("volume", "table", "text"),
-        decoder=DecoderConfig(
-            vocab_size=264,
-            hidden_size=16,
-            num_hidden_layers=1,
-            first_k_dense_replace=0,
-            num_nextn_predict_layers=0,
-            num_attention_heads=2,
-            q_lora_rank=8,
-            kv_lora_rank=8,
-            qk_nope_head_dim=4,
-            qk_rope_head_dim=4,
-            v_head_dim=4,
-            intermediate_size=32,
-            moe_intermediate_size=8,
-            initializer_range=0.1,
-        ),
-        volume=VisionConfig(size=(8, 8, 8), stem_stride=4, widths=(8,), blocks=(1,), layers=0),
-        table=TableConfig(layers=0, frequencies=2),
-        text_tokens=8,
-        dropout=0.0,
-    ),
+MODEL = CONFIG.model
+ONE_LAYER = replace(
+    MODEL.decoder,
+    num_hidden_layers=1,
+    first_k_dense_replace=0,
+    num_nextn_predict_layers=0,
+    num_attention_heads=2,
+    initializer_range=0.1,
+)
+TINY = replace(
+    CONFIG,
+    model=replace(MODEL, decoder=ONE_LAYER, volume=replace(MODEL.volume, layers=0), text_tokens=8, dropout=0.0),
     task=TaskConfig(fields=("nodule_present", "center_mm"), modality_dropout=0.0, augment="none"),
     train=TrainConfig(steps=10, batch_size=8, warmup_steps=0, learning_rate=1e-3),
 )
