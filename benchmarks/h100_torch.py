@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.h100_kernels import SCALES, Routed, Sizes, routed
+from benchmarks.h100_case import SCALES, Sizes
+from benchmarks.h100_experts import Routed, routed
 
 Run = Callable[[], Any]
 Maker = Callable[[Sizes], tuple[float, Run, float | None]]

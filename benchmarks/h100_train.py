@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks.h100_kernels import seconds
+from benchmarks.h100_case import seconds
 from configs import language, medical
 from r1jax.config import Config, DecoderConfig
 from r1jax.models.r1 import R1
