@@ -77,7 +77,7 @@ class Telemetry:
         self.board.write_event(Event(wall_time=time.time(), step=start + 1, session_log=drop))
         self.console = Console(stderr=True)
         self.began = self.spoke = self.measured = self.settled = time.perf_counter()
-        self.done = self.measured_at = start
+        self.measured_at = start
         self.waited = self.unsettled_wait = 0.0
         self.speed = ""
         self.progress = Progress(
@@ -117,7 +117,6 @@ class Telemetry:
           note: A few words, such as the loss.
         """
         now = time.perf_counter()
-        self.done = step
         rate = (step - self.start) / (now - self.began)
         text = f"{rate * self.batch_size:.0f} examples/s  {self.speed}{note}"
         self.progress.update(self.bar, completed=step, description=text)
@@ -135,8 +134,11 @@ class Telemetry:
         self.waited += waited
         self.unsettled_wait += waited
 
-    def rates(self) -> dict[str, float]:
-        """Speed since the last call or pause, up to the step that is being logged, whose result has been waited for.
+    def rates(self, step: int) -> dict[str, float]:
+        """Speed since the last call or pause.
+
+        Args:
+          step: Steps done: the one that is being logged, whose result has been waited for, and maybe no other.
 
         Returns:
           "examples_per_second"; "tokens_per_second" and, on known hardware, "mfu", the model's FLOPs as a share of what
@@ -144,18 +146,16 @@ class Telemetry:
           the next batch. The device may have been busy meanwhile, so that it starves for at most this share.
         """
         now = time.perf_counter()
-        steps, seconds = self.done + 1 - self.measured_at, now - self.measured
-        found: dict[str, float] = {}
-        if steps:  # none, where the trace has ended with the step that is being logged
-            found = {"examples_per_second": steps * self.batch_size / seconds, "data_wait": self.waited / seconds}
-        if steps and self.load is not None:
+        steps, seconds = step - self.measured_at, now - self.measured
+        found = {"examples_per_second": steps * self.batch_size / seconds, "data_wait": self.waited / seconds}
+        if self.load is not None:
             found["tokens_per_second"] = steps * self.load.tokens / seconds
             self.speed = f"{found['tokens_per_second']:,.0f} tokens/s  "
             if self.load.peak is not None:
                 found["mfu"] = steps * self.load.flops / seconds / self.load.peak
                 self.speed += f"MFU {found['mfu']:.1%}  "
         self._settle()
-        self.measured, self.measured_at, self.waited = now, self.done + 1, 0.0
+        self.measured, self.measured_at, self.waited = now, step, 0.0
         return found | {"goodput": self.clock.goodput} | memory_peaks()
 
     @contextmanager

@@ -51,8 +51,8 @@ REFUSED = """
 from r1jax.train.guard import PATIENCE, Guard
 settle, calls = Guard.settle, []
 
-def refuse(self):
-    calls.append(settle(self))
+def refuse(self, flags):
+    calls.append(settle(self, flags))
     self.streak = PATIENCE if len(calls) == 8 else self.streak
     return calls[-1]
 

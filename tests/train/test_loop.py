@@ -12,7 +12,7 @@ import pytest
 from r1jax.config import Config
 from r1jax.errors import UserError
 from r1jax.train.checkpoints import CheckpointFolder
-from r1jax.train.loop import check_finite, served
+from r1jax.train.loop import NORM, check_finite, served
 from r1jax.train.run import open_run
 from tests.train.experiment import CLOCK, Interrupted, make_experiment
 
@@ -138,10 +138,10 @@ def test_divergence_is_not_saved_on_a_signal(tiny, tmp_path):
 
 def test_large_numbers_are_no_divergence(tmp_path):
     with open_run(Config(workdir=str(tmp_path))) as run:
-        check_finite(1, {"weight": jnp.full((4,), 1e6)}, run)
+        check_finite(1, float(NORM({"weight": jnp.full((4,), 1e6)})), run)
         for value in (np.nan, np.inf, -np.inf):
             with pytest.raises(UserError):
-                check_finite(1, {"weight": jnp.asarray([1.0, value])}, run)
+                check_finite(1, float(NORM({"weight": jnp.asarray([1.0, value])})), run)
 
 
 def test_failed_save_keeps_the_earlier_ones(tiny, tmp_path, monkeypatch):
