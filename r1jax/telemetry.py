@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
 from r1jax.parallel.agree import is_first, say
 from r1jax.train.goodput import Clock
+from r1jax.train.tensorboard import EventFile
 from r1jax.train.wandb_run import WandbRun
 
 PLAIN_INTERVAL_S = 15.0
@@ -68,13 +68,9 @@ class Telemetry:
         draft.write_text("".join(row + "\n" for row in rows if _step_of(row) <= start))
         draft.replace(path)  # at once, so that a kill in between loses no row
         self.file = path.open("a", buffering=1)
-        board = workdir / "tensorboard"
-        board.mkdir(exist_ok=True)
-        # Written at once: the thread of tensorboardX's `SummaryWriter` ends, and fills a queue that then blocks the
-        # training, where the clock is set back by weeks.
-        self.board = EventsWriter(str(board / "events"), filename_suffix=f".{start}")
+        self.board = EventFile(workdir / "tensorboard", start)
         drop = SessionLog(status=SessionLog.START)  # tells TensorBoard to forget what a killed run wrote from here on
-        self.board.write_event(Event(wall_time=time.time(), step=start + 1, session_log=drop))
+        self.board.write(Event(wall_time=time.time(), step=start + 1, session_log=drop))
         self.console = Console(stderr=True)
         self.began = self.spoke = self.measured = self.settled = time.perf_counter()
         self.measured_at = start
@@ -104,8 +100,7 @@ class Telemetry:
         self.file.write(json.dumps({"step": step, **figures}) + "\n")
         shown = {name.replace(".", "/", 1): value for name, value in figures.items() if not isinstance(value, list)}
         values = [Summary.Value(tag=name, simple_value=value) for name, value in shown.items()]
-        self.board.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
-        self.board.flush()
+        self.board.write(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
         if self.remote is not None:
             self.remote.log(step, figures)
 

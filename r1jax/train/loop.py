@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
 
 from r1jax.config import Config
 from r1jax.data.cache_counters import CacheCounters, line, total
@@ -47,11 +49,16 @@ class Unread(NamedTuple):
     """Steps done."""
     limit: np.float32
     """Of the step's loss."""
-    metrics: dict[str, jax.Array]
-    norm: jax.Array
-    """Of the weights after it."""
+    names: list[str]
+    numbers: jax.Array
+    """Metrics of the step, in the order of their names, and the norm of the weights after it."""
     refused: list[jax.Array]
     """A flag of each step since the last that was read."""
+
+
+def in_one(params: Any, metrics: dict[str, jax.Array]) -> Float[Array, " numbers"]:
+    """Metrics in the order of their names, and the norm of the weights: one copy to the host instead of a hundred."""
+    return jnp.stack([*(metrics[name].astype(jnp.float32) for name in sorted(metrics)), optax.tree.norm(params)])
 
 
 def served(state: TrainState, config: Config) -> Any:
@@ -143,6 +150,7 @@ class Loop:
         self.made = describe(source, task.pipeline) | start_record(run.workdir)
         # Read before the first step, as the task has read them: what they lie in may go.
         self.tokenizer = {} if config.data.tokenizer is None else read_files(Path(config.data.tokenizer))
+        self.in_one = jax.jit(in_one, out_shardings=NamedSharding(mesh, PartitionSpec()))
         self.unread: Unread | None = None
         self.note = ""
 
@@ -185,8 +193,9 @@ class Loop:
         self.guard.note(metrics["refused"])
         self.read()
         if self.logs(done) or self.evaluates(done) or self.saves(done):
-            self.unread = Unread(done, limit, metrics, NORM(self.state.params), self.guard.take())
-            for array in jax.tree.leaves(self.unread[2:]):
+            numbers = self.in_one(self.state.params, metrics)
+            self.unread = Unread(done, limit, sorted(metrics), numbers, self.guard.take())
+            for array in (numbers, *self.unread.refused):
                 array.copy_to_host_async()
         if self.profiler.ends(done):
             jax.block_until_ready(metrics)
@@ -217,15 +226,15 @@ class Loop:
         """
         if self.unread is None:
             return
-        (step, limit), self.unread, found = self.unread[:2], None, jax.device_get(self.unread[2:])
-        metrics, norm, refused = found
-        figures = {k: float(v) for k, v in metrics.items()}
-        refused = self.guard.settle(refused)
+        (step, limit, names, *left), self.unread = self.unread, None
+        numbers, flags = jax.device_get(left)
+        *metrics, norm = numbers.tolist()
+        figures, refused = dict(zip(names, metrics, strict=True)), self.guard.settle(flags)
         if refused:
             self.telemetry.say(f"step {step}: {refused} of the last steps refused, {looks(figures, limit)}")
         if self.guard.streak >= PATIENCE:
             raise RollBack(step, looks(figures, limit))
-        check_finite(step, float(norm), self.run)
+        check_finite(step, norm, self.run)
         if self.logs(step):
             self.guard.log(step, figures)
             self.note = f"loss {figures['loss']:.3f}"

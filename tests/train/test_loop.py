@@ -11,6 +11,7 @@ import pytest
 
 from r1jax.config import Config
 from r1jax.errors import UserError
+from r1jax.telemetry import Telemetry
 from r1jax.train.checkpoints import CheckpointFolder
 from r1jax.train.loop import NORM, check_finite, served
 from r1jax.train.run import open_run
@@ -44,6 +45,24 @@ def test_rows_and_checkpoints_of_a_run(undisturbed):
     assert {"figures", "operating_points", "score"} <= set(meta["validation"])
     last = written[-1]
     assert meta["validation"]["figures"]["both"]["auc.malignancy"] == last["validation.both.auc.malignancy"]
+
+
+def test_a_row_is_read_once_the_next_step_is_on_its_way(tiny, tmp_path, monkeypatch):
+    """But before the state of its step is saved or scored."""
+    begun, read, log = [], {}, Telemetry.log
+
+    def step(state, batch, limit):
+        begun.append(None)
+        return tiny.step(state, batch, limit)
+
+    def row(self, done, figures):
+        if "loss" in figures:
+            read[done] = len(begun)
+        log(self, done, figures)
+
+    monkeypatch.setattr(Telemetry, "log", row)
+    tiny.train(tmp_path, step=step)
+    assert read == {done: done if done % 3 == 0 else done + 1 for done in range(1, 25)}
 
 
 def test_average_is_served(tiny):
