@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -122,6 +123,17 @@ def test_progress_of_any_kind_puts_the_end_off(tmp_path, monkeypatch):
             watch.enter("step", 3)
 
     assert ticks(tmp_path, monkeypatch, 8.0, beats, 23)[0] == 14 + 8
+
+
+def test_what_another_process_does_may_take_its_time(tmp_path, monkeypatch):
+    def reads(watch, _, now):
+        if now == 5:
+            waiting.enter_context(watch.left_to_another(True))
+        if now == 40:
+            waiting.close()
+
+    with ExitStack() as waiting:
+        assert ticks(tmp_path, monkeypatch, 8.0, reads, 60)[0] == 40 + 8
 
 
 def test_zero_lets_a_run_wait(tmp_path, monkeypatch):
