@@ -1,0 +1,52 @@
+"""Figures with their bootstrap intervals as JSON, shared by the tasks."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float, Shaped
+
+from r1jax.tasks import metrics as m
+
+
+@dataclass(frozen=True)
+class Draw:
+    """How intervals are drawn.
+
+    Attributes:
+      resamples: Bootstrap resamples.
+      seed: Seed of the resamples.
+      groups: What is drawn as a whole: patient, exam or day of each case; None draws cases.
+    """
+
+    resamples: int
+    seed: int
+    groups: Shaped[np.ndarray, "n"] | None
+
+    def of(self, known: Bool[np.ndarray, "n"]) -> "Draw":
+        """The same for a part of the cases."""
+        return self if self.groups is None else Draw(self.resamples, self.seed, self.groups[known])
+
+    def figures(
+        self, statistics: Callable[[Float[np.ndarray, "R n"]], dict[str, Float[np.ndarray, "R"]]], n: int
+    ) -> dict[str, dict[str, float | None]]:
+        """Figures as JSON: value, low, high, and None where undefined."""
+        drawn = m.bootstrap(statistics, n, resamples=self.resamples, seed=self.seed, groups=self.groups)
+        return {name: json_estimate(estimate) for name, estimate in drawn.items()}
+
+    def units(self, members: Bool[np.ndarray, "n"]) -> int:
+        """Independent cases among these: groups where there are groups."""
+        return int(members.sum()) if self.groups is None else len(np.unique(self.groups[members]))
+
+
+def json_estimate(estimate: m.Estimate) -> dict[str, float | None]:
+    """An interval holds its value, also for figures such as the ECE that grow with the noise of resampling."""
+    value, low, high = (finite(x) for x in estimate)
+    if value is None or low is None or high is None:
+        return {"value": value, "low": low, "high": high}
+    return {"value": value, "low": min(low, value), "high": max(high, value)}
+
+
+def finite(value: float) -> float | None:
+    """The number, or None (JSON's null) for NaN and infinity."""
+    return float(value) if np.isfinite(value) else None
