@@ -124,6 +124,24 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class AlertConfig:
+    """What becomes of a scored transaction (docs/finance_evaluation.md); thresholds are set on validation."""
+
+    per_day: Positive = 100.0
+    """Alerts a day that investigators can look at: the highest scores are to be reviewed."""
+    false_positive_rate: Fraction | None = None
+    """Review what keeps this false positive rate instead of a number of alerts."""
+    step_up_per_day: Positive = 500.0
+    """Transactions a day, alerts included, that may be asked for a second factor; at least `per_day`."""
+    block_probability: Fraction = 0.9
+    """Alerts of at least this calibrated probability are recommended to be blocked."""
+    review_cost: Weight = 5.0
+    """Cost of looking at one alert, in the currency of the amounts; for the cost curve alone."""
+    calibration: Literal["isotonic", "platt"] = "isotonic"
+    """How scores become probabilities, on validation: any rising map, or a sigmoid for few frauds."""
+
+
+@dataclass(frozen=True)
 class TaskConfig:
     """What is learned from a case, and with which weights."""
 

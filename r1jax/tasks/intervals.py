@@ -23,9 +23,9 @@ class Draw:
     seed: int
     groups: Shaped[np.ndarray, "n"] | None
 
-    def of(self, known: Bool[np.ndarray, "n"]) -> "Draw":
-        """The same for a part of the cases."""
-        return self if self.groups is None else Draw(self.resamples, self.seed, self.groups[known])
+    def of(self, chosen: Shaped[np.ndarray, "k"]) -> "Draw":
+        """The same for a part of the cases (a mask), or for another order of them (indices)."""
+        return self if self.groups is None else Draw(self.resamples, self.seed, self.groups[chosen])
 
     def figures(
         self, statistics: Callable[[Float[np.ndarray, "R n"]], dict[str, Float[np.ndarray, "R"]]], n: int

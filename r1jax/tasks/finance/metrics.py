@@ -162,7 +162,7 @@ def weekly(
         rows = day // 7 == week
         genuine, frauds = int((rows & ~fraud).sum()), int((rows & fraud).sum())
         false, found = int((rows & ~fraud & alert).sum()), int((rows & fraud & alert).sum())
-        low, high = m.wilson_interval(false, genuine)
+        low, high = m.wilson_interval(float(false), genuine)
         weeks.append(
             {
                 "week": int(week) + 1,
