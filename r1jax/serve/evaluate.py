@@ -31,7 +31,7 @@ from r1jax.serve.page_charts import Scores
 from r1jax.serve.progress import progress
 from r1jax.serve.saliency import explained_finding, saliency_maps
 from r1jax.serve.scored import Scored, seen_in_training
-from r1jax.tasks.medical.canonical import NOT_TEXT, Provenance
+from r1jax.tasks.envelope import NOT_TEXT, Provenance
 from r1jax.tasks.medical.evaluation import evaluate_modalities
 from r1jax.tasks.medical.modes import best_attainable
 from r1jax.tasks.medical.schema import FINDING

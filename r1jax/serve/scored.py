@@ -11,8 +11,8 @@ from r1jax.data.pipeline import original
 from r1jax.data.source import Source
 from r1jax.errors import UserError
 from r1jax.serve.progress import Steps, progress
+from r1jax.tasks.envelope import OperatingPoint
 from r1jax.tasks.medical.batch import PICTURES
-from r1jax.tasks.medical.canonical import OperatingPoint
 from r1jax.tasks.medical.modes import shown_modes
 from r1jax.tasks.medical.task import Medical
 from r1jax.train.evaluation import Evaluator

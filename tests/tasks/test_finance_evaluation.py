@@ -10,6 +10,7 @@ from r1jax.tasks.finance.alerts import ACTIONS, BANDS
 from r1jax.tasks.finance.evaluation import band_counts, evaluate
 from r1jax.tasks.finance.metrics import card_precision
 from r1jax.tasks.finance.operating import operating_curve, operating_points, stored_curve
+from r1jax.tasks.finance.scored import DAY
 from tests.tasks.finance_period import MONDAY, frozen, period
 
 SETTINGS = AlertConfig(per_day=6.0, step_up_per_day=20.0, block_probability=0.8)
