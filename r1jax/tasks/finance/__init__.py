@@ -1,1 +1,1 @@
-"""The finance task: the risk that a transaction is fraud, from the streams of its customer and terminal, and text."""
+"""Streams of payments: the risk that a payment is fraud, from its history, its numbers and notes."""
