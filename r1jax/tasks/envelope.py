@@ -25,10 +25,23 @@ def _checked_instant(value: str) -> str:
 Instant = Annotated[str, AfterValidator(_checked_instant)]
 
 
-class Frozen(BaseModel):
-    """A part of a report."""
+def camel_case(name: str) -> str:
+    """The name under which a field is published: `data_name` is `dataName`."""
+    first, *rest = name.split("_")
+    return first + "".join(map(str.capitalize, rest))
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+class Frozen(BaseModel):
+    """A part of a report; written under names in camelCase where a task publishes it as it is."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        alias_generator=camel_case,
+        validate_by_name=True,
+        validate_by_alias=True,
+    )
 
 
 class OperatingPoint(Frozen):

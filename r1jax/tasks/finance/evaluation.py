@@ -14,8 +14,6 @@ from r1jax.tasks.finance.alerts import ALERT, BANDS, Policy
 from r1jax.tasks.finance.scored import ScoredTransactions
 from r1jax.tasks.intervals import Draw, finite
 
-MODES = {"both": "transactions + text", "transactions": "transactions only", "text": "text only"}
-"""What the model may see of a transaction, and how that is printed."""
 CLAIMED_RECALL = 0.987
 """Recall of the often quoted "98.7 % at 0.3 %": the rate that it would really need is reported."""
 HEADLINE_RATE = 0.003
@@ -30,7 +28,7 @@ def evaluate(
     policy: Policy,
     settings: AlertConfig,
     *,
-    ceiling: float | None = None,
+    ceilings: dict[str, float] | None = None,
     resamples: int = 500,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -38,11 +36,11 @@ def evaluate(
 
     Args:
       scored: The period.
-      scores: By mode (keys of `MODES`), the fused one as "both"; before calibration.
+      scores: By mode of the task, the fused one as "both"; before calibration.
       probability: Fused, after calibration.
       policy: Thresholds that were frozen on validation.
       settings: Cost of an alert.
-      ceiling: Largest recall at a false positive rate of 0.3 % that anyone could reach, where it is known.
+      ceilings: By mode the largest recall at a false positive rate of 0.3 % that anyone could reach, where it is known.
       resamples: Bootstrap resamples of days.
       seed: Of the resamples.
 
@@ -65,7 +63,7 @@ def evaluate(
         "interval": "95 % percentile bootstrap over days",
         "resamples": resamples,
         "seed": seed,
-        "ceiling": ceiling,
+        "ceilings": {mode: finite(value) for mode, value in (ceilings or {}).items()},
         "modes": modes,
         "differences": _differences(scored, fraud, scores, draw),
         "accuracy": _accuracy(fraud, scores["both"], modes["both"]),
