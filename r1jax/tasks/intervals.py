@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
@@ -50,3 +51,17 @@ def json_estimate(estimate: m.Estimate) -> dict[str, float | None]:
 def finite(value: float) -> float | None:
     """The number, or None (JSON's null) for NaN and infinity."""
     return float(value) if np.isfinite(value) else None
+
+
+def figure_text(figure: dict[str, Any], unit: str) -> tuple[str, str]:
+    """A figure as the reader sees it: its value, and its interval (empty where undefined)."""
+    scale, digits = {"%": (100, 1), "mm": (1, 2), "levels": (1, 2)}.get(unit, (1, 3))
+    if figure["value"] is None:
+        return "undefined", ""
+    # adding 0 turns a rounded -0.0 into 0.0
+    value, low, high = (
+        "" if figure[key] is None else f"{round(figure[key] * scale, digits) + 0.0:.{digits}f}"
+        for key in ("value", "low", "high")
+    )
+    suffix = "" if unit == "1" else f" {unit}"
+    return value + suffix, f"{low} to {high}" if low else ""

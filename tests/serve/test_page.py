@@ -13,9 +13,10 @@ from r1jax.errors import UserError
 from r1jax.serve.page import write_page
 from r1jax.serve.page_charts import Scores
 from r1jax.serve.page_slices import Marker, Picture
+from r1jax.tasks.intervals import figure_text
 from r1jax.tasks.medical.evaluation import evaluate, evaluate_modalities
 from r1jax.tasks.medical.schema import FINDINGS
-from r1jax.tasks.medical.summary import figure_text, rows
+from r1jax.tasks.medical.summary import rows
 
 N = 60
 VOID = {"meta", "br", "image", "path", "circle", "use", "rect"}
