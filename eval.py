@@ -11,6 +11,7 @@ from r1jax.models.r1 import R1
 from r1jax.parallel.mesh import make_mesh
 from r1jax.parallel.platform import start_platform
 from r1jax.serve.evaluate import Evaluation, restore_served, scoring_config
+from r1jax.serve.finance import score_transactions
 from r1jax.serve.language import score_text
 from r1jax.serve.medical import score_cases
 from r1jax.serve.result_folder import result_folder
@@ -18,7 +19,7 @@ from r1jax.tasks.catalog import TASKS
 from r1jax.train.checkpoints import find_checkpoint
 from r1jax.train.evaluation import Evaluator
 
-RESULTS = {"medical": score_cases, "language": score_text}
+RESULTS = {"medical": score_cases, "language": score_text, "finance": score_transactions}
 """What scores a source and writes its results, by the name of the task."""
 HELP = """\
 Scores a checkpoint: metrics.json, one HTML page and a structured report of every case.
@@ -26,6 +27,7 @@ Scores a checkpoint: metrics.json, one HTML page and a structured report of ever
 Examples:
   python eval.py --checkpoint runs/medical
   python eval.py --checkpoint runs/medical --data.path my_cases --data.split all --output my_results
+  python eval.py --checkpoint runs/finance --data.path later.parquet --alerts-per-day 50
   python eval.py --checkpoint runs/v2-lite --data.path my_texts     # what `r1jax hf import` has written
 """
 

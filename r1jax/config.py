@@ -440,6 +440,10 @@ class EvalArguments:
     """Cases drawn on the HTML page."""
     language: Literal["en", "zh"] = "en"
     """Language of the structured reports' texts."""
+    alerts_per_day: Positive | None = None
+    """Alerts a day, of the finance task; none takes the checkpoint's `task.finance.alerts`."""
+    reasons: Natural = 200
+    """Alerts, the highest scores first, whose reasons are computed; each takes the time of about 200 scores."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 from r1jax import __version__
-from r1jax.config import CacheConfig, Config, EvalArguments
+from r1jax.config import CacheConfig, Config, EvalArguments, TaskConfig
 from r1jax.data.filesystem import is_remote
 from r1jax.data.folder import folder_fingerprint
 from r1jax.data.source import Source
@@ -105,7 +105,32 @@ def scoring_config(checkpoint: Checkpoint, arguments: EvalArguments) -> Config:
     data = dataclasses.replace(
         data, path=path, mix=(), weights=(), split=split, tokenizer=tokenizer, cache=CacheConfig()
     )
-    return dataclasses.replace(config, data=data)
+    return dataclasses.replace(config, data=data, task=_scoring_task(config, arguments))
+
+
+def _scoring_task(config: Config, arguments: EvalArguments) -> TaskConfig:
+    """The task with what only its scoring is told: the budget of alerts, and earlier transactions as history."""
+    task, budget, later = config.task, arguments.alerts_per_day, arguments.data.path
+    if task.name != "finance":
+        if budget is not None:
+            raise UserError(f"--alerts-per-day {budget:g}: the {task.name} task raises no alerts; leave it out")
+        return task
+    finance, trained = task.finance, config.data.path
+    if budget is not None:
+        step_up = max(budget, finance.alerts.step_up_per_day)
+        alerts = dataclasses.replace(finance.alerts, per_day=budget, step_up_per_day=step_up, false_positive_rate=None)
+        finance = dataclasses.replace(finance, alerts=alerts)
+    if later is not None and trained is not None and Path(later).resolve() != Path(trained).resolve():
+        if is_remote(trained) or Path(trained).exists():
+            finance = dataclasses.replace(finance, history=trained)
+        else:
+            print(
+                f"warning: {trained}, which the checkpoint was trained on, is not here: the first transactions of "
+                f"{later} have no history",
+                file=sys.stderr,
+            )
+            finance = dataclasses.replace(finance, history=None)
+    return dataclasses.replace(task, finance=finance)
 
 
 def _tokenizer(checkpoint: Checkpoint, config: Config, given: str | None) -> str | None:

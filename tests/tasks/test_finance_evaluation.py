@@ -7,7 +7,7 @@ from sklearn.metrics import average_precision_score, brier_score_loss, roc_auc_s
 from r1jax.config import AlertConfig
 from r1jax.errors import UserError
 from r1jax.tasks.finance.alerts import ACTIONS, BANDS
-from r1jax.tasks.finance.evaluation import band_counts, evaluate
+from r1jax.tasks.finance.evaluation import band_counts, evaluate, period_counts
 from r1jax.tasks.finance.metrics import card_precision
 from r1jax.tasks.finance.operating import operating_curve, operating_points, stored_curve
 from r1jax.tasks.finance.scored import DAY
@@ -38,7 +38,8 @@ def test_every_figure_is_json_within_its_interval(measured):
                 check(inner)
 
     check(found)
-    assert found["days"] == 20 and found["first_day"] == "2018-08-06" and found["last_day"] == "2018-08-25"
+    told = {"transactions": 4000, "first_day": "2018-08-06", "last_day": "2018-08-25", "days": 20}
+    assert period_counts(measured[0]) == told
 
 
 def test_figures_equal_their_references(measured):
@@ -107,7 +108,7 @@ def test_unknown_labels_are_left_out(measured):
         for one in (hidden, part)
     )
     assert found["modes"] == expected["modes"]
-    assert (found["transactions"], found["labelled"]) == (4000, 3000)
+    assert found["labelled"] == 3000
     with pytest.raises(UserError, match="known label"):
         nothing = scored._replace(fraud=np.full_like(scored.fraud, np.nan))
         evaluate(nothing, {"both": scored.score}, probability, policy, SETTINGS)

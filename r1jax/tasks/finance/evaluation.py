@@ -57,9 +57,12 @@ def evaluate(
     scores = {mode: score[known].astype(np.float64) for mode, score in scores.items()}
     fraud, draw = scored.fraud == 1, Draw(resamples, seed, scored.day)
     alert = policy.bands(scores["both"], probability) >= ALERT
-    counts = _counts(every, probability.size, fraud, scored)
     modes = {mode: _mode(scored, fraud, score, draw) for mode, score in scores.items()}
-    return counts | {
+    return {
+        "labelled": len(fraud),
+        "frauds": int(fraud.sum()),
+        "fraud_share": float(fraud.mean()),
+        "fraud_amount": float(scored.amount[fraud].sum(dtype=np.float64)),
         "interval": "95 % percentile bootstrap over days",
         "resamples": resamples,
         "seed": seed,
@@ -75,25 +78,15 @@ def evaluate(
     }
 
 
+def period_counts(scored: ScoredTransactions) -> dict[str, Any]:
+    """How many transactions there are, and when; at least one."""
+    first, last = (datetime.fromtimestamp(int(x), UTC).strftime("%Y-%m-%d") for x in scored.seconds[[0, -1]])
+    return {"transactions": len(scored.ids), "first_day": first, "last_day": last, "days": scored.days}
+
+
 def band_counts(bands: np.ndarray) -> dict[str, int]:
     """How many transactions each band holds."""
     return {name: int((bands == index).sum()) for index, name in enumerate(BANDS)}
-
-
-def _counts(
-    every: ScoredTransactions, labelled: int, fraud: Bool[np.ndarray, "n"], known: ScoredTransactions
-) -> dict[str, Any]:
-    first, last = (datetime.fromtimestamp(int(x), UTC).strftime("%Y-%m-%d") for x in every.seconds[[0, -1]])
-    return {
-        "transactions": len(every.ids),
-        "labelled": labelled,
-        "frauds": int(fraud.sum()),
-        "fraud_share": float(fraud.mean()),
-        "fraud_amount": float(known.amount[fraud].sum(dtype=np.float64)),
-        "first_day": first,
-        "last_day": last,
-        "days": every.days,
-    }
 
 
 def _mode(
