@@ -36,8 +36,8 @@ def period_rows(seconds: Int64[np.ndarray, " N"], split: str, config: FinanceCon
     if first == last:
         have = " to ".join(str(np.datetime64(int(seconds[i]), "D")) for i in (0, -1))
         raise UserError(
-            f"no transaction lies in the {split} period, {_day(begin)} to before {_day(end)}, as the data covers {have}: "
-            f"name another by --task.finance.{split} FIRST_DAY DAY_AFTER_THE_LAST"
+            f"no transaction lies in the {split} period, from {_day(begin)} to before {_day(end)}: the data covers {have}; "
+            f"name another period by --task.finance.{split} FIRST_DAY DAY_AFTER_THE_LAST"
         )
     return np.arange(first, last)
 
