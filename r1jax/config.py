@@ -16,7 +16,7 @@ Share = Annotated[float, Bounds("of at least 0 and below 1", 0.0, 1.0)]
 
 Fraction = Annotated[float, Bounds("from 0 to 1", 0.0, math.nextafter(1.0, 2.0))]
 
-Modality = Literal["volume", "image", "series", "table", "text"]
+Modality = Literal["volume", "image", "table", "text", "series"]
 Platform = Literal["auto", "cpu", "cuda"]
 Split = Literal["train", "val", "test", "all"]
 

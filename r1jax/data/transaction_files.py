@@ -147,7 +147,7 @@ def _amounts(column: pa.Array, path: str, name: str) -> np.ndarray:
     large = values >= LONGEST
     if large.any():
         row = int(large.argmax())
-        raise UserError(f"{path}: row {row + 1}: {name} is {values[row]!r}, but it must be below {LONGEST}")
+        raise UserError(f"{path}: row {row + 1}: {name} is {float(values[row])!r}, but it must be below {LONGEST}")
     return values.astype(np.float32)
 
 

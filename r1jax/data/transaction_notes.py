@@ -52,6 +52,12 @@ _WORDINGS = {
 }
 
 
+def vague_odds() -> float:
+    """How much likelier a vague note is for a fraud whose note does not alarm than for a genuine payment."""
+    likely = {fraud: WRITTEN[fraud] * KINDS[fraud][VAGUE - 1] for fraud in (True, False)}
+    return likely[True] / (1 - WRITTEN[True] * KINDS[True][ALARMING - 1]) / likely[False]
+
+
 def draw_notes(rng: np.random.Generator, fraud: Bool[np.ndarray, " N"]) -> tuple[pa.Array, Int8[np.ndarray, " N"]]:
     """Writes the notes of all payments.
 

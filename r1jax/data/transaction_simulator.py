@@ -13,7 +13,7 @@ import pyarrow as pa
 from jaxtyping import Bool, Float64, Int64
 
 from r1jax.data.transaction_history import index_by, last_rows
-from r1jax.data.transaction_notes import ALARMING, draw_notes
+from r1jax.data.transaction_notes import ALARMING, draw_notes, vague_odds
 from r1jax.data.transactions import DAY, Transactions, check
 
 VERSION = 1
@@ -122,11 +122,12 @@ def _compromised(
 def attainable_recall(
     table: Transactions, rows: Int64[np.ndarray, " B"], delay: int, false_positive_rate: float
 ) -> dict[str, float]:
-    """The most that anyone can catch of some generated payments: no reader sees what leaves no trace.
+    """The most that a reader of a payment's history and note can catch: some frauds leave no trace.
 
-    A trace in the numbers is an amount far from the customer's own, or a confirmed fraud at the terminal less than
-    four weeks ago or of the customer less than two; a trace in the note is an alarming wording. Frauds without a trace
-    can be met by chance alone, at the false-positive rate.
+    A trace in the numbers is an amount far from the customer's own, such an amount earlier in the two weeks that a
+    leaked card is in use, or a confirmed fraud of the customer in that time or at the terminal in its four weeks. A
+    trace in the note is an alarming wording. What leaves none is met by chance at the false-positive rate, or by as
+    many vague notes as that rate allows.
 
     Args:
       table: From `simulate`.
@@ -140,13 +141,17 @@ def attainable_recall(
     rows = rows[table.fraud[rows] == 1]
     if not len(rows):
         return dict.fromkeys(("both", "transactions", "text"), float("nan"))
-    numbers = (table.shown[rows] & 1) > 0
-    for entity, days in ((table.terminal, TERMINAL_DAYS), (table.customer, CUSTOMER_DAYS)):
-        index = index_by(entity)
-        before, valid = last_rows(index, rows, 1 + int(4 * 4 * days))
+    numbers, note = (table.shown[rows] & 1) > 0, (table.shown[rows] & 2) > 0
+    for entity, days, striking in (
+        (table.terminal, TERMINAL_DAYS, np.zeros(len(table), bool)),
+        (table.customer, CUSTOMER_DAYS, (table.shown & 1) > 0),
+    ):
+        before, valid = last_rows(index_by(entity), rows, 16 * days)
         since = table.seconds[rows][:, None] - table.seconds[before]
-        confirmed = valid & (table.fraud[before] == 1) & (since >= delay) & (since < days * DAY)
-        numbers |= confirmed.any(axis=1)
-    note = (table.shown[rows] & 2) > 0
-    by_chance = lambda seen: float(seen.mean() + false_positive_rate * (1 - seen.mean()))  # noqa: E731
-    return {"both": by_chance(numbers | note), "transactions": by_chance(numbers), "text": by_chance(note)}
+        told = striking[before] | ((table.fraud[before] == 1) & (since >= delay))
+        numbers |= (valid & told & (since > 0) & (since < days * DAY)).any(axis=1)
+    vague = vague_odds()
+    return {
+        mode: float(seen.mean() + min(1.0, factor * false_positive_rate) * (1 - seen.mean()))
+        for mode, seen, factor in (("both", numbers | note, vague), ("transactions", numbers, 1), ("text", note, vague))
+    }

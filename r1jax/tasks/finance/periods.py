@@ -34,10 +34,10 @@ def period_rows(seconds: Int64[np.ndarray, " N"], split: str, config: FinanceCon
     begin, end = _named(split, named) if named else _shared(seconds, split, config)
     first, last = np.searchsorted(seconds, [begin, end])
     if first == last:
-        have = " to ".join(str(np.datetime64(int(seconds[i]), "D")) for i in (0, -1))
+        have = f"{_day(int(seconds[0]))} to {_day(int(seconds[-1]))}"
         raise UserError(
-            f"no transaction lies in the {split} period, {_day(begin)} to before {_day(end)}, as the data covers {have}: "
-            f"name another by --task.finance.{split} FIRST_DAY DAY_AFTER_THE_LAST"
+            f"no transaction is in the {split} period, from {_day(begin)} to before {_day(end)}: the data covers "
+            f"{have}; name another period by --task.finance.{split} FIRST_DAY DAY_AFTER_THE_LAST"
         )
     return np.arange(first, last)
 
@@ -64,4 +64,4 @@ def _shared(seconds: Int64[np.ndarray, " N"], split: str, config: FinanceConfig)
 
 
 def _day(seconds: int) -> str:
-    return str(np.datetime64(seconds, "D"))
+    return str(np.datetime64(seconds, "s").astype("datetime64[D]"))

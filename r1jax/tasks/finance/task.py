@@ -108,7 +108,7 @@ class Finance:
         frauds = int(np.nansum(cases.table.fraud[cases.rows]))
         if not 0 < frauds < len(cases):
             raise UserError(
-                f"{cases.name} has {frauds} frauds among {len(cases)} transactions whose label is known, but both kinds "
+                f"{cases.name} has {frauds} frauds among {len(cases)} transactions with a known label, but both kinds "
                 "are needed: choose another period by --task.finance.train, or add the labels (docs/finance.md)"
             )
         note = f"note: {frauds} frauds and {cases.kept:.0%} of the genuine transactions ({len(cases) - frauds})"
