@@ -2,12 +2,11 @@
 
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jaxtyping import Float, Int
 
 from r1jax.data.pipeline import original
 from r1jax.data.source import Source
@@ -15,42 +14,23 @@ from r1jax.data.transaction_cases import TransactionCases
 from r1jax.data.transaction_history import FEATURES
 from r1jax.data.transaction_simulator import attainable_recall
 from r1jax.errors import UserError
-from r1jax.serve.evaluate import Evaluation, origin, provenance_lines, report_provenance, shortest, write_metrics
-from r1jax.serve.explain import STEPS, TYPICAL, explain
+from r1jax.serve.evaluate import Evaluation, origin, provenance_lines, write_metrics
+from r1jax.serve.finance_alerts import alert_reports, completeness, explain_alerts
 from r1jax.serve.finance_charts import Labelled
+from r1jax.serve.finance_closing import closing_lines
+from r1jax.serve.finance_judged import Judged
 from r1jax.serve.finance_page import write_page
 from r1jax.serve.progress import progress
 from r1jax.serve.risk_reports import to_tree, write_report
 from r1jax.serve.scored import Watched, refuse_not_finite
 from r1jax.tasks.calibration import from_json
 from r1jax.tasks.drift import snapshot
-from r1jax.tasks.finance.alerts import ACTIONS, ALERT, BANDS, Policy, make_policy
-from r1jax.tasks.finance.batch import EVENT_FEATURES
+from r1jax.tasks.finance.alerts import ACTIONS, BANDS, make_policy
 from r1jax.tasks.finance.evaluation import HEADLINE_RATE, band_counts, evaluate, period_counts
 from r1jax.tasks.finance.operating import operating_points, stored_curve
-from r1jax.tasks.finance.reasons import Contributions, by_concept, top_reasons, weightiest_span
-from r1jax.tasks.finance.report import Alert, Explanation, RiskReport, build_report
+from r1jax.tasks.finance.report import RiskReport
 from r1jax.tasks.finance.scored import ScoredTransactions
-from r1jax.tasks.intervals import figure_text
 from r1jax.train.evaluation import Evaluator
-
-
-class Judged(NamedTuple):
-    """A scored period, and what follows for each transaction."""
-
-    cases: TransactionCases
-    scored: ScoredTransactions
-    scores: dict[str, Float[np.ndarray, "N"]]
-    """By mode, before calibration."""
-    probability: Float[np.ndarray, "N"]
-    policy: Policy
-    bands: Int[np.ndarray, "N"]
-    warnings: list[str]
-
-    @property
-    def alerts(self) -> Int[np.ndarray, "A"]:
-        """Transactions that are alerts, in order of time."""
-        return np.flatnonzero(self.bands >= ALERT)
 
 
 def score_transactions(run: Evaluation, evaluator: Evaluator, params: Any, source: Source, folder: Path) -> str:
@@ -87,7 +67,7 @@ def score_transactions(run: Evaluation, evaluator: Evaluator, params: Any, sourc
         synthetic=run.synthetic,
     )
     write_metrics(run, metrics, folder)
-    return "\n".join(_closing(run, metrics))
+    return "\n".join(closing_lines(run, metrics))
 
 
 def judge(run: Evaluation, evaluator: Evaluator, params: Any, source: Source) -> Judged:
@@ -164,12 +144,8 @@ def _measure(run: Evaluation, judged: Judged, params: Any, source: Source) -> tu
             ceilings=ceilings,
             resamples=run.arguments.resamples,
         )
-    chosen = judged.alerts[np.argsort(-scored.score[judged.alerts], kind="stable")][: run.arguments.reasons]
-    found = None
-    if len(chosen):
-        quiet = np.argsort(scored.score, kind="stable")[: len(scored.ids) // 2 + 1]
-        typical = quiet[np.linspace(0, len(quiet) - 1, min(TYPICAL, len(quiet))).astype(int)]
-        found = explain(run.model, run.task, run.mesh, params, source, chosen, typical)
+    chosen = judged.most_suspicious(run.arguments.reasons)
+    found = explain_alerts(run, judged, params, source, chosen) if len(chosen) else None
     metrics = {
         "provenance": origin(run, source, seen),
         "warnings": _warnings(run, judged, seen),
@@ -177,10 +153,10 @@ def _measure(run: Evaluation, judged: Judged, params: Any, source: Source) -> tu
         "policy": judged.policy._asdict(),
         "bands": band_counts(judged.bands),
         "alerts": len(judged.alerts),
-        "explanations": None if found is None else _completeness(found),
+        "explanations": None if found is None else completeness(found),
         "figures": figures,
     }
-    return metrics, list(_reports(run, judged, metrics, source, chosen, found))
+    return metrics, alert_reports(run, judged, metrics, source, chosen, found)
 
 
 def _seen_in_training(run: Evaluation, cases: TransactionCases) -> int:
@@ -199,78 +175,12 @@ def _warnings(run: Evaluation, judged: Judged, seen: int) -> list[str]:
         told.append(f"{seen} of these {len(judged.scored.ids)} transactions were learned from: figures are optimistic")
     elif run.config.data.split == "val" and run.config.data.path == run.checkpoint.config().data.path:
         told.append("these transactions chose the checkpoint, thresholds and calibration: the figures are optimistic")
-    days = judged.scored.days
+    share, days = len(judged.alerts) / len(judged.scored.ids), judged.scored.days
+    if share > 0.1:
+        told.append(f"{share:.0%} of these transactions are alerts: lower --alerts-per-day to what can be looked at")
     if days < 7:
         told.append(f"the period has only {days} days: intervals that resample days are rough")
     return told
-
-
-def _completeness(found: Contributions) -> dict[str, Any]:
-    """The check that contributions add up to the difference from the baseline."""
-    difference, residual = np.abs(found.output - found.baseline), np.abs(found.residual)
-    return {
-        "method": "integrated gradients",
-        "steps": STEPS,
-        "explained": len(residual),
-        "mean_difference": float(difference.mean()),
-        "mean_residual": float(residual.mean()),
-        "largest_residual": float(residual.max()),
-    }
-
-
-def _reports(
-    run: Evaluation,
-    judged: Judged,
-    metrics: dict[str, Any],
-    source: Source,
-    chosen: Int[np.ndarray, "C"],
-    found: Contributions | None,
-) -> list[RiskReport]:
-    cases, scored, provenance = judged.cases, judged.scored, report_provenance(metrics)
-    explained = _worded(found, chosen, source) if found is not None else {}
-    reports = []
-    for index in judged.alerts.tolist():
-        reasons, explanation = explained.get(index, ((), None))
-        alert = Alert(
-            transaction=scored.ids[index],
-            seconds=int(scored.seconds[index]),
-            customer=cases.table.customers[int(scored.customer[index])].as_py(),
-            terminal=cases.table.terminals[int(scored.terminal[index])].as_py(),
-            amount=float(scored.amount[index]),
-            score=float(scored.score[index]),
-            probability=float(judged.probability[index]),
-            band=int(judged.bands[index]),
-            reasons=reasons,
-            explanation=explanation,
-        )
-        reports.append(
-            build_report(
-                alert,
-                policy=judged.policy,
-                provenance=provenance,
-                synthetic=run.synthetic,
-                language=run.arguments.language,
-            )
-        )
-    return reports
-
-
-def _worded(
-    found: Contributions, chosen: Int[np.ndarray, "C"], source: Source
-) -> dict[int, tuple[tuple[tuple[str, float, str], ...], Explanation]]:
-    """Reasons and the check that they add up, by transaction."""
-    sums, residual = by_concept(found, FEATURES, EVENT_FEATURES), found.residual
-    notes = source.read_batch(chosen).get("text", [""] * len(chosen))
-    worded = {}
-    for place, index in enumerate(chosen.tolist()):
-        bytes_alone = found.text[place, 1:]  # the first token marks the beginning
-        reasons = tuple(
-            (code, gain, weightiest_span(notes[place], bytes_alone) if code == "note" else "")
-            for code, gain in top_reasons(sums[place])
-        )
-        ends = {name: float(getattr(found, name)[place]) for name in ("baseline", "output")}
-        worded[index] = reasons, Explanation(**ends, residual=float(residual[place]))
-    return worded
 
 
 def _write_scores(judged: Judged, folder: Path) -> None:
@@ -316,58 +226,3 @@ def _labelled(judged: Judged) -> Labelled | None:
         {mode: score[known].astype(np.float64) for mode, score in judged.scores.items()},
         judged.scored.days,
     )
-
-
-def _closing(run: Evaluation, metrics: dict[str, Any]) -> list[str]:
-    """The headline figures, and where the files are."""
-    figures, counts, output = metrics["figures"], metrics["counts"], shortest(run.output)
-    made = metrics["provenance"]
-    told = [
-        f"{made['data']['name']}: {counts['transactions']} transactions of {counts['days']} days, checkpoint of step "
-        f"{made['checkpoint']['step']}",
-        "",
-    ]
-    told += ["no label is known: nothing is measured"] if figures is None else _figure_lines(figures)
-    check = metrics["explanations"]
-    if check is not None:
-        told.append(
-            f"reasons of {check['explained']} alerts: contributions add up to a difference of "
-            f"{check['mean_difference']:.2f} but for {check['mean_residual']:.3f} on average, "
-            f"{check['largest_residual']:.3f} at most"
-        )
-    return [
-        *told,
-        "",
-        *(f"warning: {line}" for line in metrics["warnings"]),
-        f"page      {output / 'index.html'}",
-        f"figures   {output / 'metrics.json'}",
-        f"alerts    {output / 'alerts.jsonl'} ({metrics['alerts']}; JSON and XML of each in reports/)",
-        f"scores    {output / 'scores.parquet'}, {output / 'snapshot.json'} (for r1jax monitor)",
-        f"time      {made['seconds']['total']:.0f} s",
-    ]
-
-
-def _figure_lines(figures: dict[str, Any]) -> list[str]:
-    rate, lines = f"{HEADLINE_RATE:g}", []
-    names = {"both": "all", "transactions": "transactions only", "text": "notes only"}
-    for mode, found in figures["modes"].items():
-        at = found["at_rate"][rate]
-        value, interval = figure_text(at["recall"], "%")
-        best = figures["ceilings"].get(mode)
-        lines.append(
-            f"{names[mode]:<18} recall {value} ({interval}) at a false positive rate of {100 * HEADLINE_RATE:g} %, "
-            f"precision {figure_text(at['precision'], '%')[0]}, "
-            f"value recall {figure_text(at['value_recall'], '%')[0]}, AUPRC {figure_text(found['auprc'], '1')[0]}"
-            + (f"; attainable {100 * best:.1f} %" if best else "")
-        )
-    operating, accuracy = figures["operating"], figures["accuracy"]
-    needed = figures["modes"]["both"]["rate_for_claimed_recall"]
-    return [
-        *lines,
-        f"frozen threshold   {operating['alerts_per_day']:.1f} alerts a day, recall "
-        f"{figure_text(operating['recall'], '%')[0]}, false positive rate "
-        f"{figure_text(operating['false_positive_rate'], '%')[0]} (set by {operating['origin']})",
-        f"accuracy           {100 * accuracy['model']:.2f} %; calling nothing fraud is right for "
-        f"{100 * accuracy['nothing_is_fraud']:.2f} %",
-        f"a recall of {100 * needed['recall']:.1f} % would need a false positive rate of {figure_text(needed, '%')[0]}",
-    ]
