@@ -102,7 +102,8 @@ def weeks_chart(weeks: list[dict[str, Any]], expected: float) -> str:
         rate = week["false_positive_rate"]
         axes.plot([week["week"]] * 2, [100 * rate["low"], 100 * rate["high"]], color=COLOR["both"], lw=2.2, alpha=0.55)
     values = [100 * week["false_positive_rate"]["value"] for week in known]
-    draw_curve(axes, "both", np.array([week["week"] for week in known]), np.array(values), marker=MARKER["both"], ms=5)
+    numbers = np.array([float(week["week"]) for week in known])
+    draw_curve(axes, "both", numbers, np.array(values), marker=MARKER["both"], ms=5)
     axes.set_xticks([week["week"] for week in known])
     axes.set(ylim=(0, None))
     return svg(figure, "False positive rate by week")
