@@ -105,11 +105,22 @@ def scoring_config(checkpoint: Checkpoint, arguments: EvalArguments) -> Config:
     data = dataclasses.replace(
         data, path=path, mix=(), weights=(), split=split, tokenizer=tokenizer, cache=CacheConfig()
     )
-    return dataclasses.replace(config, data=data, task=_scoring_task(config, arguments))
+    return dataclasses.replace(config, data=data, task=scoring_task(config, arguments))
 
 
-def _scoring_task(config: Config, arguments: EvalArguments) -> TaskConfig:
-    """The task with what only its scoring is told: the budget of alerts, and earlier transactions as history."""
+def scoring_task(config: Config, arguments: EvalArguments) -> TaskConfig:
+    """The task with what only its scoring is told: the budget of alerts, and earlier transactions as history.
+
+    Args:
+      config: Of the checkpoint.
+      arguments: What eval.py was told.
+
+    Returns:
+      The checkpoint's task with the given budget and, for another file of transactions, the trained one as history.
+
+    Raises:
+      UserError: A budget of alerts was given for a task that raises none.
+    """
     task, budget, later = config.task, arguments.alerts_per_day, arguments.data.path
     if task.name != "finance":
         if budget is not None:
