@@ -1,11 +1,10 @@
 """From scores to probabilities: a monotone map that is fitted on validation cases and kept with the checkpoint.
 
-Training on a share of the negative cases raises every score; `prior_corrected` takes that back exactly, and a
-calibration then mends what is left. Neither changes the order of the cases.
+It does not change the order of the cases, but isotonic regression gives neighbours one probability.
 """
 
 import math
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Shaped
@@ -13,24 +12,8 @@ from jaxtyping import Float, Shaped
 from r1jax.errors import UserError
 from r1jax.tasks.metrics import checked
 
-Number = TypeVar("Number")
 _LEAST = 1e-12
 """Scores are kept this far from 0 and 1 where their logarithm is needed."""
-
-
-def prior_corrected(score: Number, kept: float) -> Number:
-    """Probability among all cases from one among the positive cases and a part of the negative ones.
-
-    Source: Elkan 2001, The foundations of cost-sensitive learning, theorem 2.
-
-    Args:
-      score: Probabilities, of NumPy or JAX.
-      kept: Share of the negative cases that the model was trained on, above 0.
-
-    Returns:
-      Probabilities of the same shape.
-    """
-    return score / (score + (1 - score) / kept)
 
 
 class Isotonic(NamedTuple):

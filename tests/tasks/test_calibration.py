@@ -1,11 +1,10 @@
-"""Calibrations against scikit-learn, SciPy and Bayes' rule."""
+"""Calibrations against scikit-learn and SciPy."""
 
 import json
 
 import hypothesis
 import hypothesis.extra.numpy as hnp
 import hypothesis.strategies as st
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.optimize
@@ -18,7 +17,6 @@ from r1jax.tasks.calibration import (
     fit_isotonic,
     fit_platt,
     from_json,
-    prior_corrected,
     to_json,
 )
 from r1jax.tasks.metrics import expected_calibration_error
@@ -86,18 +84,6 @@ def test_separable_scores_do_not_make_platt_certain():
     labels = np.arange(20) >= 10
     found = fit_platt(labels, np.linspace(0.05, 0.95, 20))(np.array([0.05, 0.95]))
     assert 0 < found[0] < 0.2 and 0.8 < found[1] < 1
-
-
-def test_prior_correction_is_bayes_rule():
-    rng = np.random.default_rng(0)
-    fraud = np.array([0.5, 3.0, 2.0, 8.0])  # of 1000 in each of four groups
-    kept = 0.2
-    sampled = fraud / (fraud + kept * (1000 - fraud))
-    np.testing.assert_allclose(prior_corrected(sampled, kept), fraud / 1000, rtol=1e-12)
-    np.testing.assert_allclose(prior_corrected(jnp.asarray(sampled, jnp.float32), kept), fraud / 1000, rtol=1e-5)
-    scores = rng.random(50)
-    assert (np.argsort(prior_corrected(scores, 0.1)) == np.argsort(scores)).all()
-    assert prior_corrected(np.array([0.0, 1.0]), 0.1).tolist() == [0.0, 1.0]
 
 
 def test_nothing_to_calibrate_on_is_an_error():
