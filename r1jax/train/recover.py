@@ -12,7 +12,7 @@ from r1jax.tasks.task import Task
 from r1jax.train.eager import eager_step
 from r1jax.train.evaluation import Evaluator
 from r1jax.train.guard import RETRIES, RollBack, jump, read_jumps, way_back
-from r1jax.train.loop import fit
+from r1jax.train.loop import Loop
 from r1jax.train.memory import in_more_parts, out_of_memory
 from r1jax.train.run import Run, restore_or_init
 from r1jax.train.step import Batch, compile_step
@@ -49,7 +49,7 @@ def train(
         elif step is None:
             step = compile_step(config, model, task, mesh, batch)
         try:
-            fit(config, run, task, mesh, evaluator, step, state, source, validation)
+            Loop(config, run, task, mesh, evaluator, step, state, source, validation).fit()
             return
         except RollBack as seen:
             note = roll_back(run, seen.step, seen.reason)
