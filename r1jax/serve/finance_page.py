@@ -258,7 +258,20 @@ def _table(figures: dict[str, Any]) -> str:
         for label, unit, row in lines
     )
     table = f'<div class="sheet"><table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-    return table + _scenarios(figures["scenarios"])
+    return table + _gains(figures["differences"]) + _scenarios(figures["scenarios"])
+
+
+def _gains(differences: dict[str, Any]) -> str:
+    """What all inputs together gain over a part of them, on the same days."""
+    if not differences:
+        return ""
+    names = list(next(iter(differences.values())))
+    head = "".join(f"<th>gained over {MODES[mode]}</th>" for mode in differences)
+    cells = {
+        name: "".join(f"<td>{figure_cell(gain[name], '1')}</td>" for gain in differences.values()) for name in names
+    }
+    body = "".join(f"<tr><th>{name}</th>{row}</tr>" for name, row in cells.items())
+    return f'<div class="sheet"><table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _scenarios(kinds: dict[str, Any]) -> str:

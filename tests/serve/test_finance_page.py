@@ -86,6 +86,7 @@ def test_the_page_shows_its_figures(page, material):
         (both["at_rate"]["0.003"]["recall"], "%"),
         (both["auprc"], "1"),
         (figures["modes"]["text"]["auroc"], "1"),
+        (figures["differences"]["text"]["auprc"], "1"),
         (figures["operating"]["false_positive_rate"], "%"),
     ):
         value, interval = figure_text(figure, unit)
