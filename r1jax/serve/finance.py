@@ -26,7 +26,8 @@ from r1jax.serve.scored import Watched, refuse_not_finite
 from r1jax.tasks.calibration import from_json
 from r1jax.tasks.drift import snapshot
 from r1jax.tasks.finance.alerts import ACTIONS, BANDS, make_policy
-from r1jax.tasks.finance.evaluation import HEADLINE_RATE, band_counts, evaluate, period_counts
+from r1jax.tasks.finance.evaluation import band_counts, evaluate, period_counts
+from r1jax.tasks.finance.figures import RATE
 from r1jax.tasks.finance.operating import operating_points, stored_curve
 from r1jax.tasks.finance.report import RiskReport
 from r1jax.tasks.finance.scored import ScoredTransactions
@@ -134,7 +135,7 @@ def _measure(run: Evaluation, judged: Judged, params: Any, source: Source) -> tu
     if scored.labelled.any():
         ceilings = None
         if cases.table.shown is not None:
-            ceilings = attainable_recall(cases.table, cases.rows, run.task.delay, HEADLINE_RATE)
+            ceilings = attainable_recall(cases.table, cases.rows, run.task.delay, RATE)
         figures = evaluate(
             scored,
             judged.scores,

@@ -11,14 +11,14 @@ from r1jax.errors import UserError
 from r1jax.tasks import metrics as m
 from r1jax.tasks.finance import metrics as f
 from r1jax.tasks.finance.alerts import ALERT, BANDS, Policy
+from r1jax.tasks.finance.figures import RATE
 from r1jax.tasks.finance.scored import ScoredTransactions
 from r1jax.tasks.intervals import Draw, finite
 
 CLAIMED_RECALL = 0.987
 """Recall of the often quoted "98.7 % at 0.3 %": the rate that it would really need is reported."""
-HEADLINE_RATE = 0.003
 AT_RATE = ("recall", "precision", "value_recall")
-GAINS = ("auprc", f"recall {HEADLINE_RATE:g}")
+GAINS = ("auprc", f"recall {RATE:g}")
 """Figures of both together that are compared with those of each alone."""
 ECE_BINS = 15
 REVIEW_COSTS = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0)
@@ -164,10 +164,10 @@ def _mode(
 
 def _accuracy(fraud: Bool[np.ndarray, "n"], score: Float[np.ndarray, "n"], mode: dict[str, Any]) -> dict[str, Any]:
     """Accuracy at the headline rate, never without that of calling nothing fraud."""
-    threshold = mode["at_rate"][f"{HEADLINE_RATE:g}"]["threshold"]
+    threshold = mode["at_rate"][f"{RATE:g}"]["threshold"]
     called = np.zeros(len(fraud), bool) if threshold is None else score >= threshold
     return {
-        "at_rate": HEADLINE_RATE,
+        "at_rate": RATE,
         "model": float((called == fraud).mean()),
         "nothing_is_fraud": float((~fraud).mean()),
     }
