@@ -1,7 +1,8 @@
 """Loader, features, split and figures together against a published table, on the public stream of the handbook.
 
-Source: Le Borgne et al., Reproducible Machine Learning for Credit Card Fraud Detection, chapter 3 (baseline): logistic regression,
-trained on a week, delay of a week, tested on the next one: AUROC .871, average precision .606, card precision .291.
+Source: Le Borgne et al., Reproducible Machine Learning for Credit Card Fraud Detection, chapter 3, baseline: logistic
+regression, trained on a week, delay of a week, tested on the next one: AUROC .871, average precision .606, card
+precision .291.
 """
 
 import numpy as np

@@ -95,7 +95,7 @@ def card_precision(
     """Share of compromised cards among the highest-scored ones of each day.
 
     A card counts by its highest score of the day; one that was found compromised is blocked, and left out afterwards.
-    Source: Le Borgne et al., Reproducible Machine Learning for Credit Card Fraud Detection, chapter 4 (precision top-k).
+    Source: Le Borgne et al., Reproducible Machine Learning for Credit Card Fraud Detection, chapter 4 (top-k).
 
     Args:
       fraud: Which transactions are fraud.
