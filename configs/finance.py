@@ -15,6 +15,7 @@ The same on a CPU in small has been measured so far; docs/finance.md says how, a
 """
 
 from r1jax.config import (
+    AlertConfig,
     Config,
     DataConfig,
     DecoderConfig,
@@ -49,7 +50,9 @@ def get_config(*, smoke: bool = False, handbook: bool = False) -> Config:
             name="finance",
             label_smoothing=0.0,
             modality_dropout=0.1,
-            finance=FinanceConfig(events=32, negatives_kept=0.1),
+            finance=FinanceConfig(
+                events=32, negatives_kept=0.1, alerts=AlertConfig(per_day=20.0, step_up_per_day=100.0)
+            ),
         ),
         train=TrainConfig(
             steps=500,
@@ -92,7 +95,13 @@ def _smoke() -> Config:
             name="finance",
             label_smoothing=0.0,
             modality_dropout=0.1,
-            finance=FinanceConfig(events=16, negatives_kept=0.2, simulated_customers=100, simulated_days=90),
+            finance=FinanceConfig(
+                events=16,
+                negatives_kept=0.2,
+                simulated_customers=100,
+                simulated_days=90,
+                alerts=AlertConfig(per_day=3.0, step_up_per_day=15.0),
+            ),
         ),
         train=TrainConfig(steps=40, batch_size=32, warmup_steps=5, ema=0.9, log_every=5, eval_every=20, save_every=20),
     )

@@ -138,6 +138,24 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class AlertConfig:
+    """What becomes of a scored transaction (docs/finance_evaluation.md); thresholds are set on validation."""
+
+    per_day: Positive = 100.0
+    """Alerts a day that investigators can look at: the highest scores are to be reviewed."""
+    false_positive_rate: Fraction | None = None
+    """Review what keeps this false positive rate instead of a number of alerts."""
+    step_up_per_day: Positive = 500.0
+    """Transactions a day, alerts included, that may be asked for a second factor; at least `per_day`."""
+    block_probability: Fraction = 0.9
+    """Alerts of at least this calibrated probability are recommended to be blocked."""
+    review_cost: Weight = 5.0
+    """Cost of looking at one alert, in the currency of the amounts; for the cost curve alone."""
+    calibration: Literal["isotonic", "platt"] = "isotonic"
+    """How scores become probabilities, on validation: any rising map, or a sigmoid for few frauds."""
+
+
+@dataclass(frozen=True)
 class FinanceConfig:
     """What the finance task makes of a stream of payments (docs/finance.md)."""
 
@@ -162,6 +180,7 @@ class FinanceConfig:
     simulated_customers: Count = 1000
     """Of the embedded generator, and as many terminals."""
     simulated_days: Count = 120
+    alerts: AlertConfig = field(default_factory=AlertConfig)
 
 
 @dataclass(frozen=True)
@@ -421,6 +440,10 @@ class EvalArguments:
     """Cases drawn on the HTML page."""
     language: Literal["en", "zh"] = "en"
     """Language of the structured reports' texts."""
+    alerts_per_day: Positive | None = None
+    """Alerts a day, of the finance task; none takes the checkpoint's `task.finance.alerts`."""
+    reasons: Natural = 200
+    """Alerts, the highest scores first, whose reasons are computed; each takes the time of about 200 scores."""
 
 
 @dataclass(frozen=True)

@@ -213,6 +213,9 @@ def _task_relations(config: Config) -> Iterator[tuple[bool, str, str]]:
         yield config.data.tokenizer is None, "data.tokenizer", "None: the finance task reads text as bytes"
         yield not config.data.mix, "data.mix", "empty for the finance task: give one stream in the order of time"
         yield config.data.fold is None, "data.fold", "None for the finance task: its parts are periods of time"
+        alerts = config.task.finance.alerts
+        rule = f"at least task.finance.alerts.per_day ({alerts.per_day:g})"
+        yield alerts.step_up_per_day >= alerts.per_day, "task.finance.alerts.step_up_per_day", rule
     else:
         yield not config.data.mix, "data.mix", "empty for the language task: put the files into one folder"
         yield kinds == ("text",), "model.modalities", "text alone for the language task"

@@ -9,7 +9,7 @@ from jaxtyping import Int
 
 from r1jax.data.schema import Field, Schema
 from r1jax.data.transaction_history import CHANNELS, FEATURES, History
-from r1jax.data.transactions import Transactions
+from r1jax.data.transactions import DAY, Transactions
 
 
 class TransactionCases:
@@ -41,6 +41,7 @@ class TransactionCases:
             Field("series_valid", "number", "bool", shape),
             Field("table", "table", "float32", (len(FEATURES),)),
             Field("target.fraud", "number", "float32"),
+            Field("target.day", "number", "int32"),
         ]
         fields += [] if table.text is None else [Field("text", "text")]
         self.schema = Schema(tuple(fields))
@@ -60,7 +61,7 @@ class TransactionCases:
 
         Returns:
           "case_id", "series" with its "series_state" and "series_valid" (`Streams`), "table" (`FEATURES`), "text"
-          where the payments have notes, and "target.fraud".
+          where the payments have notes, "target.fraud", and "target.day" since the epoch.
         """
         rows = self.rows[indices]
         streams = self.history.streams(rows)
@@ -71,6 +72,7 @@ class TransactionCases:
             "series_valid": streams.valid,
             "table": self.history.features[rows],
             "target.fraud": self.table.fraud[rows],
+            "target.day": (self.table.seconds[rows] // DAY).astype(np.int32),
         }
         if self.table.text is not None:
             batch["text"] = self.table.text.take(pa.array(rows)).to_pylist()

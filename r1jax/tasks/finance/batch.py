@@ -12,6 +12,10 @@ from r1jax.data.transactions import DAY
 from r1jax.models.r1 import Inputs
 
 HOUR = 3600.0
+EVENT_FEATURES = ("amount", "ratio", "risk", "hour", "weekday", "gap", "age", "age_days")
+"""Numbers of each event as the model reads them, see `scale_events`."""
+STATE_FEATURE = "state"
+"""What stands behind them: the state of the event's label."""
 
 
 def collate(raw: dict[str, Any], modalities: tuple[str, ...], text_tokens: int) -> dict[str, np.ndarray]:
@@ -23,9 +27,9 @@ def collate(raw: dict[str, Any], modalities: tuple[str, ...], text_tokens: int) 
       text_tokens: Longest note, in tokens.
 
     Returns:
-      Arrays with a leading batch axis; numbers as they are, notes as tokens, `target.fraud`.
+      Arrays with a leading batch axis; numbers as they are, notes as tokens, `target.fraud`, `target.day`.
     """
-    batch = {"target.fraud": raw["target.fraud"]}
+    batch = {name: raw[name] for name in ("target.fraud", "target.day")}
     if "series" in modalities:
         batch |= {name: raw[name] for name in ("series", "series_state", "series_valid")}
     if "table" in modalities:

@@ -22,8 +22,8 @@ from r1jax.models.r1 import Inputs, Output
 from r1jax.ops.losses import binary_cross_entropy, weighted_mean
 from r1jax.tasks.finance import batch as b
 from r1jax.tasks.finance.figures import RATE, closing_lines, fraud_figures
+from r1jax.tasks.finance.operating import operating_points
 from r1jax.tasks.finance.periods import period_rows
-from r1jax.tasks.metrics import operating_point
 from r1jax.tasks.task import Figures
 
 MODES = {
@@ -203,14 +203,10 @@ class Finance:
 
     def operating_points(
         self, found: dict[str, np.ndarray], targets: dict[str, np.ndarray]
-    ) -> dict[str, dict[str, float]]:
-        """The threshold at a false-positive rate of 0.3 %, and what it reaches here; empty without both kinds."""
-        fraud, known = targets["fraud"], ~np.isnan(targets["fraud"])
-        positive = int(fraud[known].sum())
-        if not 0 < positive < known.sum():
-            return {}
-        point = operating_point(fraud[known], found["fraud"][known], 1 - RATE)
-        return {"fraud": point._asdict() | {"n_positive": positive, "n_negative": int(known.sum()) - positive}}
+    ) -> dict[str, dict[str, Any]]:
+        """What thresholds yield here, and the calibration (see `operating_points`); empty without both kinds."""
+        days = int(np.ptp(targets["day"])) + 1
+        return operating_points(targets["fraud"], found["fraud"], days, self.config.task.finance.alerts.calibration)
 
     def score(self, figures: Figures) -> float | None:
         """Area under the precision-recall curve; None where nothing can be judged."""
