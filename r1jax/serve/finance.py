@@ -14,7 +14,7 @@ from r1jax.data.transaction_cases import TransactionCases
 from r1jax.data.transaction_history import FEATURES
 from r1jax.data.transaction_simulator import attainable_recall
 from r1jax.errors import UserError
-from r1jax.serve.evaluate import Evaluation, origin, provenance_lines, write_metrics
+from r1jax.serve.evaluate import Evaluation, origin, provenance_lines, same_path, write_metrics
 from r1jax.serve.finance_alerts import alert_reports, completeness, explain_alerts
 from r1jax.serve.finance_charts import Labelled
 from r1jax.serve.finance_closing import closing_lines
@@ -162,8 +162,7 @@ def _measure(run: Evaluation, judged: Judged, params: Any, source: Source) -> tu
 
 def _seen_in_training(run: Evaluation, cases: TransactionCases) -> int:
     """How many of the transactions the checkpoint was trained on."""
-    trained = run.checkpoint.config()
-    if run.config.data.path != trained.data.path:
+    if not same_path(run.config.data.path, run.checkpoint.config().data.path):
         return 0
     rows = original(run.task.source("train")).rows
     return int(np.isin(cases.rows, rows).sum())
@@ -174,7 +173,7 @@ def _warnings(run: Evaluation, judged: Judged, seen: int) -> list[str]:
     told = list(judged.warnings)
     if seen:
         told.append(f"{seen} of these {len(judged.scored.ids)} transactions were learned from: figures are optimistic")
-    elif run.config.data.split == "val" and run.config.data.path == run.checkpoint.config().data.path:
+    elif run.config.data.split == "val" and same_path(run.config.data.path, run.checkpoint.config().data.path):
         told.append("these transactions chose the checkpoint, thresholds and calibration: the figures are optimistic")
     share, days = len(judged.alerts) / len(judged.scored.ids), judged.scored.days
     if share > 0.1:
