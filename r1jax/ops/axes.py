@@ -79,6 +79,8 @@ class Ring:
     """Devices of an axis along which layers lie; outside of these layers it is one more axis of the batch."""
 
     axis: str
+    repeated: tuple[str, ...]
+    """Axes of other cases with the same layers: gradients are summed along them once, after the last turn."""
     devices: int
     rounds: int
     """Runs of layers that each of them has."""
@@ -87,7 +89,7 @@ class Ring:
     hop: int
     """Ticks from one device to the next, as in `pipeline.Schedule`."""
     inside: Placement
-    """What the names mean to a device of the ring: the axis itself is in use."""
+    """What the names mean to a device of the ring: these axes are in use."""
 
 
 _PLACEMENT: ContextVar[Placement | None] = ContextVar("placement", default=None)

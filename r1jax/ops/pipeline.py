@@ -1,10 +1,11 @@
-"""Layers that lie on the devices of a ring, through which the microbatches of a batch travel (GPipe, Huang et al. 2019).
+"""Layers on the devices of a ring, through which the microbatches of a batch travel (GPipe, Huang et al. 2019).
 
-With several rounds each device has several runs of layers, and a microbatch passes it as often (the interleaved schedule
-of Narayanan et al. 2021). Microbatches go in groups of as many as the ring holds, and each group makes all of its
-rounds before the next one starts: whatever comes back to the first device is wanted there at once, and nothing waits.
+With several rounds each device has several runs of layers, and a microbatch passes it as often (the interleaved
+schedule of Narayanan et al. 2021). Microbatches go in groups of as many as the ring holds, and each group makes all of
+its rounds before the next one starts: what comes back to the first device is wanted there at once, and nothing waits.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -131,7 +132,7 @@ def schedule_of(ring: Ring, cases: int) -> Schedule:
     unit = ring.devices * (ring.hop if ring.rounds > 1 else 1)
     most = MICROBATCHES * ring.hop * ring.devices // unit
     tried = [ring.microbatches] if ring.microbatches else [unit * n for n in range(most, 0, -1)]
-    share = ring.inside.devices("batch")
+    share = ring.inside.devices("batch") * math.prod(ring.inside.mesh.shape[axis] for axis in ring.repeated)
     for count in tried:
         if count % unit == 0 and cases % (count * share) == 0:
             return Schedule(ring.devices, ring.rounds, count, ring.hop)
@@ -163,23 +164,23 @@ def pipeline(
       shared: Tree of arrays that it needs besides.
 
     Returns:
-      The states, where x was, and the results with the leading dimensions [layer, device, microbatch of its cases]; the
-      layers are in the order of `stages`.
+      The states, where x was, and the results with the leading dimensions [layer, share of the batch, microbatch of its
+      cases]; the layers are in the order of `stages`.
     """
     where = placement()
     assert where is not None and where.ring is not None
     ring, schedule = where.ring, schedule_of(where.ring, len(x))
-    along, whole = PartitionSpec(ring.axis), PartitionSpec()
+    axes = {ring.axis, *ring.repeated}
+    layers, cases, whole = PartitionSpec(ring.axis), PartitionSpec((ring.axis, *ring.repeated)), PartitionSpec()
 
     def device(weights: Any, x: Array, rows: Any, shared: Any) -> tuple[Array, Any]:
         with placed(ring.inside):
             return _device(ring, schedule, stages, stage, weights, x, rows, shared)
 
-    specs = along, along, along, whole
-    run = jax.shard_map(
-        device, mesh=where.mesh, in_specs=specs, out_specs=(along, along), axis_names={ring.axis}, check_vma=False
-    )
-    return run(weights, x, rows, shared)
+    taken, given = (layers, cases, cases, whole), (cases, PartitionSpec(ring.axis, None, ring.repeated))
+    run = jax.shard_map(device, mesh=where.mesh, in_specs=taken, out_specs=given, axis_names=axes, check_vma=False)
+    x, found = run(weights, x, rows, shared)
+    return x, jax.tree.map(lambda y: y.reshape(len(y), -1, *y.shape[3:]), found)
 
 
 def _device(
@@ -213,7 +214,7 @@ def _device(
     start = empty, empty, jnp.zeros((schedule.microbatches, *empty.shape), empty.dtype)
     (_, _, results), found = jax.lax.scan(tick, start, (inputs, jnp.arange(schedule.ticks)))
     when = schedule.tick(own, *jnp.indices((ring.rounds, schedule.microbatches)))
-    by_layer = lambda y: jnp.moveaxis(y[when], 2, 1).reshape(-1, ring.devices, own_parts, *y.shape[2:])  # noqa: E731
+    by_layer = lambda y: jnp.moveaxis(y[when], 2, 1).reshape(-1, ring.devices, 1, own_parts, *y.shape[2:])  # noqa: E731
     return join(_from_last(results, ring)), jax.tree.map(by_layer, found)
 
 

@@ -132,9 +132,10 @@ def placement_on(mesh: Mesh | AbstractMesh, smallest: int, config: MeshConfig | 
     devices = mesh.shape.get("pipe", 1)
     if devices == 1:
         return outside
-    inside = _placement(mesh, {**mesh.shape, "pipe": 1}, smallest, config.expert_capacity)
-    hop = 2 if config.overlap else 1
-    return replace(outside, ring=Ring("pipe", devices, config.interleave, config.microbatches, hop, inside))
+    inside = _placement(mesh, {**mesh.shape, "pipe": 1, "data": 1}, smallest, config.expert_capacity)
+    hop, repeated = 2 if config.overlap else 1, present(("data",), mesh.shape)
+    ring = Ring("pipe", repeated, devices, config.interleave, config.microbatches, hop, inside)
+    return replace(outside, ring=ring)
 
 
 def _placement(mesh: Mesh | AbstractMesh, sizes: Mapping[str, int], smallest: int, capacity: float) -> Placement:

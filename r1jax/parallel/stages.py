@@ -71,8 +71,8 @@ def check_stages(mesh: Mesh | AbstractMesh, config: Config) -> None:
     runs = f"mesh.pipe is {stages.devices}" + (f" and mesh.interleave {stages.rounds}" if stages.rounds > 1 else "")
     most = len(stages_of(config.model.decoder, 1, 1).layers)
     raise UserError(
-        f"{runs}, but only {most} layers of model.decoder are alike: there must be at least one for each of the "
-        f"{stages.devices * stages.rounds} runs of layers"
+        f"{runs}, but the longest run of equal layers of model.decoder is {most}: it must be at least "
+        f"{stages.devices * stages.rounds}"
     )
 
 
