@@ -61,10 +61,19 @@ def stages_of(decoder: DecoderConfig, devices: int, rounds: int) -> Stages:
       rounds: Runs of layers a device.
 
     Returns:
-      The stages; without layers where there are fewer than runs.
+      The stages.
+
+    Raises:
+      UserError: There are fewer layers than runs.
     """
     dense = min(decoder.first_k_dense_replace, decoder.num_hidden_layers)
     equal = max(range(dense, decoder.num_hidden_layers), range(dense), key=len)
+    if len(equal) < devices * rounds:
+        runs = f"mesh.pipe is {devices}" + (f" and mesh.interleave {rounds}" if rounds > 1 else "")
+        raise UserError(
+            f"{runs}, but the longest run of equal layers of model.decoder has {len(equal)}: it must have at least "
+            f"{devices * rounds}"
+        )
     return Stages(devices, rounds, equal[len(equal) % (devices * rounds) :])
 
 

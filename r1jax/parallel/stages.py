@@ -14,11 +14,10 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array
 
 from r1jax.config import Config, DecoderConfig, MeshConfig
-from r1jax.errors import UserError
 from r1jax.ops.axes import axes_of
 from r1jax.ops.pipeline import STACKED, Schedule, Stages, schedule_of, stages_of
-from r1jax.parallel.mesh import SMALLEST_SHARDED, path_name, shard_tree
-from r1jax.parallel.rules import placement_on, weight_spec
+from r1jax.parallel.mesh import kept_spec, path_name, shard_tree
+from r1jax.parallel.rules import placement_on
 
 AXIS = "pipe"
 
@@ -33,6 +32,9 @@ def stages_on(mesh: Mesh | AbstractMesh, config: MeshConfig, decoder: DecoderCon
 
     Returns:
       The stages; None where all devices have all layers.
+
+    Raises:
+      UserError: There are fewer layers than runs of them.
     """
     devices = mesh.shape.get(AXIS, 1)
     return None if devices == 1 else stages_of(decoder, devices, config.interleave)
@@ -49,31 +51,13 @@ def schedule_on(mesh: Mesh | AbstractMesh, config: Config) -> Schedule | None:
       The schedule; None without a pipeline.
 
     Raises:
-      UserError: The batch cannot be divided so, or there are too few layers.
+      UserError: The batch or the layers cannot be divided so.
     """
     stages, where = stages_on(mesh, config.mesh, config.model.decoder), placement_on(mesh, 0, config.mesh)
     if stages is None:
         return None
     assert where is not None and where.ring is not None
-    check_stages(mesh, config)
     return schedule_of(where.ring, config.train.batch_size // config.train.accumulation)
-
-
-def check_stages(mesh: Mesh | AbstractMesh, config: Config) -> None:
-    """Refuses a pipeline with fewer layers than runs of layers.
-
-    Raises:
-      UserError: Names the fields.
-    """
-    stages = stages_on(mesh, config.mesh, config.model.decoder)
-    if stages is None or stages.layers:
-        return
-    runs = f"mesh.pipe is {stages.devices}" + (f" and mesh.interleave {stages.rounds}" if stages.rounds > 1 else "")
-    most = len(stages_of(config.model.decoder, 1, 1).layers)
-    raise UserError(
-        f"{runs}, but the longest run of equal layers of model.decoder is {most}: it must be at least "
-        f"{stages.devices * stages.rounds}"
-    )
 
 
 def stacked(tree: Any, mesh: Mesh | AbstractMesh, stages: Stages | None) -> Any:
@@ -128,7 +112,7 @@ def _holds(part: Any, name: str) -> bool:
 def _exchange(mesh: Mesh | AbstractMesh, path: str, arrays: tuple[Array, ...], *, together: bool) -> Any:
     """Weights of one name: those of all layers become one array, or one array becomes those of all layers."""
     shape = arrays[0].shape if together else arrays[0].shape[1:]
-    one = weight_spec(path, shape, mesh.shape, smallest=SMALLEST_SHARDED)
+    one = kept_spec(mesh, path, shape)
     where = next((i for i, part in enumerate(one) if AXIS in axes_of(part)), None)
     rest = [tuple(axis for axis in axes_of(part) if axis != AXIS) or None for part in one]
     whole = PartitionSpec(AXIS, *rest)

@@ -17,7 +17,7 @@ from r1jax.models.r1 import R1
 from r1jax.parallel.collectives import collectives
 from r1jax.parallel.mesh import abstract_mesh, check_model, shares
 from r1jax.parallel.show import bytes_a_device, show, stage_lines
-from r1jax.parallel.stages import check_stages, schedule_on, stages_on
+from r1jax.parallel.stages import schedule_on, stages_on
 from r1jax.tasks.task import Task
 from r1jax.train.flops import work_of
 from r1jax.train.roofline import MEMORY, roofline_rows
@@ -54,7 +54,6 @@ def show_mesh(config: Config, make_task: Callable[[Config], Task]) -> str:
     """
     mesh = abstract_mesh(config.mesh, jax.device_count())
     check_model(mesh.shape, config.model)
-    check_stages(mesh, config)
     config = replace(config, train=replace(config.train, batch_size=1, accumulation=1))
     task = make_task(config)
     model, batch = R1(config.model, task.heads), example_batch(task.source("train"), task, 1)

@@ -74,12 +74,12 @@ class Course:
     """Choices of experts that needed a second exchange, by step."""
 
 
-def start(config: Config = CONFIG) -> Any:
-    """Drawn weights, on the host."""
+def start(config: Config = CONFIG, scale: float = 0.5) -> Any:
+    """Drawn weights, on the host: matrices that keep this much of a state's size."""
     task, rng = Medical(config), np.random.default_rng(1)
     shapes = jax.eval_shape(lambda: init_state(config, R1(config.model, task.heads), task, batch_of(task, 0)))
     return jax.tree.map(
-        lambda s: (0.5 * rng.standard_normal(s.shape) / s.shape[-1] ** 0.5 + (len(s.shape) == 1)).astype(np.float32),
+        lambda s: (scale * rng.standard_normal(s.shape) / s.shape[-1] ** 0.5 + (len(s.shape) == 1)).astype(np.float32),
         shapes.params,
     )
 
@@ -132,6 +132,14 @@ def course(mesh_config: MeshConfig | None, params: Any, config: Config = CONFIG,
         waited.append(int(late))
     params = jax.device_get(out_of_stages(params, mesh, stages))
     return Course(np.asarray(losses), gradients, params, split, np.asarray(waited))
+
+
+def assert_same(course: Course, alone: Course) -> None:
+    """Refuses a training that is not that of one device, but for the order of additions in fp32."""
+    np.testing.assert_allclose(course.losses, alone.losses, rtol=1e-5)
+    for step, (one, other) in enumerate(zip(course.gradients, alone.gradients, strict=True)):
+        assert furthest(one, other) < 1e-5, f"gradients of step {step}"
+    assert furthest(course.params, alone.params) < 1e-5
 
 
 def one_device() -> Mesh:
