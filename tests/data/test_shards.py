@@ -1,6 +1,7 @@
 import errno
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -24,13 +25,16 @@ import sys
 from tests.data.parquet_sets import write
 write(sys.argv[1], 60, group_rows=2, shard_rows=4, advance=lambda count: print(count, flush=True))
 """
+ASKING = CHILD.replace("flush=True", "flush=True) or sys.stdin.readline(")
+"""Waits, after every file that is safe, until it may go on."""
 SMALL_FILES = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))"
 
 
 def child(folder: Path, *arguments: str, code: str = CHILD) -> subprocess.Popen:
     """Another process that writes; its standard output has a line for every file that is safe."""
     command = [sys.executable, "-c", code, str(folder), *arguments]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -126,19 +130,16 @@ def test_after_a_crash_at_any_write_the_rest_is_the_same(tmp_path, monkeypatch, 
 def test_killed_at_random_and_called_again_the_files_are_the_same(tmp_path):
     write(tmp_path / "whole", 60, group_rows=2, shard_rows=4)
     draw = random.Random(0)
-    kills = 0
-    while True:
-        process = child(tmp_path / "x")
-        with process:
-            for _ in range(draw.randint(2, 6)):
-                process.stdout.readline()
-            time.sleep(draw.random() * 0.005)
+    for _ in range(4):  # of 15 files, at most 12 are begun
+        with child(tmp_path / "x", code=ASKING) as process:
+            for _ in range(draw.randint(2, 3)):
+                assert process.stdout.readline()
+                process.stdin.write("go on\n")
+                process.stdin.flush()
+            time.sleep(draw.random() * 0.005)  # it is writing the next file, or waits after it
             process.kill()
-        if process.returncode == 0 or (tmp_path / "x" / CARD).exists():
-            break
-        kills += 1
-        assert (tmp_path / "x" / UNFINISHED).exists()
-    assert kills >= 3
+        assert process.returncode == -signal.SIGKILL
+        assert (tmp_path / "x" / UNFINISHED).exists() and not (tmp_path / "x" / CARD).exists()
     write(tmp_path / "x", 60, group_rows=2, shard_rows=4)
     left = {name: content for name, content in contents(tmp_path / "x").items() if not name.startswith(".")}
     assert left == contents(tmp_path / "whole")

@@ -96,7 +96,7 @@ def signal_at(where: str, number: int, call: int, delay: float) -> str:
       where: Function or method, as "module:name".
       number: The signal.
       call: Which call of it is meant, from 1.
-      delay: Seconds from there on.
+      delay: Seconds from there on; the next call waits for the signal, so that it comes before, on any machine.
 
     Returns:
       Python.
@@ -110,10 +110,16 @@ def send_at(where: str, number: int, call: int, delay: float) -> None:
     *owner, name = path.split(".")
     holder = pkgutil.resolve_name(":".join([module, *owner]))
     function, calls = getattr(holder, name), itertools.count(1)
+    timer = threading.Timer(delay, lambda: os.kill(os.getpid(), number))
 
     def counted(*arguments: Any, **named: Any) -> Any:
-        if next(calls) == call:
-            threading.Timer(delay, os.kill, (os.getpid(), number)).start()
+        now = next(calls)
+        if now == call and not delay:
+            os.kill(os.getpid(), number)
+        elif now == call:
+            timer.start()
+        elif now == call + 1 and delay:
+            timer.join()
         return function(*arguments, **named)
 
     setattr(holder, name, counted)
