@@ -62,7 +62,9 @@ class ReportWriter:
         if re.search(f"[\t\n\r{NOT_TEXT}]", case) or not case.strip():
             raise InputError(f"case {case!r}: the id is empty or holds control characters")
         points = points_of(self.card, missing)
-        results = [self._result(case, finding, found, points) for name, finding in self.findings.items() if name in found]
+        results = [
+            self._result(case, finding, found, points) for name, finding in self.findings.items() if name in found
+        ]
         presence = next((result for result in results if result["name"] == "nodule_present"), None)
         if presence is not None and presence["call"] != "present":
             results = [presence]

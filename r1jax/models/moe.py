@@ -191,9 +191,7 @@ def mix_experts_dense(
     return Mixed(output, select_experts(scores, bias, config)[0])
 
 
-def expert_shares(
-    scores: Float[Array, "T E"], bias: Float[Array, " E"], config: DecoderConfig
-) -> Float[Array, "T E"]:
+def expert_shares(scores: Float[Array, "T E"], bias: Float[Array, " E"], config: DecoderConfig) -> Float[Array, "T E"]:
     """`select_experts` without sorting: the weight of every expert, 0 where it is not chosen."""
     biased = scores + jnp.broadcast_to(bias, scores.shape)
     if config.n_group > 1:
