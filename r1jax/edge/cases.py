@@ -113,7 +113,7 @@ def points_of(card: Tree, missing: Iterable[str]) -> dict[str, Tree]:
     has = [name for name in reads if name not in set(missing)]
     pictures, record = bool({*has} & {*PICTURES}), bool({*has} - {*PICTURES})
     mode = "both" if pictures and record else "image_only" if pictures else "record_only"
-    return points.get(mode) or next(iter(points.values()), {})
+    return points[mode] if mode in points else next(iter(points.values()), {})
 
 
 def _strings(values: np.ndarray) -> list[str]:

@@ -144,7 +144,7 @@ def open_checkpoint(checkpoint: Checkpoint, asked: ExportArguments) -> Opened:
         model = dataclasses.replace(model, precision="fp32", scan_layers=False)
     config = dataclasses.replace(config, model=model)
     print(f"{checkpoint.path}: {start_platform('cpu')}", file=sys.stderr)
-    task, mesh = TASKS[config.task.name](config), make_mesh(MeshConfig())
+    task, mesh = TASKS[config.task.name](config), make_mesh(MeshConfig(), jax.devices()[:1])
     network = R1(config.model, task.heads)
     source = Subset(task.source(config.data.split), asked.cases)
     params = restore_served(checkpoint, config, network, task, mesh, source)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool
 
 from r1jax.serve.export_graph import CALL, Port, raw_inputs
 from r1jax.serve.scored import Scored
@@ -35,7 +36,7 @@ class Limits:
 
 
 FP32 = Limits(probability=1e-5, mm=1e-3, near=1e-5)
-INT8 = Limits(probability=0.1, mm=1.0)
+INT8 = Limits(probability=0.1, mm=2.0)
 """Wide, for the decisions are what counts; a converter whose output collapses misses it by far."""
 
 
@@ -79,45 +80,46 @@ def compare(
       Differences and decisions of each finding, limits, and "agrees"; JSON as it stands.
     """
     modes = shown_modes(scored.reads, scored.source.schema.modalities)
-    found: dict[str, list[dict[str, np.ndarray]]] = {mode: [] for mode in modes}
-    thresholds: dict[str, list[dict[str, float]]] = {mode: [] for mode in modes}
+    found: dict[str, list[dict[str, np.ndarray]]] = {shown: [] for shown in modes.values()}
+    thresholds: dict[str, list[dict[str, float]]] = {shown: [] for shown in modes.values()}
     for first in range(0, len(scored.ids), CHUNK):
         raw = scored.source.read_batch(np.arange(first, min(first + CHUNK, len(scored.ids))))
         inputs = raw_inputs(raw, wanted)
-        for mode in modes:
-            found[mode].append(run(_hidden(inputs, MODES[mode])))
-            thresholds[mode] += [_thresholds(scored, raw, row, MODES[mode]) for row in range(len(raw["case_id"]))]
-    rows, same = {}, {mode: np.ones(len(scored.ids), bool) for mode in modes}
-    for name in scored.predicted[scored.main]:
-        largest, agree, kind = 0.0, 0, FINDING[name].kind
         for mode, shown in modes.items():
+            found[shown].append(run(_hidden(inputs, MODES[mode])))
+            thresholds[shown] += [_thresholds(scored, raw, row, MODES[mode]) for row in range(len(raw["case_id"]))]
+    rows, same = {}, np.ones((len(modes), len(scored.ids)), bool)
+    for name in scored.predicted[scored.main]:
+        kind = FINDING[name].kind
+        allowed = limits.probability if kind in ("binary", "rating") else limits.mm
+        rows[name] = {"kind": kind, "largest_difference": 0.0, "limit": allowed, "same": 0}
+        for index, (shown, parts) in enumerate(found.items()):
             theirs = scored.predicted[shown][name].astype(np.float64)
-            ours = np.concatenate([part[name] for part in found[mode]]).astype(np.float64)
-            difference = np.abs(ours - theirs)
-            largest = max(largest, float(difference.max() if np.isfinite(difference).all() else np.inf))
+            ours = np.concatenate([part[name] for part in parts]).astype(np.float64)
+            difference = np.nan_to_num(np.abs(ours - theirs), nan=np.inf)
             if kind == "binary":
-                threshold = np.array([point.get(name, np.nan) for point in thresholds[mode]])
-                calls = np.concatenate([part[CALL + name] for part in found[mode]]) == 1
+                threshold = np.array([point.get(name, np.nan) for point in thresholds[shown]])
+                calls = np.concatenate([part[CALL + name] for part in parts]) == 1
                 equal = (calls == (theirs >= threshold)) | (np.abs(theirs - threshold) <= limits.near)
-                same[mode] &= equal
+                same[index] &= equal
             elif kind == "rating":
                 equal = ours.argmax(axis=1) == theirs.argmax(axis=1)
             else:
                 equal = difference.reshape(len(difference), -1).max(axis=1) <= limits.mm
-            agree += int(equal.sum())
-        allowed = limits.probability if kind in ("binary", "rating") else limits.mm
-        rows[name] = {"kind": kind, "largest_difference": largest, "limit": allowed, "same": agree}
-    return _verdict(rows, same, len(scored.ids) * len(modes), scored)
+            rows[name]["largest_difference"] = max(rows[name]["largest_difference"], float(difference.max()))
+            rows[name]["same"] += int(equal.sum())
+    return _verdict(rows, same, scored)
 
 
-def _verdict(rows: dict[str, Any], same: dict[str, np.ndarray], of: int, scored: Scored) -> dict[str, Any]:
+def _verdict(rows: dict[str, Any], same: Bool[np.ndarray, "modes n"], scored: Scored) -> dict[str, Any]:
     """Counts the decisions, and says whether all of it is within its limits."""
-    equal = int(sum(part.sum() for part in same.values()))
+    equal, of = int(same.sum()), same.size
     required = math.ceil(SAME * of) if of >= ENOUGH else of
     within = all(row["largest_difference"] <= row["limit"] for row in rows.values())
     return {
         "data": {"name": scored.source.name, "fingerprint": scored.source.fingerprint, "cases": len(scored.ids)},
         "shown": list(scored.predicted),
+        "thresholds": sum(len(points) for points in scored.frozen.values()),
         "decisions": {"same": equal, "required": required, "of": of},
         "findings": rows,
         "agrees": within and equal >= required,
