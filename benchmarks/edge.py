@@ -103,10 +103,10 @@ def measure(ways: dict[str, Way], inputs: Path, args: argparse.Namespace) -> dic
     for _ in range(args.rounds):
         for name, process in running.items():
             times[name] += process.predict(args.calls)
-    return {name: _row(name, times[name], ways[name], process.close()) for name, process in running.items()}
+    return {name: _row(times[name], ways[name], process.close()) for name, process in running.items()}
 
 
-def _row(name: str, times: Sequence[float], way: Way, took: dict[str, int]) -> dict[str, Any]:
+def _row(times: Sequence[float], way: Way, took: dict[str, int]) -> dict[str, Any]:
     cold, *calls = times
     row = {
         "cold_start_s": cold,
@@ -123,13 +123,13 @@ def _row(name: str, times: Sequence[float], way: Way, took: dict[str, int]) -> d
     return row
 
 
-def table(rows: dict[str, dict[str, Any]]) -> str:
-    """The report in Markdown."""
+def table(report: dict[str, Any]) -> str:
+    """What each way takes, in Markdown."""
     lines = [
         "| | ms median | best | cold start, s | peak MB | model MB | runtime MB | same calls | difference |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for name, row in rows.items():
+    for name, row in report["ways"].items():
         agreed = row.get("agreement")
         same = f"{agreed['same']} of {agreed['of']}" if agreed else "-"
         apart = f"{agreed['largest_probability_difference']:.1g}" if agreed else "-"
@@ -162,7 +162,7 @@ def main(arguments: list[str]) -> None:
     config = find_checkpoint(args.checkpoint).config()
     report = about | {"checkpoint": config.name, "versions": about["versions"] | card["versions"], "ways": rows}
     args.output.write_text(json.dumps(report, indent=1) + "\n")
-    print(table(rows))
+    print(table(report))
 
 
 if __name__ == "__main__":
