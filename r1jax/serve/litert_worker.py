@@ -21,8 +21,9 @@ def convert(asked: dict[str, Any]) -> None:
     """Turns StableHLO text into a .tflite file.
 
     Args:
-      asked: "source", "target" (files), "inputs", "outputs" (names in the order of the program) and "int8": whether
-        the weights of products and convolutions become int8, one scale an output channel.
+      asked: "source", "target" (files), "inputs", "outputs" (names in the order of the program), "int8": whether the
+        weights of products and convolutions become int8, one scale an output channel, and "kept": regular expression
+        of the names of those that do not.
     """
     from litert_converter.mlir import ir, passmanager
     from litert_converter.mlir._mlir_libs import converter_api_ext as api
@@ -40,17 +41,20 @@ def convert(asked: dict[str, Any]) -> None:
         target = Path(asked["target"])
         target.write_bytes(api.export_flatbuffer_to_bytes(module.operation))
     if asked["int8"]:
-        target.write_bytes(_quantized(target))
+        target.write_bytes(_quantized(target, asked["kept"]))
 
 
-def _quantized(model: Path) -> bytes:
+def _quantized(model: Path, kept: str) -> bytes:
     """Dynamic int8: weights are stored as int8, activations become int8 row by row within each product."""
     from ai_edge_quantizer import quantizer, recipe
 
     engine = quantizer.Quantizer(str(model))
     # LiteRT has no batched product with an int8 left side; here those are of activations and of small weights.
-    batched = {"regex": ".*", "operation": "BATCH_MATMUL", "algorithm_key": "no_quantize", "op_config": {}}
-    engine.load_quantization_recipe([*recipe.dynamic_wi8c_afp32(), batched])
+    apart = [
+        {"regex": regex, "operation": operation, "algorithm_key": "no_quantize", "op_config": {}}
+        for regex, operation in ((".*", "BATCH_MATMUL"), (kept, "*"))
+    ]
+    engine.load_quantization_recipe([*recipe.dynamic_wi8c_afp32(), *apart])
     return bytes(engine.quantize(None).quantized_model)
 
 
