@@ -11,7 +11,7 @@ from r1jax.edge.report import ReportWriter
 from r1jax.serve.case_reports import file_name
 from r1jax.serve.export_texts import report_texts
 from r1jax.serve.structured import to_json, to_xml
-from r1jax.tasks.medical.canonical import Provenance
+from r1jax.tasks.envelope import Provenance
 from r1jax.tasks.medical.fhir import to_fhir
 from r1jax.tasks.medical.report import build_report
 from r1jax.tasks.medical.schema import FINDINGS, RECORD_FIELDS
