@@ -14,7 +14,7 @@ from r1jax.models.initial import normal
 from r1jax.models.layers import MLP, Dropout, Linear, RMSNorm
 from r1jax.models.lora import Lora
 from r1jax.models.moe import MoE, RouterStats
-from r1jax.models.quantized import parameter, ruled, scheme_for
+from r1jax.models.quantized import parameter, scheme_for
 from r1jax.models.remat import Remat, block
 from r1jax.ops.axes import constrain
 from r1jax.ops.embedding import embed
@@ -137,7 +137,8 @@ class LanguageHead(nn.Module):
 
     def matrix(self, hidden: Float[Array, "B T D"]) -> Float[Array, "V D"] | Ruled:
         """The weight, with its scheme where its products are rounded; `hidden` is what it will be multiplied with."""
-        return ruled(self, "weight", "head", self.weight, hidden)
+        scheme = scheme_for((*self.path, "weight"), "head", self.weight.shape, hidden)
+        return self.weight if scheme is None else Ruled(self.weight, scheme)
 
 
 def language_logits(hidden: Float[Array, "B T D"], weight: Float[Array, "V D"] | Ruled) -> Float[Array, "B T V"]:
