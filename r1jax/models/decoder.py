@@ -176,7 +176,9 @@ class Decoder(nn.Module):
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Embeds tokens in the compute dtype."""
         path = (*self.path, "embed_tokens")
-        return embed(self.embed_tokens, tokens, self.dtype, path, scheme_for(path, "embedding", self.embed_tokens.shape))
+        return embed(
+            self.embed_tokens, tokens, self.dtype, path, scheme_for(path, "embedding", self.embed_tokens.shape)
+        )
 
     def __call__(
         self,

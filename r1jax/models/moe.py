@@ -291,7 +291,7 @@ class Experts(nn.Module):
         gate_up = parameter(self, "gate_up_proj", init, (c.n_routed_experts, 2 * hidden, width))
         down = parameter(self, "down_proj", init, (c.n_routed_experts, width, hidden))
         x = x.astype(self.dtype)
-        gate_up, down = ruled(self, "gate_up_proj", "experts", gate_up, x), ruled(self, "down_proj", "experts", down, None)
+        gate_up, down = ruled(self, "gate_up_proj", "experts", gate_up, x), ruled(self, "down_proj", "experts", down, x)
         gate_up, down = (w if isinstance(w, Ruled) else w.astype(self.dtype) for w in (gate_up, down))
         where = placement()
         if where is not None:

@@ -61,9 +61,7 @@ def observing(observer: Callable[[Use], None]) -> Iterator[None]:
         _OBSERVER.reset(token)
 
 
-def scheme_for(
-    path: tuple[str, ...], role: Role, shape: tuple[int, ...], inputs: Array | None = None
-) -> Scheme | None:
+def scheme_for(path: tuple[str, ...], role: Role, shape: tuple[int, ...], inputs: Array | None = None) -> Scheme | None:
     """The scheme of a product with a weight, which every module asks for before it multiplies.
 
     Args:
@@ -104,7 +102,7 @@ def parameter(module: nn.Module, name: str, init: Callable[..., Array], shape: t
 def rounded_product(
     module: nn.Module, x: Float[Array, "*B I"], weight: Float[Array, "O I"] | Quantized, scheme: Scheme, name: str
 ) -> Float[Array, "*B O"]:
-    """x w^T in the numbers of a scheme.
+    """X w^T in the numbers of a scheme.
 
     Args:
       module: Whose weight it is.

@@ -87,7 +87,7 @@ def quantized_dot(
     codes: Quantized | None = None,
     key: PRNGKeyArray | None = None,
 ) -> Float[Array, "*B O"]:
-    """x w^T of rounded numbers.
+    """X w^T of rounded numbers.
 
     Args:
       x: Rows; each is rounded with a scale of its own.
@@ -187,7 +187,7 @@ def _narrow_gradients(
 
 
 def multiply(x: Quantized, w: Quantized) -> Float[Array, "*B O"]:
-    """x w^T of codes, in fp32: narrow products, wide sums, then the scales.
+    """X w^T of codes, in fp32: narrow products, wide sums, then the scales.
 
     Args:
       x: [*B, I], symmetric.
