@@ -151,10 +151,10 @@ class QuantRule(NamedTuple):
 QUANT_PRESETS = {
     "int8": (".=int8:int8",),
     "int8_weights": (".=int8",),
-    "int4": ("(embed_tokens|lm_head)=int8", ".=int4/128"),
+    "int4": ("(embed_tokens|lm_head|position|queries|missing)=int8", ".=int4/128"),
     "fp8": (".=fp8:fp8",),
 }
-"""Rules by a short name; the smallest vocabularies lose most by 4 bits, so int4 keeps 8 for them."""
+"""Rules by a short name; int4 keeps 8 bits for what is looked up or added, and for the language head."""
 ACTIVATIONS = {"int8": ("int8",), "int4": ("int8",), "fp8": ("fp8",), "affine8": (), "float": ()}
 """What may be multiplied with each type of weights."""
 

@@ -13,12 +13,13 @@ from typing import Any, Literal, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from r1jax.errors import UserError, nearest
 from r1jax.ops.axes import gathered
 from r1jax.ops.quantize import Quantized
-from r1jax.ops.quantized_dot import Ruled, Scheme, quantized_dot
+from r1jax.ops.quantized_dot import Ruled, Scheme, quantized_dot, rounded
 from r1jax.validation import QuantRule, quant_rules
 
 Role = Literal["linear", "experts", "embedding", "convolution", "fields", "head"]
@@ -53,7 +54,7 @@ def rounding_by(rules: tuple[str, ...]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def observing(observer: Callable[[Use], None]) -> Iterator[None]:
-    """Shows an observer every product with a weight while a model is traced; it may keep the arrays within the trace."""
+    """Shows an observer every product with a weight while a model is traced; its arrays are those of the trace."""
     token = _OBSERVER.set(observer)
     try:
         yield
@@ -116,6 +117,23 @@ def rounded_product(
     """
     whole = jax.tree.map(lambda part: gathered(part, (*module.path, name)), weight)
     return quantized_dot(x, whole, scheme, key=rounding_key(module, scheme))
+
+
+def added(module: nn.Module, name: str, weight: Array | Quantized, dtype: DTypeLike) -> Array:
+    """A weight that is added to activations, or stands in for them, and is rounded row by row like an embedding.
+
+    Args:
+      module: Whose weight it is.
+      name: Of the weight in the module.
+      weight: Floats or codes.
+      dtype: Of the result.
+
+    Returns:
+      The weight, whole on every device.
+    """
+    path = (*module.path, name)
+    whole, scheme = jax.tree.map(lambda part: gathered(part, path), weight), scheme_for(path, "embedding", weight.shape)
+    return whole.astype(dtype) if scheme is None else rounded(whole, scheme, dtype)
 
 
 def rounding_key(module: nn.Module, scheme: Scheme) -> PRNGKeyArray | None:

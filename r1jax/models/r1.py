@@ -13,11 +13,11 @@ from r1jax.models.layers import Linear
 from r1jax.models.lora import Lora
 from r1jax.models.moe import RouterStats
 from r1jax.models.precision import PRECISIONS
-from r1jax.models.quantized import rounding_by
+from r1jax.models.quantized import added, parameter, rounding_by
 from r1jax.models.table import TableEncoder
 from r1jax.models.text import TextSummary
 from r1jax.models.vision import VisionEncoder
-from r1jax.ops.axes import constrain, gathered
+from r1jax.ops.axes import constrain
 from r1jax.ops.quantized_dot import Ruled
 
 
@@ -91,7 +91,7 @@ class R1(nn.Module):
             return
         if "text" in c.modalities:
             self.text = TextSummary(width, self.dtype, c.dropout)
-        self.queries = self.param("queries", normal(0.02), (len(self.heads), width), jnp.float32)
+        self.queries = parameter(self, "queries", normal(0.02), (len(self.heads), width))
         self.head = {name: Linear(size, jnp.float32, bias=True) for name, size in self.heads}
 
     def encode(
@@ -145,7 +145,7 @@ class R1(nn.Module):
                 summary = summary + jnp.where(jnp.any(inputs.text_valid, axis=1)[:, None], read, 0)
         if self.heads:
             # Queries start from the summaries: a direct way for gradients, which attention over many tokens dilutes.
-            asked = gathered(self.queries.astype(tokens[0].dtype), ("queries",))[None]
+            asked = added(self, "queries", self.queries, tokens[0].dtype)[None]
             asked = jnp.broadcast_to(asked, (len(tokens[0]), *asked.shape[1:])) + summary[:, None]
             tokens, exist = [*tokens, asked], [*exist, jnp.ones(asked.shape[:2], bool)]
         x, valid = constrain(jnp.concatenate(tokens, axis=1), "batch", "length", None), jnp.concatenate(exist, axis=1)

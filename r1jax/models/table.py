@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from r1jax.config import TableConfig
 from r1jax.models.initial import normal
 from r1jax.models.layers import EncoderLayer, Linear, RMSNorm
-from r1jax.models.quantized import parameter, scheme_for
+from r1jax.models.quantized import added, parameter, scheme_for
 from r1jax.models.remat import Remat, block
 from r1jax.ops.axes import constrain, gathered
 from r1jax.ops.quantized_dot import quantized_dot
@@ -49,16 +49,16 @@ class TableEncoder(nn.Module):
         x = jnp.concatenate(parts, axis=-1).astype(self.dtype)
         init = normal(x.shape[-1] ** -0.5)
         weight = parameter(self, "weight", init, (fields, self.features, x.shape[-1]))
-        absent = self.param("missing", normal(1.0), (fields, self.features), jnp.float32)
+        absent = parameter(self, "missing", normal(1.0), (fields, self.features))
         weight = jax.tree.map(lambda part: gathered(part, (*self.path, "weight")), weight)
-        absent = gathered(absent, (*self.path, "missing"))
+        absent = added(self, "missing", absent, self.dtype)
         scheme = scheme_for((*self.path, "weight"), "fields", weight.shape, x)
         if scheme is None:
             x = jnp.einsum("BFI,FOI->BFO", x, weight.astype(self.dtype))
         else:
             x = jax.vmap(lambda x, w: quantized_dot(x, w, scheme), in_axes=(1, 0), out_axes=1)(x, weight)
         x = constrain(x, "batch", None, None)
-        x = jnp.where(missing[..., None], jnp.broadcast_to(absent.astype(self.dtype)[None], x.shape), x)
+        x = jnp.where(missing[..., None], jnp.broadcast_to(absent[None], x.shape), x)
         fields_alone = jnp.mean(x, axis=1)
         for i in range(c.layers):
             layer = EncoderLayer(c.num_attention_heads, self.dtype, self.dropout, self.remat, name=f"layers_{i}")

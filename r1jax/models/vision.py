@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from r1jax.config import VisionConfig
 from r1jax.models.initial import normal
 from r1jax.models.layers import EncoderLayer, Linear, RMSNorm
-from r1jax.models.quantized import parameter, rounded_product, scheme_for
+from r1jax.models.quantized import added, parameter, rounded_product, scheme_for
 from r1jax.models.remat import Remat, block, kept
 from r1jax.ops.axes import constrain, gathered
 from r1jax.ops.quantize import Quantized
@@ -139,10 +139,9 @@ class VisionEncoder(nn.Module):
                 x = block(ResidualBlock.__call__, self.remat)(residual, x)
         grid = x.shape[1:-1]
         x = RMSNorm(name="norm")(x.reshape(x.shape[0], -1, x.shape[-1]))
-        place = self.param("position", normal(0.02), x.shape[1:], jnp.float32)
-        place = gathered(place, (*self.path, "position"))
+        place = added(self, "position", parameter(self, "position", normal(0.02), x.shape[1:]), self.dtype)
         size = Linear(x.shape[-1], self.dtype, bias=True, name="spacing")(jnp.log(spacing))
-        x = x + jnp.broadcast_to(place.astype(self.dtype)[None], x.shape) + jnp.broadcast_to(size[:, None], x.shape)
+        x = x + jnp.broadcast_to(place[None], x.shape) + jnp.broadcast_to(size[:, None], x.shape)
         for i in range(c.layers):
             layer = EncoderLayer(c.num_attention_heads, self.dtype, self.dropout, self.remat, name=f"layers_{i}")
             x = block(EncoderLayer.__call__, self.remat)(layer, x, cases)
