@@ -1,4 +1,4 @@
-"""The whole model of rounded numbers: what is ruled, what is multiplied, and that stored codes serve what was trained."""
+"""The whole model of rounded numbers: what is ruled, what is multiplied, and that stored codes serve as trained."""
 
 import re
 from dataclasses import replace
