@@ -7,7 +7,7 @@ the codes stand for. Both operands contract along their last axis, which a GPU m
 
 import functools
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,9 +36,10 @@ class Scheme(NamedTuple):
 class Ruled:
     """A weight that is multiplied elsewhere, and the scheme of that product."""
 
-    weight: Array | Quantized
+    weight: Any
+    """Floats or codes."""
     scheme: Scheme
-    key: PRNGKeyArray | None = None
+    key: Any = None
     """Of the stochastic rounding of its gradients."""
 
     @property
