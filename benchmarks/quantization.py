@@ -27,7 +27,7 @@ from r1jax.config import MeshConfig  # noqa: E402
 from r1jax.models.r1 import R1  # noqa: E402
 from r1jax.parallel.mesh import make_mesh  # noqa: E402
 from r1jax.serve.evaluate import restore_served  # noqa: E402
-from r1jax.serve.quantize_report import effect  # noqa: E402
+from r1jax.serve.quantize_report import effect, score_of  # noqa: E402
 from r1jax.tasks.catalog import TASKS  # noqa: E402
 from r1jax.train.checkpoints import Checkpoint, find_checkpoint  # noqa: E402
 from r1jax.train.evaluation import Evaluator  # noqa: E402
@@ -77,7 +77,7 @@ def run_seed(seed: int, asked: argparse.Namespace) -> list[dict[str, Any]]:
         if not output.exists():
             dispatch(["quantize", str(path), *to, "--output", str(output), "--resamples", "20"])
         _, after, _ = predictions(find_checkpoint(output), asked.cases)
-        found = effect(task, before, after, targets, asked.resamples)
+        found = effect(score_of(task), before, after, targets, asked.resamples)
         report = json.loads((output / "report" / "report.json").read_text())
         rows.append(
             {

@@ -258,7 +258,10 @@ def spread_experts(
     counted = tuple(axis for part in tokens for axis in axes_of(part))
 
     def local(x: Array, scores: Array, bias: Array, pairs: Any, down: Any) -> tuple[Array, Array, Array | None]:
-        pairs, down = (gather_dimensions(w, kept) for w, (_, kept) in zip((pairs, down), apart, strict=True))
+        pairs, down = (
+            jax.tree.map(lambda part, over=over: gather_dimensions(part, over), w)
+            for w, (_, over) in zip((pairs, down), apart, strict=True)
+        )
         gate_up = jax.tree.map(lambda part: part.reshape(len(part), -1, part.shape[-1]), pairs)
         both = (w if s is None else Ruled(w, s) for w, s in zip((gate_up, down), schemes, strict=True))
         flat = x.reshape(-1, x.shape[-1]), scores.reshape(-1, scores.shape[-1]), bias, *both

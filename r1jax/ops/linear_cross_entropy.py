@@ -135,7 +135,7 @@ def token_losses(
     lies = Lies.on(where, hidden, weight)
     run = spread(
         lambda hidden, weight, labels: local(
-            hidden, _codes(gather_dimensions(weight, lies.apart), scheme, hidden.dtype), labels, lies.part
+            hidden, _codes(_gathered(weight, lies.apart), scheme, hidden.dtype), labels, lies.part
         ),
         (lies.states, lies.weight, lies.tokens),
         lies.tokens,
@@ -161,7 +161,7 @@ def _forward(
         lies = Lies.on(where, hidden, weight)
 
         def local(hidden: Array, weight: Array, labels: Array, weights: Array) -> tuple[Array, Array, Array]:
-            weight = _codes(gather_dimensions(weight, lies.apart), scheme, hidden.dtype)
+            weight = _codes(_gathered(weight, lies.apart), scheme, hidden.dtype)
             total, to_hidden, to_weight = _slopes(hidden, weight, labels, weights, *settings, lies.part)
             return lies.sum_over_tokens(total), to_hidden, lies.sum_where_kept(to_weight)
 
@@ -236,6 +236,11 @@ def linear_cross_entropy_reference(
 def _narrow(weight: Array | Ruled, dtype: DTypeLike) -> tuple[Array | Quantized, Scheme | None]:
     """The weight as it travels between devices, and its scheme; one that is to be rounded is not rounded before."""
     return (weight.weight, weight.scheme) if isinstance(weight, Ruled) else (weight.astype(dtype), None)
+
+
+def _gathered(weight: Array | Quantized, apart: tuple[tuple[str, ...], ...]) -> Array | Quantized:
+    """A device's part of the vocabulary, whole in the other dimension."""
+    return jax.tree.map(lambda part: gather_dimensions(part, apart), weight)
 
 
 def _codes(weight: Array | Quantized, scheme: Scheme | None, dtype: DTypeLike) -> Array | Quantized:

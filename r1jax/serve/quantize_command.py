@@ -17,7 +17,7 @@ from r1jax.models.r1 import R1
 from r1jax.parallel.mesh import make_mesh
 from r1jax.parallel.platform import start_platform
 from r1jax.serve.evaluate import restore_served, scoring_config
-from r1jax.serve.quantize_report import Effect, effect, layer_errors, sizes, table, verdict, write_report
+from r1jax.serve.quantize_report import Effect, effect, layer_errors, score_of, sizes, table, verdict, write_report
 from r1jax.serve.quantize_weights import SHARED, calibration_batch, choose_codes, input_squares
 from r1jax.tasks.catalog import TASKS
 from r1jax.tasks.task import Task
@@ -80,7 +80,7 @@ def quantize_checkpoint(words: list[str]) -> int:
     task.pipeline.restore(checkpoint.meta().get("preprocess", {"steps": [], "statistics": {}}))
     floats, narrow = (R1(dataclasses.replace(config.model, quant=q), task.heads) for q in ((), config.model.quant))
     train, validation = task.source("train"), task.source("val")
-    batch = calibration_batch(task, train, asked.calibration)
+    batch = calibration_batch(task.collate, train, asked.calibration)
     params = restore_served(checkpoint, config, floats, task, mesh, train)
     uses = weights_of(narrow, task, batch)
     check_rules(config.model.quant, [use.name for use in uses], jax.devices()[0])
@@ -152,4 +152,4 @@ def _effect(
             params, validation, batch_size=asked.batch_size, modes=(mode,)
         )
         scored.append(predicted[mode])
-    return effect(task, scored[0], scored[1], targets, asked.resamples)
+    return effect(score_of(task), scored[0], scored[1], targets, asked.resamples)

@@ -1,6 +1,7 @@
 """What quantizing a checkpoint did: error of each weight, size, low-bit shares, and the metric before and after."""
 
 import json
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -191,8 +192,17 @@ def verdict(name: str, found: Sizes) -> str:
     return f"{name}: {shares}"
 
 
+Score = Callable[[dict[str, np.ndarray], dict[str, np.ndarray]], float | None]
+"""From outcomes and targets of cases; higher is better, None where nothing can be judged."""
+
+
+def score_of(task: Task) -> Score:
+    """The number by which a task's best checkpoint is kept."""
+    return lambda found, targets: task.score(task.figures(found, targets))
+
+
 def effect(
-    task: Task,
+    scored: Score,
     before: dict[str, np.ndarray],
     after: dict[str, np.ndarray],
     targets: dict[str, np.ndarray],
@@ -201,7 +211,7 @@ def effect(
     """The task's score before and after, and the interval of its change.
 
     Args:
-      task: Scores.
+      scored: The task's score.
       before: Outcomes of the float model, cases first.
       after: Those of the quantized model, of the same cases.
       targets: Of these cases.
@@ -213,7 +223,7 @@ def effect(
 
     def score(found: dict[str, np.ndarray], rows: np.ndarray) -> float | None:
         taken, known = ({k: v[rows] for k, v in group.items()} for group in (found, targets))
-        return task.score(task.figures(taken, known))
+        return scored(taken, known)
 
     count = len(next(iter(targets.values())))
     every, rng = np.arange(count), np.random.default_rng(0)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from r1jax.data.loader import padded_batches
+from r1jax.data.loader import Collate, padded_batches
 from r1jax.data.source import Source
 from r1jax.errors import UserError
 from r1jax.models.quantized import Use, observing
@@ -27,11 +27,11 @@ SHARED = ("linear", "head", "convolution")
 """Roles whose rows all meet the same inputs."""
 
 
-def calibration_batch(task: Task, source: Source, cases: int) -> dict[str, Any]:
+def calibration_batch(collate: Collate, source: Source, cases: int) -> dict[str, Any]:
     """The first cases of the training part, as one batch.
 
     Args:
-      task: Collates them.
+      collate: Of the task.
       source: The training part.
       cases: How many, at most.
 
@@ -43,7 +43,7 @@ def calibration_batch(task: Task, source: Source, cases: int) -> dict[str, Any]:
     """
     if len(source) == 0:
         raise UserError(f"{source.name} has no case in its training part, and without any nothing can be calibrated")
-    return next(padded_batches(source, task.collate, batch_size=min(cases, len(source))))[1]
+    return next(padded_batches(source, collate, batch_size=min(cases, len(source))))[1]
 
 
 def contracted(use: Use) -> Float[Array, "R I"]:

@@ -3,23 +3,24 @@
 import json
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import jax
 import numpy as np
 import pytest
 
 from r1jax.__main__ import dispatch
-from r1jax.config import MeshConfig
 from r1jax.errors import UserError
 from r1jax.models.r1 import R1
 from r1jax.ops.quantize import Quantized
-from r1jax.parallel.mesh import make_mesh
+from r1jax.serve import quantize_command
 from r1jax.serve.evaluate import restore_served
 from r1jax.tasks.catalog import TASKS
 from r1jax.train.checkpoints import Checkpoint, CheckpointFolder
 from r1jax.train.plan import example_batch
 from r1jax.train.run import describe
 from r1jax.train.step import init_state
+from tests.train.experiment import one_device
 from tests.train.tiny_language import get_config
 
 
@@ -42,7 +43,8 @@ def trained(tmp_path_factory) -> Path:
 def quantized(trained, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("out") / "int4"
     words = ["--to", "int4", "--output", str(output), "--calibration", "4", "--batch_size", "8", "--resamples", "20"]
-    assert dispatch(["quantize", str(trained), *words]) == 0
+    with mock.patch.object(quantize_command, "make_mesh", lambda _: one_device()):
+        assert dispatch(["quantize", str(trained), *words]) == 0
     return output
 
 
@@ -52,9 +54,7 @@ def test_the_codes_are_sealed_and_served(trained, quantized):
     config = checkpoint.config()
     assert checkpoint.quantized and config.model.quant == ("int4",) and checkpoint.step == 1
     task = TASKS[config.task.name](config)
-    served = restore_served(
-        checkpoint, config, R1(config.model, task.heads), task, make_mesh(MeshConfig()), task.source("val")
-    )
+    served = restore_served(checkpoint, config, R1(config.model, task.heads), task, one_device(), task.source("val"))
     assert isinstance(served["decoder"]["embed_tokens"], Quantized)
     exact = CheckpointFolder(trained / "checkpoints").best().restore_decoder()
     router = exact["layers_0"]["mlp"]["gate"]["weight"]
@@ -63,7 +63,7 @@ def test_the_codes_are_sealed_and_served(trained, quantized):
 
 def test_the_report_lies_beside_them(quantized):
     content = json.loads((quantized / "report" / "report.json").read_text())
-    assert content["score"]["cases"] == get_config().data.val_cases
+    assert content["score"]["cases"] == len(TASKS["language"](get_config()).source("val"))
     assert {layer["scheme"] for layer in content["layers"]} == {"int8", "int4/128"}
     assert all(0 < layer["error"] < 0.2 for layer in content["layers"])
     assert "int4 weights alone" in content["model"]

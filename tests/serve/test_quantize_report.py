@@ -1,7 +1,6 @@
 """What a quantized model may be called, and how its loss is measured."""
 
 import json
-from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,12 +14,10 @@ LAYERS = [
     Layer("decoder/embed_tokens", "embedding", "int8", 100, 120, 0.004, None),
     Layer("head/weight", "linear", "int8:int8", 10, 12, 0.005, 41.5),
 ]
-ACCURACY = SimpleNamespace(
-    figures=lambda found, targets: {
-        "accuracy": float(np.mean(found["p"] == targets["y"])) if len(targets["y"]) else None
-    },
-    score=lambda figures: figures["accuracy"],
-)
+
+
+def accuracy(found, targets):
+    return float(np.mean(found["p"] == targets["y"]))
 
 
 @pytest.mark.parametrize(
@@ -47,7 +44,7 @@ def test_the_interval_of_a_change_is_that_of_pairs():
     y = rng.integers(0, 2, 4000)
     before = np.where(rng.random(4000) < 0.2, 1 - y, y)
     after = np.where(np.arange(4000) % 100 == 0, 1 - before, before)  # one case in 100 is decided otherwise
-    found = effect(ACCURACY, {"p": before}, {"p": after}, {"y": y}, 300)
+    found = effect(accuracy, {"p": before}, {"p": after}, {"y": y}, 300)
     assert found.before == np.mean(before == y) and found.change == pytest.approx(np.mean(after == y) - found.before)
     # 40 of 4000 cases differ, so that the mean of the differences has this standard error.
     error = np.std((after == y).astype(float) - (before == y)) / np.sqrt(4000)
@@ -57,7 +54,7 @@ def test_the_interval_of_a_change_is_that_of_pairs():
 
 def test_the_same_outcomes_change_nothing():
     y = np.arange(10) % 2
-    assert effect(ACCURACY, {"p": y}, {"p": y}, {"y": y}, 20) == Effect(1.0, 1.0, 0.0, 0.0, 0.0, 10)
+    assert effect(accuracy, {"p": y}, {"p": y}, {"y": y}, 20) == Effect(1.0, 1.0, 0.0, 0.0, 0.0, 10)
 
 
 def test_the_report_says_all_of_it_as_text_json_and_picture(tmp_path):

@@ -1,11 +1,10 @@
 """Rounding by what it does to outputs."""
 
-from types import SimpleNamespace
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from r1jax.data.synthetic import SyntheticCases
 from r1jax.errors import UserError
 from r1jax.ops.quantize import dequantize, quantize
 from r1jax.serve.quantize_weights import calibration_batch, gptq, output_error
@@ -43,11 +42,9 @@ def test_columns_that_no_input_reaches_are_no_division_by_zero():
 
 
 def test_a_training_part_without_cases_is_refused():
-    class Empty:
-        name = "my_cases"
-
+    class Empty(SyntheticCases):
         def __len__(self):
             return 0
 
-    with pytest.raises(UserError, match="my_cases has no case"):
-        calibration_batch(SimpleNamespace(collate=None), Empty(), 8)
+    with pytest.raises(UserError, match="has no case in its training part"):
+        calibration_batch(lambda raw: raw, Empty(0, 1, "train"), 8)

@@ -1,6 +1,8 @@
 """The format of quantized weights, and a run that begins in floats."""
 
+import functools
 import json
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -67,27 +69,29 @@ def test_another_version_is_refused(tree, tmp_path):
     assert not is_codes(tree["decoder"]["norm"]["weight"])
 
 
-def test_a_run_begins_in_floats_and_rounds_from_its_start(tiny):
-    """The first half is that of the run of floats; then losses and gradients are those of rounded products."""
-    quantized = make_experiment("--quant", "int8", "--train.quant_start", "0.5")
-    batch = tiny.batches(1)[0]
-    for step, rounds in ((0, False), (20, True)):
-        states = [run.init()._replace(step=jnp.asarray(step)) for run in (tiny, quantized)]
-        (_, floats), (state, found) = (
-            run.step(s, batch, NO_LIMIT) for run, s in zip((tiny, quantized), states, strict=True)
-        )
-        change = abs(float(floats["loss"] - found["loss"]))
-        assert (change > 1e-5) is rounds and change < 0.05 * float(floats["loss"])
-        assert not float(found["refused"])
-    fresh = quantized.init().params
-    still = [
-        jax.tree_util.keystr(path)
-        for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(fresh), jax.tree.leaves(state.params), strict=True)
-        if np.array_equal(a, b)
-    ]
+def test_a_run_begins_in_floats_and_rounds_from_its_start():
+    """The first half has the loss of the model of floats, the second that of rounded products, and all weights move."""
+    flags = ("--quant", "int8", "--train.quant_start", "0.5", "--model.dropout", "0.0", "--train.warmup_steps", "0")
+    run = make_experiment(*flags, file="tiny_language.py")
+    batch, state = run.batches(1)[0], run.init()
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def loss(quant, step):
+        model = run.model.clone(config=replace(run.config.model, quant=quant))
+        inputs, targets = run.task.prepare(batch)
+        output = model.apply({"params": run.fresh.params}, inputs, language=True)
+        return run.task.loss(output, inputs, targets, step / run.config.train.steps)[0]
+
+    for step, quant in ((0, ()), (4, ("int8",))):
+        share = jnp.float32(step)
+        state, metrics = run.step(run.init()._replace(step=jnp.asarray(step, jnp.int32)), batch, NO_LIMIT)
+        np.testing.assert_allclose(metrics["loss"], loss(quant, share), rtol=1e-6)
+        assert abs(float(metrics["loss"] - loss(("int8",) if step == 0 else (), share))) > 1e-5
+    pairs = zip(jax.tree_util.tree_leaves_with_path(run.fresh.params), jax.tree.leaves(state.params), strict=True)
+    still = [jax.tree_util.keystr(path) for (path, old), new in pairs if np.array_equal(old, new)]
     assert not [name for name in still if "bias" not in name], "no gradient passed the rounding to these weights"
 
 
 def test_a_rule_that_nothing_follows_ends_a_run_before_it_is_compiled():
     with pytest.raises(UserError, match=r"'o_prj'.*did you mean"):
-        make_experiment("--quant", "o_prj=int8")
+        make_experiment("--quant", "o_prj=int8", file="tiny_language.py")
