@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
 from r1jax.parallel.agree import is_first, say
 from r1jax.train.goodput import Clock
+from r1jax.train.tensorboard import EventFile
 from r1jax.train.wandb_run import WandbRun
 
 PLAIN_INTERVAL_S = 15.0
@@ -68,16 +68,12 @@ class Telemetry:
         draft.write_text("".join(row + "\n" for row in rows if _step_of(row) <= start))
         draft.replace(path)  # at once, so that a kill in between loses no row
         self.file = path.open("a", buffering=1)
-        board = workdir / "tensorboard"
-        board.mkdir(exist_ok=True)
-        # Written at once: the thread of tensorboardX's `SummaryWriter` ends, and fills a queue that then blocks the
-        # training, where the clock is set back by weeks.
-        self.board = EventsWriter(str(board / "events"), filename_suffix=f".{start}")
+        self.board = EventFile(workdir / "tensorboard", start)
         drop = SessionLog(status=SessionLog.START)  # tells TensorBoard to forget what a killed run wrote from here on
-        self.board.write_event(Event(wall_time=time.time(), step=start + 1, session_log=drop))
+        self.board.write(Event(wall_time=time.time(), step=start + 1, session_log=drop))
         self.console = Console(stderr=True)
         self.began = self.spoke = self.measured = self.settled = time.perf_counter()
-        self.done = self.measured_at = start
+        self.measured_at = start
         self.waited = self.unsettled_wait = 0.0
         self.speed = ""
         self.progress = Progress(
@@ -104,8 +100,7 @@ class Telemetry:
         self.file.write(json.dumps({"step": step, **figures}) + "\n")
         shown = {name.replace(".", "/", 1): value for name, value in figures.items() if not isinstance(value, list)}
         values = [Summary.Value(tag=name, simple_value=value) for name, value in shown.items()]
-        self.board.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
-        self.board.flush()
+        self.board.write(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
         if self.remote is not None:
             self.remote.log(step, figures)
 
@@ -117,7 +112,6 @@ class Telemetry:
           note: A few words, such as the loss.
         """
         now = time.perf_counter()
-        self.done = step
         rate = (step - self.start) / (now - self.began)
         text = f"{rate * self.batch_size:.0f} examples/s  {self.speed}{note}"
         self.progress.update(self.bar, completed=step, description=text)
@@ -135,8 +129,11 @@ class Telemetry:
         self.waited += waited
         self.unsettled_wait += waited
 
-    def rates(self) -> dict[str, float]:
-        """Speed since the last call or pause, up to the step that is being logged, whose result has been waited for.
+    def rates(self, step: int) -> dict[str, float]:
+        """Speed since the last call or pause.
+
+        Args:
+          step: Steps done: the one that is being logged, whose result has been waited for, and maybe no other.
 
         Returns:
           "examples_per_second"; "tokens_per_second" and, on known hardware, "mfu", the model's FLOPs as a share of what
@@ -144,18 +141,16 @@ class Telemetry:
           the next batch. The device may have been busy meanwhile, so that it starves for at most this share.
         """
         now = time.perf_counter()
-        steps, seconds = self.done + 1 - self.measured_at, now - self.measured
-        found: dict[str, float] = {}
-        if steps:  # none, where the trace has ended with the step that is being logged
-            found = {"examples_per_second": steps * self.batch_size / seconds, "data_wait": self.waited / seconds}
-        if steps and self.load is not None:
+        steps, seconds = step - self.measured_at, now - self.measured
+        found = {"examples_per_second": steps * self.batch_size / seconds, "data_wait": self.waited / seconds}
+        if self.load is not None:
             found["tokens_per_second"] = steps * self.load.tokens / seconds
             self.speed = f"{found['tokens_per_second']:,.0f} tokens/s  "
             if self.load.peak is not None:
                 found["mfu"] = steps * self.load.flops / seconds / self.load.peak
                 self.speed += f"MFU {found['mfu']:.1%}  "
         self._settle()
-        self.measured, self.measured_at, self.waited = now, self.done + 1, 0.0
+        self.measured, self.measured_at, self.waited = now, step, 0.0
         return found | {"goodput": self.clock.goodput} | memory_peaks()
 
     @contextmanager

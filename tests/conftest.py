@@ -16,7 +16,7 @@ import jax
 import jaxtyping
 import pytest
 
-from tests.data.services import hdfs, redis_server, s3_url  # noqa: F401
+from tests.data.services import hdfs, patient, redis_server, s3_url  # noqa: F401
 from tests.train.forked import Server
 
 jaxtyping.install_import_hook("r1jax", "beartype.beartype")

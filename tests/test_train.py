@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jax
@@ -103,14 +102,6 @@ def reference(tmp_path_factory, shared, start):
             assert "malignancy" in out and "eval.py --checkpoint" in out
             (here / "run").rename(folder)
     return folder
-
-
-def wait_until(process, condition, seconds=120.0):
-    """Polls until the condition holds or the process has ended."""
-    end = time.monotonic() + seconds
-    while process.poll() is None and not condition():
-        assert time.monotonic() < end, "the run does not come on"
-        time.sleep(0.002)
 
 
 STOPS = (

@@ -9,13 +9,11 @@ import pytest
 import eval as evaluate
 from r1jax.serve.data_command import convert
 from tests.data.folders import write
-from tests.test_train import ROOT, TINY, command, last_state, wait_until
+from tests.test_train import ROOT, TINY, command, last_state
 from tests.train.experiment import CLOCK
+from tests.train.forked import signal_at
 
-MIXED = (
-    *("--data.weights", 3, 1, "--train.steps", 8, "--train.eval_every", 4, "--train.save_every", 2),
-    *("--data.plugins", ROOT / "tests/plugins", "--data.preprocess", "pace"),
-)
+MIXED = ("--data.weights", 3, 1, "--train.steps", 8, "--train.eval_every", 4, "--train.save_every", 2)
 
 
 def folder(place, seed, **more):
@@ -38,14 +36,12 @@ def figures(run):
 
 
 @pytest.fixture
-def go(trainings, tmp_path, monkeypatch):
-    """Starts train.py on a folder and further flags; a file says how long a case takes."""
-    monkeypatch.setenv("TEST_PACE", str(tmp_path / "pace"))  # eval.py runs in this process
+def go(trainings, tmp_path):
+    """Starts train.py on a folder and further flags."""
 
-    def run(name, path, *more, pace=0.0):
-        (tmp_path / "pace").write_text(str(pace), "utf-8")
+    def run(name, path, *more, before=""):
         words = ("--config", TINY, "--workdir", tmp_path / name, "--data.path", path, *MIXED, *more)
-        return trainings.start(tmp_path / "out", tmp_path / "err", *words, TEST_PACE=str(tmp_path / "pace"))
+        return trainings.start(tmp_path / "out", tmp_path / "err", *words, before=before)
 
     return run
 
@@ -68,9 +64,9 @@ def test_a_mixture_is_trained_on_resumed_exactly_and_known_again(go, monkeypatch
         return json.loads((tmp_path / "scores/metrics.json").read_text())
 
     run("whole", "--data.mix", there)
-    wait_until(cut := go("cut", here, "--data.mix", there, pace=0.1), (tmp_path / "cut/checkpoints/00000002").exists)
-    cut.kill()
-    assert cut.wait() == -signal.SIGKILL, (tmp_path / "err").read_text("utf-8")
+    published = signal_at("r1jax.train.goodput:Clock.mark", signal.SIGKILL, call=1, delay=0.0)
+    code = go("cut", here, "--data.mix", there, before=published).wait(200)
+    assert code == -signal.SIGKILL, (tmp_path / "err").read_text("utf-8")
     run("cut", "--data.mix", there, "--data.workers", 2, "--data.threads", 1)
     assert "goes on from" in (tmp_path / "err").read_text("utf-8")
     (_, whole), (step, cut) = last_state(tmp_path / "whole"), last_state(tmp_path / "cut")

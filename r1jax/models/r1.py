@@ -14,6 +14,7 @@ from r1jax.models.lora import Lora
 from r1jax.models.moe import RouterStats
 from r1jax.models.precision import PRECISIONS
 from r1jax.models.quantized import added, parameter, rounding_by
+from r1jax.models.series import SeriesEncoder
 from r1jax.models.table import TableEncoder
 from r1jax.models.text import TextSummary
 from r1jax.models.vision import VisionEncoder
@@ -30,6 +31,10 @@ class Inputs(NamedTuple):
     image: Float[Array, "B Y X"] | None = None
     image_spacing: Float[Array, "B 2"] | None = None
     has_image: Bool[Array, " B"] | None = None
+    series: Float[Array, "B S K C"] | None = None
+    series_state: Int[Array, "B S K"] | None = None
+    series_valid: Bool[Array, "B S K"] | None = None
+    has_series: Bool[Array, " B"] | None = None
     table: Float[Array, "B F"] | None = None
     has_table: Bool[Array, " B"] | None = None
     text: Int[Array, "B T"] | None = None
@@ -85,6 +90,8 @@ class R1(nn.Module):
             self.volume = VisionEncoder(c.volume, width, self.dtype, c.dropout, c.remat)
         if "image" in c.modalities:
             self.image = VisionEncoder(c.image, width, self.dtype, c.dropout, c.remat)
+        if "series" in c.modalities:
+            self.series = SeriesEncoder(c.series, width, self.dtype, c.dropout, c.remat)
         if "table" in c.modalities:
             self.table = TableEncoder(c.table, width, self.dtype, c.dropout, c.remat)
         if not self.heads:
@@ -114,6 +121,9 @@ class R1(nn.Module):
         if inputs.image is not None:
             seen = self.image(inputs.image, inputs.image_spacing, cases=cases)
             add(seen.tokens, seen.summary, inputs.has_image)
+        if inputs.series is not None:
+            streams = self.series(inputs.series, inputs.series_state, inputs.series_valid, cases=cases)
+            add(*streams, inputs.has_series)
         if inputs.table is not None:
             add(*self.table(inputs.table, cases=cases), inputs.has_table)
         return tokens, valid, sum(summaries), where

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jaxtyping import Array
 
 TOLERANCE = 2e-2
@@ -24,6 +25,9 @@ def agrees(
 ) -> bool:
     """Whether a kernel gives the values and gradients of its reference; warns where it does not.
 
+    Processes of one run that trace a program together find the same: what fails in one is used in none, or each would
+    wait for the others in another program.
+
     It runs in a thread of its own, for the caller is in the middle of tracing a program, and what is computed there
     becomes part of that program. It costs two compilations: the kernel's values and gradients in one program of the
     device, and the reference's in one of the CPU, whose compiler does not try variants of each product.
@@ -38,10 +42,20 @@ def agrees(
       False also where the kernel cannot be compiled or run at all.
     """
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
-        trouble = thread.submit(_trouble, fast, reference, arrays, target()).result()
+        trouble = thread.submit(_trouble_anywhere, fast, reference, arrays, target()).result()
     if trouble:
         warnings.warn(f"{what} is not used on this machine, which is slower: {trouble}", stacklevel=2)
     return not trouble
+
+
+def _trouble_anywhere(
+    fast: Callable[..., Array], reference: Callable[..., Array], arrays: Sequence[np.ndarray | jax.Array], device
+) -> str | None:
+    """What is wrong with a kernel here, or that something is in another process; None where nothing is."""
+    trouble = _trouble(fast, reference, arrays, device)
+    if jax.process_count() > 1 and multihost_utils.process_allgather(np.int32(trouble is not None)).any():
+        return trouble or "it failed in another process of the run"
+    return trouble
 
 
 def _trouble(

@@ -11,8 +11,8 @@ from r1jax.data.pipeline import original
 from r1jax.data.source import Source
 from r1jax.errors import UserError
 from r1jax.serve.progress import Steps, progress
+from r1jax.tasks.envelope import OperatingPoint
 from r1jax.tasks.medical.batch import PICTURES
-from r1jax.tasks.medical.canonical import OperatingPoint
 from r1jax.tasks.medical.modes import shown_modes
 from r1jax.tasks.medical.task import Medical
 from r1jax.train.evaluation import Evaluator
@@ -99,7 +99,7 @@ def score(
             params, Watched(source, steps), batch_size=batch_size, modes=tuple(modes)
         )
     for mode, found in predicted.items():
-        _refuse_nan(found, ids, modes[mode])
+        refuse_not_finite(found, ids, modes[mode])
     stored = (validation or {}).get("operating_points", {})
     frozen: Points = {}
     points: Points = {}
@@ -152,7 +152,17 @@ def _points(stored: dict[str, dict[str, float]], origin: str, task: Medical) -> 
     }
 
 
-def _refuse_nan(predicted: dict[str, np.ndarray], ids: list[str], mode: str) -> None:
+def refuse_not_finite(predicted: dict[str, np.ndarray], ids: list[str], mode: str) -> None:
+    """Refuses predictions that cannot be evaluated.
+
+    Args:
+      predicted: By what is predicted, cases first.
+      ids: Names of the cases.
+      mode: What the model was shown, for the message.
+
+    Raises:
+      UserError: A prediction is not finite; names the first case.
+    """
     for name, values in predicted.items():
         bad = ~np.isfinite(values).reshape(len(values), -1).all(axis=1)
         if bad.any():

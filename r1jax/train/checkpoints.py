@@ -113,11 +113,12 @@ class Checkpoint:
         named = self.config().data.tokenizer
         return None if named is None else Path(named)
 
-    def verify(self, within: str = "") -> int:
+    def verify(self, within: str = "", seen: Callable[[], None] = lambda: None) -> int:
         """Compares files with the manifest.
 
         Args:
           within: Only those whose names start so.
+          seen: Is called after each file.
 
         Returns:
           How many they are.
@@ -135,13 +136,15 @@ class Checkpoint:
                     f"checkpoint {self.path} is damaged: {name} is not what was written (truncated or altered); "
                     "use another checkpoint"
                 )
+            seen()
         return len(manifest)
 
-    def restore(self, abstract: Any) -> Any:
+    def restore(self, abstract: Any, seen: Callable[[], None] = lambda: None) -> Any:
         """Verifies and reads the state.
 
         Args:
           abstract: Tree of `jax.ShapeDtypeStruct` with shardings, of the shapes that the config gives.
+          seen: Is called after each file that is verified.
 
         Returns:
           The state, on the devices of the shardings.
@@ -149,7 +152,7 @@ class Checkpoint:
         Raises:
           UserError: The checkpoint is damaged, or its arrays are not those of the model.
         """
-        from_first(self.verify)
+        from_first(lambda: self.verify(seen=seen))
         try:
             with ocp.StandardCheckpointer() as checkpointer:
                 return checkpointer.restore((self.path / "state").absolute(), abstract)
@@ -317,8 +320,13 @@ class CheckpointFolder:
         """The checkpoint of so many steps, whether it is there or not."""
         return Checkpoint(self.path / f"{step:08d}")
 
-    def verify(self) -> tuple[list[Checkpoint], list[tuple[Checkpoint, UserError]]]:
+    def verify(
+        self, seen: Callable[[], None] = lambda: None
+    ) -> tuple[list[Checkpoint], list[tuple[Checkpoint, UserError]]]:
         """Compares every checkpoint with its manifest.
+
+        Args:
+          seen: Is called after each file.
 
         Returns:
           The sound ones, and the damaged ones with what is wrong; the newest first.
@@ -326,7 +334,7 @@ class CheckpointFolder:
         sound, damaged = [], []
         for checkpoint in reversed(self.all()):
             try:
-                checkpoint.verify()
+                checkpoint.verify(seen=seen)
                 sound.append(checkpoint)
             except UserError as error:
                 damaged.append((checkpoint, error))

@@ -3,15 +3,16 @@
 A step whose loss or gradient is not finite, or whose loss stands out of the last logged ones, changes no weight (the
 compiled step sees to that, from the limit that is computed here). Where many in a row are refused, it is not the batch:
 the run goes back to its newest checkpoint and jumps over the batches since (PaLM did so by hand: Chowdhery et al. 2022,
-section 5.1); where that does not help, to one before. Limits depend on the rows of metrics.jsonl alone, and jumps are
-written down before anything goes on, so that a run that is killed meanwhile takes the same way again.
+section 5.1); where that does not help, to one before. Limits depend on the rows of metrics.jsonl and the number of the
+step alone, and jumps are written down before anything goes on, so that a run that is killed meanwhile takes the same
+way again.
 """
 
 import json
 import math
 import os
 import statistics
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -36,6 +37,10 @@ PATIENCE = 10
 """Refused steps in a row after which the run goes back."""
 RETRIES = 3
 """Rollbacks to one checkpoint after which an older one is tried, or the run ends."""
+
+
+AHEAD = 2
+"""Steps from a logged loss to the first one whose limit it enters: the next step starts before the row is read."""
 
 
 class RollBack(Exception):
@@ -68,39 +73,62 @@ class Guard:
           factor: `train.spike_factor`.
           step: Steps done.
         """
-        self.factor, self.losses = factor, logged_losses(workdir, step)
-        self.limit = np.float32(loss_limit(self.losses, factor))
+        logged = logged_losses(workdir, step)
+        self.factor, self.losses = factor, list(logged.values())[-HISTORY:]
+        before = [loss for at, loss in logged.items() if at <= step + 1 - AHEAD]
+        self._limits = deque([(0, loss_limit(before, factor)), (step + AHEAD, loss_limit(self.losses, factor))])
         self.streak = 0
         """Refused steps in a row, up to the last `settle`."""
         self._pending: list[jax.Array] = []
+
+    def limit(self, step: int) -> np.float32:
+        """The limit of a step's loss; steps are asked for in their order."""
+        while len(self._limits) > 1 and self._limits[1][0] <= step:
+            self._limits.popleft()
+        return np.float32(self._limits[0][1])
 
     def note(self, refused: jax.Array) -> None:
         """Takes the flag of a step, without waiting for it."""
         self._pending.append(refused)
 
-    def settle(self) -> int:
-        """Waits for the steps so far.
+    def take(self) -> list[jax.Array]:
+        """Gives away the flags since the last call, for `settle` once they are there."""
+        flags, self._pending = self._pending, []
+        return flags
+
+    def settle(self, flags: Iterable[np.ndarray]) -> int:
+        """Counts steps in their order.
+
+        Args:
+          flags: Of `take`, read from the devices.
 
         Returns:
-          How many of them, since the last call, were refused.
+          How many of them were refused.
         """
-        flags = [bool(flag) for flag in jax.device_get(self._pending)]
-        self._pending = []
-        for flag in flags:
+        refused = [bool(flag) for flag in flags]
+        for flag in refused:
             self.streak = self.streak + 1 if flag else 0
-        return sum(flags)
+        return sum(refused)
 
-    def log(self, figures: Mapping[str, float]) -> None:
-        """Takes the figures of a row of metrics.jsonl, and sets the limit anew."""
+    def log(self, step: int, figures: Mapping[str, float]) -> None:
+        """Takes the figures of a row of metrics.jsonl, and sets the limit of the steps from `step + AHEAD` on."""
         if not figures["refused"] and math.isfinite(figures["loss"]):  # as `logged_losses` finds them after a restart
             self.losses = [*self.losses, figures["loss"]][-HISTORY:]
-            self.limit = np.float32(loss_limit(self.losses, self.factor))
+            self._limits.append((step + AHEAD, loss_limit(self.losses, self.factor)))
 
-    def reason(self, metrics: Mapping[str, jax.Array]) -> str:
-        """Says what the last step looked like."""
-        loss, norm = float(metrics["loss"]), float(metrics["gradient_norm"])
-        limit = f", the limit of the loss {self.limit:.4g}" if math.isfinite(self.limit) else ""
-        return f"a loss of {loss:.4g} and a gradient of norm {norm:.4g}{limit}"
+
+def looks(figures: Mapping[str, float], limit: np.float32) -> str:
+    """Says what a refused step looked like.
+
+    Args:
+      figures: Of the step: loss and gradient_norm.
+      limit: Of its loss.
+
+    Returns:
+      A few words.
+    """
+    said = f"a loss of {figures['loss']:.4g} and a gradient of norm {figures['gradient_norm']:.4g}"
+    return said + (f", the limit of the loss {limit:.4g}" if math.isfinite(limit) else "")
 
 
 def loss_limit(losses: Iterable[float], factor: float) -> float:
@@ -121,7 +149,7 @@ def loss_limit(losses: Iterable[float], factor: float) -> float:
     return middle + max(factor * deviation, (LEAST - 1) * abs(middle))
 
 
-def logged_losses(workdir: Path, step: int) -> list[float]:
+def logged_losses(workdir: Path, step: int) -> dict[int, float]:
     """Losses of the accepted steps that a run has logged.
 
     Args:
@@ -129,7 +157,7 @@ def logged_losses(workdir: Path, step: int) -> list[float]:
       step: Steps done; rows after it do not count, for a killed run wrote them.
 
     Returns:
-      Losses, oldest first.
+      Losses by step, oldest first.
     """
     file = workdir / "metrics.jsonl"
     rows: dict[int, float] = {}
@@ -140,7 +168,7 @@ def logged_losses(workdir: Path, step: int) -> list[float]:
             continue
         if row["step"] <= step and "loss" in row and not row.get("refused"):
             rows[row["step"]] = row["loss"]
-    return [rows[key] for key in sorted(rows)]
+    return dict(sorted(rows.items()))
 
 
 def read_jumps(workdir: Path) -> tuple[Jump, ...]:

@@ -1,13 +1,20 @@
-"""The loop: step, log, evaluate, save; and the table that closes a run."""
+"""The loop: step, log, evaluate, save.
+
+What a step has found is read once the next one is on its way, so that the devices never wait for the host. By which
+steps that is depends on their numbers alone.
+"""
 
 import math
 import signal
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
 
 from r1jax.config import Config
 from r1jax.data.cache_counters import CacheCounters, line, total
@@ -22,7 +29,7 @@ from r1jax.tasks.task import Task
 from r1jax.telemetry import Load, Telemetry
 from r1jax.train.evaluation import Evaluator
 from r1jax.train.flops import work_of
-from r1jax.train.guard import PATIENCE, Guard, RollBack, batch_after, in_force, read_jumps
+from r1jax.train.guard import PATIENCE, Guard, RollBack, batch_after, in_force, looks, read_jumps
 from r1jax.train.memory import out_of_memory
 from r1jax.train.peak import peak_flops
 from r1jax.train.plan import example_batch
@@ -33,6 +40,25 @@ from r1jax.train.step import TrainState
 from r1jax.train.wandb_run import WandbRun
 
 NORM = jax.jit(optax.tree.norm)
+
+
+class Unread(NamedTuple):
+    """What a step and those before it have left on the devices, on its way to the host."""
+
+    step: int
+    """Steps done."""
+    limit: np.float32
+    """Of the step's loss."""
+    names: list[str]
+    numbers: jax.Array
+    """Metrics of the step, in the order of their names, and the norm of the weights after it."""
+    refused: list[jax.Array]
+    """A flag of each step since the last that was read."""
+
+
+def in_one(params: Any, metrics: dict[str, jax.Array]) -> Float[Array, " numbers"]:
+    """Metrics in the order of their names, and the norm of the weights: one copy to the host instead of a hundred."""
+    return jnp.stack([*(metrics[name].astype(jnp.float32) for name in sorted(metrics)), optax.tree.norm(params)])
 
 
 def served(state: TrainState, config: Config) -> Any:
@@ -76,9 +102,7 @@ def fit(
     loop = Loop(config, run, task, mesh, evaluator, step, state, source, validation)
     try:
         for done in range(loop.start + 1, config.train.steps + 1):
-            metrics = loop.take_step(done, loop.next_batch(done))
-            loop.judge(done, metrics)
-            loop.log(done, metrics)
+            loop.take_step(done, loop.next_batch(done))
             loop.evaluate_or_save(done)
             if loop.shall_stop():
                 loop.leave(done)
@@ -126,6 +150,8 @@ class Loop:
         self.made = describe(source, task.pipeline) | start_record(run.workdir)
         # Read before the first step, as the task has read them: what they lie in may go.
         self.tokenizer = {} if config.data.tokenizer is None else read_files(Path(config.data.tokenizer))
+        self.in_one = jax.jit(in_one, out_shardings=NamedSharding(mesh, PartitionSpec()))
+        self.unread: Unread | None = None
         self.note = ""
 
     def next_batch(self, done: int) -> dict[str, Any]:
@@ -141,73 +167,97 @@ class Loop:
         with self.telemetry.waiting():
             return next(self.batches)
 
-    def take_step(self, done: int, batch: dict[str, Any]) -> dict[str, jax.Array]:
-        """Has the devices do step `done`, which nobody waits for, and traces it where it shall be.
+    def take_step(self, done: int, batch: dict[str, Any]) -> None:
+        """Has the devices do step `done`, and reads what the one before has found; traces the step where it shall be.
 
-        Returns:
-          Metrics of the step.
+        Raises:
+          RollBack: As `read`.
+          UserError: As `read`.
         """
         self.run.watch.enter("step")
         if self.profiler.begins(done):
+            self.read()
             jax.block_until_ready(self.state)
             with self.telemetry.aside(done - 1):
                 self.profiler.start()
+        limit = self.guard.limit(done)
         try:
-            self.state, metrics = self.step(self.state, placed(self.mesh, batch, self.config), self.guard.limit)
+            self.state, metrics = self.step(self.state, placed(self.mesh, batch, self.config), limit)
         except jax.errors.JaxRuntimeError as error:
             # What was reached shall not be done again; after another error, nobody knows what the state is worth.
             lost = done - 1 == self.start or any(x.is_deleted() for x in jax.tree.leaves(self.state))
             if out_of_memory(error) and not lost and jax.process_count() == 1:  # several would have to save together
+                self.read()
                 self.save(done - 1, None)
             raise
         self.guard.note(metrics["refused"])
+        self.read()
+        if self.logs(done) or self.evaluates(done) or self.saves(done):
+            numbers = self.in_one(self.state.params, metrics)
+            self.unread = Unread(done, limit, sorted(metrics), numbers, self.guard.take())
+            for array in (numbers, *self.unread.refused):
+                array.copy_to_host_async()
         if self.profiler.ends(done):
             jax.block_until_ready(metrics)
+            self.read()
             with self.telemetry.aside(done):
                 self.telemetry.say(self.profiler.stop())
-        return metrics
+        self.telemetry.advance(done, self.note)
+        self.run.watch.enter("step", done)
+
+    def logs(self, done: int) -> bool:
+        """Whether a row of figures is due after this step."""
+        return done % self.config.train.log_every == 0 or done == self.config.train.steps
 
     def evaluates(self, done: int) -> bool:
         """Whether the weights are scored after this step."""
         return done % self.config.train.eval_every == 0 or done == self.config.train.steps
 
-    def judge(self, done: int, metrics: dict[str, jax.Array]) -> None:
-        """Settles what the guard has seen, before anything is logged, scored or saved.
+    def saves(self, done: int) -> bool:
+        """Whether the state is saved after this step, be it scored or not."""
+        return done % self.config.train.save_every == 0
+
+    def read(self) -> None:
+        """Waits for the step that was last to be read, if it has not been, judges it and writes its row.
 
         Raises:
           RollBack: Many steps in a row were refused.
           UserError: A weight is no finite number any more.
         """
-        t = self.config.train
-        if not (self.evaluates(done) or done % t.log_every == 0 or done % t.save_every == 0):
+        if self.unread is None:
             return
-        refused = self.guard.settle()
+        (step, limit, names, *left), self.unread = self.unread, None
+        numbers, flags = jax.device_get(left)
+        *metrics, norm = numbers.tolist()
+        figures, refused = dict(zip(names, metrics, strict=True)), self.guard.settle(flags)
         if refused:
-            self.telemetry.say(f"step {done}: {refused} of the last steps refused, {self.guard.reason(metrics)}")
+            self.telemetry.say(f"step {step}: {refused} of the last steps refused, {looks(figures, limit)}")
         if self.guard.streak >= PATIENCE:
-            raise RollBack(done, self.guard.reason(metrics))
-        check_finite(done, self.state.params, self.run)
-
-    def log(self, done: int, metrics: dict[str, jax.Array]) -> None:
-        """Writes a row of figures where one is due, and moves the progress view."""
-        if done % self.config.train.log_every == 0 or done == self.config.train.steps:
-            figures = {k: float(v) for k, v in jax.device_get(metrics).items()}
-            self.guard.log(figures)
+            raise RollBack(step, looks(figures, limit))
+        check_finite(step, norm, self.run)
+        if self.logs(step):
+            self.guard.log(step, figures)
             self.note = f"loss {figures['loss']:.3f}"
-            figures |= self.telemetry.rates() | self.cached().figures("cache.")
-            self.telemetry.log(done, {k: v for k, v in figures.items() if math.isfinite(v)})  # JSON has no other
-        self.telemetry.advance(done, self.note)
-        self.run.watch.enter("step", done)
+            figures |= self.telemetry.rates(step) | self.cached().figures("cache.")
+            self.telemetry.log(step, {k: v for k, v in figures.items() if math.isfinite(v)})  # JSON has no other
 
     def evaluate_or_save(self, done: int) -> None:
-        """Scores and saves where that is due; amid refused steps it saves nothing, to go back to what lies before."""
+        """Scores and saves where that is due; amid refused steps it saves nothing, to go back to what lies before.
+
+        Raises:
+          RollBack: As `read`.
+          UserError: As `read`, or a save has failed.
+        """
+        if not (self.evaluates(done) or self.saves(done)):
+            return
+        self.read()
         if self.evaluates(done):
             self.run.watch.enter("evaluation")
             with self.telemetry.aside(done):
                 validated = self.evaluate(done)
                 if not self.guard.streak or done == self.config.train.steps:
                     self.save(done, validated)
-        elif done % self.config.train.save_every == 0 and not self.guard.streak:
+        elif not self.guard.streak:
             with self.telemetry.aside(done):
                 self.save(done, None)
 
@@ -240,7 +290,8 @@ class Loop:
 
     def leave(self, done: int) -> None:
         """Saves after a signal, and says so."""
-        check_finite(done, self.state.params, self.run)
+        self.read()
+        check_finite(done, float(NORM(self.state.params)), self.run)
         with self.telemetry.aside(done):
             self.save(done, None)
             self.run.saver.wait()
@@ -300,18 +351,17 @@ def open_batches(config: Config, task: Task, mesh: Mesh, source: Source, start: 
     )
 
 
-def check_finite(done: int, params: Any, run: Run) -> None:
+def check_finite(done: int, norm: float, run: Run) -> None:
     """Ends a run whose weights are broken, before it scores or saves what cannot recover.
 
     Args:
       done: Steps done.
-      params: Weights after them.
+      norm: Of the weights after them.
       run: Its folder, whose checkpoints stay as they are.
 
     Raises:
       UserError: A weight is NaN or infinite.
     """
-    norm = float(NORM(params))
     if not math.isfinite(norm):
         run.saver.settle()
         kept = run.checkpoints.all()

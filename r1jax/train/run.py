@@ -177,10 +177,12 @@ def restore_or_init(
     run.watch.enter("reading the checkpoint")
     abstract = jax.eval_shape(lambda: init_state(config, model, task, batch))
     where = shard_tree(mesh, abstract)
-    step, said = from_first(lambda: _choose(config, run, source, task.pipeline))
+    with run.watch.left_to_another(not is_first()):  # process 0 alone sums up the files
+        step, said = from_first(lambda: _choose(config, run, source, task.pipeline))
+        if step is not None:
+            newest = run.checkpoints.at(step)
+            state = newest.restore(abstract_like(abstract, where), run.watch.beat)
     if step is not None:
-        newest = run.checkpoints.at(step)
-        state = newest.restore(abstract_like(abstract, where))
         if step < config.train.steps:  # else there is nothing to be done, and the folder stays as it is
             _begin(config, run, source, task.pipeline, step, str(newest.path))
         return state, said
@@ -203,7 +205,7 @@ def _choose(config: Config, run: Run, source: Source, pipeline: Pipeline) -> tup
     Raises:
       UserError: As `restore_or_init`.
     """
-    sound, damaged = run.checkpoints.verify()
+    sound, damaged = run.checkpoints.verify(run.watch.beat)
     if damaged and not sound:
         raise UserError(
             f"{damaged[0][1]}; none of the {len(damaged)} in {run.workdir} is sound: delete them to start anew"

@@ -7,6 +7,8 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -36,6 +38,7 @@ class Watch:
         self.workdir, self.history, self.timeout = workdir, history, timeout
         self.step, self.phase = 0, "start"
         self._beats, self._at, self._written, self._complained = 0, time.time(), -1, False
+        self._waits = False
         self._tick = min(TICK_S, timeout / 4) if timeout else TICK_S
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
@@ -58,6 +61,20 @@ class Watch:
         self._at = time.time()
         self._beats += 1
 
+    @contextmanager
+    def left_to_another(self, waits: bool) -> Iterator[None]:
+        """Lets the training wait inside for as long as another process does something, which has a watch of its own.
+
+        Args:
+          waits: Whether this process does; otherwise nothing changes.
+        """
+        self._waits = waits
+        try:
+            yield
+        finally:
+            self._waits = False
+            self.beat()
+
     def close(self) -> None:
         """Ends the thread; the last heartbeat stays."""
         self._closing.set()
@@ -69,7 +86,7 @@ class Watch:
         seen, idle, last = self._beats, 0.0, time.monotonic()
         while not self._closing.wait(self._tick):
             now = time.monotonic()
-            if self._beats != seen:
+            if self._beats != seen or self._waits:
                 seen, idle = self._beats, 0.0
             else:
                 idle += min(now - last, 2 * self._tick)

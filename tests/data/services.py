@@ -123,6 +123,14 @@ def connects(port: int) -> bool:
         return False
 
 
+@pytest.fixture
+def patient(monkeypatch) -> None:
+    """A server that is well may take its time, on a machine that others use."""
+    monkeypatch.setattr("r1jax.data.cache_redis.TIMEOUT_S", 20.0)
+    monkeypatch.setattr("r1jax.data.cache_redis.DEADLINE_S", 60.0)
+    monkeypatch.setattr("r1jax.data.tiered.LEASE_WAIT_S", 20.0)
+
+
 @pytest.fixture(scope="session")
 def redis_server(tmp_path_factory) -> Iterator[RedisServer]:
     """One Redis server for all tests that leave it running; those that kill it call `start_redis` themselves."""

@@ -68,7 +68,7 @@ tier = LmdbTier(sys.argv[1], 2**22, 60.0)
 with tier._writing() as environment, environment.begin(write=True) as writer:
     writer.put(b"half", b"written")
     print("holding", flush=True)
-    time.sleep(60)
+    time.sleep(600)
 """
 
 
@@ -89,7 +89,7 @@ def test_a_writer_that_was_stopped_or_killed_holds_nobody_up(tmp_path, end):
             else:
                 writer.wait()
                 tier.put_many({b"b": b"2"})
-            assert time.monotonic() - start < 5.0
+            assert time.monotonic() - start < 120  # it would hold it for ten minutes
             assert tier.get_many([b"a", b"half"]) == [b"1", None]
         finally:
             writer.kill()

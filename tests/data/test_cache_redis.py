@@ -17,7 +17,7 @@ VALUES = {f"key {i}".encode(): bytes([i]) * i * 100 for i in range(1, 151)}
 
 
 @pytest.fixture(params=["fake", "real", "socket"])
-def tier(request):
+def tier(patient, request):
     """A tier on an empty server."""
     if request.param == "fake":
         tier = RedisTier("redis://nobody:1", ttl_s=100.0)
@@ -40,7 +40,7 @@ def test_values_come_back_in_the_order_of_the_keys(tier):
 def test_values_expire_at_spread_times(tier):
     tier.put_many(VALUES)
     left = [tier.client().pttl(key) / 1000 for key in VALUES]
-    assert all(89.0 < seconds <= 110.0 for seconds in left)
+    assert all(30.0 < seconds <= 110.0 for seconds in left)
     assert max(left) - min(left) > 15.0
 
 

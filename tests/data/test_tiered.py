@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
-def redis_url(redis_server):
+def redis_url(patient, redis_server):
     """An empty server."""
     with RedisTier(redis_server.url, 1.0).client() as client:
         client.flushall()

@@ -1,7 +1,6 @@
 """How a process finds the others and how it leaves: what srun, mpirun and Kubernetes set, and what is said."""
 
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -89,10 +88,8 @@ def test_visible_gpus(monkeypatch):
 
 
 def run(folder, processes, *flags):
-    """Runs together.py, and says how long it took besides."""
-    began = time.monotonic()
-    codes, errors = finish(start(folder, SCRIPT, processes, 1, "--folder", folder / "checkpoints", *flags), folder)
-    return codes, errors, time.monotonic() - began
+    """Runs together.py."""
+    return finish(start(folder, SCRIPT, processes, 1, "--folder", folder / "checkpoints", *flags), folder)
 
 
 @pytest.mark.slow
@@ -102,7 +99,7 @@ def test_a_process_that_is_frozen_ends_the_others(tmp_path):
         tmp_path, SCRIPT, 2, 1, "--ends", 1, "--signal", int(signal.SIGSTOP), "--launch.heartbeat_timeout", 4
     )
     try:
-        assert processes[0].wait(timeout=60) == LOST
+        assert processes[0].wait(timeout=150) == LOST
     finally:
         finish([process for process in processes if not process.kill()], tmp_path)
     said = (tmp_path / "err.0").read_text()
@@ -111,14 +108,15 @@ def test_a_process_that_is_frozen_ends_the_others(tmp_path):
 
 @pytest.mark.slow
 def test_the_others_end_with_process_0(tmp_path):
-    codes, errors, seconds = run(tmp_path, 2, "--ends", 0)
-    assert codes == [-signal.SIGKILL, LOST] and seconds < 60
+    """At once: heartbeats would be missed only after the test has given up."""
+    codes, errors = run(tmp_path, 2, "--ends", 0, "--launch.heartbeat_timeout", 600)
+    assert codes == [-signal.SIGKILL, LOST]
     assert "process 1 of 2: " in errors[1] and "the same command goes on from there" in errors[1]
 
 
 @pytest.mark.slow
 def test_a_mistake_that_all_meet(tmp_path):
-    codes, errors, _ = run(tmp_path, 2, "--mistaken", "no such folder")
+    codes, errors = run(tmp_path, 2, "--mistaken", "no such folder")
     assert codes == [2, 2]
     assert errors[0].splitlines()[-1] == "error: no such folder"
     assert errors[1].splitlines()[-1] == "process 1: error: no such folder"
@@ -127,6 +125,6 @@ def test_a_mistake_that_all_meet(tmp_path):
 @pytest.mark.slow
 def test_a_coordinator_that_is_not_there(tmp_path):
     flags = ("--launch.coordinator", "localhost:9", "--launch.processes", 2, "--launch.process", 1)
-    codes, errors, _ = run(tmp_path, 1, *flags, "--launch.connect_timeout", 1)
+    codes, errors = run(tmp_path, 1, *flags, "--launch.connect_timeout", 1)
     assert codes == [2]
     assert "error: process 1 of 2: no agreement with the coordinator (localhost:9) within" in errors[0]

@@ -62,6 +62,14 @@ def test_all_agree(two, four):
 
 
 @pytest.mark.slow
+def test_a_kernel_that_fails_in_one_process_is_used_in_none(two, four):
+    for found in (two, four):
+        for i, of in enumerate(found):
+            here, elsewhere = "its values and gradients diff", "it failed in another process "
+            assert of["kernels"] == [[True], [False, here if i == 1 else elsewhere]]
+
+
+@pytest.mark.slow
 def test_each_reads_its_share(two, four):
     for found, rows in ((two, 8), (four, 4)):
         for of in found:

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from r1jax.cli import load_arguments
 from r1jax.config import Config, LaunchConfig, MeshConfig
 from r1jax.errors import UserError
+from r1jax.ops.self_test import agrees
 from r1jax.parallel.agree import Vote, from_first, place_share, place_whole, share_of
 from r1jax.parallel.launch import launched
 from r1jax.parallel.mesh import make_mesh, shard_tree
@@ -60,6 +62,18 @@ def caught(find) -> list[str]:
         return [type(error).__name__, str(error)]
 
 
+def kernels() -> list[list[object]]:
+    """Whether kernels are used here: one that is right everywhere, and one that is wrong in process 1 alone."""
+    wrong = 2.0 if jax.process_index() == 1 else 1.0
+    found = []
+    for factor in (1.0, wrong):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            used = agrees("it", lambda x, f=factor: f * x @ x.T, lambda x: x @ x.T, [np.ones((2, 3), np.float32)])
+        found.append([used, *(str(warning.message).rpartition("slower: ")[2][:29] for warning in told)])
+    return found
+
+
 def main(arguments: Arguments) -> None:
     if arguments.mistaken:
         time.sleep(2 * jax.process_index())
@@ -73,6 +87,7 @@ def main(arguments: Arguments) -> None:
     index, count = jax.process_index(), jax.process_count()
     found = {"place": [index, count, jax.device_count()]}
     found["said"] = [caught(lambda: ["of", index]), caught(refused), caught(full)]
+    found["kernels"] = kernels()
     vote = Vote(mesh)
     found["votes"] = [vote.cast(15 if (step, index) == (1, count - 1) else 0) for step in range(6)]
     part, parts = share_of(mesh, 16)

@@ -6,6 +6,7 @@ import statistics
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -41,8 +42,8 @@ def test_losses_are_those_of_accepted_steps_up_to_the_checkpoint(tmp_path):
     rows += [{"step": 3, "loss": 2.0}, {"step": 4, "loss": 1.0}]
     text = "".join(json.dumps(row) + "\n" for row in rows) + '{"step": 5, "lo'
     (tmp_path / "metrics.jsonl").write_text(text)
-    assert logged_losses(tmp_path, 3) == [3.0, 2.0]
-    assert logged_losses(tmp_path / "none", 3) == []
+    assert list(logged_losses(tmp_path, 3).items()) == [(1, 3.0), (3, 2.0)]
+    assert logged_losses(tmp_path / "none", 3) == {}
 
 
 def test_jumps_are_kept_and_bounded(tmp_path):
@@ -82,14 +83,29 @@ def test_whoever_goes_back_reads_on_from_the_last_batch(places):
             assert batch_after(step, read_jumps(Path(folder))) == unread
 
 
-def test_a_restart_finds_the_limit_that_the_run_had(tmp_path):
-    """Also where logged steps were refused, or a loss was no number and so is not in its row."""
-    guarded, rows = Guard(tmp_path, 10.0, 0), []
-    for step in range(1, 60):
-        loss = math.inf if step % 7 == 0 else 3 / step
-        figures = {"loss": loss, "refused": float(step % 5 == 0)}
-        guarded.log(figures)
-        rows.append({"step": step} | {k: v for k, v in figures.items() if math.isfinite(v)})
-        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        assert Guard(tmp_path, 10.0, step).limit == guarded.limit
-    assert math.isfinite(guarded.limit)
+@pytest.mark.parametrize("every", [1, 2, 5])
+def test_a_restart_finds_the_limits_that_the_run_had(tmp_path, every):
+    """Whether a row is read at once or after the next step has begun, and also where logged steps were refused, or a
+    loss was no number and so is not in its row."""
+    guarded, unread, limits, entered, lines = Guard(tmp_path, 10.0, 0), None, {}, {}, []
+    for step in range(1, 60 * every):
+        limits[step] = guarded.limit(step)
+        known = [loss for at, loss in entered.items() if at <= step - 2]
+        assert limits[step] == np.float32(loss_limit(known, 10.0))
+        if unread is not None:
+            guarded.log(*unread)
+        unread = None
+        if step % every == 0:
+            figures = {"loss": math.inf if step % 7 == 0 else 3 / step, "refused": float(step % 11 == 0)}
+            lines.append(json.dumps({"step": step} | {k: v for k, v in figures.items() if math.isfinite(v)}))
+            if step % 7 and step % 11:
+                entered[step] = figures["loss"]
+            unread = (step, figures)
+            if step % 3 == 0:  # it is saved, and read before
+                guarded.log(*unread)
+                unread = None
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    for start in range(len(limits) - 2):
+        again = Guard(tmp_path, 10.0, start)
+        assert [again.limit(start + 1), again.limit(start + 2)] == [limits[start + 1], limits[start + 2]]
+    assert math.isfinite(limits[len(limits)])

@@ -11,8 +11,9 @@ import pytest
 
 from r1jax.config import Config
 from r1jax.errors import UserError
+from r1jax.telemetry import Telemetry
 from r1jax.train.checkpoints import CheckpointFolder
-from r1jax.train.loop import check_finite, served
+from r1jax.train.loop import NORM, check_finite, served
 from r1jax.train.run import open_run
 from tests.train.experiment import CLOCK, Interrupted, make_experiment
 
@@ -44,6 +45,24 @@ def test_rows_and_checkpoints_of_a_run(undisturbed):
     assert {"figures", "operating_points", "score"} <= set(meta["validation"])
     last = written[-1]
     assert meta["validation"]["figures"]["both"]["auc.malignancy"] == last["validation.both.auc.malignancy"]
+
+
+def test_a_row_is_read_once_the_next_step_is_on_its_way(tiny, tmp_path, monkeypatch):
+    """But before the state of its step is saved or scored."""
+    begun, read, log = [], {}, Telemetry.log
+
+    def step(state, batch, limit):
+        begun.append(None)
+        return tiny.step(state, batch, limit)
+
+    def row(self, done, figures):
+        if "loss" in figures:
+            read[done] = len(begun)
+        log(self, done, figures)
+
+    monkeypatch.setattr(Telemetry, "log", row)
+    tiny.train(tmp_path, step=step)
+    assert read == {done: done if done % 3 == 0 else done + 1 for done in range(1, 25)}
 
 
 def test_average_is_served(tiny):
@@ -138,10 +157,10 @@ def test_divergence_is_not_saved_on_a_signal(tiny, tmp_path):
 
 def test_large_numbers_are_no_divergence(tmp_path):
     with open_run(Config(workdir=str(tmp_path))) as run:
-        check_finite(1, {"weight": jnp.full((4,), 1e6)}, run)
+        check_finite(1, float(NORM({"weight": jnp.full((4,), 1e6)})), run)
         for value in (np.nan, np.inf, -np.inf):
             with pytest.raises(UserError):
-                check_finite(1, {"weight": jnp.asarray([1.0, value])}, run)
+                check_finite(1, float(NORM({"weight": jnp.asarray([1.0, value])})), run)
 
 
 def test_failed_save_keeps_the_earlier_ones(tiny, tmp_path, monkeypatch):

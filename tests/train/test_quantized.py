@@ -76,7 +76,7 @@ def test_a_run_begins_in_floats_and_rounds_from_its_start():
     batch, state = run.batches(1)[0], run.init()
 
     @functools.partial(jax.jit, static_argnums=0)
-    def loss(quant, step):
+    def loss(quant, step, batch):
         model = run.model.clone(config=replace(run.config.model, quant=quant))
         inputs, targets = run.task.prepare(batch)
         output = model.apply({"params": run.fresh.params}, inputs, language=True)
@@ -85,8 +85,8 @@ def test_a_run_begins_in_floats_and_rounds_from_its_start():
     for step, quant in ((0, ()), (4, ("int8",))):
         share = jnp.float32(step)
         state, metrics = run.step(run.init()._replace(step=jnp.asarray(step, jnp.int32)), batch, NO_LIMIT)
-        np.testing.assert_allclose(metrics["loss"], loss(quant, share), rtol=1e-6)
-        assert abs(float(metrics["loss"] - loss(("int8",) if step == 0 else (), share))) > 1e-5
+        np.testing.assert_allclose(metrics["loss"], loss(quant, share, batch), rtol=1e-6)
+        assert abs(float(metrics["loss"] - loss(("int8",) if step == 0 else (), share, batch))) > 1e-5
     pairs = zip(jax.tree_util.tree_leaves_with_path(run.fresh.params), jax.tree.leaves(state.params), strict=True)
     still = [jax.tree_util.keystr(path) for (path, old), new in pairs if np.array_equal(old, new)]
     assert not [name for name in still if "bias" not in name], "no gradient passed the rounding to these weights"

@@ -3,6 +3,7 @@ import os
 import shutil
 import signal
 from dataclasses import replace
+from itertools import pairwise
 
 import jax
 import numpy as np
@@ -11,8 +12,10 @@ import pytest
 from r1jax.config import Config
 from r1jax.data.source import Source
 from r1jax.errors import UserError
+from r1jax.train import checkpoints
 from r1jax.train.checkpoints import Checkpoint
 from r1jax.train.run import describe, open_run, restore_or_init
+from r1jax.train.watch import Watch
 
 
 @pytest.fixture
@@ -48,6 +51,17 @@ def test_goes_on_from_the_newest(tiny, workdir):
     state, said = restore(tiny, workdir)
     assert said == [f"goes on from {workdir / 'checkpoints' / '00000015'}"]
     assert int(state.step) == 15
+
+
+def test_each_file_that_is_summed_up_at_a_start_is_progress(tiny, workdir, monkeypatch):
+    files = sum(len(json.loads(path.read_text())) for path in workdir.glob("checkpoints/*/manifest.json"))
+    newest = len(json.loads((workdir / "checkpoints/00000015/manifest.json").read_text()))
+    order, summed, beat = [], checkpoints.sha256, Watch.beat
+    monkeypatch.setattr(checkpoints, "sha256", lambda path: order.append("file") or summed(path))
+    monkeypatch.setattr(Watch, "beat", lambda watch: order.append("beat") or beat(watch))
+    restore(tiny, workdir)
+    assert order.count("file") == files + newest > 20
+    assert all(after == "beat" for before, after in pairwise(order) if before == "file")
 
 
 def test_finished_state_is_read_back(tiny, undisturbed, tmp_path):

@@ -2,8 +2,11 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 
 from r1jax.train import watch as module
 from r1jax.train.history import History, read_history
@@ -13,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 HANG = """
 import sys, threading
 from pathlib import Path
+from r1jax.train import watch as module
 from r1jax.train.history import History
 from r1jax.train.watch import Watch
 
@@ -21,18 +25,12 @@ def a_read_that_blocks():
 
 history = History(Path(sys.argv[1]))
 history.start(step=0)
-watch = Watch(Path(sys.argv[1]), history, 0.4)
+module.TICK_S = 0.1
+watch = Watch(Path(sys.argv[1]), history, 3600.0)
 watch.enter("waiting for data", 7)
+watch.timeout = 0.4
 a_read_that_blocks()
 """
-
-
-def wait_for(holds):
-    for _ in range(500):
-        if holds():
-            return
-        time.sleep(0.02)
-    raise AssertionError("it never came")
 
 
 def opened(tmp_path, monkeypatch, timeout):
@@ -56,47 +54,90 @@ def test_a_hang_ends_the_process_with_its_stacks(tmp_path):
     assert (last["event"], last["step"], last["phase"]) == ("hung", 7, "waiting for data")
 
 
-def test_a_jump_of_the_wall_clock_is_no_hang(tmp_path, monkeypatch):
-    watch, ended = opened(tmp_path, monkeypatch, 3600.0)
-    now = time.time()
-    for jump in (10**7, -(10**7)):
-        monkeypatch.setattr(time, "time", lambda jump=jump: now + jump)
-        watch.enter("step", abs(jump))
-        written = tmp_path / HEARTBEAT
-        wait_for(lambda f=written, at=now + jump: f.exists() and json.loads(f.read_text())["time"] == at)
-        time.sleep(0.1)
+def ticks(tmp_path, monkeypatch, timeout, each, count):
+    """Has a watch look so many times, a tick of a clock apart; `each(watch, clock, number)` comes before every look.
+
+    Returns:
+      The looks at which it ended the process, had nobody kept it from that.
+    """
+    clock, ended, numbers = [0.0], [], iter(range(count))
+    ready, over = threading.Event(), threading.Event()
+
+    class Looks:
+        def wait(self, tick):
+            ready.wait()
+            self.now = next(numbers, None)
+            if self.now is None:
+                over.set()
+                return True
+            clock[0] += tick
+            each(watch, clock, self.now)
+            return False
+
+        def set(self):
+            pass
+
+    looks = Looks()
+    monkeypatch.setattr(module, "threading", SimpleNamespace(Event=lambda: looks, Thread=threading.Thread))
+    monkeypatch.setattr(os, "_exit", lambda _: ended.append(looks.now))
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    history = History(tmp_path)
+    history.start(step=0)
+    watch = Watch(tmp_path, history, timeout)
+    ready.set()
+    assert over.wait(60)
     watch.close()
-    assert ended == []
+    return ended
+
+
+def test_without_progress_it_ends_after_the_time_that_was_given(tmp_path, monkeypatch):
+    assert ticks(tmp_path, monkeypatch, 100.0, lambda *_: None, 100)[0] == 99  # a tick is a second
+
+
+def test_a_jump_of_the_wall_clock_is_no_hang(tmp_path, monkeypatch):
+    real, written = time.time(), []
+
+    def jumps(watch, _, now):
+        if now in (20, 40):
+            monkeypatch.setattr(time, "time", lambda: real + (10**7 if now == 20 else -(10**7)))
+            watch.beat()
+        if now in (22, 42):
+            written.append(json.loads((tmp_path / HEARTBEAT).read_text())["time"] - real)
+
+    assert ticks(tmp_path, monkeypatch, 30.0, jumps, 60) == []
+    assert written == [10**7, -(10**7)]
 
 
 def test_a_suspended_process_is_no_hang(tmp_path, monkeypatch):
-    clock = [0.0]
-    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    watch, ended = opened(tmp_path, monkeypatch, 100.0)
-    time.sleep(0.1)
-    clock[0] += 10**6  # as if it had slept for days, in one tick
-    time.sleep(0.2)
-    watch.close()
-    assert ended == []
+    def sleeps_for_days(_, clock, now):
+        clock[0] += 10**6 if now == 10 else 0.0
+
+    assert ticks(tmp_path, monkeypatch, 100.0, sleeps_for_days, 90) == []
 
 
 def test_progress_of_any_kind_puts_the_end_off(tmp_path, monkeypatch):
-    watch, ended = opened(tmp_path, monkeypatch, 2.0)
-    began = time.monotonic()
-    while time.monotonic() - began < 3:
-        watch.beat()
-        time.sleep(0.01)
-    assert ended == []
-    wait_for(lambda: ended)
-    watch.close()
-    assert ended[0] == HUNG
+    def beats(watch, _, now):
+        if now == 7:
+            watch.beat()
+        if now == 14:
+            watch.enter("step", 3)
+
+    assert ticks(tmp_path, monkeypatch, 8.0, beats, 23)[0] == 14 + 8
+
+
+def test_what_another_process_does_may_take_its_time(tmp_path, monkeypatch):
+    def reads(watch, _, now):
+        if now == 5:
+            waiting.enter_context(watch.left_to_another(True))
+        if now == 40:
+            waiting.close()
+
+    with ExitStack() as waiting:
+        assert ticks(tmp_path, monkeypatch, 8.0, reads, 60)[0] == 40 + 8
 
 
 def test_zero_lets_a_run_wait(tmp_path, monkeypatch):
-    watch, ended = opened(tmp_path, monkeypatch, 0.0)
-    time.sleep(0.3)
-    watch.close()
-    assert ended == []
+    assert ticks(tmp_path, monkeypatch, 0.0, lambda *_: None, 10**5) == []
 
 
 def test_the_last_heartbeat_says_where_the_run_was(tmp_path, monkeypatch):
@@ -121,7 +162,7 @@ def test_a_heartbeat_that_cannot_be_written_is_said_once(tmp_path, monkeypatch, 
     watch.workdir = tmp_path / "gone"
     for step in range(5):
         watch.enter("step", step)
-        time.sleep(0.05)
+        watch._write()
     watch.close()
     assert capsys.readouterr().err.count("no heartbeat") == 1
 
