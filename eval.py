@@ -10,20 +10,24 @@ from r1jax.errors import run_main
 from r1jax.models.r1 import R1
 from r1jax.parallel.mesh import make_mesh
 from r1jax.parallel.platform import start_platform
-from r1jax.serve.evaluate import Evaluation, closing_lines, measure, restore_served, scoring_config, write_results
+from r1jax.serve.evaluate import Evaluation, restore_served, scoring_config
+from r1jax.serve.finance import score_transactions
 from r1jax.serve.language import score_text
+from r1jax.serve.medical import score_cases
 from r1jax.serve.result_folder import result_folder
-from r1jax.serve.scored import score
 from r1jax.tasks.catalog import TASKS
 from r1jax.train.checkpoints import find_checkpoint
 from r1jax.train.evaluation import Evaluator
 
+RESULTS = {"medical": score_cases, "language": score_text, "finance": score_transactions}
+"""What scores a source and writes its results, by the name of the task."""
 HELP = """\
 Scores a checkpoint: metrics.json, one HTML page and a structured report of every case.
 
 Examples:
   python eval.py --checkpoint runs/medical
   python eval.py --checkpoint runs/medical --data.path my_cases --data.split all --output my_results
+  python eval.py --checkpoint runs/finance --data.path later.parquet --alerts-per-day 50
   python eval.py --checkpoint runs/v2-lite --data.path my_texts     # what `r1jax hf import` has written
 """
 
@@ -46,13 +50,8 @@ def main(arguments: list[str]) -> int:
     with result_folder(run.output) as folder:
         params = restore_served(checkpoint, config, model, task, mesh, source)
         evaluator = Evaluator(model, task, mesh)
-        if config.task.name == "language":
-            print(score_text(run, evaluator, params, source, folder))
-            return 0
-        scored = score(evaluator, task, params, source, checkpoint.meta()["validation"], asked.batch_size)
-        metrics = measure(run, scored)
-        write_results(run, scored, metrics, params, folder)
-    print(closing_lines(run, metrics))
+        told = RESULTS[config.task.name](run, evaluator, params, source, folder)
+    print(told)
     return 0
 
 

@@ -20,6 +20,7 @@ COMMANDS = {
     "data info": Command("r1jax.serve.data_command", "info", "describes Parquet files below a path or URL"),
     "data stats": Command("r1jax.serve.cache_stats", "stats_command", "what a cache of rows holds, and its hits"),
     "data verify": Command("r1jax.serve.data_command", "verify", "compares Parquet files with their checksums"),
+    "export": Command("r1jax.serve.export_command", "export", "checkpoint -> a model that runs without r1jax"),
     "generate": Command(
         "r1jax.serve.generate_command", "generate", "text from a checkpoint, Hugging Face's or r1jax's"
     ),
@@ -27,6 +28,7 @@ COMMANDS = {
     "hf export": Command("r1jax.serve.huggingface", "export_folder", "r1jax checkpoint -> Hugging Face checkpoint"),
     "hf logits": Command("r1jax.serve.huggingface", "write_logits", "next-token logits of a Hugging Face checkpoint"),
     "hf verify": Command("r1jax.serve.huggingface", "verify_folder", "compares a checkpoint with its reference"),
+    "monitor": Command("r1jax.serve.monitor", "monitor", "how far a later period has drifted from an evaluated one"),
     "runs list": Command("r1jax.serve.runs_command", "list_runs", "all runs below a folder, and how they stand"),
     "runs compare": Command("r1jax.serve.runs_command", "compare_runs", "where runs differ, and their curves"),
 }

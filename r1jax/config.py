@@ -16,7 +16,7 @@ Share = Annotated[float, Bounds("of at least 0 and below 1", 0.0, 1.0)]
 
 Fraction = Annotated[float, Bounds("from 0 to 1", 0.0, math.nextafter(1.0, 2.0))]
 
-Modality = Literal["volume", "image", "table", "text"]
+Modality = Literal["volume", "image", "table", "text", "series"]
 Platform = Literal["auto", "cpu", "cuda"]
 Split = Literal["train", "val", "test", "all"]
 
@@ -98,6 +98,19 @@ class TableConfig:
 
 
 @dataclass(frozen=True)
+class SeriesConfig:
+    """Bidirectional encoder of streams of events, such as the last payments of a customer."""
+
+    layers: Natural = 1
+    """Transformer layers over the events of a stream."""
+    bins: Count = 16
+    """Pieces of the piecewise-linear features of each number."""
+    tokens: Count = 4
+    """Tokens of the decoder that a stream is pooled to, beside that of its last event."""
+    num_attention_heads: Count = 4
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Encoders, decoder and dropout; heads and field counts come from the task."""
 
@@ -106,6 +119,7 @@ class ModelConfig:
     volume: VisionConfig = field(default_factory=VisionConfig)
     image: VisionConfig = field(default_factory=lambda: VisionConfig(size=(48, 48)))
     table: TableConfig = field(default_factory=TableConfig)
+    series: SeriesConfig = field(default_factory=SeriesConfig)
     text_tokens: Count = 96
     """Longest text in tokens; longer text is cut."""
     dropout: Share = 0.1
@@ -124,10 +138,56 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class AlertConfig:
+    """What becomes of a scored transaction (docs/finance_evaluation.md); thresholds are set on validation."""
+
+    per_day: Positive = 100.0
+    """Alerts a day that investigators can look at: the highest scores are to be reviewed."""
+    false_positive_rate: Fraction | None = None
+    """Review what keeps this false positive rate instead of a number of alerts."""
+    step_up_per_day: Positive = 500.0
+    """Transactions a day, alerts included, that may be asked for a second factor; at least `per_day`."""
+    block_probability: Fraction = 0.9
+    """Alerts of at least this calibrated probability are recommended to be blocked."""
+    review_cost: Weight = 5.0
+    """Cost of looking at one alert, in the currency of the amounts; for the cost curve alone."""
+    calibration: Literal["isotonic", "platt"] = "isotonic"
+    """How scores become probabilities, on validation: any rising map, or a sigmoid for few frauds."""
+
+
+@dataclass(frozen=True)
+class FinanceConfig:
+    """What the finance task makes of a stream of payments (docs/finance.md)."""
+
+    label_delay_days: Positive = 7.0
+    """Days after which it is known whether a payment was fraud; no feature sees a label earlier."""
+    events: Count = 64
+    """Last payments of the customer, and as many of the terminal, that the model reads with each payment."""
+    negatives_kept: Annotated[float, Bounds("above 0 and at most 1", math.ulp(0.0), math.nextafter(1.0, 2.0))] = 0.25
+    """Share of the genuine payments to train on; probabilities are corrected for it."""
+    train: tuple[str, ...] = ()
+    """First day to learn from and the day after the last, such as 2018-05-08 2018-08-25; earlier payments are history
+    alone. None are chosen by shares of the time."""
+    val: tuple[str, ...] = ()
+    """The same of the validation."""
+    test: tuple[str, ...] = ()
+    """The same of the test."""
+    columns: tuple[str, ...] = ()
+    """WHAT=COLUMN for each column of a file that is not called as in the Fraud Detection Handbook, such as
+    time=BOOKED_AT amount=EUR; WHAT is id, time, customer, terminal, amount, fraud, text or scenario."""
+    history: str | None = None
+    """Earlier payments, of the same columns, that are only looked back at; None is those of `data.path` itself."""
+    simulated_customers: Count = 1000
+    """Of the embedded generator, and as many terminals."""
+    simulated_days: Count = 120
+    alerts: AlertConfig = field(default_factory=AlertConfig)
+
+
+@dataclass(frozen=True)
 class TaskConfig:
     """What is learned from a case, and with which weights."""
 
-    name: Literal["medical", "language"] = "medical"
+    name: Literal["medical", "language", "finance"] = "medical"
     fields: tuple[str, ...] = ()
     """Findings to learn; empty means every field of the task's schema."""
     label_smoothing: Share = 0.02
@@ -149,6 +209,7 @@ class TaskConfig:
     """Factor of the squared log normaliser in the language task, which keeps its logits from drifting."""
     balance_weight: Weight = 1e-4
     """Weight of the sequence-wise balance loss (DeepSeek-V3, equation 17)."""
+    finance: FinanceConfig = field(default_factory=FinanceConfig)
 
 
 @dataclass(frozen=True)
@@ -286,12 +347,21 @@ class MeshConfig:
     expert: Devices = 1
     """Devices that divide the experts, and the cases outside them."""
     pipe: Devices = 1
-    """Devices that divide the layers."""
+    """Devices that divide the layers, and the cases outside them."""
     sequence: Devices = 1
     """Devices that divide the length of the decoder's sequence."""
     expert_capacity: Positive = 2.0
     """Rows that a device sends another for its experts at once, as a multiple of the even share; what is more follows
     in further rounds, and nothing is dropped."""
+    microbatches: Count | None = None
+    """Parts of a batch that go through the layers one after another where `pipe` divides them, a multiple of it; None
+    is four times `pipe`, or what divides the batch."""
+    interleave: Count = 1
+    """Runs of layers that each device of `pipe` has: more of them shorten the time at both ends in which some devices
+    are idle, and send more."""
+    overlap: bool = False
+    """Whether results travel while the next microbatch is computed: no device waits for them, but each microbatch takes
+    twice the turns from one to the next."""
 
 
 @dataclass(frozen=True)
@@ -379,6 +449,10 @@ class EvalArguments:
     """Cases drawn on the HTML page."""
     language: Literal["en", "zh"] = "en"
     """Language of the structured reports' texts."""
+    alerts_per_day: Positive | None = None
+    """Alerts a day, of the finance task; none takes the checkpoint's `task.finance.alerts`."""
+    reasons: Natural = 200
+    """Alerts, the highest scores first, whose reasons are computed; each takes the time of about 200 scores."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from r1jax.config import (
     LaunchConfig,
     MeshConfig,
     ModelConfig,
+    SeriesConfig,
     TableConfig,
     VisionConfig,
     from_dict,
@@ -66,6 +67,8 @@ def _relations(config: Config) -> Iterator[tuple[bool, str, str]]:
     yield train.schedule != "step" or late, "train.milestones", rule
     yield all(map(_is_rule, train.rules)), "train.rules", "a list of PATTERN=RATE or PATTERN=RATE:DECAY"
     yield from _mesh_relations(config.mesh)
+    known = "auto" not in (size, parts) or config.mesh.microbatches is None
+    yield known, "mesh.microbatches", "None where train.batch_size or train.accumulation is auto"
     yield from _launch_relations(config.launch)
 
 
@@ -77,7 +80,9 @@ def _mesh_relations(mesh: MeshConfig) -> Iterator[tuple[bool, str, str]]:
     free = [name for name in axes if getattr(mesh, name) == -1]
     if len(free) > 1:
         yield False, f"mesh.{free[1]}", f"a number of devices: mesh.{free[0]} takes what is left, and only one axis can"
-    yield mesh.pipe == 1, "mesh.pipe", "1: layers cannot be divided among devices yet"
+    for name, usual in (("interleave", 1), ("microbatches", None), ("overlap", False)):
+        rule = f"{usual}, as mesh.pipe is 1 and no layers are divided"
+        yield mesh.pipe != 1 or getattr(mesh, name) == usual, f"mesh.{name}", rule
 
 
 def _launch_relations(launch: LaunchConfig) -> Iterator[tuple[bool, str, str]]:
@@ -204,7 +209,17 @@ def _task_relations(config: Config) -> Iterator[tuple[bool, str, str]]:
     kinds = config.model.modalities
     if config.task.name == "medical":
         yield bool(set(kinds) - {"text"}), "model.modalities", "at least one modality besides text"
+        yield "series" not in kinds, "model.modalities", "without series, which the medical task has none of"
         yield config.data.tokenizer is None, "data.tokenizer", "None: the medical task reads text as bytes"
+    elif config.task.name == "finance":
+        yield "series" in kinds, "model.modalities", "a list with series for the finance task"
+        yield set(kinds) <= {"series", "table", "text"}, "model.modalities", "of series, table and text for that task"
+        yield config.data.tokenizer is None, "data.tokenizer", "None: the finance task reads text as bytes"
+        yield not config.data.mix, "data.mix", "empty for the finance task: give one stream in the order of time"
+        yield config.data.fold is None, "data.fold", "None for the finance task: its parts are periods of time"
+        alerts = config.task.finance.alerts
+        rule = f"at least task.finance.alerts.per_day ({alerts.per_day:g})"
+        yield alerts.step_up_per_day >= alerts.per_day, "task.finance.alerts.step_up_per_day", rule
     else:
         yield not config.data.mix, "data.mix", "empty for the language task: put the files into one folder"
         yield kinds == ("text",), "model.modalities", "text alone for the language task"
@@ -228,10 +243,15 @@ def _encoder_relations(model: ModelConfig) -> Iterator[tuple[bool, str, str]]:
             f"multiples of {cell}, stem_stride x 2^(stages - 1) x merge",
         )
         yield _heads(f"{group}.num_attention_heads", vision, vision.widths[-1], f"the last of {group}.widths")
-    yield _heads("model.table.num_attention_heads", model.table, model.decoder.hidden_size, "model.decoder.hidden_size")
+    for name, encoder in (("table", model.table), ("series", model.series)):
+        yield _heads(
+            f"model.{name}.num_attention_heads", encoder, model.decoder.hidden_size, "model.decoder.hidden_size"
+        )
 
 
-def _heads(name: str, encoder: VisionConfig | TableConfig, width: int, origin: str) -> tuple[bool, str, str]:
+def _heads(
+    name: str, encoder: VisionConfig | TableConfig | SeriesConfig, width: int, origin: str
+) -> tuple[bool, str, str]:
     """States that attention heads share the width evenly; without layers nothing is shared."""
     even = encoder.layers == 0 or width % encoder.num_attention_heads == 0
     return even, name, f"a divisor of {origin} ({width})"

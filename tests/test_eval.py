@@ -276,11 +276,11 @@ def test_the_part_of_the_training_folder_stays_that_of_the_config(copied, folder
 def test_a_crash_leaves_the_earlier_result_as_it_was(run, monkeypatch):
     before = contents(run / "eval")
 
-    def half(_run, _scored, _metrics, _params, folder):
+    def half(_run, _evaluator, _params, _source, folder):
         (folder / "metrics.json").write_text("half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(command, "write_results", half)
+    monkeypatch.setitem(command.RESULTS, "medical", half)
     with pytest.raises(UserError, match="No space left"):
         score("--checkpoint", run)
     assert contents(run / "eval") == before

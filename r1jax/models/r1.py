@@ -13,6 +13,7 @@ from r1jax.models.layers import Linear
 from r1jax.models.lora import Lora
 from r1jax.models.moe import RouterStats
 from r1jax.models.precision import PRECISIONS
+from r1jax.models.series import SeriesEncoder
 from r1jax.models.table import TableEncoder
 from r1jax.models.text import TextSummary
 from r1jax.models.vision import VisionEncoder
@@ -28,6 +29,10 @@ class Inputs(NamedTuple):
     image: Float[Array, "B Y X"] | None = None
     image_spacing: Float[Array, "B 2"] | None = None
     has_image: Bool[Array, " B"] | None = None
+    series: Float[Array, "B S K C"] | None = None
+    series_state: Int[Array, "B S K"] | None = None
+    series_valid: Bool[Array, "B S K"] | None = None
+    has_series: Bool[Array, " B"] | None = None
     table: Float[Array, "B F"] | None = None
     has_table: Bool[Array, " B"] | None = None
     text: Int[Array, "B T"] | None = None
@@ -83,6 +88,8 @@ class R1(nn.Module):
             self.volume = VisionEncoder(c.volume, width, self.dtype, c.dropout, c.remat)
         if "image" in c.modalities:
             self.image = VisionEncoder(c.image, width, self.dtype, c.dropout, c.remat)
+        if "series" in c.modalities:
+            self.series = SeriesEncoder(c.series, width, self.dtype, c.dropout, c.remat)
         if "table" in c.modalities:
             self.table = TableEncoder(c.table, width, self.dtype, c.dropout, c.remat)
         if not self.heads:
@@ -112,6 +119,9 @@ class R1(nn.Module):
         if inputs.image is not None:
             seen = self.image(inputs.image, inputs.image_spacing, cases=cases)
             add(seen.tokens, seen.summary, inputs.has_image)
+        if inputs.series is not None:
+            streams = self.series(inputs.series, inputs.series_state, inputs.series_valid, cases=cases)
+            add(*streams, inputs.has_series)
         if inputs.table is not None:
             add(*self.table(inputs.table, cases=cases), inputs.has_table)
         return tokens, valid, sum(summaries), where
@@ -139,7 +149,7 @@ class R1(nn.Module):
         if self.heads:
             # Queries start from the summaries: a direct way for gradients, which attention over many tokens dilutes.
             asked = gathered(self.queries.astype(tokens[0].dtype), ("queries",))[None]
-            asked = jnp.broadcast_to(asked, (len(tokens[0]), *asked.shape[1:])) + summary[:, None]
+            asked = jnp.broadcast_to(asked, (tokens[0].shape[0], *asked.shape[1:])) + summary[:, None]
             tokens, exist = [*tokens, asked], [*exist, jnp.ones(asked.shape[:2], bool)]
         x, valid = constrain(jnp.concatenate(tokens, axis=1), "batch", "length", None), jnp.concatenate(exist, axis=1)
         # Positions count what exists, so that a missing modality and padding shift nothing.

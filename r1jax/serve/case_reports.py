@@ -11,10 +11,10 @@ import numpy as np
 
 from r1jax.serve.scored import Scored
 from r1jax.serve.structured import to_json, to_xml
-from r1jax.tasks.medical.canonical import Provenance, Report
+from r1jax.tasks.envelope import Language, Provenance
+from r1jax.tasks.medical.canonical import Report
 from r1jax.tasks.medical.fhir import to_fhir
 from r1jax.tasks.medical.report import build_report
-from r1jax.tasks.medical.wording import Language
 
 CHUNK = 64
 """Cases read at once."""

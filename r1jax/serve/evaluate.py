@@ -1,9 +1,7 @@
-"""From a checkpoint to its results: metrics.json, one HTML page and a structured report of every case."""
+"""What the evaluation of any task does: the checkpoint's config and weights, and where its results come from."""
 
 import dataclasses
-import functools
 import json
-import re
 import sys
 import time
 from datetime import UTC, datetime
@@ -11,31 +9,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from r1jax import __version__
-from r1jax.config import CacheConfig, Config, EvalArguments
+from r1jax.config import CacheConfig, Config, EvalArguments, TaskConfig
 from r1jax.data.filesystem import is_remote
 from r1jax.data.folder import folder_fingerprint
-from r1jax.data.pipeline import original
 from r1jax.data.source import Source
 from r1jax.data.tokenizer_files import check_bytes, check_same
 from r1jax.errors import UserError
 from r1jax.models.r1 import R1
 from r1jax.parallel.mesh import shard_tree
-from r1jax.serve.case_reports import Reporter, write_report
-from r1jax.serve.gallery import gallery
-from r1jax.serve.page import write_page
-from r1jax.serve.page_charts import Scores
-from r1jax.serve.progress import progress
-from r1jax.serve.saliency import explained_finding, saliency_maps
-from r1jax.serve.scored import Scored, seen_in_training
-from r1jax.tasks.medical.canonical import NOT_TEXT, Provenance
-from r1jax.tasks.medical.evaluation import evaluate_modalities
-from r1jax.tasks.medical.modes import best_attainable
-from r1jax.tasks.medical.schema import FINDING
-from r1jax.tasks.medical.summary import summary_lines
+from r1jax.tasks.envelope import Provenance, one_line
 from r1jax.tasks.task import Task
 from r1jax.train.checkpoints import Checkpoint, abstract_like
 from r1jax.train.loop import served
@@ -104,7 +89,7 @@ def scoring_config(checkpoint: Checkpoint, arguments: EvalArguments) -> Config:
         )
     split = chosen.split or data.split
     if chosen.path is not None and chosen.split is None:
-        trained_here = data.path is not None and Path(data.path).resolve() == Path(chosen.path).resolve()
+        trained_here = same_path(data.path, chosen.path)
         if config.task.name == "medical" and not imported:
             trained_here |= folder_fingerprint(chosen.path) in trained_fingerprints(checkpoint.meta())
         split = data.split if trained_here else "all"
@@ -120,7 +105,50 @@ def scoring_config(checkpoint: Checkpoint, arguments: EvalArguments) -> Config:
     data = dataclasses.replace(
         data, path=path, mix=(), weights=(), split=split, tokenizer=tokenizer, cache=CacheConfig()
     )
-    return dataclasses.replace(config, data=data)
+    return dataclasses.replace(config, data=data, task=scoring_task(config, arguments))
+
+
+def scoring_task(config: Config, arguments: EvalArguments) -> TaskConfig:
+    """The task with what only its scoring is told: the budget of alerts, and earlier transactions as history.
+
+    Args:
+      config: Of the checkpoint.
+      arguments: What eval.py was told.
+
+    Returns:
+      The checkpoint's task with the given budget and, for another file of transactions, the trained one as history.
+
+    Raises:
+      UserError: A budget of alerts was given for a task that raises none.
+    """
+    task, budget, later = config.task, arguments.alerts_per_day, arguments.data.path
+    if task.name != "finance":
+        if budget is not None:
+            raise UserError(f"--alerts-per-day {budget:g}: the {task.name} task raises no alerts; leave it out")
+        return task
+    finance, trained = task.finance, config.data.path
+    if budget is not None:
+        step_up = max(budget, finance.alerts.step_up_per_day)
+        alerts = dataclasses.replace(finance.alerts, per_day=budget, step_up_per_day=step_up, false_positive_rate=None)
+        finance = dataclasses.replace(finance, alerts=alerts)
+    if later is not None and trained is not None and not same_path(later, trained):
+        if is_remote(trained) or Path(trained).exists():
+            finance = dataclasses.replace(finance, history=trained)
+        else:
+            print(
+                f"warning: {trained}, which the checkpoint was trained on, is not here: the first transactions of "
+                f"{later} have no history",
+                file=sys.stderr,
+            )
+            finance = dataclasses.replace(finance, history=None)
+    return dataclasses.replace(task, finance=finance)
+
+
+def same_path(one: str | None, other: str | None) -> bool:
+    """Whether two of `data.path` mean the same data; None is generated data."""
+    if one is None or other is None:
+        return one is other
+    return Path(one).resolve() == Path(other).resolve()
 
 
 def _tokenizer(checkpoint: Checkpoint, config: Config, given: str | None) -> str | None:
@@ -189,32 +217,6 @@ def _shapes(tree: Any) -> dict[str, list[int]]:
     }
 
 
-def measure(run: Evaluation, scored: Scored) -> dict[str, Any]:
-    """Every figure of every finding and mode, and where all of it comes from.
-
-    Args:
-      run: What is evaluated.
-      scored: Predictions.
-
-    Returns:
-      What `evaluate_modalities` gives, after "provenance" and "warnings"; JSON as it stands.
-    """
-    made, source = run.checkpoint.meta(), scored.source
-    thresholds = {
-        mode: {name: point.threshold for name, point in points.items()} for mode, points in scored.frozen.items()
-    }
-    figures = evaluate_modalities(
-        scored.predicted,
-        scored.targets,
-        operating_points=thresholds,
-        ceilings=best_attainable(source),
-        groups=scored.groups,
-        resamples=run.arguments.resamples,
-    )
-    seen = seen_in_training(source, run.task, trained_fingerprints(made))
-    return {"provenance": origin(run, source, seen), "warnings": _warnings(run, scored, seen), **figures}
-
-
 def origin(run: Evaluation, source: Source, seen: int | None) -> dict[str, Any]:
     """Where a result comes from.
 
@@ -253,41 +255,6 @@ def origin(run: Evaluation, source: Source, seen: int | None) -> dict[str, Any]:
     }
 
 
-def write_results(run: Evaluation, scored: Scored, metrics: dict[str, Any], params: Any, folder: Path) -> None:
-    """Writes the reports, the page and, last, metrics.json.
-
-    Args:
-      run: What is evaluated.
-      scored: Predictions.
-      metrics: From `measure`.
-      params: Weights, for the saliency.
-      folder: Where to; it must exist.
-
-    Raises:
-      UserError: A case cannot be reported; names it.
-    """
-    reporter = _reporter(run, scored, metrics)
-    (folder / "reports").mkdir()
-    with progress("reports", len(scored.ids)) as steps:
-        for report in reporter.reports():
-            write_report(folder / "reports", report)
-            steps.advance()
-    explained = explained_finding(run.task.fields)
-    maps = functools.partial(saliency_maps, run.model, run.task, run.mesh, params, scored.source)
-    write_page(
-        folder / "index.html",
-        title=f"{run.config.name}: {scored.source.name}",
-        metrics=metrics,
-        curves=_curves(scored),
-        pictures=gallery(reporter, run.arguments.pictures, explained, maps),
-        provenance=_provenance_lines(metrics),
-        synthetic=run.synthetic,
-    )
-    metrics["provenance"]["seconds"]["total"] = round(time.perf_counter() - run.began, 1)
-    text = json.dumps(metrics, indent=1, ensure_ascii=False, allow_nan=False)
-    (folder / "metrics.json").write_text(text + "\n", "utf-8")
-
-
 def _run_folder(checkpoint: Checkpoint) -> Path:
     """The folder that holds `checkpoints/`, or the one that a lone checkpoint lies in; an import is a folder itself."""
     if not checkpoint.path.name.isdigit():
@@ -296,64 +263,7 @@ def _run_folder(checkpoint: Checkpoint) -> Path:
     return parent.parent if parent.name == "checkpoints" else parent
 
 
-def _reporter(run: Evaluation, scored: Scored, metrics: dict[str, Any]) -> Reporter:
-    made = metrics["provenance"]
-    return Reporter(
-        scored=scored,
-        provenance=Provenance(
-            model=_one_line(f"r1jax {made['name']}, step {made['checkpoint']['step']}"),
-            r1jax_version=__version__,
-            checkpoint_sha256=made["checkpoint"]["sha256"],
-            data_name=_one_line(made["data"]["name"]),
-            data_fingerprint=made["data"]["fingerprint"],
-            created=made["created"],
-        ),
-        synthetic=run.synthetic,
-        language=run.arguments.language,
-    )
-
-
-def _one_line(text: str) -> str:
-    return re.sub(f"[\t\n\r{NOT_TEXT}\ud800-\udfff]", " ", text)
-
-
-def _curves(scored: Scored) -> list[Scores]:
-    """Labels and probabilities of each binary finding and mode whose truth is known in some case."""
-    curves = []
-    for mode, predicted in scored.predicted.items():
-        for name, probabilities in predicted.items():
-            if FINDING[name].kind != "binary":
-                continue
-            known = ~np.isnan(scored.targets[name])
-            if known.any():
-                labels = scored.targets[name][known]
-                curves.append(Scores(name, mode, labels, probabilities[known], scored.threshold(mode, name)))
-    return curves
-
-
-def _warnings(run: Evaluation, scored: Scored, seen: int) -> list[str]:
-    """What a reader of the figures must know."""
-    data, source = run.config.data, original(scored.source)
-    made = run.checkpoint.meta()["data"]
-    chosen_by = made.get("mixed", [made["fingerprint"]])[0]
-    found = []
-    if seen:
-        found.append(
-            f"{seen} of these {len(source)} cases were seen in training: the figures do not say how the model does on "
-            "new cases"
-        )
-    elif data.split == "val" and (run.synthetic or source.fingerprint == chosen_by):
-        found.append("these cases chose the checkpoint and its operating points: the figures are somewhat optimistic")
-    unset = {name for mode in scored.points for name in scored.points[mode] if name not in scored.frozen[mode]}
-    if unset:
-        found.append(
-            f"the checkpoint has no operating point of {', '.join(sorted(unset))}: it was set on the cases of this "
-            "evaluation"
-        )
-    return found
-
-
-def _provenance_lines(metrics: dict[str, Any]) -> dict[str, str]:
+def provenance_lines(metrics: dict[str, Any]) -> dict[str, str]:
     """The provenance as the page lists it."""
     made = metrics["provenance"]
     checkpoint, data = made["checkpoint"], made["data"]
@@ -371,33 +281,40 @@ def _provenance_lines(metrics: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def closing_lines(run: Evaluation, metrics: dict[str, Any]) -> str:
-    """The headline figures, and where the files are.
+def report_provenance(metrics: dict[str, Any]) -> Provenance:
+    """The provenance as the structured reports state it.
 
     Args:
-      run: What was evaluated.
-      metrics: From `measure`.
+      metrics: What is written to metrics.json, with its "provenance".
 
     Returns:
-      Text to print.
+      One for all reports of the evaluation.
     """
-    made, output = metrics["provenance"], _shortest(run.output)
-    return "\n".join(
-        [
-            f"{made['data']['name']}: {made['data']['cases']} cases, checkpoint of step {made['checkpoint']['step']}",
-            "",
-            *summary_lines(metrics),
-            "",
-            *(f"warning: {line}" for line in metrics["warnings"]),
-            f"page     {output / 'index.html'}",
-            f"figures  {output / 'metrics.json'}",
-            f"reports  {output / 'reports'} ({made['data']['cases']} cases, JSON and XML)",
-            f"time     {made['seconds']['total']:.0f} s",
-        ]
+    made = metrics["provenance"]
+    return Provenance(
+        model=one_line(f"r1jax {made['name']}, step {made['checkpoint']['step']}"),
+        r1jax_version=__version__,
+        checkpoint_sha256=made["checkpoint"]["sha256"],
+        data_name=one_line(made["data"]["name"]),
+        data_fingerprint=made["data"]["fingerprint"],
+        created=made["created"],
     )
 
 
-def _shortest(path: Path) -> Path:
+def write_metrics(run: Evaluation, metrics: dict[str, Any], folder: Path) -> None:
+    """Writes metrics.json, with the time that all of it took.
+
+    Args:
+      run: What is evaluated.
+      metrics: JSON as it stands, with its "provenance".
+      folder: Where to; it must exist.
+    """
+    metrics["provenance"]["seconds"]["total"] = round(time.perf_counter() - run.began, 1)
+    text = json.dumps(metrics, indent=1, ensure_ascii=False, allow_nan=False)
+    (folder / "metrics.json").write_text(text + "\n", "utf-8")
+
+
+def shortest(path: Path) -> Path:
     """The path from the working directory where it lies below it."""
     here = Path.cwd()
     return path.relative_to(here) if path.is_relative_to(here) else path

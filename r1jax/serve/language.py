@@ -1,14 +1,12 @@
 """Figures of a language checkpoint, with intervals, as metrics.json."""
 
-import json
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from r1jax.data.packed import PackedText
 from r1jax.errors import UserError
-from r1jax.serve.evaluate import Evaluation, origin
+from r1jax.serve.evaluate import Evaluation, origin, write_metrics
 from r1jax.serve.progress import progress
 from r1jax.serve.scored import Watched
 from r1jax.tasks.language.figures import language_figures, language_intervals
@@ -59,9 +57,7 @@ def score_text(run: Evaluation, evaluator: Evaluator, params: Any, source: Packe
         "tokens": figures["tokens"],
         "experts": {name: value for name, value in figures.items() if name.startswith(("violation.", "load."))},
     }
-    metrics["provenance"]["seconds"]["total"] = round(time.perf_counter() - run.began, 1)
-    text = json.dumps(metrics, indent=1, ensure_ascii=False, allow_nan=False)
-    (folder / "metrics.json").write_text(text + "\n", "utf-8")
+    write_metrics(run, metrics, folder)
     lines = [
         f"  {estimate.value:.4f} ({estimate.low:.4f} to {estimate.high:.4f}) {FIGURES[name]}"
         for name, estimate in intervals.items()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from r1jax.errors import UserError
 
-CONTENT = ("metrics.json", "index.html", "reports")
+CONTENT = ("metrics.json", "index.html", "reports", "alerts.jsonl", "scores.parquet", "snapshot.json")
 
 
 @contextmanager

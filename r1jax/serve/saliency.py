@@ -1,8 +1,4 @@
-"""Which voxels of a picture move an output: integrated gradients from air to the picture.
-
-Source: Sundararajan, Taly, Yan 2017, Axiomatic attribution for deep networks (equations 1 and 3): the attributions of
-all voxels add up to what the picture changes in the output.
-"""
+"""Which voxels of a picture move an output: integrated gradients from air to the picture."""
 
 from typing import Any
 
@@ -15,6 +11,7 @@ from jaxtyping import Array, Float
 from r1jax.data.source import Source
 from r1jax.models.r1 import R1
 from r1jax.parallel.mesh import batch_sharding, shard_tree
+from r1jax.serve.attribution import integrated_gradients
 from r1jax.tasks.medical.schema import FINDING, FINDINGS
 from r1jax.tasks.medical.task import Medical
 
@@ -58,18 +55,12 @@ def attributions(
     """
     inputs, _ = task.prepare(batch)
     x, name = getattr(inputs, picture), explained_finding(task.fields)
-    way = x - AIR
 
     def output(pixels: Array) -> Array:
         heads = model.apply({"params": params}, inputs._replace(**{picture: pixels})).heads
-        return jnp.sum(explained_output(name, heads[name]))
+        return explained_output(name, heads[name])
 
-    def add(total: Array, share: Array) -> tuple[Array, None]:
-        return total + jax.grad(output)(AIR + share * way), None
-
-    shares = (jnp.arange(steps, dtype=jnp.float32) + 0.5) / steps
-    total, _ = jax.lax.scan(add, jnp.zeros_like(x), shares)
-    return total / steps * way
+    return integrated_gradients(output, jnp.full_like(x, AIR), x, steps).contributions
 
 
 def smooth(x: Float[Array, "B ..."]) -> Float[Array, "B ..."]:

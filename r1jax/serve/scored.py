@@ -11,8 +11,8 @@ from r1jax.data.pipeline import original
 from r1jax.data.source import Source
 from r1jax.errors import UserError
 from r1jax.serve.progress import Steps, progress
+from r1jax.tasks.envelope import OperatingPoint
 from r1jax.tasks.medical.batch import PICTURES
-from r1jax.tasks.medical.canonical import OperatingPoint
 from r1jax.tasks.medical.modes import shown_modes
 from r1jax.tasks.medical.task import Medical
 from r1jax.train.evaluation import Evaluator
@@ -99,13 +99,10 @@ def score(
             params, Watched(source, steps), batch_size=batch_size, modes=tuple(modes)
         )
     for mode, found in predicted.items():
-        _refuse_nan(found, ids, modes[mode])
-    stored = (validation or {}).get("operating_points", {})
-    frozen: Points = {}
+        refuse_not_finite(found, ids, modes[mode])
+    frozen = frozen_points(validation, task, modes)
     points: Points = {}
     for mode, shown in modes.items():
-        # A model that reads one kind of modality has its validation under `both`.
-        frozen[shown] = _points(stored.get(shown) or stored.get(mode) or {}, "validation split", task)
         here = _points(task.operating_points(predicted[mode], targets), "set on the cases of this evaluation", task)
         points[shown] = here | frozen[shown]
     return Scored(
@@ -117,6 +114,25 @@ def score(
         points=points,
         frozen=frozen,
     )
+
+
+def frozen_points(validation: dict[str, Any] | None, task: Medical, modes: dict[str, str]) -> Points:
+    """Operating points that validation set.
+
+    Args:
+      validation: What the checkpoint says of its validation (None where it was not scored).
+      task: The task.
+      modes: From `shown_modes`.
+
+    Returns:
+      Those of each reported mode.
+    """
+    stored = (validation or {}).get("operating_points", {})
+    # A model that reads one kind of modality has its validation under `both`.
+    return {
+        shown: _points(stored.get(shown) or stored.get(mode) or {}, "validation split", task)
+        for mode, shown in modes.items()
+    }
 
 
 class Watched:
@@ -152,7 +168,17 @@ def _points(stored: dict[str, dict[str, float]], origin: str, task: Medical) -> 
     }
 
 
-def _refuse_nan(predicted: dict[str, np.ndarray], ids: list[str], mode: str) -> None:
+def refuse_not_finite(predicted: dict[str, np.ndarray], ids: list[str], mode: str) -> None:
+    """Refuses predictions that cannot be evaluated.
+
+    Args:
+      predicted: By what is predicted, cases first.
+      ids: Names of the cases.
+      mode: What the model was shown, for the message.
+
+    Raises:
+      UserError: A prediction is not finite; names the first case.
+    """
     for name, values in predicted.items():
         bad = ~np.isfinite(values).reshape(len(values), -1).all(axis=1)
         if bad.any():

@@ -1,6 +1,7 @@
 """The tasks by the name that a config gives."""
 
+from r1jax.tasks.finance.task import Finance
 from r1jax.tasks.language.task import Language
 from r1jax.tasks.medical.task import Medical
 
-TASKS = {"medical": Medical, "language": Language}
+TASKS = {"medical": Medical, "language": Language, "finance": Finance}

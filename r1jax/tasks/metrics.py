@@ -75,25 +75,25 @@ class Ranking:
     @cached_property
     def sensitivity(self) -> Float[np.ndarray, "R K"]:
         """Share of the positive cases at or above each threshold."""
-        return _ratio(self.true_positives, self.true_positives[:, -1:])
+        return ratio(self.true_positives, self.true_positives[:, -1:])
 
     @cached_property
     def specificity(self) -> Float[np.ndarray, "R K"]:
         """Share of the negative cases below each threshold."""
         negatives = self.false_positives[:, -1:]
-        return _ratio(negatives - self.false_positives, negatives)
+        return ratio(negatives - self.false_positives, negatives)
 
     def auc(self) -> Float[np.ndarray, "R"]:
         """Area under the ROC curve by the trapezoid rule (Mann-Whitney's U over the number of pairs)."""
         tp, fp = self.true_positives, self.false_positives
         pairs = np.einsum("rk,rk->r", np.diff(fp, axis=1), tp[:, 1:] + tp[:, :-1]) / 2
-        return _ratio(pairs, tp[:, -1] * fp[:, -1])
+        return ratio(pairs, tp[:, -1] * fp[:, -1])
 
     def average_precision(self) -> Float[np.ndarray, "R"]:
         """Precision averaged over the positive cases, without interpolation (as scikit-learn defines it)."""
         tp, fp = self.true_positives, self.false_positives
-        precision = _ratio(tp[:, 1:], tp[:, 1:] + fp[:, 1:], otherwise=0.0)
-        return _ratio(np.einsum("rk,rk->r", np.diff(tp, axis=1), precision), tp[:, -1])
+        precision = ratio(tp[:, 1:], tp[:, 1:] + fp[:, 1:], otherwise=0.0)
+        return ratio(np.einsum("rk,rk->r", np.diff(tp, axis=1), precision), tp[:, -1])
 
     def sensitivity_at(self, specificity: float) -> tuple[Float[np.ndarray, "R"], Int[np.ndarray, "R"]]:
         """Finds the highest sensitivity whose specificity is at least the one asked for.
@@ -104,7 +104,7 @@ class Ranking:
         index = np.maximum((self.specificity >= specificity).sum(axis=1) - 1, 0)
         value = np.take_along_axis(self.true_positives, index[:, None], axis=1)[:, 0]
         defined = self.false_positives[:, -1] > 0
-        return np.where(defined, _ratio(value, self.true_positives[:, -1]), np.nan), index
+        return np.where(defined, ratio(value, self.true_positives[:, -1]), np.nan), index
 
     def specificity_at(self, sensitivity: float) -> tuple[Float[np.ndarray, "R"], Int[np.ndarray, "R"]]:
         """Finds the highest specificity whose sensitivity is at least the one asked for.
@@ -116,7 +116,7 @@ class Ranking:
         value = np.take_along_axis(self.false_positives, index[:, None], axis=1)[:, 0]
         negatives = self.false_positives[:, -1]
         defined = self.true_positives[:, -1] > 0
-        return np.where(defined, _ratio(negatives - value, negatives), np.nan), index
+        return np.where(defined, ratio(negatives - value, negatives), np.nan), index
 
 
 def rank(labels: Cases, scores: Cases, weights: Float[np.ndarray, "R n"] | None = None) -> Ranking:
@@ -166,7 +166,7 @@ def precision_recall_curve(labels: Cases, scores: Cases) -> PrecisionRecallCurve
     """Every point of the precision-recall curve; thresholds descend from +inf."""
     ranking = rank(labels, scores)
     tp, fp = ranking.true_positives[0], ranking.false_positives[0]
-    return PrecisionRecallCurve(ranking.sensitivity[0], _ratio(tp, tp + fp, otherwise=1.0), ranking.thresholds)
+    return PrecisionRecallCurve(ranking.sensitivity[0], ratio(tp, tp + fp, otherwise=1.0), ranking.thresholds)
 
 
 def sensitivity_at_specificity(labels: Cases, scores: Cases, specificity: float) -> OperatingPoint:
@@ -247,7 +247,7 @@ def calibration_errors(
     labels, probabilities = checked(labels, probabilities, probability=True)
     gaps = np.zeros((len(labels), bins))
     gaps[np.arange(len(labels)), equal_mass_bins(probabilities, bins)] = probabilities - labels
-    return _ratio(np.abs(weights @ gaps).sum(axis=1), weights.sum(axis=1))
+    return ratio(np.abs(weights @ gaps).sum(axis=1), weights.sum(axis=1))
 
 
 def expected_calibration_error(labels: Cases, probabilities: Cases, bins: int = 15) -> float:
@@ -270,7 +270,7 @@ def quadratic_kappas(truth: Cases, predicted: Cases, weights: Float[np.ndarray, 
     t, p = truth.astype(np.float64), predicted.astype(np.float64)
     mean_t, mean_p = weighted_mean(t, weights), weighted_mean(p, weights)
     chance = weighted_mean(t * t + p * p, weights) - 2 * mean_t * mean_p
-    return 1 - _ratio(weighted_mean(np.square(t - p), weights), chance)
+    return 1 - ratio(weighted_mean(np.square(t - p), weights), chance)
 
 
 def quadratic_kappa(truth: Cases, predicted: Cases) -> float:
@@ -286,7 +286,7 @@ def mean_absolute_error(truth: Cases, predicted: Cases) -> float:
 def weighted_mean(values: Cases, weights: Float[np.ndarray, "R n"] | None = None) -> Float[np.ndarray, "R"]:
     """Mean of the values under each of R weightings; NaN where no case has weight."""
     weights = np.ones((1, len(values))) if weights is None else weights
-    return _ratio(weights @ values.astype(np.float64), weights.sum(axis=1))
+    return ratio(weights @ values.astype(np.float64), weights.sum(axis=1))
 
 
 def weighted_median(values: Cases, weights: Float[np.ndarray, "R n"] | None = None) -> Float[np.ndarray, "R"]:
@@ -364,16 +364,16 @@ def checked(labels: Cases, scores: Cases, *, probability: bool = False) -> tuple
     return labels.astype(bool), scores
 
 
+def ratio(over: np.ndarray, under: np.ndarray, otherwise: float = np.nan) -> np.ndarray:
+    """Quotient, and `otherwise` where under is 0; both of shapes that broadcast to one."""
+    result = np.full(np.broadcast_shapes(over.shape, under.shape), otherwise)
+    return np.divide(over, under, out=result, where=under != 0)
+
+
 def _refuse(bad: Cases, values: Cases, what: str, why: str) -> None:
     if bad.any():
         first = int(bad.argmax())
         raise UserError(f"{what} {values[first]} of case {first} ({int(bad.sum())} of {len(bad)} such cases) {why}")
-
-
-def _ratio(over: np.ndarray, under: np.ndarray, otherwise: float = np.nan) -> np.ndarray:
-    """Quotient, and `otherwise` where under is 0."""
-    result = np.full(np.broadcast_shapes(over.shape, under.shape), otherwise)
-    return np.divide(over, under, out=result, where=under != 0)
 
 
 def _interval(value: float, chunks: list[np.ndarray], tail: float) -> Estimate:

@@ -14,6 +14,7 @@ import jax
 
 from r1jax.config import DecoderConfig, ModelConfig
 from r1jax.models.r1 import Inputs
+from r1jax.models.series import STATES
 from r1jax.tasks.task import Task
 
 Product = dict[str, int | float]
@@ -77,7 +78,8 @@ def work_of(config: ModelConfig, task: Task, batch: dict[str, Any]) -> Work:
     text = 0 if inputs.text is None else inputs.text.shape[1]
     heads, width = task.heads, config.decoder.hidden_size
     adapted = config.lora_rank > 0
-    encoders = [*_vision(config, inputs, cases), *_table(config, inputs), *_text(config, inputs, bool(heads))]
+    encoders = [*_vision(config, inputs, cases), *_series(config, inputs), *_table(config, inputs)]
+    encoders += _text(config, inputs, bool(heads))
     if adapted:  # gradients end at the decoder's first adapter
         encoders = [term._replace(passes=UNREACHED) for term in encoders]
     length = text + len(heads) + _modality_tokens(config, inputs)
@@ -197,6 +199,19 @@ def _vision(config: ModelConfig, inputs: Inputs, cases: int) -> Iterator[Term]:
         yield Term(f"{name}: projection, summary, place", ends)
 
 
+def _series(config: ModelConfig, inputs: Inputs) -> Iterator[Term]:
+    """Numbers of the events, bidirectional layers over each stream, pooling, projection and summary."""
+    if inputs.series is not None:
+        cases, streams, events, channels = inputs.series.shape
+        width, tokens = config.decoder.hidden_size, config.series.tokens
+        features = channels * (config.series.bins + 1) + STATES
+        yield Term("series: events", ({"events": cases * streams * events, "I": features, "D": width},))
+        yield from _encoder_layers("series", config.series.layers, cases * streams, events, width)
+        pooled = {"events": cases * streams * events, "M": tokens, "2 D": 2 * width}
+        joined = {"streams": cases * streams, "2 (M + 1)": 2 * (tokens + 1), "D": width, "D'": width}
+        yield Term("series: pooling, projection, summary", (pooled, joined))
+
+
 def _table(config: ModelConfig, inputs: Inputs) -> Iterator[Term]:
     """Field embeddings, bidirectional layers, projection and summary of the record."""
     if inputs.table is not None:
@@ -220,6 +235,7 @@ def _text(config: ModelConfig, inputs: Inputs, summarised: bool) -> Iterator[Ter
 def _modality_tokens(config: ModelConfig, inputs: Inputs) -> int:
     """Places that the encoders take in the decoder's sequence."""
     count = 0 if inputs.table is None else inputs.table.shape[1]
+    count += 0 if inputs.series is None else inputs.series.shape[1] * (config.series.tokens + 1)
     for name, shape in (("volume", inputs.volume), ("image", inputs.image)):
         if shape is not None:
             vision = getattr(config, name)

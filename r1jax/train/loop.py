@@ -25,6 +25,7 @@ from r1jax.data.tokenizer_files import read_files
 from r1jax.data.workers import Batches
 from r1jax.errors import UserError
 from r1jax.parallel.agree import Vote, is_first, place_share, share_of
+from r1jax.parallel.stages import out_of_stages, stages_on
 from r1jax.tasks.task import Task
 from r1jax.telemetry import Load, Telemetry
 from r1jax.train.evaluation import Evaluator
@@ -100,6 +101,7 @@ class Loop:
         self.profiler = Profiler(config.profile, run.workdir, self.start)
         self.guard = Guard(run.workdir, config.train.spike_factor, self.start)
         self.vote = Vote(mesh)
+        self.stages = stages_on(mesh, config.mesh, config.model.decoder)
         self.in_one = jax.jit(in_one, out_shardings=NamedSharding(mesh, PartitionSpec()))
         self.unread: Unread | None = None
         self.note = ""
@@ -256,7 +258,7 @@ class Loop:
 
     def evaluate(self, done: int) -> dict[str, Any]:
         """Scores the weights on the validation cases, and logs and says what was found."""
-        weights = served(self.state, self.config)
+        weights = out_of_stages(served(self.state, self.config), self.mesh, self.stages)
         validated = validate(self.config, self.task, self.evaluator, weights, self.validation)
         reached = validated["figures"]
         figures = {f"validation.{mode}.{k}": v for mode, found in reached.items() for k, v in found.items()}
@@ -272,7 +274,8 @@ class Loop:
         meta = {"step": done, "validation": validated, "order": where, **self.made}
         # It holds the run alone: with the loop it would keep the state's memory.
         published = lambda: run.clock.mark(done, useful, [c.step for c in run.checkpoints.all()])  # noqa: E731
-        run.saver.save(done, self.state, self.config, meta, self.tokenizer, say=self.telemetry.say, then=published)
+        state = out_of_stages(self.state, self.mesh, self.stages)
+        run.saver.save(done, state, self.config, meta, self.tokenizer, say=self.telemetry.say, then=published)
 
     def shall_stop(self) -> bool:
         """Whether a signal has asked any process to stop; all of them learn it at the same step."""

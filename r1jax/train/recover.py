@@ -39,6 +39,8 @@ def train(
     """
     if config.debug.eager and jax.process_count() > 1:
         raise UserError("debug.eager is True, but it looks at numbers of one process: add --launch.processes 1")
+    if config.debug.eager and mesh.shape.get("pipe", 1) > 1:
+        raise UserError(f"debug.eager is True, but mesh.pipe is {mesh.shape['pipe']}: it must be 1 then")
     step, evaluator = None, Evaluator(model, task, mesh, run.watch.beat)
     while True:
         run.saver.wait()  # what it writes is what to go on from, and then it removes older ones

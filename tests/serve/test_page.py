@@ -3,7 +3,6 @@
 import base64
 import hashlib
 import re
-from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import numpy as np
@@ -13,40 +12,13 @@ from r1jax.errors import UserError
 from r1jax.serve.page import write_page
 from r1jax.serve.page_charts import Scores
 from r1jax.serve.page_slices import Marker, Picture
+from r1jax.tasks.intervals import figure_text
 from r1jax.tasks.medical.evaluation import evaluate, evaluate_modalities
 from r1jax.tasks.medical.schema import FINDINGS
-from r1jax.tasks.medical.summary import figure_text, rows
+from r1jax.tasks.medical.summary import rows
+from tests.serve.structure import Structure
 
 N = 60
-VOID = {"meta", "br", "image", "path", "circle", "use", "rect"}
-
-
-class Structure(HTMLParser):
-    """Collects tags, and refuses a page whose elements are not closed in order."""
-
-    def __init__(self, page):
-        super().__init__()
-        self.open, self.tags, self.text = [], [], ""
-        self.feed(page)
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        if tag not in VOID:
-            assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
-
-    def values(self, name):
-        return [attributes[name] for _, attributes in self.tags if name in attributes]
 
 
 def predictions(seed):

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from r1jax.tasks.medical.canonical import OperatingPoint, Provenance, Report
+from r1jax.tasks.envelope import OperatingPoint, Provenance
+from r1jax.tasks.medical.canonical import Report
 from r1jax.tasks.medical.report import build_report
 from r1jax.tasks.medical.schema import FINDING, FINDINGS
 

@@ -7,9 +7,10 @@ import pytest
 import sklearn.metrics
 
 from r1jax.errors import UserError
+from r1jax.tasks.intervals import figure_text
 from r1jax.tasks.medical.evaluation import evaluate, evaluate_modalities, pick_cases
 from r1jax.tasks.medical.schema import FINDINGS
-from r1jax.tasks.medical.summary import figure_text, rows, summary_lines
+from r1jax.tasks.medical.summary import rows, summary_lines
 
 N = 300
 

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from r1jax.serve.structured import from_xml, to_json, to_xml
-from r1jax.tasks.medical.canonical import OperatingPoint, Provenance, Report
+from r1jax.tasks.envelope import OperatingPoint, Provenance
+from r1jax.tasks.medical.canonical import Report
 from r1jax.tasks.medical.fhir import to_fhir
 from r1jax.tasks.medical.schema import FINDING, FINDINGS, RECORD_FIELDS
 from tests.tasks.reports import (

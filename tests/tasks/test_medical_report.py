@@ -11,7 +11,8 @@ from pydantic import ValidationError
 
 from r1jax.errors import UserError
 from r1jax.serve.structured import to_json, to_xml
-from r1jax.tasks.medical.canonical import OperatingPoint, Provenance, Report
+from r1jax.tasks.envelope import OperatingPoint, Provenance
+from r1jax.tasks.medical.canonical import Report
 from r1jax.tasks.medical.fhir import to_fhir
 from r1jax.tasks.medical.schema import FINDING, FINDINGS
 from tests.tasks.reports import (

@@ -6,7 +6,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from r1jax.config import Config, DecoderConfig, ModelConfig, TableConfig, TaskConfig, VisionConfig
+from r1jax.config import (
+    Config,
+    DecoderConfig,
+    FinanceConfig,
+    ModelConfig,
+    SeriesConfig,
+    TableConfig,
+    TaskConfig,
+    VisionConfig,
+)
+from r1jax.data.transaction_history import FEATURES
 from r1jax.models.lora import join_trees, split_adapters
 from r1jax.models.r1 import R1
 from r1jax.tasks.catalog import TASKS
@@ -51,6 +61,15 @@ def medical(**model):
     return Config(
         model=ModelConfig(kinds, DECODER, volume, image, table, text_tokens=40, dropout=0.0, **model),
         task=TaskConfig(fields=("nodule_present", "malignancy"), augment="none"),
+    )
+
+
+def finance():
+    kinds, series = ("series", "table", "text"), SeriesConfig(layers=2, bins=12, tokens=3)
+    few = FinanceConfig(events=24, simulated_customers=60, simulated_days=60)
+    return Config(
+        model=ModelConfig(kinds, DECODER, series=series, text_tokens=40, dropout=0.0),
+        task=TaskConfig(name="finance", finance=few),
     )
 
 
@@ -122,6 +141,7 @@ CASES = {
     "experts": (language(replace(DECODER, num_nextn_predict_layers=0)), (40,)),
     "experts and MTP": (language(DECODER), (40, 39)),
     "adapters": (language(DECODER, lora_rank=4), (40, 39)),
+    "streams of payments": (finance(), (2 * 4 + len(FEATURES) + 40 + 1,)),
     "every modality": (medical(), (16 + 8 + len(RECORD_FIELDS) + 40 + 2, 39)),
 }
 

@@ -1,18 +1,18 @@
 """The conclusion of a report: templates filled from its fields, so that nothing can be invented."""
 
+from r1jax.tasks.envelope import Language, OperatingPoint
 from r1jax.tasks.medical.canonical import (
     COVERAGE,
     BinaryResult,
     FindingResult,
     LengthResult,
     LungRads,
-    OperatingPoint,
     RatingResult,
     RecordValue,
     VectorResult,
 )
 from r1jax.tasks.medical.schema import FINDING
-from r1jax.tasks.medical.wording import SENTENCES, Language, term
+from r1jax.tasks.medical.wording import SENTENCES, term
 
 
 def render(

@@ -8,7 +8,8 @@ from jaxtyping import Bool, Float, Shaped
 
 from r1jax.errors import UserError, nearest
 from r1jax.tasks import metrics as m
-from r1jax.tasks.medical.figures import Draw, measure
+from r1jax.tasks.intervals import Draw
+from r1jax.tasks.medical.figures import measure
 from r1jax.tasks.medical.schema import FINDING, FINDINGS
 
 MODES = {"both": "image + record", "image_only": "image only", "record_only": "record only"}

@@ -9,13 +9,13 @@ import uuid
 from typing import Any
 from xml.sax.saxutils import escape
 
+from r1jax.tasks.envelope import OperatingPoint
 from r1jax.tasks.medical.canonical import (
     COVERAGE,
     BinaryResult,
     FindingResult,
     LengthResult,
     LungRads,
-    OperatingPoint,
     RatingResult,
     Report,
     VectorResult,

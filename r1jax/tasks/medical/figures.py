@@ -1,7 +1,5 @@
 """The figures of one finding and their intervals, as JSON."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -9,6 +7,7 @@ from jaxtyping import Bool, Float, Shaped
 
 from r1jax.errors import UserError
 from r1jax.tasks import metrics as m
+from r1jax.tasks.intervals import Draw, finite
 from r1jax.tasks.medical.schema import Finding
 
 SPECIFICITIES = (0.9, 0.95, 0.973, 0.99)
@@ -18,30 +17,6 @@ OPERATING_SPECIFICITY = 0.95
 ECE_BINS = 15
 TEXTURE_CLASS = np.array([0, 0, 1, 1, 2])
 """Class of texture ratings 1 to 5: non-solid, part-solid, solid."""
-
-
-@dataclass(frozen=True)
-class Draw:
-    """How intervals are drawn."""
-
-    resamples: int
-    seed: int
-    groups: Shaped[np.ndarray, "n"] | None
-
-    def of(self, known: Bool[np.ndarray, "n"]) -> "Draw":
-        """The same for a part of the cases."""
-        return self if self.groups is None else Draw(self.resamples, self.seed, self.groups[known])
-
-    def figures(
-        self, statistics: Callable[[Float[np.ndarray, "R n"]], dict[str, Float[np.ndarray, "R"]]], n: int
-    ) -> dict[str, dict[str, float | None]]:
-        """Figures as JSON: value, low, high, and None where undefined."""
-        drawn = m.bootstrap(statistics, n, resamples=self.resamples, seed=self.seed, groups=self.groups)
-        return {name: _json(estimate) for name, estimate in drawn.items()}
-
-    def units(self, members: Bool[np.ndarray, "n"]) -> int:
-        """Independent cases among these: groups where there are groups."""
-        return int(members.sum()) if self.groups is None else len(np.unique(self.groups[members]))
 
 
 def measure(
@@ -136,10 +111,10 @@ def _binary_figures(
     ranking = m.rank(positive, scores)
     for x in SPECIFICITIES:
         threshold = ranking.thresholds[ranking.sensitivity_at(x)[1][0]]
-        figures[f"sensitivity_at_specificity {x:g}"]["threshold"] = _finite(threshold)
+        figures[f"sensitivity_at_specificity {x:g}"]["threshold"] = finite(threshold)
     for x in SENSITIVITIES:
         threshold = ranking.thresholds[ranking.specificity_at(x)[1][0]]
-        figures[f"specificity_at_sensitivity {x:g}"]["threshold"] = _finite(threshold)
+        figures[f"specificity_at_sensitivity {x:g}"]["threshold"] = finite(threshold)
     return figures
 
 
@@ -236,15 +211,3 @@ def _widen(figure: dict[str, Any], n: int) -> None:
     if figure["value"] in (0.0, 1.0) and n:
         low, high = m.wilson_interval(figure["value"] * n, n)
         figure["low"], figure["high"] = min(figure["low"], low), max(figure["high"], high)
-
-
-def _json(estimate: m.Estimate) -> dict[str, float | None]:
-    """An interval holds its value, also for figures such as the ECE that grow with the noise of resampling."""
-    value, low, high = (_finite(x) for x in estimate)
-    if value is None or low is None or high is None:
-        return {"value": value, "low": low, "high": high}
-    return {"value": value, "low": min(low, value), "high": max(high, value)}
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None

@@ -12,16 +12,14 @@ import numpy as np
 from jaxtyping import Float
 
 from r1jax.errors import UserError, nearest
+from r1jax.tasks.envelope import NOT_TEXT, Language, OperatingPoint, Provenance
 from r1jax.tasks.medical.canonical import (
     COVERAGE,
-    NOT_TEXT,
     BinaryResult,
     Call,
     FindingResult,
     LengthResult,
     LungRads,
-    OperatingPoint,
-    Provenance,
     RatingResult,
     RecordValue,
     Report,
@@ -30,7 +28,6 @@ from r1jax.tasks.medical.canonical import (
 from r1jax.tasks.medical.conclusion import render
 from r1jax.tasks.medical.lung_rads import BENIGN_CALCIFICATION, lung_rads
 from r1jax.tasks.medical.schema import FINDING, FINDINGS, RECORD_FIELDS, Finding
-from r1jax.tasks.medical.wording import Language
 
 MODALITIES = ("volume", "image", "table", "text")
 NO_CT = "CT input was missing"

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from r1jax.tasks.intervals import figure_text
 from r1jax.tasks.medical.evaluation import MODES
 from r1jax.tasks.medical.figures import ECE_BINS
 from r1jax.tasks.medical.schema import FINDINGS
@@ -63,20 +64,6 @@ def rows(entry: dict[str, Any]) -> Iterator[Row]:
                 yield Row(f"{key}.{name}", *_TEXT[name], part[name])
         else:
             yield Row(f"{key}.accuracy", "accuracy in 3 classes (1-2, 3-4, 5)", "%", part["accuracy"])
-
-
-def figure_text(figure: dict[str, Any], unit: str) -> tuple[str, str]:
-    """A figure as the reader sees it: its value, and its interval (empty where undefined)."""
-    scale, digits = {"%": (100, 1), "mm": (1, 2), "levels": (1, 2)}.get(unit, (1, 3))
-    if figure["value"] is None:
-        return "undefined", ""
-    # adding 0 turns a rounded -0.0 into 0.0
-    value, low, high = (
-        "" if figure[key] is None else f"{round(figure[key] * scale, digits) + 0.0:.{digits}f}"
-        for key in ("value", "low", "high")
-    )
-    suffix = "" if unit == "1" else f" {unit}"
-    return value + suffix, f"{low} to {high}" if low else ""
 
 
 def summary_lines(metrics: dict[str, Any]) -> list[str]:

@@ -1,8 +1,7 @@
 """The sentences of a report in English and Chinese: templates only, filled by `report.py`, nothing is generated."""
 
-from typing import Literal
+from r1jax.tasks.envelope import Language
 
-Language = Literal["en", "zh"]
 NOTICE = "Research software, not a medical device."
 SYNTHETIC = "Synthetic data, not a patient."
 

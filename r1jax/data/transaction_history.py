@@ -1,0 +1,186 @@
+"""What is known at a payment: the last events of its customer and terminal, and sums over windows of time.
+
+A payment's label is known `delay` seconds after it. Nothing here depends on a label that is younger than that, or on
+anything that came after the payment itself.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float32, Int8, Int32, Int64
+
+from r1jax.data.transactions import DAY, UNITS, Transactions
+
+WINDOWS = (1, 7, 30)
+"""Days."""
+FEATURES = (
+    "amount",
+    "weekend",
+    "night",
+    *(f"customer_{what}_{days}d" for days in WINDOWS for what in ("count", "mean")),
+    *(f"terminal_{what}_{days}d" for days in WINDOWS for what in ("count", "risk")),
+)
+"""The fifteen of the Fraud Detection Handbook (chapter 3, baseline feature transformation)."""
+CHANNELS = ("amount", "customer_mean", "terminal_risk", "second_of_day", "weekday", "gap", "age")
+"""Numbers of each event of a stream; "gap" and "age" are seconds since the event before it and until the payment."""
+NO_GAP = 1e8
+"""Gap of the first event of a stream, seconds."""
+UNKNOWN, GENUINE, FRAUD = range(3)
+"""What is known of an event's label."""
+
+
+class Index(NamedTuple):
+    """The rows of each entity, one entity after another."""
+
+    order: Int64[np.ndarray, " N"]
+    """Rows by entity, then in their order."""
+    place: Int64[np.ndarray, " N"]
+    """Of each row in `order`."""
+    first: Int64[np.ndarray, " N"]
+    """Place of the first row of each row's entity."""
+
+
+def index_by(entity: Int32[np.ndarray, " N"]) -> Index:
+    """Sorts rows by entity.
+
+    Args:
+      entity: Of each row, from 0.
+
+    Returns:
+      The index.
+    """
+    order = np.argsort(entity, kind="stable")
+    rows = np.arange(len(entity))
+    place = np.empty_like(rows)
+    place[order] = rows
+    new = np.append(True, np.diff(entity[order]) != 0)[: len(entity)]
+    return Index(order, place, np.maximum.accumulate(np.where(new, rows, 0))[place])
+
+
+def last_rows(
+    index: Index, rows: Int64[np.ndarray, " B"], count: int
+) -> tuple[Int64[np.ndarray, "B K"], Bool[np.ndarray, "B K"]]:
+    """The last rows of each row's entity, up to itself.
+
+    Args:
+      index: Of the entities.
+      rows: Which.
+      count: K.
+
+    Returns:
+      Rows in their order, the row itself last; and which of them exist (the others repeat the row).
+    """
+    places = index.place[rows][:, None] + np.arange(1 - count, 1)[None]
+    valid = places >= index.first[rows][:, None]
+    return index.order[np.where(valid, places, index.place[rows][:, None])], valid
+
+
+def _ends(
+    index: Index, entity: Int32[np.ndarray, " N"], seconds: Int64[np.ndarray, " N"], back: int
+) -> Int64[np.ndarray, " N"]:
+    """For each place, the place after the last row of its entity that lies at least `back` seconds before it."""
+    first = index.first[index.order]
+    since = seconds[index.order] - seconds[0]
+    keys = entity[index.order] * (since.max(initial=0) + 1) + since
+    start = keys - since  # of the entity at the first second
+    found = np.searchsorted(keys, np.where(since >= back, keys - back, start - 1), side="right")
+    return np.maximum(found, first)
+
+
+def window_features(table: Transactions, delay: int) -> Float32[np.ndarray, "N F"]:
+    """`FEATURES` of every payment.
+
+    Per customer over (t - w, t], this payment included: count and mean amount. Per terminal over
+    (t - delay - w, t - delay]: count, and the share of fraud of those whose label is known (0 where there is none).
+    Weekends are Saturday and Sunday; nights end at 7.
+
+    Args:
+      table: The payments.
+      delay: Seconds until a label is known.
+
+    Returns:
+      One row a payment.
+    """
+    found = np.empty((len(table), len(FEATURES)), np.float32)
+    day, second = np.divmod(table.seconds, DAY)
+    found[:, 0], found[:, 1], found[:, 2] = table.amount, (day + 3) % 7 >= 5, second < 7 * 3600
+    index = index_by(table.customer)
+    here = np.arange(len(table)) + 1
+    money = np.append(0, np.cumsum(table.money[index.order]))
+    for i, days in enumerate(WINDOWS):
+        begin = _ends(index, table.customer, table.seconds, days * DAY)
+        count = here - begin
+        found[index.order, 3 + 2 * i] = count
+        found[index.order, 4 + 2 * i] = (money[here] - money[begin]) / (count * UNITS)
+    index = index_by(table.terminal)
+    frauds, known = (np.append(0, np.cumsum(x[index.order])) for x in (table.fraud == 1, ~np.isnan(table.fraud)))
+    until = _ends(index, table.terminal, table.seconds, delay)
+    for i, days in enumerate(WINDOWS):
+        begin = _ends(index, table.terminal, table.seconds, delay + days * DAY)
+        found[index.order, 9 + 2 * i] = until - begin
+        judged = known[until] - known[begin]
+        found[index.order, 10 + 2 * i] = (frauds[until] - frauds[begin]) / np.maximum(judged, 1)
+    return found
+
+
+class Streams(NamedTuple):
+    """Events before and at each of B payments: of its customer (stream 0) and of its terminal (stream 1)."""
+
+    numbers: Float32[np.ndarray, "B 2 K C"]
+    """`CHANNELS`."""
+    states: Int8[np.ndarray, "B 2 K"]
+    """`UNKNOWN`, `GENUINE` or `FRAUD`, as it was known at the payment."""
+    valid: Bool[np.ndarray, "B 2 K"]
+    """False where the stream is shorter; numbers and states are 0 there."""
+
+
+class History:
+    """Gathers streams and features of any rows of a table."""
+
+    def __init__(self, table: Transactions, delay: int, events: int) -> None:
+        """Sorts the table by customer and by terminal once; holds a few dozen bytes a row.
+
+        Args:
+          table: The payments.
+          delay: Seconds until a label is known.
+          events: K, of each stream.
+        """
+        self.seconds, self.delay, self.events = table.seconds, delay, events
+        self.features = window_features(table, delay)
+        state = np.where(np.isnan(table.fraud), UNKNOWN, np.where(table.fraud == 1, FRAUD, GENUINE))
+        self._state = state.astype(np.int8)
+        day, second = np.divmod(table.seconds, DAY)
+        mean, risk = FEATURES.index("customer_mean_30d"), FEATURES.index("terminal_risk_30d")
+        own = [table.amount, self.features[:, mean], self.features[:, risk], second, (day + 3) % 7]
+        self._own = np.stack(own, axis=1).astype(np.float32)
+        self._indices = tuple(index_by(entity) for entity in (table.customer, table.terminal))
+        self._gaps = [self._gap(index) for index in self._indices]
+
+    def _gap(self, index: Index) -> Float32[np.ndarray, " N"]:
+        ordered = self.seconds[index.order]
+        gap = np.append(NO_GAP, np.diff(ordered)).astype(np.float32)
+        gap[index.first] = NO_GAP
+        return gap[index.place]
+
+    def streams(self, rows: Int64[np.ndarray, " B"]) -> Streams:
+        """What is known of the last events.
+
+        Args:
+          rows: Of the payments.
+
+        Returns:
+          Both streams, in the order of time, the payment itself last.
+        """
+        shape = (len(rows), 2, self.events)
+        found = Streams(np.zeros((*shape, len(CHANNELS)), np.float32), np.zeros(shape, np.int8), np.zeros(shape, bool))
+        now = self.seconds[rows][:, None]
+        for i, (index, gap) in enumerate(zip(self._indices, self._gaps, strict=True)):
+            events, valid = last_rows(index, rows, self.events)
+            then = self.seconds[events]
+            found.numbers[:, i, :, :-2] = self._own[events]
+            found.numbers[:, i, :, -2] = gap[events]
+            found.numbers[:, i, :, -1] = now - then
+            found.numbers[:, i][~valid] = 0
+            found.states[:, i] = np.where(valid & (then + self.delay <= now), self._state[events], UNKNOWN)
+            found.valid[:, i] = valid
+        return found

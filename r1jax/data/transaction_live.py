@@ -1,0 +1,188 @@
+"""What is known at a payment, kept up to date payment by payment; equal to `History` bit for bit.
+
+The state of a customer or terminal is its last K events and those that the longest window still needs (30 days, and
+the label delay before them): it does not grow with the age of the stream.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float32
+
+from r1jax.data.transaction_history import (
+    CHANNELS,
+    FEATURES,
+    FRAUD,
+    GENUINE,
+    NO_GAP,
+    UNKNOWN,
+    WINDOWS,
+    Streams,
+)
+from r1jax.data.transactions import DAY, UNITS
+from r1jax.errors import UserError
+
+OWN = len(CHANNELS) - 1
+"""Numbers of an event that never change: all but its age."""
+
+
+class Payment(NamedTuple):
+    """One payment, as it comes in."""
+
+    id: str
+    seconds: int
+    customer: str
+    terminal: str
+    amount: float
+
+
+class _Ring:
+    """The last events of one customer or terminal, in the order of time."""
+
+    def __init__(self) -> None:
+        self.count, self.dropped = 0, 0
+        self.seconds, self.money = np.zeros(8, np.int64), np.zeros(8, np.int64)
+        self.state, self.own = np.zeros(8, np.int8), np.zeros((8, OWN), np.float32)
+        self.ids: list[str] = []
+
+    def add(self, payment: Payment, money: int, own: Float32[np.ndarray, " C"]) -> int:
+        """Appends an event; returns its number since the beginning."""
+        if self.count == len(self.seconds):
+            for name in ("seconds", "money", "state", "own"):
+                held = getattr(self, name)
+                setattr(self, name, np.concatenate([held, np.zeros_like(held)]))
+        i = self.count
+        self.seconds[i], self.money[i], self.state[i], self.own[i] = payment.seconds, money, UNKNOWN, own
+        self.ids.append(payment.id)
+        self.count += 1
+        return self.dropped + i
+
+    def forget(self, before: int, events: int) -> list[str]:
+        """Drops what is neither among the last events nor late enough, where that is half of it; returns the ids."""
+        old = min(int(np.searchsorted(self.seconds[: self.count], before)), self.count - events)
+        if old < max(8, self.count // 2):
+            return []
+        for name in ("seconds", "money", "state", "own"):
+            held = getattr(self, name)
+            held[: self.count - old] = held[old : self.count].copy()
+        gone, self.ids = self.ids[:old], self.ids[old:]
+        self.count, self.dropped = self.count - old, self.dropped + old
+        return gone
+
+
+class LiveHistory:
+    """Streams and features of payments as they come in."""
+
+    def __init__(self, delay: int, events: int) -> None:
+        """Starts without any history.
+
+        Args:
+          delay: Seconds until a label counts as known, even if it comes earlier.
+          events: K, of each stream.
+        """
+        self.delay, self.events = delay, events
+        self._last = -math.inf
+        self._customers: dict[str, _Ring] = {}
+        self._terminals: dict[str, _Ring] = {}
+        self._places: dict[str, list[tuple[_Ring, int]]] = {}
+
+    def label(self, payment: str, fraud: bool) -> None:
+        """Takes the outcome of an earlier payment; one that nothing depends on any more is passed over.
+
+        Args:
+          payment: Its id.
+          fraud: What it was.
+        """
+        for ring, number in self._places.get(payment, ()):
+            if number >= ring.dropped:
+                ring.state[number - ring.dropped] = FRAUD if fraud else GENUINE
+
+    def observe(self, payment: Payment) -> tuple[Float32[np.ndarray, "1 F"], Streams]:
+        """Takes the next payment.
+
+        Args:
+          payment: Not before the one that came last.
+
+        Returns:
+          `FEATURES` of it, and its streams.
+
+        Raises:
+          UserError: The payment cannot be one.
+        """
+        self._refuse(payment)
+        self._last = payment.seconds
+        amount = np.float32(payment.amount)
+        money = int(np.rint(np.float64(amount) * UNITS))
+        rings = (
+            self._customers.setdefault(payment.customer, _Ring()),
+            self._terminals.setdefault(payment.terminal, _Ring()),
+        )
+        features = self._features(payment.seconds, amount, money, *rings)
+        day, second = divmod(payment.seconds, DAY)
+        mean, risk = (features[0, FEATURES.index(name)] for name in ("customer_mean_30d", "terminal_risk_30d"))
+        own = [amount, mean, risk, second, (day + 3) % 7]
+        places = []
+        for ring in rings:
+            gap = payment.seconds - ring.seconds[ring.count - 1] if ring.count else NO_GAP
+            places.append((ring, ring.add(payment, money, np.array([*own, gap], np.float32))))
+        self._places[payment.id] = places
+        streams = self._streams(payment.seconds, rings)
+        before = payment.seconds - self.delay - max(WINDOWS) * DAY
+        for ring in rings:
+            for gone in ring.forget(before, self.events):
+                left = [(r, n) for r, n in self._places.get(gone, ()) if n >= r.dropped]
+                if left:
+                    self._places[gone] = left
+                else:
+                    self._places.pop(gone, None)
+        return features, streams
+
+    def _refuse(self, payment: Payment) -> None:
+        """Raises UserError where the payment cannot be one."""
+        told = f"transaction {payment.id!r}"
+        for name in ("id", "customer", "terminal"):
+            if not getattr(payment, name).strip():
+                raise UserError(f"{told}: the {name} is empty, but it must be a name")
+        if payment.id in self._places:
+            raise UserError(f"{told} came before: each transaction needs a name of its own")
+        if not (math.isfinite(payment.amount) and payment.amount >= 0):
+            raise UserError(f"{told}: the amount is {payment.amount!r}, but it must be a finite number, not negative")
+        if payment.seconds < self._last:
+            late, last = (np.datetime64(int(x), "s") for x in (payment.seconds, self._last))
+            raise UserError(f"{told} is at {late}, before {last} of the one that came last: the clock goes backwards")
+
+    def _features(
+        self, now: int, amount: np.float32, money: int, customer: _Ring, terminal: _Ring
+    ) -> Float32[np.ndarray, "1 F"]:
+        """`FEATURES`; the payment itself is not in the rings yet."""
+        found = np.zeros((1, len(FEATURES)), np.float32)
+        day, second = divmod(now, DAY)
+        found[0, :3] = amount, (day + 3) % 7 >= 5, second < 7 * 3600
+        n = customer.count
+        begins = np.searchsorted(customer.seconds[:n], [now - days * DAY for days in WINDOWS], side="right")
+        for i, begin in enumerate(begins):
+            count = n - begin + 1
+            found[0, 3 + 2 * i] = count
+            found[0, 4 + 2 * i] = (customer.money[begin:n].sum() + money) / (count * UNITS)
+        ends = [now - self.delay, *(now - self.delay - days * DAY for days in WINDOWS)]
+        until, *begins = np.searchsorted(terminal.seconds[: terminal.count], ends, side="right")
+        for i, begin in enumerate(begins):
+            state = terminal.state[begin:until]
+            found[0, 9 + 2 * i] = until - begin
+            found[0, 10 + 2 * i] = (state == FRAUD).sum() / max((state != UNKNOWN).sum(), 1)
+        return found
+
+    def _streams(self, now: int, rings: tuple[_Ring, _Ring]) -> Streams:
+        """Streams of the payment that was added last."""
+        shape = (1, 2, self.events)
+        found = Streams(np.zeros((*shape, len(CHANNELS)), np.float32), np.zeros(shape, np.int8), np.zeros(shape, bool))
+        for i, ring in enumerate(rings):
+            held = slice(max(0, ring.count - self.events), ring.count)
+            age = now - ring.seconds[held]
+            at = slice(self.events - len(age), None)
+            found.numbers[0, i, at, :OWN] = ring.own[held]
+            found.numbers[0, i, at, OWN] = age
+            found.states[0, i, at] = np.where(age >= self.delay, ring.state[held], UNKNOWN)
+            found.valid[0, i, at] = True
+        return found

@@ -1,0 +1,132 @@
+"""Contributions of everything that the finance task reads to the log-odds of fraud, by integrated gradients.
+
+The way begins at a typical transaction: the mean features of some that the model finds least suspicious. Tokens and
+states have no gradient themselves; their features have (`r1jax/models/features.py`).
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float
+
+from r1jax.data.source import Source
+from r1jax.models.features import Features, read_from, record
+from r1jax.models.r1 import R1
+from r1jax.models.series import STATES
+from r1jax.parallel.mesh import batch_sharding, shard_tree
+from r1jax.serve.attribution import integrated_gradients
+from r1jax.serve.progress import progress
+from r1jax.tasks.finance.reasons import Contributions
+from r1jax.tasks.task import Task
+
+STEPS = 64
+"""Points on the way."""
+TYPICAL = 256
+"""Transactions that the way's beginning is the mean of."""
+BATCH = 32
+
+
+def explain(
+    model: R1, task: Task, mesh: Mesh, params: Any, source: Source, indices: np.ndarray, typical: np.ndarray
+) -> Contributions:
+    """Explains chosen transactions.
+
+    Args:
+      model: The model.
+      task: Prepares batches.
+      mesh: Devices.
+      params: Weights to serve.
+      source: The transactions.
+      indices: Which to explain; at least one.
+      typical: Which the baseline is made of; at least one.
+
+    Returns:
+      What each input adds, in the order of `indices`.
+    """
+    params = jax.device_put(params, shard_tree(mesh, params))
+    size = -(-BATCH // mesh.size) * mesh.size
+
+    def read(chosen: np.ndarray) -> dict[str, Array]:
+        filled = np.append(chosen, np.repeat(chosen[-1:], size - len(chosen)))
+        return jax.device_put(task.collate(source.read_batch(filled)), batch_sharding(mesh))
+
+    start = _typical(jax.jit(lambda p, batch: _reference_sums(model, task, p, batch)), params, read, typical, size)
+    found = jax.jit(lambda p, batch, start: _contributions(model, task, p, batch, start))
+    parts = []
+    with progress("reasons", len(indices)) as steps:
+        for first in range(0, len(indices), size):
+            chosen = indices[first : first + size]
+            answer = jax.device_get(found(params, read(chosen), start))
+            parts.append([np.asarray(x)[: len(chosen)].astype(np.float64) for x in answer])
+            steps.advance(len(chosen))
+    return Contributions(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+def _typical(sums: Any, params: Any, read: Any, typical: np.ndarray, size: int) -> dict[str, Array]:
+    """Mean features: by event of each stream, over all tokens of the texts, by column of the table."""
+    total = None
+    whole = typical[: max(len(typical) // size * size, min(len(typical), size))]  # a filled-up batch repeats its last
+    for first in range(0, len(whole), size):
+        here = sums(params, read(whole[first : first + size]))
+        total = here if total is None else jax.tree.map(jnp.add, total, here)
+    means = {}
+    for name, (values, count) in total.items():
+        everywhere = values.sum(axis=0, keepdims=True) / jnp.maximum(count.sum(axis=0, keepdims=True), 1)
+        means[name] = jnp.where(count > 0, values / jnp.maximum(count, 1), everywhere)
+    return means
+
+
+def _reference_sums(model: R1, task: Task, params: Any, batch: dict[str, Array]) -> dict[str, tuple[Array, Array]]:
+    """Sums of the features over a batch, and over how many; a position is an event, a token or all of the table."""
+    inputs, _ = task.prepare(batch)
+    sums = {}
+    for name, x in record(model, params, inputs).items():
+        valid = inputs.text_valid if name == "text" else inputs.series_valid[:, int(name.removeprefix("stream_"))]
+        axes = (0, 1) if name == "text" else (0,)
+        sums[name] = _sums(x, valid[..., None], axes)
+    if inputs.table is not None:
+        sums["table"] = _sums(inputs.table, ~jnp.isnan(inputs.table), (0,))
+    return sums
+
+
+def _sums(x: Array, valid: Bool[Array, "..."], axes: tuple[int, ...]) -> tuple[Array, Array]:
+    valid = jnp.broadcast_to(valid, x.shape)
+    values = jnp.sum(jnp.where(valid, x, 0), axis=axes, dtype=jnp.float32)
+    count = jnp.sum(valid, axis=axes, dtype=jnp.float32)
+    return (values[None], count[None]) if values.ndim == 1 else (values, count)
+
+
+def _contributions(
+    model: R1, task: Task, params: Any, batch: dict[str, Array], start: dict[str, Array]
+) -> tuple[Float[Array, "B F"], Float[Array, "B S K C"], Float[Array, "B T"], Float[Array, " B"], Float[Array, " B"]]:
+    """The fields of `Contributions` for a batch."""
+    inputs, _ = task.prepare(batch)
+    end = {name: x.astype(jnp.float32) for name, x in record(model, params, inputs).items()}
+    if inputs.table is not None:
+        end["table"] = inputs.table
+    begin = {
+        name: jnp.broadcast_to(start[name] if x.ndim == 2 else start[name][None], x.shape) for name, x in end.items()
+    }
+
+    def output(x: Features) -> Float[Array, " B"]:
+        shown = inputs if inputs.table is None else inputs._replace(table=x["table"])
+        return read_from(model, params, shown, x).heads["fraud"][:, 0]
+
+    found = integrated_gradients(output, begin, end, STEPS)
+    cases, parts = len(batch["target.fraud"]), found.contributions
+    nothing = jnp.zeros((cases, 0), jnp.float32)
+    channels = inputs.series.shape[-1]
+    streams = [parts[f"stream_{i}"] for i in range(inputs.series.shape[1])]
+    events = jnp.stack([_by_channel(x, channels) for x in streams], axis=1)
+    text = jnp.sum(parts["text"], axis=-1) if "text" in parts else nothing
+    return parts.get("table", nothing), events, text, found.baseline, found.output
+
+
+def _by_channel(x: Float[Array, "B K I"], channels: int) -> Float[Array, "B K C"]:
+    """Adds up what belongs to each number of an event: itself, its pieces; and last the states of the label."""
+    numbers, pieces, states = jnp.split(x, [channels, x.shape[-1] - STATES], axis=-1)
+    pieces = pieces.reshape(*x.shape[:-1], channels, -1)
+    return jnp.concatenate([numbers + pieces.sum(axis=-1), states.sum(axis=-1, keepdims=True)], axis=-1)

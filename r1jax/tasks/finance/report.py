@@ -1,0 +1,141 @@
+"""The report of one alert as plain data: what is recommended, on which ground, and what made it.
+
+It shares its envelope with the medical report. `r1jax/serve/risk_reports.py` writes it as JSON and as XML.
+"""
+
+import math
+from datetime import UTC, datetime
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from r1jax.errors import UserError
+from r1jax.tasks.envelope import (
+    Envelope,
+    Frozen,
+    Instant,
+    Language,
+    Line,
+    OperatingPoint,
+    Probability,
+    Provenance,
+    one_line,
+)
+from r1jax.tasks.finance.alerts import ACTIONS, BANDS, Action, Band, Policy
+from r1jax.tasks.finance.reasons import CATALOGUE, MOST
+
+NOTICE = "Research software: a recommendation to a human investigator, not a decision."
+
+
+class Reason(Frozen):
+    """What raises the score, and by how much; `span` is the part of the note that it rests on."""
+
+    code: Literal[tuple(CATALOGUE)]
+    text: Line
+    contribution: Annotated[float, Field(gt=0)]
+    """Added to the log-odds of fraud."""
+    span: Line | None = None
+
+
+class Explanation(Frozen):
+    """The check that the contributions of all inputs add up."""
+
+    method: Literal["integrated gradients"] = "integrated gradients"
+    baseline: float
+    """Log-odds of a typical transaction of the period."""
+    output: float
+    """Log-odds of this one."""
+    residual: float
+    """Difference between both that the contributions of all inputs together miss."""
+
+
+class RiskReport(Envelope):
+    """Everything that leaves the system about one alert."""
+
+    resource_type: Literal["RiskReport"] = "RiskReport"
+    notice: Literal["Research software: a recommendation to a human investigator, not a decision."] = NOTICE
+    time: Instant
+    customer: Line
+    terminal: Line
+    amount: Annotated[float, Field(ge=0)]
+    score: Probability
+    """Before calibration; bands are decided by it."""
+    probability: Probability
+    """After calibration."""
+    band: Band
+    action: Action
+    operating_point: OperatingPoint
+    step_up_threshold: Probability
+    block_probability: Probability
+    reasons: tuple[Reason, ...] = Field(default=(), max_length=MOST)
+    explanation: Explanation | None = None
+
+
+class Alert(Frozen):
+    """What is told of one transaction, before wording."""
+
+    transaction: str
+    seconds: int
+    customer: str
+    terminal: str
+    amount: float
+    score: float
+    probability: float
+    band: int
+    reasons: tuple[tuple[str, float, str], ...] = ()
+    """Code, contribution, and span or the empty string."""
+    explanation: Explanation | None = None
+
+
+def build_report(
+    alert: Alert, *, policy: Policy, provenance: Provenance, synthetic: bool, language: Language
+) -> RiskReport:
+    """Words one alert.
+
+    Args:
+      alert: What is told.
+      policy: Thresholds of the bands.
+      provenance: What made the score.
+      synthetic: Whether the transaction was generated.
+      language: Of the reasons' texts.
+
+    Returns:
+      The report; a pure function of the arguments.
+
+    Raises:
+      UserError: A number is not finite or a name cannot be written; names the transaction.
+    """
+    for name in ("amount", "score", "probability"):
+        if not math.isfinite(getattr(alert, name)):
+            raise UserError(f"transaction {alert.transaction!r}: {name} is {getattr(alert, name)}: check its input")
+    point = OperatingPoint(
+        threshold=policy.review,
+        sensitivity=policy.recall,
+        specificity=1 - policy.false_positive_rate,
+        n_positive=policy.n_positive,
+        n_negative=policy.n_negative,
+        unit="per transaction",
+        origin=policy.origin,
+    )
+    return RiskReport(
+        case_id=one_line(alert.transaction),
+        synthetic=synthetic,
+        language=language,
+        time=datetime.fromtimestamp(alert.seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        customer=one_line(alert.customer),
+        terminal=one_line(alert.terminal),
+        amount=alert.amount,
+        score=alert.score,
+        probability=alert.probability,
+        band=BANDS[alert.band],
+        action=ACTIONS[alert.band],
+        operating_point=point,
+        step_up_threshold=policy.step_up,
+        block_probability=policy.block,
+        reasons=tuple(
+            Reason(code=code, text=CATALOGUE[code][language], contribution=gain, span=one_line(span).strip() or None)
+            for code, gain, span in alert.reasons
+        ),
+        explanation=alert.explanation,
+        provenance=provenance,
+    )

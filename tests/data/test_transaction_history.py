@@ -1,0 +1,150 @@
+"""Streams and windows: the handbook's definitions, no look into the future, and the live form."""
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from r1jax.data.transaction_history import (
+    FEATURES,
+    FRAUD,
+    GENUINE,
+    NO_GAP,
+    UNKNOWN,
+    WINDOWS,
+    History,
+    window_features,
+)
+from r1jax.data.transaction_live import LiveHistory, Payment
+from r1jax.data.transactions import DAY
+from r1jax.errors import UserError
+from tests.data.streams import draw_table
+
+DELAY, EVENTS = 7 * DAY, 5
+
+
+def all_of(table, delay=DELAY):
+    """Everything that a model is given of any payment."""
+    history = History(table, delay, EVENTS)
+    return history.features, *history.streams(np.arange(len(table)))
+
+
+def test_window_features_are_those_of_the_handbook():
+    table = draw_table(rows=200, unknown=0.0)
+    found = window_features(table, DELAY)
+    frame = pd.DataFrame(
+        {"c": table.customer, "m": table.terminal, "a": table.amount.astype(float), "f": table.fraud.astype(float)},
+        index=pd.to_datetime(table.seconds, unit="s"),
+    )
+    want = np.zeros_like(found)
+    want[:, 0] = table.amount
+    want[:, 1] = frame.index.day_of_week >= 5
+    want[:, 2] = frame.index.hour <= 6
+    for customer in range(3):
+        own = frame[frame.c == customer].a
+        for i, days in enumerate(WINDOWS):
+            rolled = own.rolling(f"{days}D")
+            want[frame.c == customer, 3 + 2 * i], want[frame.c == customer, 4 + 2 * i] = rolled.count(), rolled.mean()
+    for row in range(len(table)):
+        since = table.seconds[row] - DELAY - table.seconds
+        for i, days in enumerate(WINDOWS):
+            window = (table.terminal == table.terminal[row]) & (since >= 0) & (since < days * DAY)
+            want[row, 9 + 2 * i] = window.sum()
+            want[row, 10 + 2 * i] = table.fraud[window].mean() if window.any() else 0
+    np.testing.assert_allclose(found, want, rtol=1e-6)
+
+
+def test_a_stream_holds_the_last_events_in_order_with_the_payment_itself_last():
+    table = draw_table()
+    streams = History(table, DELAY, EVENTS).streams(np.arange(len(table)))
+    for row in (0, 17, 59):
+        for i, entity in enumerate((table.customer, table.terminal)):
+            events = np.flatnonzero(entity[: row + 1] == entity[row])
+            last = events[-EVENTS:]
+            n = len(last)
+            np.testing.assert_array_equal(streams.valid[row, i], np.arange(EVENTS) >= EVENTS - n)
+            numbers, states = streams.numbers[row, i, EVENTS - n :], streams.states[row, i, EVENTS - n :]
+            np.testing.assert_array_equal(numbers[:, 0], table.amount[last])
+            np.testing.assert_array_equal(numbers[:, -1], table.seconds[row] - table.seconds[last])
+            gaps = np.diff(table.seconds[events], prepend=table.seconds[events[0]] - int(NO_GAP))
+            np.testing.assert_array_equal(numbers[:, -2], gaps[-EVENTS:])
+            known = (table.seconds[last] + DELAY <= table.seconds[row]) & ~np.isnan(table.fraud[last])
+            want = np.where(known, np.where(table.fraud[last] == 1, FRAUD, GENUINE), UNKNOWN)
+            np.testing.assert_array_equal(states, want)
+            assert not streams.numbers[row, i, : EVENTS - n].any()
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**16), row=st.integers(0, 59), days=st.sampled_from([0.5, 7, 40]))
+def test_nothing_depends_on_labels_younger_than_the_delay_or_on_later_payments(seed, row, days):
+    delay = int(days * DAY)
+    table, rng = draw_table(seed), np.random.default_rng(seed)
+    young = table.seconds + delay > table.seconds[row]
+    fraud = np.where(young, rng.choice([0.0, 1.0, np.nan], len(table)), table.fraud).astype(np.float32)
+    later = np.arange(len(table)) > row
+    shuffled = lambda x: np.where(later, rng.permutation(x), x).astype(x.dtype)  # noqa: E731
+    changed = replace(
+        table,
+        fraud=fraud,
+        amount=np.where(later, 999, table.amount).astype(np.float32),
+        customer=shuffled(table.customer),
+        terminal=shuffled(table.terminal),
+    )
+    for before, after in zip(all_of(table, delay), all_of(changed, delay), strict=True):
+        np.testing.assert_array_equal(before[row], after[row])
+
+
+def test_a_label_shows_from_the_delay_on():
+    """So that the test above cannot pass because labels are never seen."""
+    table = draw_table(rows=2, entities=1, unknown=0.0)
+    for age, state in ((DELAY - 1, UNKNOWN), (DELAY, FRAUD)):
+        seconds = table.seconds[:1] + np.array([0, age])
+        seen = replace(table, seconds=seconds, fraud=np.array([1, 0], np.float32))
+        features, _, states, _ = all_of(seen)
+        assert states[1, 1].tolist() == [0, 0, 0, state, UNKNOWN]
+        assert features[1, FEATURES.index("terminal_risk_1d")] == (state == FRAUD)
+
+
+@settings(max_examples=8, deadline=None)
+@given(seed=st.integers(0, 2**16), entities=st.integers(1, 4))
+def test_the_live_form_equals_the_batch_form_bit_for_bit(seed, entities):
+    table = draw_table(seed, rows=150, entities=entities, days=120)
+    features, *streams = all_of(table)
+    live, told = LiveHistory(DELAY, EVENTS), 0
+    for row in range(len(table)):
+        while told < row and table.seconds[told] + DELAY <= table.seconds[row]:  # labels come just in time
+            if not np.isnan(table.fraud[told]):
+                live.label(f"t{told}", bool(table.fraud[told]))
+            told += 1
+        own = (str(table.customer[row]), str(table.terminal[row]), float(table.amount[row]))
+        found, found_streams = live.observe(Payment(f"t{row}", int(table.seconds[row]), *own))
+        np.testing.assert_array_equal(found[0], features[row])
+        for ours, theirs in zip(found_streams, streams, strict=True):
+            np.testing.assert_array_equal(ours[0], theirs[row])
+
+
+def test_the_live_state_does_not_grow_with_the_stream():
+    live = LiveHistory(DELAY, EVENTS)
+    for day in range(1000):
+        live.observe(Payment(str(day), day * DAY, "c", "m", 1.0))
+    assert len(live._places) < 120 and live._customers["c"].count < 120
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seconds": 5}, "the clock goes backwards"),
+        ({"customer": " "}, "the customer is empty"),
+        ({"id": "a"}, "'a' came before"),
+        ({"amount": -1.0}, "the amount is -1.0"),
+        ({"amount": float("nan")}, "the amount is nan"),
+    ],
+)
+def test_a_live_payment_that_cannot_be_one_is_refused(change, message):
+    live = LiveHistory(DELAY, EVENTS)
+    live.observe(Payment("a", 10, "c", "m", 1.0))
+    with pytest.raises(UserError, match=message):
+        live.observe(Payment("b", 10, "c", "m", 1.0)._replace(**change))
