@@ -29,6 +29,7 @@ COMMANDS = {
     "hf logits": Command("r1jax.serve.huggingface", "write_logits", "next-token logits of a Hugging Face checkpoint"),
     "hf verify": Command("r1jax.serve.huggingface", "verify_folder", "compares a checkpoint with its reference"),
     "monitor": Command("r1jax.serve.monitor", "monitor", "how far a later period has drifted from an evaluated one"),
+    "quantize": Command("r1jax.serve.quantize_command", "quantize_checkpoint", "checkpoint -> few bits, and a report"),
     "runs list": Command("r1jax.serve.runs_command", "list_runs", "all runs below a folder, and how they stand"),
     "runs compare": Command("r1jax.serve.runs_command", "compare_runs", "where runs differ, and their curves"),
 }

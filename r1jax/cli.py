@@ -24,6 +24,7 @@ Trains the model that a config file describes; the same command again goes on fr
 
   --config FILE.py[:VARIANT,...]  the experiment; a variant is an argument of the file's get_config()
   --FIELD VALUE                   replaces one field of it, anywhere on the line; all fields are listed below
+  --quant int8                    short for --model.quant: trains with products of rounded numbers
   --print-config                  prints the resolved config as JSON and leaves
   --dry-run                       compiles the step, prints parameters, FLOPs, memory, what devices exchange, and leaves
   --mesh.show                     prints where each weight lies on the mesh, on devices that need not exist, and leaves
@@ -66,6 +67,8 @@ def load_config(arguments: list[str]) -> Invocation:
     dry_run, show = (_switch(flags, name) for name in ("dry_run", "mesh.show"))
     if _switch(flags, "profile"):
         flags.setdefault("profile.steps", ["5"])
+    if "quant" in flags:
+        flags["model.quant"] = flags.pop("quant")
     words = flags.pop("config", None)
     if words is None and asked_help:
         _help("train.py", Config(), TRAIN_HELP)

@@ -133,6 +133,9 @@ class ModelConfig:
     remat: Literal["none", "attention", "minimal", "full", "offload"] = "none"
     """Activations that the backward pass computes again instead of keeping them (docs/training.md): attention scores;
     all but products; whole blocks; or all but products, which wait in the host's memory."""
+    quant: tuple[str, ...] = ()
+    """What products are rounded to: int8, int8_weights, int4, fp8, or rules on the paths of weights such as
+    "experts=int4/64:int8" (docs/quantization.md); the first that matches counts. --quant is short for this."""
     scan_layers: bool = False
     """Compile the decoder's layers of one kind as one loop: faster to compile, one more copy of their weights."""
 
@@ -309,6 +312,8 @@ class TrainConfig:
     """In what AdamW's moments are kept; bfloat16 is rounded stochastically and saves 4 bytes a weight."""
     ema: Share = 0.99
     """Decay of the weight average that is evaluated and served; 0 keeps none, and evaluates the raw weights."""
+    quant_start: Fraction = 0.0
+    """Share of the run after which the products are rounded as model.quant says; until then they are of floats."""
     router_bias_rate: Weight = 1e-3
     """Step of the bias-only load balancing (gamma of DeepSeek-V3)."""
     router_bias_until: Fraction = 1.0

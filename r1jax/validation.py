@@ -66,6 +66,12 @@ def _relations(config: Config) -> Iterator[tuple[bool, str, str]]:
     rule = f"after the warmup ({train.warmup_steps} of {train.steps} steps)"
     yield train.schedule != "step" or late, "train.milestones", rule
     yield all(map(_is_rule, train.rules)), "train.rules", "a list of PATTERN=RATE or PATTERN=RATE:DECAY"
+    quant, presets = config.model.quant, ", ".join(QUANT_PRESETS)
+    form = "PATTERN=WEIGHTS[/BLOCK][:ACTIVATIONS[:GRADIENTS]]"
+    yield all(map(_is_quant_rule, quant)), "model.quant", f"a list of {presets} or {form} (docs/quantization.md)"
+    yield not (quant and config.model.scan_layers), "model.scan_layers", "False with model.quant, which names layers"
+    yield not quant or config.mesh.pipe == 1, "mesh.pipe", "1 with model.quant, which names layers"
+    yield bool(quant) or not train.quant_start, "train.quant_start", "0 without model.quant"
     yield from _mesh_relations(config.mesh)
     known = "auto" not in (size, parts) or config.mesh.microbatches is None
     yield known, "mesh.microbatches", "None where train.batch_size or train.accumulation is auto"
@@ -128,6 +134,81 @@ def read_rule(text: str) -> Rule:
 def _is_rule(text: str) -> bool:
     try:
         read_rule(text)
+    except (ValueError, re.error):
+        return False
+    return True
+
+
+class QuantRule(NamedTuple):
+    """What one entry of `model.quant` says of the weights that it matches."""
+
+    pattern: str
+    """Regular expression that occurs in their path."""
+    weights: str
+    """int8, int4, fp8 or affine8; float leaves the product as it is."""
+    activations: str | None = None
+    """int8 or fp8; None multiplies floats with the rounded weight."""
+    gradients: str | None = None
+    """int8, rounded stochastically; None leaves the backward pass in floats."""
+    block: int | None = None
+    """Numbers of a row of weights that share a scale; None is the whole row."""
+
+
+QUANT_PRESETS = {
+    "int8": (".=int8:int8",),
+    "int8_weights": (".=int8",),
+    "int4": ("(embed_tokens|lm_head|position|queries|missing)=int8", ".=int4/128"),
+    "fp8": (".=fp8:fp8",),
+}
+"""Rules by a short name; int4 keeps 8 bits for what is looked up or added, and for the language head."""
+ACTIVATIONS = {"int8": ("int8",), "int4": ("int8",), "fp8": ("fp8",), "affine8": (), "float": ()}
+"""What may be multiplied with each type of weights."""
+
+
+def quant_rules(entries: tuple[str, ...]) -> tuple[QuantRule, ...]:
+    """Reads `model.quant`.
+
+    Args:
+      entries: PATTERN=WEIGHTS[/BLOCK][:ACTIVATIONS[:GRADIENTS]], or names of presets.
+
+    Returns:
+      The rules in order.
+
+    Raises:
+      ValueError: An entry is no such rule.
+    """
+    return tuple(read_quant_rule(text) for entry in entries for text in QUANT_PRESETS.get(entry, (entry,)))
+
+
+def read_quant_rule(text: str) -> QuantRule:
+    """Reads one rule of `model.quant`.
+
+    Args:
+      text: PATTERN=WEIGHTS[/BLOCK][:ACTIVATIONS[:GRADIENTS]].
+
+    Returns:
+      The rule.
+
+    Raises:
+      ValueError: The text is no such rule.
+    """
+    pattern, _, types = text.rpartition("=")
+    weights, *more = types.split(":")
+    weights, slash, block = weights.partition("/")
+    activations, gradients = [*more, None, None][:2]
+    rule = QuantRule(pattern, weights, activations, gradients, int(block) if slash else None)
+    sound = weights in ACTIVATIONS and activations in (None, *ACTIVATIONS[weights]) and len(more) < 3
+    # Gradients contract over the outputs, each of which must have one scale.
+    sound &= gradients is None or (gradients, activations, rule.block) == ("int8", "int8", None)
+    if not (pattern and sound and (rule.block is None or (rule.block > 0 and weights != "float"))):
+        raise ValueError(text)
+    re.compile(pattern)
+    return rule
+
+
+def _is_quant_rule(entry: str) -> bool:
+    try:
+        quant_rules((entry,))
     except (ValueError, re.error):
         return False
     return True

@@ -14,11 +14,13 @@ from r1jax.models.initial import normal
 from r1jax.models.layers import MLP, Dropout, Linear, RMSNorm
 from r1jax.models.lora import Lora
 from r1jax.models.moe import MoE, RouterStats
+from r1jax.models.quantized import parameter, scheme_for
 from r1jax.models.remat import Remat, block
 from r1jax.ops.axes import constrain, placement
 from r1jax.ops.embedding import embed
 from r1jax.ops.latent_attention import PagedLatents
 from r1jax.ops.pipeline import STACKED, Stage, Stages, join, pipeline, stages_of
+from r1jax.ops.quantized_dot import Ruled, quantized_dot
 
 
 class DecoderLayer(nn.Module):
@@ -129,14 +131,21 @@ class LanguageHead(nn.Module):
 
     def setup(self) -> None:
         init = normal(self.init_std)
-        self.weight = self.param("weight", init, (self.vocab_size, self.width), jnp.float32)
+        self.weight = parameter(self, "weight", init, (self.vocab_size, self.width))
 
     def __call__(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        return language_logits(hidden.astype(self.dtype), self.weight)
+        return language_logits(hidden.astype(self.dtype), self.matrix(hidden))
+
+    def matrix(self, hidden: Float[Array, "B T D"]) -> Float[Array, "V D"] | Ruled:
+        """The weight, with its scheme where its products are rounded; `hidden` is what it will be multiplied with."""
+        scheme = scheme_for((*self.path, "weight"), "head", self.weight.shape, hidden)
+        return self.weight if scheme is None else Ruled(self.weight, scheme)
 
 
-def language_logits(hidden: Float[Array, "B T D"], weight: Float[Array, "V D"]) -> Float[Array, "B T V"]:
-    """Logits in fp32 of products in the states' dtype."""
+def language_logits(hidden: Float[Array, "B T D"], weight: Float[Array, "V D"] | Ruled) -> Float[Array, "B T V"]:
+    """Logits in fp32 of products in the states' dtype, or of rounded ones."""
+    if isinstance(weight, Ruled):
+        return quantized_dot(hidden, weight.weight, weight.scheme).astype(jnp.float32)
     return jnp.einsum("...I,OI->...O", hidden, weight.astype(hidden.dtype)).astype(jnp.float32)
 
 
@@ -155,7 +164,7 @@ class Decoder(nn.Module):
     def setup(self) -> None:
         c = self.config
         init = normal(c.initializer_range)
-        self.embed_tokens = self.param("embed_tokens", init, (c.vocab_size, c.hidden_size), jnp.float32)
+        self.embed_tokens = parameter(self, "embed_tokens", init, (c.vocab_size, c.hidden_size))
         self.layers = [
             DecoderLayer(c, self.dtype, self.dropout, i < c.first_k_dense_replace, self.lora, self.remat, self.prefix)
             for i in range(c.num_hidden_layers)
@@ -167,7 +176,10 @@ class Decoder(nn.Module):
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Embeds tokens in the compute dtype."""
-        return embed(self.embed_tokens, tokens, self.dtype, (*self.path, "embed_tokens"))
+        path = (*self.path, "embed_tokens")
+        return embed(
+            self.embed_tokens, tokens, self.dtype, path, scheme_for(path, "embedding", self.embed_tokens.shape)
+        )
 
     def __call__(
         self,

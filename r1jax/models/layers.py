@@ -8,9 +8,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from r1jax.models.initial import normal
 from r1jax.models.lora import Lora
+from r1jax.models.quantized import parameter, rounded_product, scheme_for
 from r1jax.models.remat import Remat, attention, kept
 from r1jax.ops.axes import constrain, gathered
 from r1jax.ops.hashed_bits import hashed_bits
+from r1jax.ops.quantized_dot import rounded
 
 
 class Linear(nn.Module):
@@ -27,9 +29,13 @@ class Linear(nn.Module):
     def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
         width = x.shape[-1]
         std = width**-0.5 if self.init_std is None else self.init_std
-        weight = self.param("weight", normal(std), (self.features, width), jnp.float32)
-        x, weight = x.astype(self.dtype), gathered(weight.astype(self.dtype), (*self.path, "weight"))
-        y = kept(jnp.einsum("...I,OI->...O", x, weight))
+        weight, x = parameter(self, "weight", normal(std), (self.features, width)), x.astype(self.dtype)
+        scheme = scheme_for((*self.path, "weight"), "linear", (self.features, width), x)
+        if scheme is None:
+            weight = gathered(weight.astype(self.dtype), (*self.path, "weight"))
+            y = kept(jnp.einsum("...I,OI->...O", x, weight))
+        else:
+            y = kept(rounded_product(self, x, weight, scheme, "weight"))
         if self.lora.rank:
             a = self.param("lora_a", normal(width**-0.5), (self.lora.rank, width), jnp.float32)
             b = self.param("lora_b", nn.initializers.zeros, (self.features, self.lora.rank), jnp.float32)
@@ -43,7 +49,9 @@ class Linear(nn.Module):
 
     def matrix(self) -> Float[Array, "O I"]:
         """The weight in the product's dtype, for a product in another order; `__call__` makes it."""
-        weight = self.get_variable("params", "weight").astype(self.dtype)
+        weight = self.get_variable("params", "weight")
+        scheme = scheme_for((*self.path, "weight"), "linear", weight.shape)
+        weight = weight.astype(self.dtype) if scheme is None else rounded(weight, scheme, self.dtype)
         if self.lora.rank:
             a, b = (self.get_variable("params", name).astype(self.dtype) for name in ("lora_a", "lora_b"))
             weight = weight + self.lora.scale * (b @ a)

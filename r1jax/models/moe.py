@@ -4,7 +4,7 @@ import contextlib
 import functools
 from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -14,13 +14,17 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from r1jax.config import DecoderConfig
+from r1jax.errors import UserError
 from r1jax.models.initial import normal
 from r1jax.models.layers import MLP
 from r1jax.models.lora import Lora
+from r1jax.models.quantized import parameter, ruled
 from r1jax.models.remat import kept
 from r1jax.ops.axes import Placement, axes_of, gather_dimensions, gathered, placement, spread
 from r1jax.ops.expert_exchange import exchange
 from r1jax.ops.grouped_matmul import grouped_matmul, plan_dispatch, scatter_choices, scatter_rows, sum_rows
+from r1jax.ops.quantize import Quantized
+from r1jax.ops.quantized_dot import Ruled, grouped_quantized_dot, rounded
 
 
 class RouterStats(NamedTuple):
@@ -121,8 +125,8 @@ def mix_experts(
     x: Float[Array, "T D"],
     scores: Float[Array, "T E"],
     bias: Float[Array, " E"],
-    gate_up: Float[Array, "E F2 D"],
-    down: Float[Array, "E D F"],
+    gate_up: Float[Array, "E F2 D"] | Ruled,
+    down: Float[Array, "E D F"] | Ruled,
     *,
     config: DecoderConfig,
     few: bool = False,
@@ -217,16 +221,27 @@ def _feed_forward(
     rows: Float[Array, "P D"],
     share: Float[Array, " P"] | None,
     block_expert: Int[Array, " blocks"],
-    gate_up: Float[Array, "E F2 D"],
-    down: Float[Array, "E D F"],
+    gate_up: Float[Array, "E F2 D"] | Ruled,
+    down: Float[Array, "E D F"] | Ruled,
 ) -> Float[Array, "P D"]:
     """SwiGLU of each block of rows with its expert's weights, times the row's share."""
-    both = kept(grouped_matmul(rows, gate_up, block_expert))
+    both = kept(_grouped(rows, gate_up, block_expert))
     if share is not None and rows.dtype != jnp.float32:
         # With its share before the last product, whose result then is no part of the backward pass.
-        return grouped_matmul(_swiglu(both, share), down, block_expert)
-    result = kept(grouped_matmul(_swiglu(both, None), down, block_expert))
+        return _grouped(_swiglu(both, share), down, block_expert)
+    result = kept(_grouped(_swiglu(both, None), down, block_expert))
     return result if share is None else result * share[:, None]  # as Hugging Face does, to meet its numbers in fp32
+
+
+def _grouped(
+    rows: Float[Array, "P D"], weight: Float[Array, "E F D"] | Ruled, block_expert: Int[Array, " blocks"]
+) -> Float[Array, "P F"]:
+    """Each block of rows times its expert's weights, rounded where they are ruled."""
+    if not isinstance(weight, Ruled):
+        return grouped_matmul(rows, weight, block_expert)
+    if weight.scheme.activations is None:
+        return grouped_matmul(rows, rounded(weight.weight, weight.scheme, rows.dtype), block_expert)
+    return grouped_quantized_dot(rows, weight.weight, block_expert, weight.scheme, key=weight.key)
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False)  # of all that lies between, nothing is worth keeping
@@ -241,8 +256,8 @@ def exchange_and_mix(
     x: Float[Array, "T D"],
     scores: Float[Array, "T E"],
     bias: Float[Array, " E"],
-    gate_up: Float[Array, "e F2 D"],
-    down: Float[Array, "e D F"],
+    gate_up: Float[Array, "e F2 D"] | Ruled,
+    down: Float[Array, "e D F"] | Ruled,
     *,
     config: DecoderConfig,
     axis: str,
@@ -251,7 +266,7 @@ def exchange_and_mix(
 ) -> Mixed:
     """`mix_experts` where each device along an axis has e of the E experts; the other arguments are `exchange`'s."""
     experts, weights = select_experts(scores, bias, config)
-    local = len(gate_up)
+    local = gate_up.shape[0]
 
     def compute(rows: Float[Array, "P D"], expert: Int[Array, " P"]) -> Float[Array, "P D"]:
         plan = plan_dispatch(expert[:, None], local + 1)  # empty places last: they are zeros for any expert
@@ -269,8 +284,8 @@ def spread_experts(
     x: Float[Array, "B T D"],
     scores: Float[Array, "B T E"],
     bias: Float[Array, " E"],
-    gate_up: Float[Array, "E F2 D"],
-    down: Float[Array, "E D F"],
+    gate_up: Float[Array, "E F2 D"] | Ruled,
+    down: Float[Array, "E D F"] | Ruled,
     *,
     config: DecoderConfig,
     path: tuple[str, ...],
@@ -291,18 +306,32 @@ def spread_experts(
       As `mix_experts`, with the tokens' two dimensions; equal to it up to the order of additions.
     """
     names = ("experts", None, "hidden", None), ("experts", None, "hidden")
+    schemes = [part.scheme if isinstance(part, Ruled) else None for part in (gate_up, down)]
+    gate_up, down = (part.weight if isinstance(part, Ruled) else part for part in (gate_up, down))
     # Gate and up are each divided over the devices of their width, so that these hold matching parts of both.
-    pairs = gate_up.reshape(len(gate_up), 2, -1, gate_up.shape[-1])
+    pairs = jax.tree.map(lambda part: part.reshape(len(part), 2, -1, part.shape[-1]), gate_up)
     experts, _, hidden, _ = map(axes_of, where.spec(names[0], pairs.shape))
+    if any(schemes) and hidden:
+        raise UserError(
+            "model.quant rounds routed experts, and mesh.tensor divides their width, so that the scale of a row would "
+            'depend on the mesh: leave mesh.tensor at 1, or add "experts=float" before the other rules'
+        )
     weights = (pairs, "gate_up_proj", names[0]), (down, "down_proj", names[1])
-    apart = tuple(where.kept(w.shape, dims, (*path, name)) for w, name, dims in weights)
+    apart = tuple(
+        (PartitionSpec(experts or None), ()) if isinstance(w, Quantized) else where.kept(w.shape, dims, (*path, name))
+        for w, name, dims in weights
+    )
     tokens, total = where.spec(("batch", "length", None), x.shape), where.all_axes()
     counted = tuple(axis for part in tokens for axis in axes_of(part))
 
-    def local(x: Array, scores: Array, bias: Array, pairs: Array, down: Array) -> tuple[Array, Array, Array | None]:
-        pairs, down = (gather_dimensions(w, kept) for w, (_, kept) in zip((pairs, down), apart, strict=True))
-        gate_up = pairs.reshape(len(pairs), -1, pairs.shape[-1])
-        flat = x.reshape(-1, x.shape[-1]), scores.reshape(-1, scores.shape[-1]), bias, gate_up, down
+    def local(x: Array, scores: Array, bias: Array, pairs: Any, down: Any) -> tuple[Array, Array, Array | None]:
+        pairs, down = (
+            jax.tree.map(lambda part, over=over: gather_dimensions(part, over), w)
+            for w, (_, over) in zip((pairs, down), apart, strict=True)
+        )
+        gate_up = jax.tree.map(lambda part: part.reshape(len(part), -1, part.shape[-1]), pairs)
+        both = (w if s is None else Ruled(w, s) for w, s in zip((gate_up, down), schemes, strict=True))
+        flat = x.reshape(-1, x.shape[-1]), scores.reshape(-1, scores.shape[-1]), bias, *both
         if experts:
             mixed = exchange_and_mix(*flat, config=config, axis=experts[0], everywhere=total, capacity=where.capacity)
         else:
@@ -329,9 +358,11 @@ class Experts(nn.Module):
         c = self.config
         width, hidden = x.shape[-1], c.moe_intermediate_size
         init = normal(c.initializer_range)
-        gate_up = self.param("gate_up_proj", init, (c.n_routed_experts, 2 * hidden, width), jnp.float32)
-        down = self.param("down_proj", init, (c.n_routed_experts, width, hidden), jnp.float32)
-        x, gate_up, down = (part.astype(self.dtype) for part in (x, gate_up, down))
+        gate_up = parameter(self, "gate_up_proj", init, (c.n_routed_experts, 2 * hidden, width))
+        down = parameter(self, "down_proj", init, (c.n_routed_experts, width, hidden))
+        x = x.astype(self.dtype)
+        gate_up, down = ruled(self, "gate_up_proj", "experts", gate_up, x), ruled(self, "down_proj", "experts", down, x)
+        gate_up, down = (w if isinstance(w, Ruled) else w.astype(self.dtype) for w in (gate_up, down))
         where = placement()
         if where is not None:
             return spread_experts(where, x, scores, bias, gate_up, down, config=c, path=self.path)

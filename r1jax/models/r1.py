@@ -13,11 +13,13 @@ from r1jax.models.layers import Linear
 from r1jax.models.lora import Lora
 from r1jax.models.moe import RouterStats
 from r1jax.models.precision import PRECISIONS
+from r1jax.models.quantized import added, parameter, rounding_by
 from r1jax.models.series import SeriesEncoder
 from r1jax.models.table import TableEncoder
 from r1jax.models.text import TextSummary
 from r1jax.models.vision import VisionEncoder
-from r1jax.ops.axes import constrain, gathered
+from r1jax.ops.axes import constrain
+from r1jax.ops.quantized_dot import Ruled
 
 
 class Inputs(NamedTuple):
@@ -52,7 +54,7 @@ class Output(NamedTuple):
     """States at the text positions that, through the language head, predict the next token, if asked for."""
     mtp_states: Float[Array, "B S D"] | None
     """States that predict the token after next, for the first T - 1 text positions, if asked for."""
-    lm_head: Float[Array, "V D"] | None
+    lm_head: Float[Array, "V D"] | Ruled | None
     """Weight of the language head, for losses that never hold all logits; with the states."""
 
     @property
@@ -96,7 +98,7 @@ class R1(nn.Module):
             return
         if "text" in c.modalities:
             self.text = TextSummary(width, self.dtype, c.dropout)
-        self.queries = self.param("queries", normal(0.02), (len(self.heads), width), jnp.float32)
+        self.queries = parameter(self, "queries", normal(0.02), (len(self.heads), width))
         self.head = {name: Linear(size, jnp.float32, bias=True) for name, size in self.heads}
 
     def encode(
@@ -138,6 +140,11 @@ class R1(nn.Module):
         Returns:
           Heads, router statistics and, if asked for, what a language loss needs.
         """
+        with rounding_by(self.config.quant):
+            return self._read(inputs, cases, language)
+
+    def _read(self, inputs: Inputs, cases: Int[Array, " B"] | None, language: bool) -> Output:
+        """Reads a batch; the rules of the config hold."""
         tokens, exist, summary, where = self.encode(inputs, cases=cases)
         first = sum(part.shape[1] for part in tokens)
         if inputs.text is not None:
@@ -148,7 +155,7 @@ class R1(nn.Module):
                 summary = summary + jnp.where(jnp.any(inputs.text_valid, axis=1)[:, None], read, 0)
         if self.heads:
             # Queries start from the summaries: a direct way for gradients, which attention over many tokens dilutes.
-            asked = gathered(self.queries.astype(tokens[0].dtype), ("queries",))[None]
+            asked = added(self, "queries", self.queries, tokens[0].dtype)[None]
             asked = jnp.broadcast_to(asked, (tokens[0].shape[0], *asked.shape[1:])) + summary[:, None]
             tokens, exist = [*tokens, asked], [*exist, jnp.ones(asked.shape[:2], bool)]
         x, valid = constrain(jnp.concatenate(tokens, axis=1), "batch", "length", None), jnp.concatenate(exist, axis=1)
@@ -160,7 +167,8 @@ class R1(nn.Module):
         states = second = weight = None
         if language and inputs.text is not None:
             text = slice(first, first + inputs.text.shape[1])
-            states, weight = hidden[:, text], self.decoder.lm_head.weight
+            states = hidden[:, text]
+            weight = self.decoder.lm_head.matrix(states)
             if self.config.decoder.num_nextn_predict_layers:
                 second, stats = self.decoder.predict_second(
                     states[:, :-1],

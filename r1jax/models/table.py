@@ -3,6 +3,7 @@
 import math
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
@@ -10,8 +11,10 @@ from jaxtyping import Array, Float, Int
 from r1jax.config import TableConfig
 from r1jax.models.initial import normal
 from r1jax.models.layers import EncoderLayer, Linear, RMSNorm
+from r1jax.models.quantized import added, parameter, scheme_for
 from r1jax.models.remat import Remat, block
 from r1jax.ops.axes import constrain, gathered
+from r1jax.ops.quantized_dot import quantized_dot
 
 
 class TableEncoder(nn.Module):
@@ -45,11 +48,17 @@ class TableEncoder(nn.Module):
         parts = [known, jnp.sin(angle), jnp.cos(angle), jnp.ones_like(known)]
         x = jnp.concatenate(parts, axis=-1).astype(self.dtype)
         init = normal(x.shape[-1] ** -0.5)
-        weight = self.param("weight", init, (fields, self.features, x.shape[-1]), jnp.float32)
-        absent = self.param("missing", normal(1.0), (fields, self.features), jnp.float32)
-        weight, absent = (gathered(w, (*self.path, name)) for w, name in ((weight, "weight"), (absent, "missing")))
-        x = constrain(jnp.einsum("BFI,FOI->BFO", x, weight.astype(self.dtype)), "batch", None, None)
-        x = jnp.where(missing[..., None], jnp.broadcast_to(absent.astype(self.dtype)[None], x.shape), x)
+        weight = parameter(self, "weight", init, (fields, self.features, x.shape[-1]))
+        absent = parameter(self, "missing", normal(1.0), (fields, self.features))
+        weight = jax.tree.map(lambda part: gathered(part, (*self.path, "weight")), weight)
+        absent = added(self, "missing", absent, self.dtype)
+        scheme = scheme_for((*self.path, "weight"), "fields", weight.shape, x)
+        if scheme is None:
+            x = jnp.einsum("BFI,FOI->BFO", x, weight.astype(self.dtype))
+        else:
+            x = jax.vmap(lambda x, w: quantized_dot(x, w, scheme), in_axes=(1, 0), out_axes=1)(x, weight)
+        x = constrain(x, "batch", None, None)
+        x = jnp.where(missing[..., None], jnp.broadcast_to(absent[None], x.shape), x)
         fields_alone = jnp.mean(x, axis=1)
         for i in range(c.layers):
             layer = EncoderLayer(c.num_attention_heads, self.dtype, self.dropout, self.remat, name=f"layers_{i}")

@@ -17,8 +17,10 @@ from jaxtyping import Array, Float, Int
 from r1jax.config import VisionConfig
 from r1jax.models.initial import normal
 from r1jax.models.layers import EncoderLayer, Linear, RMSNorm
+from r1jax.models.quantized import added, parameter, rounded_product, scheme_for
 from r1jax.models.remat import Remat, block, kept
 from r1jax.ops.axes import constrain, gathered
+from r1jax.ops.quantize import Quantized
 
 
 class Encoded(NamedTuple):
@@ -40,13 +42,30 @@ class PlaneConv(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*B Y X C"]) -> Float[Array, "*B Y X F"]:
         shape = (3, 3, x.shape[-1], self.features)
-        weight = self.param("weight", nn.initializers.he_normal(), shape, jnp.float32)
+        weight = parameter(self, "weight", nn.initializers.he_normal(), shape)
         # A plane is never divided: the partitioner of jax 0.10.2 then doubles gradients before a convolution.
         flat = constrain(x.reshape(-1, *x.shape[-3:]).astype(self.dtype), "batch", None, None, None)
-        weight = gathered(weight.astype(self.dtype), (*self.path, "weight"))
-        dims = ("NHWC", "HWIO", "NHWC")
-        y = jax.lax.conv_general_dilated(flat, weight, (1, 1), "SAME", dimension_numbers=dims)
+        scheme = scheme_for((*self.path, "weight"), "convolution", shape, flat)
+        if scheme is None:
+            weight = gathered(weight.astype(self.dtype), (*self.path, "weight"))
+            dims = ("NHWC", "HWIO", "NHWC")
+            y = jax.lax.conv_general_dilated(flat, weight, (1, 1), "SAME", dimension_numbers=dims)
+        else:
+            rows = weight if isinstance(weight, Quantized) else kernel_rows(weight)
+            y = rounded_product(self, neighbours(flat), rows, scheme, "weight")
         return constrain(kept(y), "batch", None, None, None).reshape(*x.shape[:-1], self.features)
+
+
+def neighbours(x: Float[Array, "B Y X C"]) -> Float[Array, "B Y X K"]:
+    """The 3x3 neighbours of each place, side by side, zeros beyond the edge: a convolution as a product of rows."""
+    height, width = x.shape[1:3]
+    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    return jnp.concatenate([padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)], axis=-1)
+
+
+def kernel_rows(weight: Float[Array, "3 3 C F"]) -> Float[Array, "F K"]:
+    """The kernel of a `PlaneConv` as the rows that meet `neighbours`."""
+    return weight.transpose(3, 0, 1, 2).reshape(weight.shape[-1], -1)
 
 
 class ThroughConv(nn.Module):
@@ -120,10 +139,9 @@ class VisionEncoder(nn.Module):
                 x = block(ResidualBlock.__call__, self.remat)(residual, x)
         grid = x.shape[1:-1]
         x = RMSNorm(name="norm")(x.reshape(x.shape[0], -1, x.shape[-1]))
-        place = self.param("position", normal(0.02), x.shape[1:], jnp.float32)
-        place = gathered(place, (*self.path, "position"))
+        place = added(self, "position", parameter(self, "position", normal(0.02), x.shape[1:]), self.dtype)
         size = Linear(x.shape[-1], self.dtype, bias=True, name="spacing")(jnp.log(spacing))
-        x = x + jnp.broadcast_to(place.astype(self.dtype)[None], x.shape) + jnp.broadcast_to(size[:, None], x.shape)
+        x = x + jnp.broadcast_to(place[None], x.shape) + jnp.broadcast_to(size[:, None], x.shape)
         for i in range(c.layers):
             layer = EncoderLayer(c.num_attention_heads, self.dtype, self.dropout, self.remat, name=f"layers_{i}")
             x = block(EncoderLayer.__call__, self.remat)(layer, x, cases)

@@ -12,10 +12,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from r1jax.ops.axes import Placement, axes_of, gather_dimensions, placement, spread
 from r1jax.ops.losses import cross_entropy
+from r1jax.ops.quantize import Quantized, block_of, dequantize, quantize
+from r1jax.ops.quantized_dot import Ruled, Scheme, multiply, weight_codes
 from r1jax.ops.self_test import target
 
 HEAD = ("lm_head", "weight")
@@ -52,11 +55,11 @@ class Lies(NamedTuple):
     part: Part
 
     @staticmethod
-    def on(where: Placement, hidden: Array, weight: Array) -> "Lies":
+    def on(where: Placement, hidden: Array, weight: Array | Ruled) -> "Lies":
         """The places on a mesh."""
         names = ("vocabulary", None)
         kept, apart = where.kept(weight.shape, names, HEAD)
-        part = Part(len(weight), axes_of(where.spec(names, weight.shape)[0]))
+        part = Part(weight.shape[0], axes_of(where.spec(names, weight.shape)[0]))
         tokens = where.spec(("batch", "length"), hidden.shape[:2])
         return Lies(PartitionSpec(*tokens, None), tokens, kept, apart, part)
 
@@ -81,7 +84,7 @@ class Lies(NamedTuple):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def linear_cross_entropy(
     hidden: Float[Array, "B T D"],
-    weight: Float[Array, "V D"],
+    weight: Float[Array, "V D"] | Ruled,
     labels: Int[Array, "B T"],
     weights: Float[Array, "B T"],
     smoothing: float = 0.0,
@@ -92,7 +95,8 @@ def linear_cross_entropy(
 
     Args:
       hidden: States, fp32 or bf16; products are formed in this type and summed in fp32.
-      weight: Language head, [out, in].
+      weight: Language head, [out, in]; where it is ruled, logits are products of rounded numbers, and the gradients
+        those of what these stand for, straight through.
       labels: Tokens to predict; where the weight is 0, any valid index.
       weights: Of each token, not negative; no gradient flows to them. About 1 at most in fp16, whose gradients are
         formed with these weights: a mean is a sum that is divided afterwards.
@@ -109,7 +113,7 @@ def linear_cross_entropy(
 
 def token_losses(
     hidden: Float[Array, "B T D"],
-    weight: Float[Array, "V D"],
+    weight: Float[Array, "V D"] | Ruled,
     labels: Int[Array, "B T"],
     smoothing: float = 0.0,
     z_loss: float = 0.0,
@@ -117,7 +121,7 @@ def token_losses(
 ) -> Float[Array, "B T"]:
     """The losses that `linear_cross_entropy` sums; meant for scoring, its gradient would hold every logit."""
 
-    def local(hidden: Array, weight: Array, labels: Array, part: Part) -> Array:
+    def local(hidden: Array, weight: Array | Quantized, labels: Array, part: Part) -> Array:
         def one(_: None, chunk: tuple[Array, Array]) -> tuple[None, Array]:
             scores = _scores(chunk[0], weight, part)
             return None, _losses(scores, chunk[1], smoothing, z_loss, part)
@@ -125,12 +129,14 @@ def token_losses(
         losses = jax.lax.scan(one, None, (_chunks(hidden, chunk), _chunks(labels, chunk)))[1]
         return _whole(losses, hidden.shape[1])
 
-    narrow, where = weight.astype(hidden.dtype), placement()
+    narrow, scheme, where = *_narrow(weight, hidden.dtype), placement()
     if where is None:
-        return local(hidden, narrow, labels, Part(len(weight)))
+        return local(hidden, _codes(narrow, scheme, hidden.dtype), labels, Part(weight.shape[0]))
     lies = Lies.on(where, hidden, weight)
     run = spread(
-        lambda hidden, weight, labels: local(hidden, gather_dimensions(weight, lies.apart), labels, lies.part),
+        lambda hidden, weight, labels: local(
+            hidden, _codes(_gathered(weight, lies.apart), scheme, hidden.dtype), labels, lies.part
+        ),
         (lies.states, lies.weight, lies.tokens),
         lies.tokens,
     )
@@ -139,21 +145,23 @@ def token_losses(
 
 def _forward(
     hidden: Float[Array, "B T D"],
-    weight: Float[Array, "V D"],
+    weight: Float[Array, "V D"] | Ruled,
     labels: Int[Array, "B T"],
     weights: Float[Array, "B T"],
     smoothing: float,
     z_loss: float,
     chunk: int | None,
-) -> tuple[Float[Array, ""], tuple[Array, Array]]:
-    settings, narrow, where = (smoothing, z_loss, chunk), weight.astype(hidden.dtype), placement()
+) -> tuple[Float[Array, ""], tuple[Array, Array | Ruled]]:
+    settings, (narrow, scheme), where = (smoothing, z_loss, chunk), _narrow(weight, hidden.dtype), placement()
     if where is None:
-        total, to_hidden, to_weight = _slopes(hidden, narrow, labels, weights, *settings, Part(len(weight)))
+        total, to_hidden, to_weight = _slopes(
+            hidden, _codes(narrow, scheme, hidden.dtype), labels, weights, *settings, Part(weight.shape[0])
+        )
     else:
         lies = Lies.on(where, hidden, weight)
 
         def local(hidden: Array, weight: Array, labels: Array, weights: Array) -> tuple[Array, Array, Array]:
-            weight = gather_dimensions(weight, lies.apart)
+            weight = _codes(_gathered(weight, lies.apart), scheme, hidden.dtype)
             total, to_hidden, to_weight = _slopes(hidden, weight, labels, weights, *settings, lies.part)
             return lies.sum_over_tokens(total), to_hidden, lies.sum_where_kept(to_weight)
 
@@ -162,12 +170,14 @@ def _forward(
             (PartitionSpec(), lies.states, lies.weight),
         )
         total, to_hidden, to_weight = spread(local, in_specs, out_specs)(hidden, narrow, labels, weights)
-    return total, (to_hidden, to_weight.astype(weight.dtype))
+    if scheme is None:
+        return total, (to_hidden, to_weight.astype(weight.dtype))
+    return total, (to_hidden, Ruled(to_weight.astype(weight.weight.dtype), scheme))
 
 
 def _slopes(
     hidden: Float[Array, "B T D"],
-    weight: Float[Array, "v D"],
+    weight: Float[Array, "v D"] | Quantized,
     labels: Int[Array, "B T"],
     weights: Float[Array, "B T"],
     smoothing: float,
@@ -176,18 +186,20 @@ def _slopes(
     part: Part,
 ) -> tuple[Float[Array, ""], Float[Array, "B T D"], Float[Array, "v D"]]:
     """Loss of the tokens of a device, its gradient by them, and by the device's part of the vocabulary."""
+    size, floats = weight.shape[0], dequantize(weight, hidden.dtype) if isinstance(weight, Quantized) else weight
 
     def one(carry: tuple[Array, Array], tokens: tuple[Array, ...]) -> tuple[tuple[Array, Array], Array]:
         total, to_weight = carry
         x, y, w = tokens
         scores = _scores(x, weight, part)
-        own = y - part.first(len(weight))
-        target = (1 - smoothing) * jax.nn.one_hot(own, len(weight), dtype=jnp.float32) + smoothing / part.vocabulary
+        own = y - part.first(size)
+        target = (1 - smoothing) * jax.nn.one_hot(own, size, dtype=jnp.float32) + smoothing / part.vocabulary
         normaliser = scores.highest + scores.log_sum
         slope = jnp.exp(scores.logits - normaliser) * (1 + 2 * z_loss * normaliser) - target
         slope = (slope * w[..., None]).astype(x.dtype)
-        to_hidden = part.sum(jnp.einsum("btV,VD->btD", slope, weight, preferred_element_type=jnp.float32))
-        to_weight = to_weight + jnp.einsum("btV,btD->VD", slope, x, preferred_element_type=jnp.float32)
+        to_hidden = part.sum(jnp.einsum("btV,VD->btD", slope, floats, preferred_element_type=jnp.float32))
+        seen = dequantize(_rows(x, weight), x.dtype) if isinstance(weight, Quantized) else x
+        to_weight = to_weight + jnp.einsum("btV,btD->VD", slope, seen, preferred_element_type=jnp.float32)
         total = total + jnp.sum(_losses(scores, y, smoothing, z_loss, part) * w)
         return (total, to_weight), to_hidden.astype(x.dtype)
 
@@ -198,10 +210,10 @@ def _slopes(
 
 
 def _backward(
-    smoothing: float, z_loss: float, chunk: int | None, saved: tuple[Array, Array], scale: Float[Array, ""]
-) -> tuple[Array, Array, None, None]:
+    smoothing: float, z_loss: float, chunk: int | None, saved: tuple[Array, Array | Ruled], scale: Float[Array, ""]
+) -> tuple[Array, Array | Ruled, None, None]:
     del smoothing, z_loss, chunk
-    return (*((x.astype(jnp.float32) * scale).astype(x.dtype) for x in saved), None, None)
+    return (*jax.tree.map(lambda x: (x.astype(jnp.float32) * scale).astype(x.dtype), saved), None, None)
 
 
 linear_cross_entropy.defvjp(_forward, _backward)
@@ -209,7 +221,7 @@ linear_cross_entropy.defvjp(_forward, _backward)
 
 def linear_cross_entropy_reference(
     hidden: Float[Array, "B T D"],
-    weight: Float[Array, "V D"],
+    weight: Float[Array, "V D"] | Ruled,
     labels: Int[Array, "B T"],
     weights: Float[Array, "B T"],
     smoothing: float = 0.0,
@@ -221,7 +233,33 @@ def linear_cross_entropy_reference(
     return jnp.sum(losses * weights)
 
 
-def _logits(x: Float[Array, "b t D"], weight: Float[Array, "V D"]) -> Float[Array, "b t V"]:
+def _narrow(weight: Array | Ruled, dtype: DTypeLike) -> tuple[Array | Quantized, Scheme | None]:
+    """The weight as it travels between devices, and its scheme; one that is to be rounded is not rounded before."""
+    return (weight.weight, weight.scheme) if isinstance(weight, Ruled) else (weight.astype(dtype), None)
+
+
+def _gathered(weight: Array | Quantized, apart: tuple[tuple[str, ...], ...]) -> Array | Quantized:
+    """A device's part of the vocabulary, whole in the other dimension."""
+    return jax.tree.map(lambda part: gather_dimensions(part, apart), weight)
+
+
+def _codes(weight: Array | Quantized, scheme: Scheme | None, dtype: DTypeLike) -> Array | Quantized:
+    """The weight as it is multiplied: codes where states are rounded too, otherwise floats."""
+    if scheme is None:
+        return weight
+    codes = weight_codes(weight, scheme)
+    return codes if scheme.activations else dequantize(codes, dtype)
+
+
+def _rows(x: Float[Array, "b t D"], weight: Quantized) -> Quantized:
+    """States in the numbers that meet the weight's codes."""
+    kind = "fp8" if weight.values.dtype == jnp.float8_e4m3fn else "int8"
+    return quantize(x, kind, block=block_of(weight))
+
+
+def _logits(x: Float[Array, "b t D"], weight: Float[Array, "V D"] | Quantized) -> Float[Array, "b t V"]:
+    if isinstance(weight, Quantized):
+        return multiply(_rows(x, weight), weight)
     return jnp.einsum("btD,VD->btV", x, weight, preferred_element_type=jnp.float32)
 
 
@@ -235,7 +273,7 @@ class Scores(NamedTuple):
     """Logarithm of the sum of exp(logit - highest) over the whole vocabulary."""
 
 
-def _scores(x: Float[Array, "b t D"], weight: Float[Array, "v D"], part: Part) -> Scores:
+def _scores(x: Float[Array, "b t D"], weight: Float[Array, "v D"] | Quantized, part: Part) -> Scores:
     logits = _logits(x, weight)
     highest = jnp.max(jax.lax.stop_gradient(logits), axis=-1, keepdims=True)
     highest = jax.lax.pmax(highest, part.axes) if part.axes else highest

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from r1jax import __version__
 from r1jax.config import CacheConfig, Config, EvalArguments, TaskConfig
@@ -25,6 +25,7 @@ from r1jax.tasks.task import Task
 from r1jax.train.checkpoints import Checkpoint, abstract_like
 from r1jax.train.loop import served
 from r1jax.train.plan import example_batch
+from r1jax.train.quantized import FOLDER, read_codes
 from r1jax.train.run import describe, trained_fingerprints
 from r1jax.train.step import init_state
 
@@ -185,6 +186,10 @@ def restore_served(checkpoint: Checkpoint, config: Config, model: R1, task: Task
     Raises:
       UserError: The checkpoint is damaged, or its arrays are not those of its config.
     """
+    if checkpoint.quantized:
+        checkpoint.verify()
+        params, _ = read_codes(checkpoint.path / FOLDER)
+        return jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
     batch = example_batch(source, task, 1)
     abstract = jax.eval_shape(lambda: init_state(config, model, task, batch))
     group = "ema" if served(abstract, config) is abstract.ema else "params"

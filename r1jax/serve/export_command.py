@@ -131,6 +131,8 @@ def open_checkpoint(checkpoint: Checkpoint, asked: ExportArguments) -> Opened:
       UserError: It is damaged, of another task, or preprocesses cases by plug-ins.
     """
     checkpoint.verify()
+    if checkpoint.quantized:
+        raise UserError(f"{checkpoint.path} is quantized, for eval.py alone: export what it was made from")
     config = scoring_config(checkpoint, EvalArguments(checkpoint=asked.checkpoint, data=asked.data))
     if config.task.name != "medical":
         raise UserError(f"{checkpoint.path} is of the {config.task.name} task: only medical checkpoints are exported")
@@ -140,8 +142,8 @@ def open_checkpoint(checkpoint: Checkpoint, asked: ExportArguments) -> Opened:
             "and would be missing in the exported model: train without it to export"
         )
     model = dataclasses.replace(config.model, remat="none")
-    if asked.to == "litert":  # an edge device has neither bf16 nor loops
-        model = dataclasses.replace(model, precision="fp32", scan_layers=False)
+    if asked.to == "litert":  # an edge device has neither bf16 nor loops, and its converter rounds by itself
+        model = dataclasses.replace(model, precision="fp32", scan_layers=False, quant=())
     config = dataclasses.replace(config, model=model)
     print(f"{checkpoint.path}: {start_platform('cpu')}", file=sys.stderr)
     task, mesh = TASKS[config.task.name](config), make_mesh(MeshConfig(), jax.devices()[:1])

@@ -6,6 +6,7 @@ checksum of them, so a flipped bit would be read back unnoticed; the manifest is
 
 import asyncio
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -80,6 +81,11 @@ class Checkpoint:
     def imported(self) -> bool:
         """Whether it holds the weights of another program, which was trained on data that nobody knows."""
         return "data" not in self.meta()
+
+    @property
+    def quantized(self) -> bool:
+        """Whether it holds the codes of a quantized model in the place of a state; only such a model reads them."""
+        return (self.path / "quantized").is_dir()
 
     def config(self) -> Config:
         """The config it was trained with; fields that came after it was written have their defaults."""
@@ -157,7 +163,13 @@ class Checkpoint:
             ) from error
 
     def stored(self) -> dict[str, Any]:
-        """What the state holds: a tree of shapes and dtypes, the fields of tuples by their names."""
+        """What the state holds: a tree of shapes and dtypes, the fields of tuples by their names.
+
+        Raises:
+          UserError: It is quantized, so that there is no state to go on from.
+        """
+        if self.quantized:
+            raise UserError(f"{self.path} is quantized, for eval.py alone: give the checkpoint that it was made from")
         with ocp.PyTreeCheckpointer() as checkpointer:
             return checkpointer.metadata((self.path / "state").absolute()).item_metadata.tree
 
@@ -221,7 +233,12 @@ class Checkpoint:
 
 
 def write_sealed(
-    final: Path, state: Any, config: Config, meta: dict[str, Any], tokenizer: Mapping[str, bytes] | None = None
+    final: Path,
+    state: Any,
+    config: Config,
+    meta: dict[str, Any],
+    tokenizer: Mapping[str, bytes] | None = None,
+    write: Callable[[Path], None] | None = None,
 ) -> Checkpoint:
     """Writes a checkpoint aside, seals it and renames it into place; a failure leaves nothing.
 
@@ -233,6 +250,7 @@ def write_sealed(
       config: The config that describes them.
       meta: JSON-able.
       tokenizer: Tokenizer files by name, kept byte for byte.
+      write: Writes the arrays into a folder in another form than Orbax's; None is Orbax's.
 
     Returns:
       The published checkpoint.
@@ -244,13 +262,17 @@ def write_sealed(
     needed = sum(x.nbytes for x in jax.tree.leaves(state))
     try:
         from_first(lambda: _make_room(draft, needed))
-        _write_arrays(draft.absolute() / "state", state)
+        (write or functools.partial(_write_state, state))(draft.absolute())
         from_first(lambda: _seal(draft, final, config, meta, tokenizer or {}))
     except OSError:
         if is_first():
             shutil.rmtree(draft, ignore_errors=True)
         raise
     return Checkpoint(final)
+
+
+def _write_state(state: Any, draft: Path) -> None:
+    _write_arrays(draft / "state", state)
 
 
 def _make_room(draft: Path, needed: int) -> None:

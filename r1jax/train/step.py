@@ -1,5 +1,7 @@
 """The train state and the one compiled step: (state, batch) -> (state, metrics)."""
 
+import functools
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +15,7 @@ from r1jax.config import Config, DecoderConfig
 from r1jax.errors import UserError
 from r1jax.models.lora import join_trees, split_adapters
 from r1jax.models.precision import PRECISIONS, stored
+from r1jax.models.quantized import Use, check_rules, uses
 from r1jax.models.r1 import R1, Inputs
 from r1jax.ops.pipeline import STACKED, Stages
 from r1jax.ops.rounding import round_like
@@ -179,6 +182,25 @@ def batch_gradients(
     return gradients, *sums
 
 
+def gradients_by_now(config: Config, model: R1, task: Task, *arguments: Any) -> Any:
+    """`batch_gradients`, of a model whose products are of floats until `train.quant_start` of the run is done.
+
+    Args:
+      config: The share.
+      model: The model, whose products are rounded from then on.
+      task: The task.
+      arguments: The others of `batch_gradients`.
+
+    Returns:
+      As there; one program holds both, and executes one of them.
+    """
+    rounding = functools.partial(batch_gradients, config, model, task)
+    if not config.train.quant_start:
+        return rounding(*arguments)
+    floats = functools.partial(batch_gradients, config, model.clone(config=replace(config.model, quant=())), task)
+    return jax.lax.cond(arguments[4] < config.train.quant_start, floats, rounding, *arguments)
+
+
 def make_step(config: Config, model: R1, task: Task, stages: Stages | None = None) -> Any:
     """The training step as a pure function.
 
@@ -202,7 +224,7 @@ def make_step(config: Config, model: R1, task: Task, stages: Stages | None = Non
         draws, rounding, rounding_moments = jax.random.split(key, 3)
         kept, scaling = state.optimizer if isinstance(state.optimizer, ScaledState) else (state.optimizer, None)
         scale = scaling.scale if scaling else None
-        gradients, loss, parts, loads, waited = batch_gradients(
+        gradients, loss, parts, loads, waited = gradients_by_now(
             config, model, task, old, frozen, batch, draws, share, scale
         )
         updates, moments = optimizer.update(gradients, _wide(kept), _wide(old))
@@ -282,6 +304,32 @@ def check_offload(remat: str, device: Any) -> None:
         )
 
 
+def check_quant(model: R1, task: Task, batch: Batch, device: Any) -> None:
+    """Refuses rules of `model.quant` that no weight follows, and types that a device does not multiply.
+
+    Args:
+      model: The model.
+      task: The task.
+      batch: Any collated batch (shapes).
+      device: A JAX device.
+
+    Raises:
+      UserError: Names the rule.
+    """
+    if model.config.quant:
+        names = [use.name for use in weights_of(model, task, batch)]
+        check_rules(model.config.quant, names, device)
+
+
+def weights_of(model: R1, task: Task, batch: Batch) -> list[Use]:
+    """Every product of a model with a weight; arguments as in `check_quant`."""
+
+    def init(batch: Batch) -> Any:
+        return model.init(jax.random.key(0), task.prepare(batch)[0], language=task.language)
+
+    return uses(init, batch)
+
+
 def compile_step(config: Config, model: R1, task: Task, mesh: Mesh, batch: Batch) -> Any:
     """Compiles the step ahead of time for the mesh, with the state donated.
 
@@ -299,6 +347,7 @@ def compile_step(config: Config, model: R1, task: Task, mesh: Mesh, batch: Batch
       UserError: Activations shall wait in the host's memory, and the devices cannot reach it.
     """
     check_offload(config.model.remat, mesh.local_devices[0])
+    check_quant(model, task, batch, mesh.local_devices[0])
     abstract = abstract_state(config, model, task, mesh, batch)
     where, cases = shard_tree(mesh, abstract), batch_sharding(mesh)
     stages = stages_on(mesh, config.mesh, config.model.decoder)

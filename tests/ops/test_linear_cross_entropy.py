@@ -10,6 +10,8 @@ import pytest
 
 from r1jax.ops import linear_cross_entropy as module
 from r1jax.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference, token_losses
+from r1jax.ops.losses import cross_entropy
+from r1jax.ops.quantized_dot import Ruled, Scheme, quantized_dot, weight_codes
 
 
 def draw(batch=3, length=7, width=5, vocabulary=11, dtype=jnp.float32, seed=0):
@@ -144,3 +146,24 @@ def test_chunks_are_as_equal_as_can_be(monkeypatch, batch, length, platform, par
     monkeypatch.setattr(module, "target", lambda: types.SimpleNamespace(platform=platform))
     count, _, step = jax.eval_shape(lambda x: module._chunks(x, None), jnp.zeros((batch, length))).shape
     assert count == parts and 0 <= count * step - length < count
+
+
+@pytest.mark.parametrize("scheme", [Scheme("int8", "int8"), Scheme("int8"), Scheme("fp8", "fp8")], ids=str)
+def test_a_ruled_head_multiplies_rounded_numbers_and_passes_gradients_straight_through(scheme):
+    hidden, weight, labels, weights = draw(width=16)
+
+    def ruled(h, w, labels, weights):
+        return linear_cross_entropy(h, Ruled(w, scheme), labels, weights, 0.1, 1e-2, 6)
+
+    def all_at_once(h, w, labels, weights):
+        logits = quantized_dot(h, w, scheme)
+        losses = cross_entropy(logits, labels, smoothing=0.1) + 1e-2 * jax.nn.logsumexp(logits, axis=-1) ** 2
+        return jnp.sum(losses * weights)
+
+    value, gradients = value_and_grad(ruled, hidden, weight, labels, weights)
+    expected, slopes = value_and_grad(all_at_once, hidden, weight, labels, weights)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    for got, slope in zip(gradients, slopes, strict=True):
+        close(got, slope, 2e-6)
+    scored = token_losses(hidden, Ruled(weight_codes(weight, scheme), scheme), labels, 0.1, 1e-2)
+    np.testing.assert_allclose(jnp.sum(scored * weights), value, rtol=1e-6)

@@ -1,0 +1,236 @@
+"""Products of quantized numbers: int8 x int8 summed in int32, or fp8 x fp8 in fp32, and straight-through gradients.
+
+What trains is what serves: the forward pass is the same function whether the codes of a weight were stored or are made
+from it anew. Backward, rounding counts as the identity (Bengio et al. 2013): gradients are those of the product of what
+the codes stand for. Both operands contract along their last axis, which a GPU multiplies half as fast again.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from r1jax.ops.hashed_bits import hashed_bits
+from r1jax.ops.quantize import Kind, Quantized, block_length, block_of, dequantize, quantize
+
+
+class Scheme(NamedTuple):
+    """In what a product's operands are rounded."""
+
+    weights: Kind
+    activations: Literal["int8", "fp8"] | None = None
+    """None multiplies floats with what the weight's codes stand for."""
+    gradients: Literal["int8"] | None = None
+    """Whether the backward pass multiplies int8 too, its gradients rounded stochastically."""
+    block: int | None = None
+    """Numbers of a row that share a scale; None is the whole row."""
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["weight", "key"], meta_fields=["scheme"])
+@dataclass(frozen=True)
+class Ruled:
+    """A weight that is multiplied elsewhere, and the scheme of that product."""
+
+    weight: Any
+    """Floats or codes."""
+    scheme: Scheme
+    key: Any = None
+    """Of the stochastic rounding of its gradients."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight."""
+        return self.weight.shape
+
+
+def weight_codes(weight: Float[Array, "*E O I"] | Quantized, scheme: Scheme) -> Quantized:
+    """The codes of a weight, with scales as they are stored; those that are stored are taken as they are."""
+    if isinstance(weight, Quantized):
+        return weight
+    return quantize(jax.lax.stop_gradient(weight), scheme.weights, block=scheme.block, scale_dtype=jnp.bfloat16)
+
+
+def rounded(weight: Float[Array, "*O I"] | Quantized, scheme: Scheme, dtype: DTypeLike) -> Float[Array, "*O I"]:
+    """What the codes of a weight stand for; its gradient goes straight through.
+
+    Args:
+      weight: Floats, or codes.
+      scheme: How floats are rounded.
+      dtype: Of the result.
+
+    Returns:
+      Floats.
+    """
+    if isinstance(weight, Quantized):
+        return dequantize(weight, dtype)
+    return straight_through(weight, weight_codes(weight, scheme)).astype(dtype)
+
+
+@jax.custom_vjp
+def straight_through(x: Float[Array, "*shape"], codes: Quantized) -> Float[Array, "*shape"]:
+    """What codes stand for, as if x had not been rounded to them."""
+    return dequantize(codes, x.dtype)
+
+
+straight_through.defvjp(lambda x, codes: (dequantize(codes, x.dtype), None), lambda _, gradient: (gradient, None))
+
+
+def quantized_dot(
+    x: Float[Array, "*B I"],
+    weight: Float[Array, "O I"] | Quantized,
+    scheme: Scheme,
+    *,
+    codes: Quantized | None = None,
+    key: PRNGKeyArray | None = None,
+) -> Float[Array, "*B O"]:
+    """X w^T of rounded numbers.
+
+    Args:
+      x: Rows; each is rounded with a scale of its own.
+      weight: Floats to be rounded, or codes.
+      scheme: How.
+      codes: Those of the floats, where they are known already.
+      key: Of the stochastic rounding of gradients, if the scheme rounds them.
+
+    Returns:
+      Array of x's dtype; its gradients are straight through.
+    """
+    codes = weight_codes(weight, scheme) if codes is None else codes
+    trained = None if isinstance(weight, Quantized) else weight
+    if scheme.activations is None:
+        w = dequantize(codes) if trained is None else straight_through(trained, codes)
+        return jnp.einsum("...I,OI->...O", x, w.astype(x.dtype))
+    return _product(scheme, x, trained, codes, key)
+
+
+def grouped_quantized_dot(
+    rows: Float[Array, "P I"],
+    weight: Float[Array, "E O I"] | Quantized,
+    block_expert: Int[Array, " blocks"],
+    scheme: Scheme,
+    *,
+    key: PRNGKeyArray | None = None,
+) -> Float[Array, "P O"]:
+    """Each block of rows times its expert's rounded weights: one scale an expert and output, and one a row.
+
+    Args:
+      rows: P is a multiple of the number of blocks.
+      weight: Stacked floats or codes.
+      block_expert: Expert of each block; E for a block of zeros.
+      scheme: How; its activations are rounded.
+      key: As in `quantized_dot`.
+
+    Returns:
+      Array of the rows' dtype.
+    """
+    count, last = block_expert.shape[0], weight.shape[0] - 1
+    own = jnp.minimum(block_expert, last)
+    codes = jax.tree.map(lambda part: part[own], weight_codes(weight, scheme))  # narrow numbers are gathered
+    trained = None if isinstance(weight, Quantized) else weight[own]  # in the forward pass nobody reads it
+    keys = None if key is None else jax.random.split(key, count)
+    run = jax.vmap(functools.partial(_product, scheme))
+    return run(rows.reshape(count, -1, rows.shape[-1]), trained, codes, keys).reshape(rows.shape[0], -1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(scheme: Scheme, x: Array, weight: Array | None, codes: Quantized, key: Array | None) -> Array:
+    """The product with codes; the weight that they were made from takes its gradient."""
+    return _forward(scheme, x, weight, codes, key)[0]
+
+
+def _forward(
+    scheme: Scheme, x: Array, weight: Array | None, codes: Quantized, key: Array | None
+) -> tuple[Array, tuple[Quantized, Array, Quantized, Array | None, Array | None]]:
+    narrow = quantize(x, scheme.activations, block=block_of(codes))
+    like = None if weight is None else jnp.zeros((), weight.dtype)
+    return multiply(narrow, codes).astype(x.dtype), (narrow, jnp.zeros((), x.dtype), codes, like, key)
+
+
+def _backward(
+    scheme: Scheme, saved: tuple[Quantized, Array, Quantized, Array | None, Array | None], gradient: Array
+) -> tuple[Array, Array | None, None, None]:
+    x, x_like, codes, w_like, key = saved
+    g = gradient.reshape(-1, gradient.shape[-1]).astype(jnp.float32)
+    flat = jax.tree.map(lambda part: part.reshape(-1, part.shape[-1]), x)
+    if scheme.gradients is None or key is None:  # a gradient by inputs alone, of a served model, needs no key
+        kept = gradient.dtype  # of the activations, as in a product of floats
+        to_x = jnp.einsum("RO,OI->RI", g.astype(kept), dequantize(codes, kept))
+        to_w = None if w_like is None else jnp.einsum("RO,RI->OI", g.astype(kept), dequantize(flat, kept))
+    else:
+        to_x, to_w = _narrow_gradients(g, flat, codes, key)
+    to_w = None if w_like is None else to_w.astype(w_like.dtype)
+    return to_x.astype(x_like.dtype).reshape(x.values.shape), to_w, None, None
+
+
+_product.defvjp(_forward, _backward)
+
+
+def _narrow_gradients(
+    g: Float[Array, "R O"], x: Quantized, codes: Quantized, key: PRNGKeyArray
+) -> tuple[Float[Array, "R I"], Float[Array, "O I"]]:
+    """Both gradients as int8 products: scales along the contracted axis join the gradient before it is rounded."""
+    first, second = jax.random.split(key)
+    by_row = g * codes.scale.astype(jnp.float32).T
+    by_output = (g * x.scale).T
+    bits = [hashed_bits(k, jnp.arange(len(part)), part.shape[1:]) for k, part in ((first, by_row), (second, by_output))]
+    by_row, by_output = (quantize(p, "int8", bits=b) for p, b in zip((by_row, by_output), bits, strict=True))
+    contract = functools.partial(
+        jax.lax.dot_general, dimension_numbers=(((1,), (0,)), ((), ())), preferred_element_type=jnp.int32
+    )
+    to_x = contract(by_row.values, codes.values.astype(jnp.int8)).astype(jnp.float32) * by_row.scale
+    to_w = contract(by_output.values, x.values).astype(jnp.float32) * by_output.scale
+    return to_x, to_w
+
+
+def multiply(x: Quantized, w: Quantized) -> Float[Array, "*B O"]:
+    """X w^T of codes, in fp32: narrow products, wide sums, then the scales.
+
+    Args:
+      x: [*B, I], symmetric.
+      w: [O, I], symmetric, with as many blocks.
+
+    Returns:
+      What the codes' product stands for.
+    """
+    a, b = (v if v.dtype == jnp.float8_e4m3fn else v.astype(jnp.int8) for v in (x.values, w.values))
+    wide = jnp.float32 if a.dtype == jnp.float8_e4m3fn else jnp.int32
+    count, length = w.scale.shape[-1], a.shape[-1]
+    if count == 1:
+        dims = (((a.ndim - 1,), (1,)), ((), ()))
+        y = jax.lax.dot_general(a, b, dims, preferred_element_type=wide).astype(jnp.float32)
+        return y * jnp.broadcast_to(x.scale, y.shape) * jnp.broadcast_to(_flat(w.scale), y.shape)
+    step = block_of(w)
+    a, b = (jnp.pad(v, [(0, 0)] * (v.ndim - 1) + [(0, count * step - length)]) for v in (a, b))
+    a, b = (v.reshape(*v.shape[:-1], count, step) for v in (a, b))
+    dims = (((a.ndim - 1,), (2,)), ((a.ndim - 2,), (1,)))
+    y = jax.lax.dot_general(a, b, dims, preferred_element_type=wide).astype(jnp.float32)  # [blocks, *B, O]
+    return jnp.einsum("n...O,...n,On->...O", y, x.scale, w.scale.astype(jnp.float32))
+
+
+def _flat(scale: Float[Array, "O 1"]) -> Float[Array, " O"]:
+    return scale[:, 0].astype(jnp.float32)
+
+
+def quantized_dot_reference(
+    x: tuple[np.ndarray, np.ndarray], w: tuple[np.ndarray, np.ndarray]
+) -> Float[np.ndarray, "R O"]:
+    """`multiply` of integers and scales in float64, block by block.
+
+    Args:
+      x: Integers [R, I] and scales [R, blocks].
+      w: Integers [O, I] and scales [O, blocks].
+
+    Returns:
+      The product of what they stand for.
+    """
+    total, step = np.zeros((len(x[0]), len(w[0]))), block_length(x[0].shape[1], x[1].shape[1])
+    for i in range(x[1].shape[1]):
+        part = slice(i * step, (i + 1) * step)
+        sums = x[0][:, part].astype(np.float64) @ w[0][:, part].astype(np.float64).T
+        total += sums * np.outer(x[1][:, i], w[1][:, i])
+    return total

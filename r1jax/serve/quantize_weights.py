@@ -1,0 +1,142 @@
+"""Codes of a trained checkpoint's weights: to nearest, or where 4 bits are few by what the rounding does to outputs.
+
+GPTQ (Frantar et al. 2022): the columns of a weight are rounded one after another, and what one loses the later ones
+make good, as far as the inputs of a calibration set say that they can.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from r1jax.data.loader import Collate, padded_batches
+from r1jax.data.source import Source
+from r1jax.errors import UserError
+from r1jax.models.quantized import Use, observing
+from r1jax.models.r1 import R1
+from r1jax.models.vision import neighbours
+from r1jax.ops.quantize import BOUND, FLOOR, Quantized, block_length, dequantize
+from r1jax.tasks.task import Task
+from r1jax.train.quantized import nearest_codes, rows_of, schemes_of
+
+DAMPING = 0.01
+"""Added to the diagonal of the inputs' squares, as a share of their mean (section 3.3 of the paper)."""
+SHARED = ("linear", "head", "convolution")
+"""Roles whose rows all meet the same inputs."""
+
+
+def calibration_batch(collate: Collate, source: Source, cases: int) -> dict[str, Any]:
+    """The first cases of the training part, as one batch.
+
+    Args:
+      collate: Of the task.
+      source: The training part.
+      cases: How many, at most.
+
+    Returns:
+      A collated batch.
+
+    Raises:
+      UserError: There are none.
+    """
+    if len(source) == 0:
+        raise UserError(f"{source.name} has no case in its training part, and without any nothing can be calibrated")
+    return next(padded_batches(source, collate, batch_size=min(cases, len(source))))[1]
+
+
+def contracted(use: Use) -> Float[Array, "R I"]:
+    """The rows that meet a weight of one of the `SHARED` roles."""
+    x = neighbours(use.inputs) if use.role == "convolution" else use.inputs
+    return x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+
+
+def input_squares(model: R1, task: Task, params: Any, batch: dict[str, Any]) -> dict[str, np.ndarray]:
+    """X^T X of the inputs of each weight whose rows share them.
+
+    Args:
+      model: Of floats.
+      task: Prepares the batch.
+      params: Weights.
+      batch: A collated batch.
+
+    Returns:
+      fp32 [I, I] by the weight's name.
+    """
+
+    def run(params: Any, batch: dict[str, Any]) -> dict[str, Array]:
+        found: dict[str, Array] = {}
+
+        def note(use: Use) -> None:
+            if use.inputs is not None and use.role in SHARED:
+                x = contracted(use)
+                found[use.name] = found.get(use.name, 0.0) + x.T @ x
+
+        with observing(note):
+            model.apply({"params": params}, task.prepare(batch)[0], language=task.language)
+        return found
+
+    return jax.device_get(jax.jit(run)(params, batch))
+
+
+def choose_codes(params: Any, uses: list[Use], squares: dict[str, np.ndarray]) -> dict[str, Quantized]:
+    """Codes of every ruled weight; within `rounding_by`.
+
+    Args:
+      params: Weights.
+      uses: What they are.
+      squares: From `input_squares`; weights of 4 bits that are not in it are rounded to nearest.
+
+    Returns:
+      Codes by name; for each weight those of the two roundings that change outputs less.
+    """
+    codes = nearest_codes(params, uses)
+    for name, (use, scheme) in schemes_of(uses).items():
+        if scheme.weights != "int4" or name not in squares:
+            continue
+        weight = np.asarray(rows_of(_leaf(params, name), use), np.float64)
+        better = gptq(weight, squares[name], codes[name])
+        if output_error(weight, better, squares[name]) < output_error(weight, codes[name], squares[name]):
+            codes[name] = better
+    return codes
+
+
+def output_error(weight: np.ndarray, codes: Quantized, square: np.ndarray) -> float:
+    """Sum of the squared changes of a weight's outputs over the calibration set: tr(d X^T X d^T)."""
+    change = weight - np.asarray(dequantize(codes), np.float64)
+    return float(np.sum((change @ square) * change))
+
+
+def gptq(weight: np.ndarray, square: np.ndarray, like: Quantized) -> Quantized:
+    """Rounds a weight column by column to int4.
+
+    Args:
+      weight: [O, I].
+      square: X^T X.
+      like: Codes to nearest, for the length of a block.
+
+    Returns:
+      Codes of the same form.
+    """
+    length = weight.shape[1]
+    step = block_length(length, like.scale.shape[1])
+    hessian = np.array(square, np.float64)
+    hessian[np.diag_indices(length)] += DAMPING * max(np.trace(hessian) / length, 1e-12)
+    factor = np.linalg.cholesky(np.linalg.inv(hessian)).T  # upper; its rows say what later columns make good
+    rest, values, scales = weight.copy(), np.zeros(weight.shape), np.zeros(like.scale.shape, np.float32)
+    for i in range(length):
+        if i % step == 0:
+            largest = np.abs(rest[:, i : i + step]).max(axis=1) / BOUND["int4"]
+            scales[:, i // step] = np.maximum(largest, FLOOR).astype(jnp.bfloat16).astype(np.float32)
+        scale = scales[:, i // step].astype(np.float64)
+        values[:, i] = np.clip(np.round(rest[:, i] / scale), -BOUND["int4"], BOUND["int4"])
+        lost = (rest[:, i] - values[:, i] * scale) / factor[i, i]
+        rest[:, i:] -= np.outer(lost, factor[i, i:])
+    return Quantized(jnp.asarray(values, jnp.int8), jnp.asarray(scales, jnp.bfloat16))
+
+
+def _leaf(tree: Any, name: str) -> Any:
+    for part in name.split("/"):
+        tree = tree[part]
+    return tree

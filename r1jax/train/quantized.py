@@ -1,0 +1,140 @@
+"""Quantized weights on disk: one file of bytes and one index, in a format of our own with a version.
+
+DIR/quantized/{index.json, weights.bin}, sealed like every checkpoint. Codes take 8 or 4 bits each, their scales bf16,
+and whatever no rule names is fp32 as it was: what is served is then what was trained, bit for bit. Each part is
+deflated where that makes it smaller: codes of few bits are not evenly used, and small models win back their scales.
+"""
+
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from r1jax.errors import UserError
+from r1jax.models.quantized import Use, scheme_for
+from r1jax.models.vision import kernel_rows
+from r1jax.ops.quantize import Quantized, pack_int4, unpack_int4
+from r1jax.ops.quantized_dot import Scheme, weight_codes
+
+FOLDER = "quantized"
+VERSION = 1
+HELD = {
+    "int8": np.dtype(np.int8),
+    "int4": np.dtype(np.int8),
+    "affine8": np.dtype(np.uint8),
+    "fp8": np.dtype(ml_dtypes.float8_e4m3fn),
+    "bf16": np.dtype(ml_dtypes.bfloat16),
+    "fp32": np.dtype(np.float32),
+}
+"""Type in memory of each kind of part; int4 is two numbers a byte on disk."""
+
+
+def path_of(path: tuple[Any, ...]) -> str:
+    """A path of the parameter tree with slashes."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def is_codes(x: Any) -> bool:
+    """Whether a leaf of a parameter tree is the codes of a weight."""
+    return isinstance(x, Quantized)
+
+
+def rows_of(weight: Any, use: Use) -> Any:
+    """A weight as its rows are rounded: with the axis along which it contracts last."""
+    return kernel_rows(jnp.asarray(weight)) if use.role == "convolution" else weight
+
+
+def schemes_of(uses: list[Use]) -> dict[str, tuple[Use, Scheme]]:
+    """The ruled weights by name, and how each is rounded; to be called within `rounding_by`."""
+    found = {use.name: (use, scheme_for(tuple(use.name.split("/")), use.role, use.shape)) for use in uses}
+    return {name: (use, scheme) for name, (use, scheme) in found.items() if scheme is not None}
+
+
+def with_codes(params: Any, codes: dict[str, Quantized]) -> Any:
+    """The parameter tree with codes in the place of the weights that they were made from."""
+    return jax.tree_util.tree_map_with_path(lambda path, x: codes.get(path_of(path), x), params)
+
+
+def nearest_codes(params: Any, uses: list[Use]) -> dict[str, Quantized]:
+    """Codes of every ruled weight, rounded to nearest as training rounds them; within `rounding_by`."""
+    held = {path_of(path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
+    encode = jax.jit(weight_codes, static_argnums=1)
+    return {
+        name: encode(jnp.asarray(rows_of(held[name], use)), scheme) for name, (use, scheme) in schemes_of(uses).items()
+    }
+
+
+def write_codes(folder: Path, params: Any, kinds: dict[str, str]) -> None:
+    """Writes a parameter tree.
+
+    Args:
+      folder: To be made.
+      params: Floats and codes.
+      kinds: Kind of the codes of each weight by name: int8, int4, fp8 or affine8.
+    """
+    folder.mkdir()
+    arrays: dict[str, list[list[Any]]] = {}
+    with (folder / "weights.bin").open("wb") as file:
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_codes):
+            name = path_of(path)
+            parts = [(leaf, "fp32")]
+            if is_codes(leaf):
+                extra = [] if leaf.zero is None else [(leaf.zero, "bf16")]
+                parts = [(leaf.values, kinds[name]), (leaf.scale, "bf16"), *extra]
+            arrays[name] = [_write(file, np.asarray(part), kind) for part, kind in parts]
+    index = {"version": VERSION, "part": ["kind", "shape", "bytes", "deflated"], "arrays": arrays}
+    (folder / "index.json").write_text(json.dumps(index, separators=(",", ":")))
+
+
+def _write(file: Any, x: np.ndarray, kind: str) -> list[Any]:
+    plain = (pack_int4(x) if kind == "int4" else x.astype(HELD[kind])).tobytes()
+    packed = zlib.compress(plain, 9)
+    smaller = len(packed) < len(plain)
+    file.write(packed if smaller else plain)
+    return [kind, list(x.shape), min(len(packed), len(plain)), int(smaller)]
+
+
+def read_codes(folder: Path) -> tuple[Any, dict[str, str]]:
+    """Reads what `write_codes` wrote.
+
+    Args:
+      folder: DIR/quantized, whose checksums have been verified.
+
+    Returns:
+      The parameter tree, of NumPy arrays, and the kind of the codes of each weight.
+
+    Raises:
+      UserError: The format is of another version.
+    """
+    index = json.loads((folder / "index.json").read_text())
+    if index["version"] != VERSION:
+        raise UserError(
+            f"{folder} has version {index['version']} of the quantized format and this r1jax reads {VERSION}: quantize "
+            "the checkpoint again"
+        )
+    tree: dict[str, Any] = {}
+    kinds: dict[str, str] = {}
+    with (folder / "weights.bin").open("rb") as file:
+        for name, parts in index["arrays"].items():
+            read = [_read(file, *part) for part in parts]
+            if len(parts) > 1:
+                kinds[name] = parts[0][0]
+            *groups, last = name.split("/")
+            inner = tree
+            for group in groups:
+                inner = inner.setdefault(group, {})
+            inner[last] = Quantized(*read) if len(read) > 1 else read[0]
+    return tree, kinds
+
+
+def _read(file: Any, kind: str, shape: list[int], size: int, deflated: int) -> np.ndarray:
+    plain = file.read(size)
+    plain = zlib.decompress(plain) if deflated else plain
+    if kind == "int4":
+        return unpack_int4(np.frombuffer(plain, np.uint8), tuple(shape))
+    return np.frombuffer(plain, HELD[kind]).reshape(shape)

@@ -1,0 +1,97 @@
+"""Rounding to narrow numbers against float64, Qwix and arithmetic on paper."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from r1jax.ops.quantize import (
+    BOUND,
+    block_of,
+    dequantize,
+    pack_int4,
+    quantize,
+    quantize_reference,
+    unpack_int4,
+)
+
+RNG = np.random.default_rng(0)
+
+
+def normal(*shape: int) -> jax.Array:
+    return jnp.asarray(RNG.standard_normal(shape), jnp.float32)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize(("shape", "block"), [((5, 16), None), ((2, 3, 10), 4), ((7, 9), 2), ((4, 6), 64)])
+def test_codes_and_scales_are_those_of_float64(kind, shape, block):
+    x = normal(*shape)
+    q = quantize(x, kind, block=block)
+    values, scale = quantize_reference(np.asarray(x), kind, block=block)
+    np.testing.assert_array_equal(q.values, values)
+    np.testing.assert_allclose(q.scale, scale, rtol=3e-7)
+    assert q.values.dtype == jnp.int8 and np.abs(q.values).max() == BOUND[kind]
+    step = np.repeat(np.asarray(q.scale), block_of(q) or shape[-1], axis=-1)[..., : shape[-1]]
+    assert (np.abs(dequantize(q) - x) <= step / 2 * (1 + 1e-5)).all()
+
+
+def test_a_static_scale_clips_and_never_wraps_around():
+    x = jnp.array([[1.0, -1.0, 0.4, 300.0, -300.0]])
+    q = quantize(x, "int8", scale=jnp.full((1, 1), 1 / 127))
+    np.testing.assert_array_equal(q.values, [[127, -127, 51, 127, -127]])
+
+
+def test_zeros_have_a_scale_and_stay_zeros():
+    for kind in ("int8", "int4", "fp8", "affine8"):
+        q = quantize(jnp.zeros((2, 4)), kind)
+        assert (np.asarray(q.scale) > 0).all() and not np.asarray(dequantize(q)).any()
+
+
+def test_rounding_twice_changes_nothing():
+    x = normal(64, 48)
+    for kind in ("int8", "int4"):
+        once = quantize(x, kind, block=16, scale_dtype=jnp.bfloat16)
+        twice = quantize(dequantize(once), kind, block=16, scale_dtype=jnp.bfloat16)
+        np.testing.assert_array_equal(once.values, twice.values)
+        np.testing.assert_array_equal(once.scale, twice.scale)
+
+
+def test_fp8_has_four_significant_bits():
+    x = normal(8, 32)
+    q = quantize(x, "fp8")
+    assert q.values.dtype == jnp.float8_e4m3fn
+    exact = np.abs(q.values.astype(np.float32)) >= 2**-6  # below, e4m3 has fewer bits
+    error = np.abs(dequantize(q) - x)[exact]
+    assert (error <= np.abs(x)[exact] * 2**-4 * (1 + 1e-5)).all()
+
+
+def test_the_affine_formula_uses_all_codes_of_a_range_to_one_side():
+    x = jnp.linspace(3.0, 5.0, 256)[None]
+    q = quantize(x, "affine8")
+    np.testing.assert_array_equal(q.values[0], np.arange(256))
+    assert np.abs(dequantize(q) - x).max() < np.abs(dequantize(quantize(x, "int8")) - x).max()
+
+
+def test_stochastic_rounding_is_right_on_average():
+    x = jnp.full((1, 20000), 0.3).at[0, 0].set(127.0)  # so that the scale is 1
+    bits = jnp.asarray(RNG.integers(0, 2**32, x.shape, dtype=np.uint32))
+    q = np.asarray(quantize(x, "int8", bits=bits).values)[0, 1:]
+    assert set(q) == {0, 1} and abs(q.mean() - 0.3) < 4 * np.sqrt(0.21 / len(q))
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (2, 2, 4), (1,)])
+def test_packing_int4_takes_half_a_byte_a_number_and_is_undone(shape):
+    values = RNG.integers(-8, 8, shape).astype(np.int8)
+    packed = pack_int4(values)
+    assert packed.nbytes == -(-values.size // 2)
+    np.testing.assert_array_equal(unpack_int4(packed, shape), values)
+
+
+def test_codes_are_qwixs_where_the_grids_are_the_same():
+    qwix = pytest.importorskip("qwix", reason="Qwix, the reference of another project, is not installed")
+    x = normal(96, 128)
+    # Its bound is 127.5 and ours 127.
+    theirs = qwix.quantize(x, jnp.int8, channelwise_axes=(0,), calibration_method="absmax,1.003937007874016")
+    ours = jax.jit(lambda x: quantize(x, "int8"))(x)
+    np.testing.assert_array_equal(ours.values, theirs.qvalue)
+    np.testing.assert_allclose(ours.scale, theirs.scale, rtol=1e-6)

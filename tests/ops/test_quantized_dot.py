@@ -1,0 +1,153 @@
+"""Products of quantized numbers against float64, and what the compiled program multiplies."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from r1jax.ops.grouped_matmul import plan_dispatch, scatter_rows
+from r1jax.ops.quantize import Quantized, dequantize, quantize, quantize_reference
+from r1jax.ops.quantized_dot import (
+    Scheme,
+    grouped_quantized_dot,
+    multiply,
+    quantized_dot,
+    quantized_dot_reference,
+    rounded,
+    weight_codes,
+)
+
+RNG = np.random.default_rng(0)
+INT8 = Scheme("int8", "int8")
+SCHEMES = [
+    INT8,
+    Scheme("int8", "int8", block=8),
+    Scheme("int4", "int8", block=7),
+    Scheme("fp8", "fp8"),
+    Scheme("int8"),
+    Scheme("int4", block=8),
+    Scheme("affine8"),
+]
+
+
+def normal(*shape: int) -> jax.Array:
+    return jnp.asarray(RNG.standard_normal(shape), jnp.float32)
+
+
+def dots(f, *arrays) -> list[str]:
+    """Types of the results of all products of the traced program."""
+    return re.findall(r":(\w+)\[[\d,]*\] = dot_general\[", str(jax.make_jaxpr(f)(*arrays)))
+
+
+@pytest.mark.parametrize(("kind", "block"), [("int8", None), ("int8", 8), ("int4", 7), ("int4", 5)])
+def test_the_product_is_that_of_float64(kind, block):
+    x, w = normal(6, 20), normal(9, 20)
+    a, b = quantize(x, "int8", block=block), quantize(w, kind, block=block)
+    exact = quantized_dot_reference(
+        quantize_reference(np.asarray(x), "int8", block=block), quantize_reference(np.asarray(w), kind, block=block)
+    )
+    np.testing.assert_allclose(multiply(a, b), exact, rtol=0, atol=3e-6 * np.abs(exact).max())
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_the_product_is_near_that_of_floats_and_that_of_what_codes_stand_for(scheme):
+    x, w = normal(4, 3, 32), normal(8, 32)
+    y, exact = quantized_dot(x, w, scheme), jnp.einsum("...I,OI->...O", x, w)
+    width = {"int8": 0.02, "int4": 0.2, "fp8": 0.06, "affine8": 0.02}[scheme.weights]
+    assert jnp.linalg.norm(y - exact) < width * jnp.linalg.norm(exact)
+    if scheme.activations:
+        x = dequantize(quantize(x, scheme.activations, block=scheme.block and -(-32 // -(-32 // scheme.block))))
+    same = jnp.einsum("...I,OI->...O", x, rounded(w, scheme, jnp.float32))
+    np.testing.assert_allclose(y, same, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_stored_codes_serve_bit_for_bit_what_was_trained(scheme):
+    x, w = normal(5, 24), normal(24, 24)
+    codes = jax.jit(lambda w: weight_codes(w, scheme))(w)
+    trained = jax.jit(lambda x, w: quantized_dot(x, w, scheme))(x, w)
+    served = jax.jit(lambda x, codes: quantized_dot(x, codes, scheme))(x, codes)
+    np.testing.assert_array_equal(trained, served)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_gradients_go_straight_through_the_rounding(scheme):
+    x, w, g = normal(5, 24), normal(8, 24), normal(5, 8)
+    to_x, to_w = jax.grad(lambda x, w: jnp.sum(quantized_dot(x, w, scheme) * g), argnums=(0, 1))(x, w)
+    codes = weight_codes(w, scheme)
+    seen = x
+    if scheme.activations:
+        block = None if codes.scale.shape[-1] == 1 else -(-24 // codes.scale.shape[-1])
+        seen = dequantize(quantize(x, scheme.activations, block=block))
+    np.testing.assert_allclose(to_x, g @ dequantize(codes), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(to_w, g.T @ seen, rtol=1e-5, atol=1e-5)
+    alone = jax.grad(lambda x: jnp.sum(quantized_dot(x, codes, scheme) * g))(x)
+    np.testing.assert_array_equal(alone, to_x)
+
+
+def test_narrow_gradients_are_int8_products_and_right_on_average():
+    scheme = Scheme("int8", "int8", gradients="int8")
+    x, w, g = normal(16, 24), normal(8, 24), normal(16, 8)
+
+    def gradients(key):
+        return jax.grad(lambda x, w: jnp.sum(quantized_dot(x, w, scheme, key=key) * g), argnums=(0, 1))(x, w)
+
+    assert dots(gradients, jax.random.key(0)) == ["i32"] * 3
+    drawn = jax.vmap(gradients)(jax.random.split(jax.random.key(1), 400))
+    exact = jax.grad(lambda x, w: jnp.sum(quantized_dot(x, w, INT8) * g), argnums=(0, 1))(x, w)
+    for many, one in zip(drawn, exact, strict=True):
+        error = np.asarray(jnp.mean(many, axis=0) - one) / np.asarray(jnp.std(many, axis=0) / np.sqrt(400) + 1e-6)
+        assert 0.7 < np.sqrt(np.mean(error**2)) < 1.3  # as it is for the mean of 400 unbiased draws
+
+
+@pytest.mark.parametrize("rows", [24, 8, 5])
+def test_a_batch_as_long_as_a_width_changes_nothing(rows):
+    x, w = normal(24, 24), normal(24, 24)
+    whole = quantized_dot(x, w, INT8)
+    np.testing.assert_array_equal(quantized_dot(x[:rows], w, INT8), whole[:rows])
+
+
+@pytest.mark.parametrize("scheme", [INT8, Scheme("int4", "int8", block=8), Scheme("fp8", "fp8")], ids=str)
+def test_grouped_products_are_those_of_each_group(scheme):
+    x, w = normal(10, 16), normal(4, 6, 16)
+    plan = plan_dispatch(jnp.asarray(RNG.integers(0, 3, (10, 1)), jnp.int32), 4, block=4)
+    rows = scatter_rows(x, plan)
+    owner = np.minimum(np.asarray(plan.block_expert), 3)
+    for weight in (w, weight_codes(w, scheme)):
+        y = grouped_quantized_dot(rows, weight, plan.block_expert, scheme)
+        for i, expert in enumerate(owner):
+            one = jax.tree.map(lambda part, expert=expert: part[expert], weight)
+            alone = quantized_dot(rows[4 * i : 4 * i + 4], one, scheme)
+            np.testing.assert_allclose(y[4 * i : 4 * i + 4], alone, rtol=1e-6, atol=1e-6)
+    to_w = jax.grad(lambda w: jnp.sum(grouped_quantized_dot(rows, w, plan.block_expert, scheme) ** 2))(w)
+    assert not np.asarray(to_w[3]).any() and np.asarray(to_w[owner[0]]).any()
+
+
+def test_the_compiled_program_multiplies_int8_and_sums_int32():
+    x, w, groups = normal(8, 16), normal(16, 16), jnp.zeros(2, jnp.int32)
+    dense = functools.partial(quantized_dot, scheme=INT8)
+    grouped = functools.partial(grouped_quantized_dot, scheme=INT8)
+    assert dots(dense, x, w) == dots(grouped, x, w[None], groups) == ["i32"]
+    text = jax.jit(dense).lower(x, w).as_text()
+    assert re.search(r"dot_general.*\(tensor<8x16xi8>, tensor<16x16xi8>\) -> tensor<8x16xi32>", text)
+    compiled = jax.jit(dense).lower(x, w).compile().as_text()
+    assert re.search(r"s32\[8,16\]\S* (dot|fusion|custom-call)\(", compiled) and "s8[" in compiled
+
+
+def test_the_value_is_qwixs_where_the_grids_are_the_same():
+    qwix = pytest.importorskip("qwix", reason="Qwix, the reference of another project, is not installed")
+    x, w = normal(16, 64), normal(32, 64)
+    method = "absmax,1.003937007874016"  # its bound is 127.5 and ours 127
+    a, b = (qwix.quantize(v, jnp.int8, channelwise_axes=(0,), calibration_method=method) for v in (x, w))
+    with jax.numpy_dtype_promotion("standard"):  # it relies on it
+        theirs = qwix.dot_general(a, b, (((1,), (1,)), ((), ())))
+    ours = multiply(quantize(x, "int8"), quantize(w, "int8"))
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-6 * float(np.abs(theirs).max()))
+
+
+def test_codes_with_an_offset_are_multiplied_as_floats():
+    assert isinstance(weight_codes(normal(4, 8), Scheme("affine8")), Quantized)
+    assert dots(functools.partial(quantized_dot, scheme=Scheme("affine8")), normal(3, 8), normal(4, 8)) == ["f32"]

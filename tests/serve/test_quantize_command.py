@@ -1,0 +1,98 @@
+"""`r1jax quantize` from a checkpoint to one that eval.py reads, and what it refuses."""
+
+import json
+import shutil
+from pathlib import Path
+from unittest import mock
+
+import jax
+import numpy as np
+import pytest
+
+from r1jax.__main__ import dispatch
+from r1jax.errors import UserError
+from r1jax.models.r1 import R1
+from r1jax.ops.quantize import Quantized
+from r1jax.serve import quantize_command
+from r1jax.serve.evaluate import restore_served
+from r1jax.tasks.catalog import TASKS
+from r1jax.train.checkpoints import Checkpoint, CheckpointFolder
+from r1jax.train.plan import example_batch
+from r1jax.train.run import describe
+from r1jax.train.step import init_state
+from tests.train.experiment import one_device
+from tests.train.tiny_language import get_config
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A run folder with one checkpoint, of fresh weights; that is enough to be quantized."""
+    folder = tmp_path_factory.mktemp("run")
+    config = get_config()
+    task = TASKS[config.task.name](config)
+    source = task.source("train")
+    model = R1(config.model, task.heads)
+    with jax.numpy_dtype_promotion("standard"):
+        state = jax.jit(lambda: init_state(config, model, task, example_batch(source, task, 4)))()
+    meta = {"step": 1, "validation": None, **describe(source, task.pipeline)}
+    CheckpointFolder(folder / "checkpoints").save(1, state, config, meta)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def quantized(trained, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("out") / "int4"
+    words = ["--to", "int4", "--output", str(output), "--calibration", "4", "--batch_size", "8", "--resamples", "20"]
+    with mock.patch.object(quantize_command, "make_mesh", lambda _: one_device()):
+        assert dispatch(["quantize", str(trained), *words]) == 0
+    return output
+
+
+def test_the_codes_are_sealed_and_served(trained, quantized):
+    checkpoint = Checkpoint(quantized)
+    checkpoint.verify()
+    config = checkpoint.config()
+    assert checkpoint.quantized and config.model.quant == ("int4",) and checkpoint.step == 1
+    task = TASKS[config.task.name](config)
+    served = restore_served(checkpoint, config, R1(config.model, task.heads), task, one_device(), task.source("val"))
+    assert isinstance(served["decoder"]["embed_tokens"], Quantized)
+    exact = CheckpointFolder(trained / "checkpoints").best().restore_decoder()
+    router = exact["layers_0"]["mlp"]["gate"]["weight"]
+    np.testing.assert_array_equal(served["decoder"]["layers_0"]["mlp"]["gate"]["weight"], router)
+
+
+def test_the_report_lies_beside_them(quantized):
+    content = json.loads((quantized / "report" / "report.json").read_text())
+    assert content["score"]["cases"] == len(TASKS["language"](get_config()).source("val"))
+    assert {layer["scheme"] for layer in content["layers"]} == {"int8", "int4/128"}
+    assert all(0 < layer["error"] < 0.2 for layer in content["layers"])
+    assert "int4 weights alone" in content["model"]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([], "trained with floats: say by --to"),
+        (["--to", "int4"], "exists already"),
+    ],
+)
+def test_what_cannot_be_done_is_said(trained, quantized, words, told):
+    with pytest.raises(UserError, match=told):
+        dispatch(["quantize", str(trained), *words, "--output", str(quantized)])
+
+
+def test_codes_are_not_quantized_again_nor_trained_on(quantized, tmp_path):
+    with pytest.raises(UserError, match="quantized already"):
+        dispatch(["quantize", str(quantized), "--to", "int8", "--output", str(tmp_path / "again")])
+    with pytest.raises(UserError, match=r"for eval\.py alone"):
+        Checkpoint(quantized).stored()
+
+
+def test_a_flipped_bit_is_found(quantized, tmp_path):
+    copy = Path(shutil.copytree(quantized, tmp_path / "copy"))
+    file = copy / "quantized" / "weights.bin"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"weights\.bin is not what was written"):
+        Checkpoint(copy).verify()

@@ -1,0 +1,97 @@
+"""The format of quantized weights, and a run that begins in floats."""
+
+import functools
+import json
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from r1jax.errors import UserError
+from r1jax.ops.quantize import quantize
+from r1jax.train.quantized import is_codes, read_codes, write_codes
+from r1jax.train.step import NO_LIMIT
+from tests.train.experiment import make_experiment
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture
+def tree():
+    """Codes of every kind beside what no rule names."""
+
+    def codes(kind, *shape, block=None):
+        x = jnp.asarray(RNG.standard_normal(shape), jnp.float32)
+        return quantize(x, kind, block=block, scale_dtype=jnp.bfloat16)
+
+    return {
+        "decoder": {
+            "embed_tokens": codes("int8", 32, 48),
+            "mlp": {"up": {"weight": codes("int4", 3, 5, 7, block=3)}, "experts": codes("fp8", 4, 6, 64)},
+            "norm": {"weight": jnp.asarray(RNG.standard_normal(48), jnp.float32)},
+        },
+        "table": {"weight": codes("affine8", 3, 4, 6)},
+    }
+
+
+KINDS = {
+    "decoder/embed_tokens": "int8",
+    "decoder/mlp/up/weight": "int4",
+    "decoder/mlp/experts": "fp8",
+    "table/weight": "affine8",
+}
+
+
+def test_what_is_written_is_read_bit_for_bit(tree, tmp_path):
+    write_codes(tmp_path / "q", tree, KINDS)
+    read, kinds = read_codes(tmp_path / "q")
+    assert kinds == KINDS
+    assert jax.tree.structure(read) == jax.tree.structure(tree)
+    for a, b in zip(jax.tree.leaves(read), jax.tree.leaves(tree), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+
+
+def test_four_bits_take_half_a_byte_and_scales_two(tmp_path):
+    x = jnp.asarray(RNG.uniform(-1, 1, (256, 512)), jnp.float32)  # codes are evenly used, so that nothing deflates
+    write_codes(tmp_path / "q", {"w": quantize(x, "int4", block=128, scale_dtype=jnp.bfloat16)}, {"w": "int4"})
+    assert (tmp_path / "q" / "weights.bin").stat().st_size <= 256 * 512 / 2 + 256 * 4 * 2
+
+
+def test_another_version_is_refused(tree, tmp_path):
+    write_codes(tmp_path / "q", tree, KINDS)
+    index = tmp_path / "q" / "index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"version": 2}))
+    with pytest.raises(UserError, match="version 2 .*reads 1: quantize the checkpoint again"):
+        read_codes(tmp_path / "q")
+    assert not is_codes(tree["decoder"]["norm"]["weight"])
+
+
+def test_a_run_begins_in_floats_and_rounds_from_its_start():
+    """The first half has the loss of the model of floats, the second that of rounded products, and all weights move."""
+    flags = ("--quant", "int8", "--train.quant_start", "0.5", "--model.dropout", "0.0", "--train.warmup_steps", "0")
+    run = make_experiment(*flags, file="tiny_language.py")
+    batch, state = run.batches(1)[0], run.init()
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def loss(quant, step, batch):
+        model = run.model.clone(config=replace(run.config.model, quant=quant))
+        inputs, targets = run.task.prepare(batch)
+        output = model.apply({"params": run.fresh.params}, inputs, language=True)
+        return run.task.loss(output, inputs, targets, step / run.config.train.steps)[0]
+
+    for step, quant in ((0, ()), (4, ("int8",))):
+        share = jnp.float32(step)
+        state, metrics = run.step(run.init()._replace(step=jnp.asarray(step, jnp.int32)), batch, NO_LIMIT)
+        np.testing.assert_allclose(metrics["loss"], loss(quant, share, batch), rtol=1e-6)
+        assert abs(float(metrics["loss"] - loss(("int8",) if step == 0 else (), share, batch))) > 1e-5
+    pairs = zip(jax.tree_util.tree_leaves_with_path(run.fresh.params), jax.tree.leaves(state.params), strict=True)
+    still = [jax.tree_util.keystr(path) for (path, old), new in pairs if np.array_equal(old, new)]
+    assert not [name for name in still if "bias" not in name], "no gradient passed the rounding to these weights"
+
+
+def test_a_rule_that_nothing_follows_ends_a_run_before_it_is_compiled():
+    with pytest.raises(UserError, match=r"'o_prj'.*did you mean"):
+        make_experiment("--quant", "o_prj=int8", file="tiny_language.py")
