@@ -10,6 +10,7 @@ from r1jax.parallel.agree import is_first, say
 from r1jax.parallel.launch import launched
 from r1jax.parallel.mesh import check_batch, check_model, make_mesh, planned_mesh
 from r1jax.parallel.platform import start_platform
+from r1jax.parallel.stages import schedule_on
 from r1jax.tasks.catalog import TASKS
 from r1jax.train.closing import closing_table
 from r1jax.train.memory import AUTO, keep, settle_batch
@@ -43,6 +44,7 @@ def run_experiment(invocation: Invocation) -> int:
     asked = config.train
     config = settle_batch(config, mesh, task, source, say)
     check_batch(mesh, config.train.batch_size, config.train.accumulation)
+    schedule_on(mesh, config)  # refuses what no pipeline can divide
     model = R1(config.model, task.heads)
     about = f"data: {source.name}, {len(source)} {task.unit}; validation {len(validation)}"
     say("\n".join([about, *task.remarks(source)]))

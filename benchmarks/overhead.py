@@ -43,7 +43,7 @@ from r1jax.tasks.catalog import TASKS  # noqa: E402
 from r1jax.tasks.task import Task  # noqa: E402
 from r1jax.telemetry import Telemetry  # noqa: E402
 from r1jax.train.evaluation import Evaluator  # noqa: E402
-from r1jax.train.loop import fit  # noqa: E402
+from r1jax.train.loop import Loop  # noqa: E402
 from r1jax.train.plan import example_batch  # noqa: E402
 from r1jax.train.run import Run, describe, open_run, restore_or_init  # noqa: E402
 from r1jax.train.step import NO_LIMIT, compile_step, init_state, make_step  # noqa: E402
@@ -257,7 +257,7 @@ def loop_blocks(setting: Setting, run: Run, step: Any, size: int, count: int) ->
     blocks, evaluator = Blocks(step, size, FIRST + count), Evaluator(model, task, mesh, run.watch.beat)
     with mock.patch.object(Telemetry, "waiting", lambda telemetry: blocks.waiting(telemetry)):
         try:
-            fit(config, run, task, mesh, evaluator, blocks, state, source, source)
+            Loop(config, run, task, mesh, evaluator, blocks, state, source, source).fit()
         except Enough:
             return blocks
     raise AssertionError("the loop ended before it was measured")

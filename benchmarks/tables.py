@@ -20,6 +20,7 @@ from benchmarks import (  # noqa: E402
     cache,
     data,
     decode,
+    edge,
     fusion,
     h100,
     hf_loading,
@@ -65,6 +66,7 @@ SECTIONS = (
     Section("Memory and time of a training step", {"memory": memory.table}),
     Section("One compiled program instead of many operations", {"fusion": fusion.table, "fusion_cpu": fusion.table}),
     Section("The loop around the step", {"overhead": overhead.table, "overhead_cpu": overhead.table}),
+    Section("A medical checkpoint on one core of a device", {"edge": edge.table}),
     Section("Several devices", {"scaling": scaling.table}),
 )
 

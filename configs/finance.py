@@ -1,7 +1,17 @@
 """Card payments: streams of customer and terminal, numbers and notes read together; a probability of fraud.
 
-python train.py --config configs/finance.py                       generated payments, minutes on 2 CPU cores
-python train.py --config configs/finance.py:smoke                 the same in small, about a minute
+    python train.py --config configs/finance.py            generated payments, about 3 minutes on 2 CPU cores
+    python train.py --config configs/finance.py:smoke      the same in small, about a minute
+
+On the 15,637 generated validation payments (343 frauds, seed 0, one training, 172 s of CPU time): recall at a
+false-positive rate of 0.3 % .831 from all, .723 without the notes and .388 from the notes alone, where .929, .872 and
+.398 are attainable; AUPRC .866, .769 and .422.
+
+The public stream of the Fraud Detection Handbook, by path (docs/finance.md says what columns are read):
+
+    python train.py --config configs/finance.py:handbook --data.path transactions.parquet --platform cuda
+
+The same on a CPU in small has been measured so far; docs/finance.md says how, and what it reached.
 """
 
 from r1jax.config import (
@@ -103,8 +113,8 @@ def _handbook() -> Config:
         workdir="runs/fraud_handbook",
         model=ModelConfig(
             modalities=("series", "table"),
-            decoder=_decoder(128, experts=128, dense=256),
-            series=SeriesConfig(layers=2, bins=32, tokens=4),
+            decoder=_decoder(128, experts=96, dense=256),
+            series=SeriesConfig(layers=2, bins=24),
             dropout=0.1,
             precision="bf16",
         ),
@@ -113,7 +123,7 @@ def _handbook() -> Config:
             label_smoothing=0.0,
             modality_dropout=0.0,
             finance=FinanceConfig(
-                negatives_kept=0.25,
+                negatives_kept=0.1,
                 train=("2018-05-08", "2018-08-25"),
                 val=("2018-08-25", "2018-09-01"),
                 test=("2018-09-01", "2018-10-01"),
@@ -121,13 +131,13 @@ def _handbook() -> Config:
         ),
         data=DataConfig(path="data/fraud_handbook", split="val"),
         train=TrainConfig(
-            steps=6000,
-            batch_size=512,
-            learning_rate=1e-3,
-            warmup_steps=200,
+            steps=3000,  # frauds are seen seven times; the best checkpoint by the validation is kept
+            batch_size=256,
+            learning_rate=2e-3,
+            warmup_steps=150,
             weight_decay=0.1,
-            ema=0.999,
-            eval_every=1000,
-            save_every=1000,
+            ema=0.99,
+            eval_every=250,
+            save_every=500,
         ),
     )

@@ -20,6 +20,7 @@ COMMANDS = {
     "data info": Command("r1jax.serve.data_command", "info", "describes Parquet files below a path or URL"),
     "data stats": Command("r1jax.serve.cache_stats", "stats_command", "what a cache of rows holds, and its hits"),
     "data verify": Command("r1jax.serve.data_command", "verify", "compares Parquet files with their checksums"),
+    "export": Command("r1jax.serve.export_command", "export", "checkpoint -> a model that runs without r1jax"),
     "generate": Command(
         "r1jax.serve.generate_command", "generate", "text from a checkpoint, Hugging Face's or r1jax's"
     ),

@@ -352,12 +352,21 @@ class MeshConfig:
     expert: Devices = 1
     """Devices that divide the experts, and the cases outside them."""
     pipe: Devices = 1
-    """Devices that divide the layers."""
+    """Devices that divide the layers, and the cases outside them."""
     sequence: Devices = 1
     """Devices that divide the length of the decoder's sequence."""
     expert_capacity: Positive = 2.0
     """Rows that a device sends another for its experts at once, as a multiple of the even share; what is more follows
     in further rounds, and nothing is dropped."""
+    microbatches: Count | None = None
+    """Parts of a batch that go through the layers one after another where `pipe` divides them, a multiple of it; None
+    is four times `pipe`, or what divides the batch."""
+    interleave: Count = 1
+    """Runs of layers that each device of `pipe` has: more of them shorten the time at both ends in which some devices
+    are idle, and send more."""
+    overlap: bool = False
+    """Whether results travel while the next microbatch is computed: no device waits for them, but each microbatch takes
+    twice the turns from one to the next."""
 
 
 @dataclass(frozen=True)

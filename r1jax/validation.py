@@ -70,8 +70,11 @@ def _relations(config: Config) -> Iterator[tuple[bool, str, str]]:
     form = "PATTERN=WEIGHTS[/BLOCK][:ACTIVATIONS[:GRADIENTS]]"
     yield all(map(_is_quant_rule, quant)), "model.quant", f"a list of {presets} or {form} (docs/quantization.md)"
     yield not (quant and config.model.scan_layers), "model.scan_layers", "False with model.quant, which names layers"
+    yield not quant or config.mesh.pipe == 1, "mesh.pipe", "1 with model.quant, which names layers"
     yield bool(quant) or not train.quant_start, "train.quant_start", "0 without model.quant"
     yield from _mesh_relations(config.mesh)
+    known = "auto" not in (size, parts) or config.mesh.microbatches is None
+    yield known, "mesh.microbatches", "None where train.batch_size or train.accumulation is auto"
     yield from _launch_relations(config.launch)
 
 
@@ -83,7 +86,9 @@ def _mesh_relations(mesh: MeshConfig) -> Iterator[tuple[bool, str, str]]:
     free = [name for name in axes if getattr(mesh, name) == -1]
     if len(free) > 1:
         yield False, f"mesh.{free[1]}", f"a number of devices: mesh.{free[0]} takes what is left, and only one axis can"
-    yield mesh.pipe == 1, "mesh.pipe", "1: layers cannot be divided among devices yet"
+    for name, usual in (("interleave", 1), ("microbatches", None), ("overlap", False)):
+        rule = f"{usual}, as mesh.pipe is 1 and no layers are divided"
+        yield mesh.pipe != 1 or getattr(mesh, name) == usual, f"mesh.{name}", rule
 
 
 def _launch_relations(launch: LaunchConfig) -> Iterator[tuple[bool, str, str]]:

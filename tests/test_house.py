@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # A module imports from its own storey and from those below it.
 STOREYS = (
-    ("errors", "fields", "config", "validation", "cli", "disk"),
+    ("errors", "fields", "config", "validation", "cli", "disk", "edge"),
     ("ops",),
     ("models",),
     ("parallel",),
@@ -24,7 +24,14 @@ STOREYS = (
 )
 STOREY = {name: level for level, names in enumerate(STOREYS) for name in names}
 NO_INPUT_OUTPUT = {"optax", "grain", "orbax", "tensorstore"}  # models and ops say what is computed, nothing else
-DISTRIBUTION = {"PIL": "pillow", "fhir": "fhir.resources", "orbax": "orbax-checkpoint", "hdfs_native": "hdfs-native"}
+DISTRIBUTION = {
+    "PIL": "pillow",
+    "ai_edge_litert": "ai-edge-litert",
+    "fhir": "fhir.resources",
+    "hdfs_native": "hdfs-native",
+    "orbax": "orbax-checkpoint",
+}
+ELSEWHERE = {"r1jax.serve.litert_worker"}  # runs in the Python of an environment of its own
 
 
 def python_files() -> list[Path]:
@@ -111,10 +118,21 @@ def test_third_party_imports_are_declared():
     extras = [line for name, lines in project["optional-dependencies"].items() if name != "test" for line in lines]
     declared = {re.match(r"[\w.-]+", line)[0].lower() for line in project["dependencies"] + extras}
     for module, path in modules().items():
+        if module in ELSEWHERE:
+            continue
         for name in imports(ast.parse(path.read_text("utf-8")), module):
             top = name.split(".")[0]
             if top not in sys.stdlib_module_names and top != "r1jax":
                 assert DISTRIBUTION.get(top, top).lower() in declared, f"{module} imports {top}"
+
+
+def test_what_runs_on_a_device_needs_numpy_and_litert_alone():
+    own = sys.stdlib_module_names | {"numpy", "ai_edge_litert"}
+    edge = {module: path for module, path in modules().items() if module.startswith("r1jax.edge")}
+    assert len(edge) > 1
+    for module, path in edge.items():
+        for name in imports(ast.parse(path.read_text("utf-8")), module):
+            assert name.startswith("r1jax.edge") or name.split(".")[0] in own, (module, name)
 
 
 def test_files_are_small():

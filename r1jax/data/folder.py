@@ -75,7 +75,7 @@ class FolderCases:
           seed: Seed of the folds.
           hold: Keeps the pictures of `.npz` files in memory; without, whole archives are read again when they are
             asked for. Pictures of Parquet files are always read when they are asked for.
-          cache: Tiers that pictures of Parquet files are read through.
+          cache: Tiers that pictures of Parquet files are read through; `.npz` files go through none, which is said.
 
         Returns:
           The chosen cases, in the order of the files.
@@ -88,6 +88,12 @@ class FolderCases:
         else:
             cases, ignored = read_cases(_list_files(Path(path)), hold)
             remarks, fingerprint = (), folder_fingerprint(path)
+            if cache.url not in (None, "memory"):
+                print(
+                    f"note: data.cache.url is {cache.url!r}, but {path} holds .npz files, which go through no cache; "
+                    "`r1jax data convert` makes Parquet files of them, which do",
+                    file=sys.stderr,
+                )
         layout = cases.pictures.layout
         everything = cls(
             name="",

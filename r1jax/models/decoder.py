@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from r1jax.config import DecoderConfig
 from r1jax.models.attention import MLA
@@ -16,9 +16,10 @@ from r1jax.models.lora import Lora
 from r1jax.models.moe import MoE, RouterStats
 from r1jax.models.quantized import parameter, scheme_for
 from r1jax.models.remat import Remat, block
-from r1jax.ops.axes import constrain
+from r1jax.ops.axes import constrain, placement
 from r1jax.ops.embedding import embed
 from r1jax.ops.latent_attention import PagedLatents
+from r1jax.ops.pipeline import STACKED, Stage, Stages, join, pipeline, stages_of
 from r1jax.ops.quantized_dot import Ruled, quantized_dot
 
 
@@ -199,17 +200,32 @@ class Decoder(nn.Module):
         Returns:
           Hidden states after the final norm, and the statistics of each mixture layer.
         """
+        c = self.config
         stats: list[RouterStats] = []
-        first = min(self.config.first_k_dense_replace, self.config.num_hidden_layers)
-        for numbers in (range(first), range(first, self.config.num_hidden_layers)):
-            if self.scan_layers and len(numbers) > 1 and not self.is_initializing():
-                x, scanned = self._scanned(x, positions, valid, cases, numbers)
-                stats += scanned
+        first, divided = min(c.first_k_dense_replace, c.num_hidden_layers), self._divided()
+        for numbers in (range(first), range(first, c.num_hidden_layers)):
+            ring = divided if divided is not None and divided.layers[0] in numbers else None
+            if (self.scan_layers or ring) and len(numbers) > 1 and not self.is_initializing():
+                key = self.make_rng("dropout") if cases is not None and self.dropout else None
+                apart = numbers if ring is None else range(numbers.start, ring.layers.start)
+                if apart:
+                    x, found = self._scanned(x, positions, valid, cases, key, apart)
+                    stats += found
+                if ring is not None:
+                    x, found = self._pipelined(x, positions, valid, cases, key, ring)
+                    stats += found
                 continue
             for i in numbers:
                 x, layer_stats = block(_uncached, self.remat)(self.layers[i], x, positions, valid, cases)
                 stats += [] if layer_stats is None else [layer_stats]
         return self.norm(x), tuple(stats)
+
+    def _divided(self) -> Stages | None:
+        """The layers that lie on different devices, where the parameters have them stacked."""
+        where = placement()
+        if where is None or where.ring is None or STACKED not in self.variables["params"]:
+            return None
+        return stages_of(self.config, where.ring.devices, where.ring.rounds)
 
     def _scanned(
         self,
@@ -217,26 +233,57 @@ class Decoder(nn.Module):
         positions: Int[Array, "B T"],
         valid: Bool[Array, "B T"],
         cases: Int[Array, " B"] | None,
+        key: PRNGKeyArray | None,
         numbers: range,
     ) -> tuple[Float[Array, "B T D"], list[RouterStats]]:
         """Layers of one kind as one loop of the compiled program, whose size then does not grow with the depth.
 
         The weights keep their places in the tree and are stacked on the way in.
         """
-        c, params, dense = self.config, self.variables["params"], numbers[0] < self.config.first_k_dense_replace
+        params = self.variables["params"]
         stacked = jax.tree.map(lambda *x: jnp.stack(x), *(params[f"layers_{i}"] for i in numbers))
-        layer = DecoderLayer(c, self.dtype, self.dropout, dense, self.lora, self.remat, self.prefix, parent=None)
-        key = self.make_rng("dropout") if cases is not None and self.dropout else None
-
-        def turn(
-            x: Float[Array, "B T D"], item: tuple[Any, Int[Array, ""]]
-        ) -> tuple[Float[Array, "B T D"], RouterStats | None]:
-            rngs = {} if key is None else {"dropout": jax.random.fold_in(key, item[1])}
-            call = block(_uncached, self.remat)
-            return layer.apply({"params": item[0]}, x, positions, valid, cases, rngs=rngs, method=call)
-
-        x, stats = jax.lax.scan(turn, x, (stacked, jnp.asarray(numbers)))
+        layers = self._loop(numbers[0] < self.config.first_k_dense_replace)
+        x, stats = layers(stacked, jnp.asarray(numbers), x, (positions, valid, cases), key)
         return x, [] if stats is None else [jax.tree.map(lambda s, i=i: s[i], stats) for i in range(len(numbers))]
+
+    def _loop(self, dense: bool) -> Stage:
+        """Layers of one kind one after another, as a function of their stacked weights."""
+        c = self.config
+        layer = DecoderLayer(c, self.dtype, self.dropout, dense, self.lora, self.remat, self.prefix, parent=None)
+
+        def layers(weights: Any, numbers: Array, x: Array, rows: Any, key: PRNGKeyArray | None) -> tuple[Array, Any]:
+            def turn(x: Array, item: tuple[Any, Array]) -> tuple[Array, RouterStats | None]:
+                rngs = {} if key is None else {"dropout": jax.random.fold_in(key, item[1])}
+                return layer.apply({"params": item[0]}, x, *rows, rngs=rngs, method=block(_uncached, self.remat))
+
+            return jax.lax.scan(turn, x, (weights, numbers))
+
+        return layers
+
+    def _pipelined(
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        valid: Bool[Array, "B T"],
+        cases: Int[Array, " B"] | None,
+        key: PRNGKeyArray | None,
+        stages: Stages,
+    ) -> tuple[Float[Array, "B T D"], list[RouterStats]]:
+        """Layers that lie on different devices; the numbers are those of `_scanned`."""
+        layers, weights = self._loop(stages.layers[0] < self.config.first_k_dense_replace), self.variables["params"]
+        x, stats = pipeline(stages, layers, weights[STACKED], x, (positions, valid, cases), key)
+        if stats is None:
+            return x, []
+        # Of each layer, device and microbatch; the microbatches are equally large.
+        by_case = jax.vmap(jax.vmap(join))(stats.sequence_load)
+        whole = RouterStats(
+            jnp.sum(stats.load, axis=(1, 2)),
+            jnp.mean(stats.balance_loss, axis=(1, 2)),
+            by_case.reshape(len(stages.layers), -1, by_case.shape[-1]),
+            None if stats.waited is None else jnp.sum(stats.waited, axis=(1, 2)),
+        )
+        whole = jax.tree.map(lambda s: constrain(s, *[None] * s.ndim), whole)  # once, not layer by layer
+        return x, [jax.tree.map(lambda s, i=i: s[stages.order.index(i)], whole) for i in stages.layers]
 
     def cached(
         self,

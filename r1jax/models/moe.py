@@ -1,6 +1,9 @@
 """DeepSeekMoE: shared and routed experts, sigmoid router, group limit, bias-only balancing (DeepSeek-V3, 2.1.2)."""
 
+import contextlib
 import functools
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -150,6 +153,70 @@ def mix_experts(
     return Mixed(sum_rows(rows, plan), experts)
 
 
+_DENSE: ContextVar[bool] = ContextVar("dense", default=False)
+
+
+@contextlib.contextmanager
+def dense_mixtures() -> Iterator[None]:
+    """Has mixtures that are traced within be computed by `mix_experts_dense`: edge run times cannot sort."""
+    token = _DENSE.set(True)
+    try:
+        yield
+    finally:
+        _DENSE.reset(token)
+
+
+def mix_experts_dense(
+    x: Float[Array, "T D"],
+    scores: Float[Array, "T E"],
+    bias: Float[Array, " E"],
+    gate_up: Float[Array, "E F2 D"],
+    down: Float[Array, "E D F"],
+    *,
+    config: DecoderConfig,
+) -> Mixed:
+    """`mix_experts` as two products with all experts, weight 0 for those not chosen: no sort, E / K times the work.
+
+    Args:
+      x: Tokens, in the dtype of the weights.
+      scores: Affinities, fp32.
+      bias: For the choice only.
+      gate_up: Stacked weights, gate above up.
+      down: Stacked weights.
+      config: K, groups and scaling.
+
+    Returns:
+      As `mix_experts`; equal to it up to the order of additions.
+    """
+    share = expert_shares(scores, bias, config)
+    both = jnp.einsum("TD,FD->TF", x, gate_up.reshape(-1, x.shape[-1])).reshape(*share.shape, -1)
+    hidden = _swiglu(both, share).reshape(x.shape[0], -1)
+    output = jnp.einsum("TF,DF->TD", hidden, jnp.swapaxes(down, 0, 1).reshape(x.shape[-1], -1))
+    return Mixed(output, select_experts(scores, bias, config)[0])
+
+
+def expert_shares(scores: Float[Array, "T E"], bias: Float[Array, " E"], config: DecoderConfig) -> Float[Array, "T E"]:
+    """`select_experts` without sorting: the weight of every expert, 0 where it is not chosen."""
+    biased = scores + jnp.broadcast_to(bias, scores.shape)
+    if config.n_group > 1:
+        groups = biased.reshape(scores.shape[0], config.n_group, -1)
+        best = _largest(groups, 2 if config.scoring_func == "sigmoid" else 1)
+        group_score = jnp.sum(jnp.where(best, groups, 0), axis=-1)
+        open_group = _largest(group_score, config.topk_group)
+        biased = jnp.where(open_group[:, :, None], groups, -jnp.inf).reshape(scores.shape)
+    weights = jnp.where(_largest(biased, config.num_experts_per_tok), scores, 0)
+    if config.norm_topk_prob:
+        weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
+    return weights * config.routed_scaling_factor
+
+
+def _largest(x: Float[Array, "*T E"], count: int) -> Bool[Array, "*T E"]:
+    """Whether each number is among the `count` largest of its row; of equal ones the first, as `jax.lax.top_k`."""
+    other, own, place = x[..., None, :], x[..., :, None], jnp.arange(x.shape[-1])
+    earlier = jnp.broadcast_to(place[None, :] < place[:, None], (*x.shape, x.shape[-1]))
+    return jnp.sum((other > own) | ((other == own) & earlier), axis=-1) < count
+
+
 def _feed_forward(
     rows: Float[Array, "P D"],
     share: Float[Array, " P"] | None,
@@ -178,11 +245,11 @@ def _grouped(
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False)  # of all that lies between, nothing is worth keeping
-def _swiglu(both: Float[Array, "P G"], share: Float[Array, " P"] | None) -> Float[Array, "P F"]:
+def _swiglu(both: Float[Array, "*P G"], share: Float[Array, "*P"] | None) -> Float[Array, "*P F"]:
     """silu(gate) * up of each row [gate, up], times the row's share; in fp32 between the products."""
     gate, up = jnp.split(both.astype(jnp.float32), 2, axis=-1)
     hidden = nn.silu(gate) * up
-    return (hidden if share is None else hidden * share[:, None]).astype(both.dtype)
+    return (hidden if share is None else hidden * share[..., None]).astype(both.dtype)
 
 
 def exchange_and_mix(
@@ -300,7 +367,10 @@ class Experts(nn.Module):
         if where is not None:
             return spread_experts(where, x, scores, bias, gate_up, down, config=c, path=self.path)
         tokens = x.reshape(-1, width), scores.reshape(-1, c.n_routed_experts)
-        mixed = mix_experts(*tokens, bias, gate_up, down, config=c, few=few)
+        if _DENSE.get():
+            mixed = mix_experts_dense(*tokens, bias, gate_up, down, config=c)
+        else:
+            mixed = mix_experts(*tokens, bias, gate_up, down, config=c, few=few)
         return Mixed(mixed.output.reshape(x.shape), mixed.experts.reshape(*x.shape[:2], -1))
 
 

@@ -156,7 +156,7 @@ class R1(nn.Module):
         if self.heads:
             # Queries start from the summaries: a direct way for gradients, which attention over many tokens dilutes.
             asked = added(self, "queries", self.queries, tokens[0].dtype)[None]
-            asked = jnp.broadcast_to(asked, (len(tokens[0]), *asked.shape[1:])) + summary[:, None]
+            asked = jnp.broadcast_to(asked, (tokens[0].shape[0], *asked.shape[1:])) + summary[:, None]
             tokens, exist = [*tokens, asked], [*exist, jnp.ones(asked.shape[:2], bool)]
         x, valid = constrain(jnp.concatenate(tokens, axis=1), "batch", "length", None), jnp.concatenate(exist, axis=1)
         # Positions count what exists, so that a missing modality and padding shift nothing.

@@ -27,14 +27,17 @@ class Placement:
     """From a weight's path and shape: how it is kept, and how products use it."""
     capacity: float
     """Rows that a device may send another for its experts in one round, as a multiple of the even share."""
+    ring: "Ring | None" = None
+    """Devices that have different layers, where there are any."""
 
     def devices(self, name: str) -> int:
         """Over how many devices the dimension is spread."""
         return math.prod(self.mesh.shape[axis] for axis in self.axes.get(name, ()))
 
     def all_axes(self) -> tuple[str, ...]:
-        """Axes of more than one device."""
-        return tuple(axis for axis, size in self.mesh.shape.items() if size > 1)
+        """Axes of more than one device that no enclosing `shard_map` has taken."""
+        _, free = _mesh()
+        return tuple(axis for axis, size in self.mesh.shape.items() if size > 1 and axis in free)
 
     def kept(
         self, shape: tuple[int, ...], names: tuple[str | None, ...], path: tuple[str, ...]
@@ -69,6 +72,24 @@ class Placement:
             divides = name is not None and name in self.axes and size % self.devices(name) == 0
             parts.append(self.axes[name] if divides else None)
         return PartitionSpec(*parts)
+
+
+@dataclass(frozen=True)
+class Ring:
+    """Devices of an axis along which layers lie; outside of these layers it is one more axis of the batch."""
+
+    axis: str
+    repeated: tuple[str, ...]
+    """Axes of other cases with the same layers: gradients are summed along them once, after the last turn."""
+    devices: int
+    rounds: int
+    """Runs of layers that each of them has."""
+    microbatches: int | None
+    """Parts of a batch that travel; None lets the batch decide."""
+    hop: int
+    """Ticks from one device to the next, as in `pipeline.Schedule`."""
+    inside: Placement
+    """What the names mean to a device of the ring: these axes are in use."""
 
 
 _PLACEMENT: ContextVar[Placement | None] = ContextVar("placement", default=None)

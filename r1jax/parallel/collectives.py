@@ -28,6 +28,8 @@ class Collective(NamedTuple):
     """Mesh axes along which its devices differ."""
     devices: int
     """Of one group."""
+    senders: float
+    """Share of all devices that send: of a permutation some may not."""
     shapes: tuple[str, ...]
     """Of what each device has afterwards, as XLA writes them: `f32[8,16]`."""
     result_bytes: int
@@ -40,14 +42,14 @@ class Collective(NamedTuple):
 
     @property
     def wire_bytes(self) -> float:
-        """Bytes that a device sends in a step, by the ring algorithms that NCCL uses for large arrays."""
+        """Bytes that a device sends in a step, on average, by the ring algorithms of NCCL for large arrays."""
         others = self.devices - 1
         once = {
             "all-reduce": 2 * others / self.devices,
             "all-gather": others / self.devices,
             "reduce-scatter": float(others),  # the result is one part of what is summed
             "all-to-all": others / self.devices,
-            "collective-permute": 1.0,
+            "collective-permute": self.senders,
         }
         return self.times * once[self.kind] * self.result_bytes
 
@@ -77,11 +79,9 @@ def collectives(program: str, mesh: Mesh | AbstractMesh) -> list[Collective]:
                     size = sum(BYTES[kind] * math.prod(int(n) for n in dims.split(",") if n) for kind, dims in shapes)
                     told = tuple(f"{kind}[{dims}]" for kind, dims in shapes)
                     origin = re.search(r'op_name="([^"]*)"', line)
-                    found.append(
-                        Collective(
-                            match[2], axes, devices, told, size, times[name], name in rare, origin[1] if origin else ""
-                        )
-                    )
+                    place = origin[1] if origin else ""
+                    how_often = times[name], name in rare, place
+                    found.append(Collective(match[2], axes, devices, _senders(line, mesh), told, size, *how_often))
     return found
 
 
@@ -127,6 +127,16 @@ def _group(line: str, mesh: Mesh | AbstractMesh) -> tuple[tuple[str, ...], int]:
     return tuple(name for name, column in zip(names, places.T, strict=True) if len(set(column)) > 1), len(group)
 
 
+def _senders(line: str, mesh: Mesh | AbstractMesh) -> float:
+    """Share of the devices that send anything to another one."""
+    return sum(a != b for a, b in _pairs(line)) / mesh.size if "source_target_pairs=" in line else 1.0
+
+
+def _pairs(line: str) -> list[tuple[int, int]]:
+    """Who sends to whom in a permutation."""
+    return [(int(a), int(b)) for a, b in re.findall(r"\{(\d+),(\d+)\}", line.split("source_target_pairs=")[1])]
+
+
 def _numbers(text: str) -> list[int]:
     return [int(n) for n in text.split(",")]
 
@@ -140,8 +150,7 @@ def _laid(devices: int, dims: str, order: str | None) -> np.ndarray:
 def _first_group(line: str, devices: int) -> np.ndarray:
     """Devices of the first group, in any of the notations of XLA."""
     if "source_target_pairs=" in line:
-        pairs = re.findall(r"\{(\d+),(\d+)\}", line.split("source_target_pairs=")[1])
-        return np.array(next(([int(a), int(b)] for a, b in pairs if a != b), [0]))
+        return np.array(next((pair for pair in _pairs(line) if pair[0] != pair[1]), [0]))
     listed = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
     if listed:
         return np.array(_numbers(listed[1]))

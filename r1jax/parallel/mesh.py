@@ -130,9 +130,14 @@ def shard_tree(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
     """
 
     def choose(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        return NamedSharding(mesh, weight_spec(path_name(path), leaf.shape, mesh.shape, smallest=SMALLEST_SHARDED))
+        return NamedSharding(mesh, kept_spec(mesh, path_name(path), leaf.shape))
 
     return jax.tree_util.tree_map_with_path(choose, tree)
+
+
+def kept_spec(mesh: Mesh | AbstractMesh, path: str, shape: tuple[int, ...]) -> PartitionSpec:
+    """Where an array of a tree is kept between steps; its path has slashes."""
+    return weight_spec(path, shape, mesh.shape, smallest=SMALLEST_SHARDED)
 
 
 def path_name(path: tuple[Any, ...]) -> str:
@@ -165,7 +170,7 @@ def traced_for(mesh: Mesh | AbstractMesh, config: MeshConfig, function: Callable
 
 
 def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
-    """Cases spread over data, fsdp and expert."""
+    """Cases spread over pipe, data, fsdp and expert."""
     return NamedSharding(mesh, PartitionSpec(tuple(axis for axis in DIMENSIONS["batch"] if axis in mesh.shape)))
 
 

@@ -3,28 +3,32 @@
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from r1jax.config import MeshConfig
-from r1jax.ops.axes import Placement
+from r1jax.ops.axes import Placement, Ring
+from r1jax.ops.pipeline import STACKED
 
 AXES = ("pipe", "data", "fsdp", "expert", "sequence", "tensor")
 """Mesh axes from the outermost, whose neighbours are in other nodes, to the innermost, whose neighbours share one."""
 
 DIMENSIONS: dict[str, tuple[str, ...]] = {
-    "batch": ("data", "fsdp", "expert"),
+    "batch": ("pipe", "data", "fsdp", "expert"),
     "length": ("sequence",),
     "heads": ("tensor",),
     "hidden": ("tensor",),
     "vocabulary": ("tensor",),
     "experts": ("expert",),
 }
-"""Mesh axes of each named dimension; outside the experts, the devices of `expert` share the batch."""
+"""Mesh axes of each named dimension; outside the experts, the devices of `expert` share the batch, and outside the
+layers of the pipeline those of `pipe`."""
 
 KEPT = ("fsdp", "expert", "sequence")
 """Axes over which the largest dimension of a weight that is left is kept apart, and gathered before use; those that a
-dimension lies along already do not count."""
+dimension lies along already do not count. `pipe` comes after them, on any dimension that it divides: so a weight moves
+between the stacked layers of a device and the same layers apart by one exchange along this axis."""
 
 WEIGHTS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"experts/gate_up_proj$", ("experts", "hidden", "kept")),
@@ -58,6 +62,11 @@ def weight_spec(
     Returns:
       Mesh axes of each dimension; one that cannot be divided evenly stays whole.
     """
+    if STACKED in path.split("/"):
+        inner = weight_spec(
+            path.replace(f"{STACKED}/", ""), shape[1:], {**sizes, "pipe": 1}, kept=kept, smallest=smallest
+        )
+        return PartitionSpec(*present(("pipe",), sizes) or (None,), *inner)
     if math.prod(shape) < smallest:
         return PartitionSpec()
     names = next((names for pattern, names in WEIGHTS if re.search(pattern, path)), ())
@@ -69,6 +78,7 @@ def weight_spec(
         used = {axis for part in parts for axis in part}
         wanted = names.index("kept") if "kept" in names else None
         _keep_apart(parts, shape, tuple(axis for axis in present(KEPT, sizes) if axis not in used), sizes, wanted)
+        _keep_apart(parts, shape, present(("pipe",), sizes), sizes, wanted)
     while parts and not parts[-1]:
         parts.pop()
     return PartitionSpec(*(part[0] if len(part) == 1 else part or None for part in parts))
@@ -110,14 +120,26 @@ def placement_on(mesh: Mesh | AbstractMesh, smallest: int, config: MeshConfig | 
     Args:
       mesh: Devices.
       smallest: Weights of fewer numbers stay whole.
-      config: Capacity of the experts' exchange.
+      config: Capacity of the experts' exchange, and the schedule of the pipeline.
 
     Returns:
       The placement; None on one device.
     """
-    sizes = mesh.shape
-    if math.prod(sizes.values()) == 1:
+    config = config or MeshConfig()
+    if math.prod(mesh.shape.values()) == 1:
         return None
+    outside = _placement(mesh, dict(mesh.shape), smallest, config.expert_capacity)
+    devices = mesh.shape.get("pipe", 1)
+    if devices == 1:
+        return outside
+    inside = _placement(mesh, {**mesh.shape, "pipe": 1, "data": 1}, smallest, config.expert_capacity)
+    hop, repeated = 2 if config.overlap else 1, present(("data",), mesh.shape)
+    ring = Ring("pipe", repeated, devices, config.interleave, config.microbatches, hop, inside)
+    return replace(outside, ring=ring)
+
+
+def _placement(mesh: Mesh | AbstractMesh, sizes: Mapping[str, int], smallest: int, capacity: float) -> Placement:
+    """The placement where axes have these sizes."""
 
     def weight(path: tuple[str, ...], shape: tuple[int, ...]) -> tuple[PartitionSpec, PartitionSpec]:
         name = "/".join(path)
@@ -127,5 +149,4 @@ def placement_on(mesh: Mesh | AbstractMesh, smallest: int, config: MeshConfig | 
         )
 
     axes = {name: present(axes, sizes) for name, axes in DIMENSIONS.items()}
-    held = {name: axes for name, axes in axes.items() if axes}
-    return Placement(mesh, held, weight, (config or MeshConfig()).expert_capacity)
+    return Placement(mesh, {name: axes for name, axes in axes.items() if axes}, weight, capacity)

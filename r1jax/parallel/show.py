@@ -7,15 +7,17 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
+from r1jax.ops.pipeline import Stages
 from r1jax.parallel.mesh import path_name, shard_tree
 
 
-def show(mesh: Mesh | AbstractMesh, parts: dict[str, Any]) -> str:
+def show(mesh: Mesh | AbstractMesh, parts: dict[str, Any], stages: Stages | None = None) -> str:
     """Says where each array of some trees lies, and what a device keeps of them.
 
     Args:
       mesh: Devices.
       parts: Trees of arrays or `jax.ShapeDtypeStruct` by name; the first is printed in full, of the others the sums.
+      stages: Layers of a pipeline, which the trees have stacked.
 
     Returns:
       A table.
@@ -35,6 +37,8 @@ def show(mesh: Mesh | AbstractMesh, parts: dict[str, Any]) -> str:
     lines = [_line(row, widths) for row in rows]
     devices = math.prod(mesh.shape.values())
     axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1) or "one"
+    if stages is not None:
+        lines += ["", *(f"{name}  {layers}" for name, layers in stage_lines(stages))]
     lines += ["", f"{devices} device{'s' if devices > 1 else ''}: {axes}"]
     held = {name: (sum(bytes_a_device(mesh, tree)), _bytes(tree)) for name, tree in parts.items()}
     held["together"] = tuple(map(sum, zip(*held.values(), strict=True)))
@@ -45,6 +49,16 @@ def show(mesh: Mesh | AbstractMesh, parts: dict[str, Any]) -> str:
         for name, (own, whole) in held.items()
     ]
     return "\n".join(lines)
+
+
+def stage_lines(stages: Stages) -> list[tuple[str, str]]:
+    """Name and layers of each stage of a pipeline, and of what all devices share."""
+    runs = [(f"stage {device}", ", ".join(_run(run) for run in stages.of(device))) for device in range(stages.devices)]
+    return [*runs, ("all of them", "every other layer, embedding, heads and encoders")]
+
+
+def _run(layers: range) -> str:
+    return f"layers {layers[0]} to {layers[-1]}" if len(layers) > 1 else f"layer {layers[0]}"
 
 
 def bytes_a_device(mesh: Mesh | AbstractMesh, tree: Any) -> list[int]:

@@ -90,7 +90,7 @@ def scoring_config(checkpoint: Checkpoint, arguments: EvalArguments) -> Config:
         )
     split = chosen.split or data.split
     if chosen.path is not None and chosen.split is None:
-        trained_here = data.path is not None and Path(data.path).resolve() == Path(chosen.path).resolve()
+        trained_here = same_path(data.path, chosen.path)
         if config.task.name == "medical" and not imported:
             trained_here |= folder_fingerprint(chosen.path) in trained_fingerprints(checkpoint.meta())
         split = data.split if trained_here else "all"
@@ -132,7 +132,7 @@ def scoring_task(config: Config, arguments: EvalArguments) -> TaskConfig:
         step_up = max(budget, finance.alerts.step_up_per_day)
         alerts = dataclasses.replace(finance.alerts, per_day=budget, step_up_per_day=step_up, false_positive_rate=None)
         finance = dataclasses.replace(finance, alerts=alerts)
-    if later is not None and trained is not None and Path(later).resolve() != Path(trained).resolve():
+    if later is not None and trained is not None and not same_path(later, trained):
         if is_remote(trained) or Path(trained).exists():
             finance = dataclasses.replace(finance, history=trained)
         else:
@@ -143,6 +143,13 @@ def scoring_task(config: Config, arguments: EvalArguments) -> TaskConfig:
             )
             finance = dataclasses.replace(finance, history=None)
     return dataclasses.replace(task, finance=finance)
+
+
+def same_path(one: str | None, other: str | None) -> bool:
+    """Whether two of `data.path` mean the same data; None is generated data."""
+    if one is None or other is None:
+        return one is other
+    return Path(one).resolve() == Path(other).resolve()
 
 
 def _tokenizer(checkpoint: Checkpoint, config: Config, given: str | None) -> str | None:

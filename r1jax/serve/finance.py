@@ -14,7 +14,7 @@ from r1jax.data.transaction_cases import TransactionCases
 from r1jax.data.transaction_history import FEATURES
 from r1jax.data.transaction_simulator import attainable_recall
 from r1jax.errors import UserError
-from r1jax.serve.evaluate import Evaluation, origin, provenance_lines, write_metrics
+from r1jax.serve.evaluate import Evaluation, origin, provenance_lines, same_path, write_metrics
 from r1jax.serve.finance_alerts import alert_reports, completeness, explain_alerts
 from r1jax.serve.finance_charts import Labelled
 from r1jax.serve.finance_closing import closing_lines
@@ -26,7 +26,8 @@ from r1jax.serve.scored import Watched, refuse_not_finite
 from r1jax.tasks.calibration import from_json
 from r1jax.tasks.drift import snapshot
 from r1jax.tasks.finance.alerts import ACTIONS, BANDS, make_policy
-from r1jax.tasks.finance.evaluation import HEADLINE_RATE, band_counts, evaluate, period_counts
+from r1jax.tasks.finance.evaluation import band_counts, evaluate, period_counts
+from r1jax.tasks.finance.figures import RATE
 from r1jax.tasks.finance.operating import operating_points, stored_curve
 from r1jax.tasks.finance.report import RiskReport
 from r1jax.tasks.finance.scored import ScoredTransactions
@@ -134,7 +135,7 @@ def _measure(run: Evaluation, judged: Judged, params: Any, source: Source) -> tu
     if scored.labelled.any():
         ceilings = None
         if cases.table.shown is not None:
-            ceilings = attainable_recall(cases.table, cases.rows, run.task.delay, HEADLINE_RATE)
+            ceilings = attainable_recall(cases.table, cases.rows, run.task.delay, RATE)
         figures = evaluate(
             scored,
             judged.scores,
@@ -161,8 +162,7 @@ def _measure(run: Evaluation, judged: Judged, params: Any, source: Source) -> tu
 
 def _seen_in_training(run: Evaluation, cases: TransactionCases) -> int:
     """How many of the transactions the checkpoint was trained on."""
-    trained = run.checkpoint.config()
-    if run.config.data.path != trained.data.path:
+    if not same_path(run.config.data.path, run.checkpoint.config().data.path):
         return 0
     rows = original(run.task.source("train")).rows
     return int(np.isin(cases.rows, rows).sum())
@@ -173,7 +173,7 @@ def _warnings(run: Evaluation, judged: Judged, seen: int) -> list[str]:
     told = list(judged.warnings)
     if seen:
         told.append(f"{seen} of these {len(judged.scored.ids)} transactions were learned from: figures are optimistic")
-    elif run.config.data.split == "val" and run.config.data.path == run.checkpoint.config().data.path:
+    elif run.config.data.split == "val" and same_path(run.config.data.path, run.checkpoint.config().data.path):
         told.append("these transactions chose the checkpoint, thresholds and calibration: the figures are optimistic")
     share, days = len(judged.alerts) / len(judged.scored.ids), judged.scored.days
     if share > 0.1:

@@ -77,8 +77,9 @@ def alert_reports(
             seconds=int(scored.seconds[index]),
             customer=cases.table.customers[int(scored.customer[index])].as_py(),
             terminal=cases.table.terminals[int(scored.terminal[index])].as_py(),
-            amount=float(scored.amount[index]),
-            score=float(scored.score[index]),
+            # str() gives the shortest digits that are still the same number in float32.
+            amount=float(str(scored.amount[index])),
+            score=float(str(scored.score[index])),
             probability=float(judged.probability[index]),
             band=int(judged.bands[index]),
             reasons=reasons,

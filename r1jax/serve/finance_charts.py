@@ -20,7 +20,7 @@ from r1jax.serve.chart_style import (
     thin,
     unit_square,
 )
-from r1jax.tasks.finance.evaluation import HEADLINE_RATE
+from r1jax.tasks.finance.figures import RATE
 from r1jax.tasks.finance.metrics import cost_curve, rank_fraud
 from r1jax.tasks.metrics import precision_recall_curve, roc_curve
 
@@ -57,7 +57,7 @@ def rate_chart(data: Labelled) -> str:
         rates = np.geomspace(least, 1, 300)
         index = np.searchsorted(curve.false_positive_rate, rates + 1e-12, side="right") - 1
         draw_curve(axes, mode, rates, curve.sensitivity[index], drawstyle="steps-post")
-    axes.axvline(HEADLINE_RATE, color=INK, lw=1, ls=(0, (4, 2)))
+    axes.axvline(RATE, color=INK, lw=1, ls=(0, (4, 2)))
     axes.set(xscale="log", xlim=(least, 1), ylim=(-0.01, 1.02))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{100 * x:g} %"))
     axes.minorticks_off()

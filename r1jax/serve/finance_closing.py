@@ -3,8 +3,7 @@
 from typing import Any
 
 from r1jax.serve.evaluate import Evaluation, shortest
-from r1jax.tasks.finance.evaluation import HEADLINE_RATE
-from r1jax.tasks.finance.figures import MODES
+from r1jax.tasks.finance.figures import MODES, RATE
 from r1jax.tasks.intervals import figure_text
 
 
@@ -46,8 +45,8 @@ def closing_lines(run: Evaluation, metrics: dict[str, Any]) -> list[str]:
 
 
 def _figure_lines(figures: dict[str, Any]) -> list[str]:
-    modes, rate = figures["modes"], f"{HEADLINE_RATE:g}"
-    place = f"FPR {100 * HEADLINE_RATE:g} %"
+    modes, rate = figures["modes"], f"{RATE:g}"
+    place = f"FPR {100 * RATE:g} %"
     rows = [
         (f"recall at {place}", "%", [mode["at_rate"][rate]["recall"] for mode in modes.values()]),
         (f"precision at {place}", "%", [mode["at_rate"][rate]["precision"] for mode in modes.values()]),

@@ -18,8 +18,8 @@ from r1jax.serve.page_parts import (
     warning,
     write_html,
 )
-from r1jax.tasks.finance.evaluation import CLAIMED_RECALL, HEADLINE_RATE
-from r1jax.tasks.finance.figures import MODES
+from r1jax.tasks.finance.evaluation import CLAIMED_RECALL
+from r1jax.tasks.finance.figures import MODES, RATE
 from r1jax.tasks.finance.report import NOTICE, RiskReport
 from r1jax.tasks.intervals import figure_text
 
@@ -89,7 +89,7 @@ def _lead(metrics: dict[str, Any]) -> str:
 
 def _headline(figures: dict[str, Any]) -> str:
     both, operating = figures["modes"]["both"], figures["operating"]
-    at, rate = both["at_rate"][f"{HEADLINE_RATE:g}"], f"{100 * HEADLINE_RATE:g} %"
+    at, rate = both["at_rate"][f"{RATE:g}"], f"{100 * RATE:g} %"
     best = figures["ceilings"].get("both")
     more = f"nobody could reach more than {100 * best:.1f} %" if best is not None else "of all frauds"
     cards = [
@@ -118,14 +118,14 @@ def _headline(figures: dict[str, Any]) -> str:
 def _reading(figures: dict[str, Any]) -> str:
     """Why "98.7 % / 0.3 %" cannot be read as accuracy, with the figures of this period."""
     accuracy, needed = figures["accuracy"], figures["modes"]["both"]["rate_for_claimed_recall"]["value"]
-    at = figures["modes"]["both"]["at_rate"][f"{HEADLINE_RATE:g}"]
+    at = figures["modes"]["both"]["at_rate"][f"{RATE:g}"]
     share = figures["fraud_share"]
     needs = "undefined" if needed is None else f"{100 * needed:.1f} %"
     return (
         f'<p>"98.7 % recognised at 0.3 % false alarms" is often read as accuracy. It cannot be: {100 * share:.2f} % of '
         f"these transactions are fraud, so that <b>calling nothing fraud is right for "
         f"{100 * accuracy['nothing_is_fraud']:.2f} %</b> of them; the model is right for "
-        f"{100 * accuracy['model']:.2f} % at a false positive rate of {100 * HEADLINE_RATE:g} %. Accuracy hides all "
+        f"{100 * accuracy['model']:.2f} % at a false positive rate of {100 * RATE:g} %. Accuracy hides all "
         f"that matters. The honest pair is recall <i>at</i> that rate, {figure_text(at['recall'], '%')[0]} here, with "
         f"precision, {figure_text(at['precision'], '%')[0]}: of a hundred alerts so many are fraud.</p>"
         f"<p>A recall of {100 * CLAIMED_RECALL:.1f} % would need a false positive rate of <b>{needs}</b> here. Frauds "
@@ -144,8 +144,8 @@ def _curves(figures: dict[str, Any], data: Labelled) -> str:
             items.append((mode, MODES[mode], f"{text} <b>{number}</b> <small>{interval}</small>"))
         return mode_legend(items)
 
-    rate = f"{HEADLINE_RATE:g}"
-    headline = legend(lambda mode: mode["at_rate"][rate]["recall"], "%", f"at {100 * HEADLINE_RATE:g} %")
+    rate = f"{RATE:g}"
+    headline = legend(lambda mode: mode["at_rate"][rate]["recall"], "%", f"at {100 * RATE:g} %")
     plain = mode_legend([(mode, MODES[mode], "") for mode in data.scores])
     kinds = "".join(
         f"<li>{swatch(f'--{color}', '', 7)}{kind} ({n})</li>"
@@ -258,7 +258,20 @@ def _table(figures: dict[str, Any]) -> str:
         for label, unit, row in lines
     )
     table = f'<div class="sheet"><table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-    return table + _scenarios(figures["scenarios"])
+    return table + _gains(figures["differences"]) + _scenarios(figures["scenarios"])
+
+
+def _gains(differences: dict[str, Any]) -> str:
+    """What all inputs together gain over a part of them, on the same days."""
+    if not differences:
+        return ""
+    names = list(next(iter(differences.values())))
+    head = "".join(f"<th>gained over {MODES[mode]}</th>" for mode in differences)
+    cells = {
+        name: "".join(f"<td>{figure_cell(gain[name], '1')}</td>" for gain in differences.values()) for name in names
+    }
+    body = "".join(f"<tr><th>{name}</th>{row}</tr>" for name, row in cells.items())
+    return f'<div class="sheet"><table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _scenarios(kinds: dict[str, Any]) -> str:

@@ -100,12 +100,9 @@ def score(
         )
     for mode, found in predicted.items():
         refuse_not_finite(found, ids, modes[mode])
-    stored = (validation or {}).get("operating_points", {})
-    frozen: Points = {}
+    frozen = frozen_points(validation, task, modes)
     points: Points = {}
     for mode, shown in modes.items():
-        # A model that reads one kind of modality has its validation under `both`.
-        frozen[shown] = _points(stored.get(shown) or stored.get(mode) or {}, "validation split", task)
         here = _points(task.operating_points(predicted[mode], targets), "set on the cases of this evaluation", task)
         points[shown] = here | frozen[shown]
     return Scored(
@@ -117,6 +114,25 @@ def score(
         points=points,
         frozen=frozen,
     )
+
+
+def frozen_points(validation: dict[str, Any] | None, task: Medical, modes: dict[str, str]) -> Points:
+    """Operating points that validation set.
+
+    Args:
+      validation: What the checkpoint says of its validation (None where it was not scored).
+      task: The task.
+      modes: From `shown_modes`.
+
+    Returns:
+      Those of each reported mode.
+    """
+    stored = (validation or {}).get("operating_points", {})
+    # A model that reads one kind of modality has its validation under `both`.
+    return {
+        shown: _points(stored.get(shown) or stored.get(mode) or {}, "validation split", task)
+        for mode, shown in modes.items()
+    }
 
 
 class Watched:

@@ -25,6 +25,7 @@ from r1jax.data.tokenizer_files import read_files
 from r1jax.data.workers import Batches
 from r1jax.errors import UserError
 from r1jax.parallel.agree import Vote, is_first, place_share, share_of
+from r1jax.parallel.stages import out_of_stages, stages_on
 from r1jax.tasks.task import Task
 from r1jax.telemetry import Load, Telemetry
 from r1jax.train.evaluation import Evaluator
@@ -66,53 +67,6 @@ def served(state: TrainState, config: Config) -> Any:
     return state.ema if config.train.ema else state.params
 
 
-def fit(
-    config: Config,
-    run: Run,
-    task: Task,
-    mesh: Mesh,
-    evaluator: Evaluator,
-    step: Any,
-    state: TrainState,
-    source: Source,
-    validation: Source,
-) -> TrainState:
-    """Trains until the last step or a signal; a killed process loses at most `save_every` steps.
-
-    Args:
-      config: The experiment.
-      run: Its open folder.
-      task: Collation and score.
-      mesh: Devices.
-      evaluator: Compiled forward pass.
-      step: Compiled training step; it takes over the memory of the state.
-      state: Where to start.
-      source: Training cases.
-      validation: Cases that choose the best checkpoint and set the operating points.
-
-    Returns:
-      The last state; every point at which it left has been saved.
-
-    Raises:
-      RollBack: Many steps in a row were refused.
-      UserError: A weight is no finite number any more, or the disk is full.
-    """
-    if int(state.step) == config.train.steps:
-        return state
-    loop = Loop(config, run, task, mesh, evaluator, step, state, source, validation)
-    try:
-        for done in range(loop.start + 1, config.train.steps + 1):
-            loop.take_step(done, loop.next_batch(done))
-            loop.evaluate_or_save(done)
-            if loop.shall_stop():
-                loop.leave(done)
-                break
-        loop.finish()
-    finally:
-        loop.close()
-    return loop.state
-
-
 class Loop:
     """What a run holds while it trains; each method is one of the things that happen at a step."""
 
@@ -128,31 +82,72 @@ class Loop:
         source: Source,
         validation: Source,
     ) -> None:
-        """Opens telemetry and data; the arguments are those of `fit`."""
-        t, start = config.train, int(state.step)
-        self.config, self.run, self.task, self.evaluator = config, run, task, evaluator
+        """Opens nothing yet.
+
+        Args:
+          config: The experiment.
+          run: Its open folder.
+          task: Collation and score.
+          mesh: Devices.
+          evaluator: Compiled forward pass.
+          step: Compiled training step; it takes over the memory of the state.
+          state: Where to start.
+          source: Training cases.
+          validation: Cases that choose the best checkpoint and set the operating points.
+        """
+        self.config, self.run, self.task, self.mesh, self.evaluator = config, run, task, mesh, evaluator
         self.step, self.state, self.source, self.validation = step, state, source, validation
-        self.start, self.jumps = start, read_jumps(run.workdir)
-        load = step_load(config, task, mesh, source)
-        self.telemetry = Telemetry(
-            run.workdir,
-            steps=t.steps,
-            start=start,
-            batch_size=t.batch_size,
-            load=load,
-            clock=run.clock,
-            remote=WandbRun(run.workdir, config, t.wandb) if t.wandb is not None and is_first() else None,
-        )
-        self.profiler = Profiler(config.profile, run.workdir, start)
-        self.guard = Guard(run.workdir, t.spike_factor, start)
-        self.batches = open_batches(config, task, mesh, source, batch_after(start, self.jumps))
-        self.mesh, self.vote = mesh, Vote(mesh)
-        self.made = describe(source, task.pipeline) | start_record(run.workdir)
-        # Read before the first step, as the task has read them: what they lie in may go.
-        self.tokenizer = {} if config.data.tokenizer is None else read_files(Path(config.data.tokenizer))
+        self.start, self.jumps = int(state.step), read_jumps(run.workdir)
+        self.profiler = Profiler(config.profile, run.workdir, self.start)
+        self.guard = Guard(run.workdir, config.train.spike_factor, self.start)
+        self.vote = Vote(mesh)
+        self.stages = stages_on(mesh, config.mesh, config.model.decoder)
         self.in_one = jax.jit(in_one, out_shardings=NamedSharding(mesh, PartitionSpec()))
         self.unread: Unread | None = None
         self.note = ""
+
+    def fit(self) -> TrainState:
+        """Trains until the last step or a signal; a killed process loses at most `save_every` steps.
+
+        Returns:
+          The last state; every point at which it left has been saved.
+
+        Raises:
+          RollBack: Many steps in a row were refused.
+          UserError: A weight is no finite number any more, or the disk is full.
+        """
+        last = self.config.train.steps
+        if self.start == last:
+            return self.state
+        self.open()
+        try:
+            for done in range(self.start + 1, last + 1):
+                self.take_step(done, self.next_batch(done))
+                self.evaluate_or_save(done)
+                if self.shall_stop():
+                    self.leave(done)
+                    break
+            self.finish()
+        finally:
+            self.close()
+        return self.state
+
+    def open(self) -> None:
+        """Opens telemetry and data, which changes the run folder."""
+        config, run, t = self.config, self.run, self.config.train
+        self.telemetry = Telemetry(
+            run.workdir,
+            steps=t.steps,
+            start=self.start,
+            batch_size=t.batch_size,
+            load=step_load(config, self.task, self.mesh, self.source),
+            clock=run.clock,
+            remote=WandbRun(run.workdir, config, t.wandb) if t.wandb is not None and is_first() else None,
+        )
+        self.batches = open_batches(config, self.task, self.mesh, self.source, batch_after(self.start, self.jumps))
+        self.made = describe(self.source, self.task.pipeline) | start_record(run.workdir)
+        # Read before the first step, as the task has read them: what they lie in may go.
+        self.tokenizer = {} if config.data.tokenizer is None else read_files(Path(config.data.tokenizer))
 
     def next_batch(self, done: int) -> dict[str, Any]:
         """Waits for the batch of step `done`, and says if a save has failed meanwhile."""
@@ -263,7 +258,7 @@ class Loop:
 
     def evaluate(self, done: int) -> dict[str, Any]:
         """Scores the weights on the validation cases, and logs and says what was found."""
-        weights = served(self.state, self.config)
+        weights = out_of_stages(served(self.state, self.config), self.mesh, self.stages)
         validated = validate(self.config, self.task, self.evaluator, weights, self.validation)
         reached = validated["figures"]
         figures = {f"validation.{mode}.{k}": v for mode, found in reached.items() for k, v in found.items()}
@@ -279,7 +274,8 @@ class Loop:
         meta = {"step": done, "validation": validated, "order": where, **self.made}
         # It holds the run alone: with the loop it would keep the state's memory.
         published = lambda: run.clock.mark(done, useful, [c.step for c in run.checkpoints.all()])  # noqa: E731
-        run.saver.save(done, self.state, self.config, meta, self.tokenizer, say=self.telemetry.say, then=published)
+        state = out_of_stages(self.state, self.mesh, self.stages)
+        run.saver.save(done, state, self.config, meta, self.tokenizer, say=self.telemetry.say, then=published)
 
     def shall_stop(self) -> bool:
         """Whether a signal has asked any process to stop; all of them learn it at the same step."""

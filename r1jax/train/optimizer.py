@@ -4,11 +4,13 @@ import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
 from r1jax.config import TrainConfig
 from r1jax.errors import UserError
+from r1jax.ops.pipeline import STACKED
 from r1jax.validation import Rule, read_rule
 
 BALANCE_BIAS = "e_score_correction_bias"
@@ -25,7 +27,7 @@ def decays(params: Any) -> Any:
 
 
 def _decays(path: tuple[Any, ...], x: Any) -> bool:
-    return x.ndim > 1 and _name(path) not in UNDECAYED
+    return x.ndim - any(part.key == STACKED for part in path) > 1 and _name(path) not in UNDECAYED
 
 
 def schedule(config: TrainConfig) -> optax.Schedule:
@@ -54,11 +56,12 @@ def schedule(config: TrainConfig) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), body], [warmup]) if warmup else body
 
 
-def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
+def make_optimizer(config: TrainConfig, order: tuple[int, ...] = ()) -> optax.GradientTransformation:
     """Clip by global norm, then AdamW, slower for the decoder; the routers' biases are left to their own rule.
 
     Args:
       config: Rates, decay, clipping and rules for single weights.
+      order: Numbers of the layers that are stacked, where some are.
 
     Returns:
       An optax transformation over the parameter tree; its `init` raises UserError where a rule matches no weight.
@@ -73,7 +76,7 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     def adamw(factor: float) -> optax.GradientTransformation:
         return optax.chain(
             optax.scale_by_adam(config.b1, config.b2),
-            _add_decay(config.weight_decay, rules),
+            _add_decay(config.weight_decay, rules, order),
             optax.scale_by_learning_rate(lambda step: factor * rate(step)),
         )
 
@@ -82,13 +85,16 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     inner = optax.chain(optax.clip_by_global_norm(config.clip_norm), optax.multi_transform(groups, labels))
 
     def init(params: Any) -> Any:
-        _check_rules(params, rules)
+        _check_rules(params, rules, order)
         return inner.init(params)
 
     def update(gradients: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         updates, state = inner.update(gradients, state, params)
-        slowed = lambda path, x: x * rule.rate if (rule := _rule_of(path, rules)) else x  # noqa: E731
         return jax.tree_util.tree_map_with_path(slowed, updates), state
+
+    def slowed(path: tuple[Any, ...], x: Array) -> Array:
+        found = _rules_of(path, rules, order)
+        return x * _column([rule.rate if rule else 1.0 for rule in found], x) if any(found) else x
 
     return optax.GradientTransformation(init, update)
 
@@ -98,35 +104,50 @@ def updates_done(state: Any) -> Int[Array, ""]:
     return optax.tree.get_all_with_path(state, "count")[0][1]
 
 
-def _rule_of(path: tuple[Any, ...], rules: tuple[Rule, ...]) -> Rule | None:
-    """The first rule whose pattern occurs in the weight's path, such as `decoder/layers_0/self_attn/o_proj/weight`."""
+def _rules_of(path: tuple[Any, ...], rules: tuple[Rule, ...], order: tuple[int, ...]) -> list[Rule | None]:
+    """The first rule whose pattern occurs in the weight's name, for each layer where some are stacked in it."""
+    return [next((rule for rule in rules if re.search(rule.pattern, name)), None) for name in _names(path, order)]
+
+
+def _names(path: tuple[Any, ...], order: tuple[int, ...]) -> list[str]:
+    """Names of a weight, such as `decoder/layers_0/self_attn/o_proj/weight`: several where layers are stacked in it."""
     name = jax.tree_util.keystr(path, simple=True, separator="/")
-    return next((rule for rule in rules if re.search(rule.pattern, name)), None)
+    if all(part.key != STACKED for part in path):
+        return [name]
+    return [name.replace(f"/{STACKED}/", f"/layers_{i}/") for i in order]
 
 
-def _check_rules(params: Any, rules: tuple[Rule, ...]) -> None:
+def _column(factors: list[float], x: Array) -> Array | float:
+    """Factors of a weight: a number where they are the same for all its layers, else one for each."""
+    if len(set(factors)) == 1:
+        return factors[0]
+    return jnp.broadcast_to(jnp.asarray(factors, x.dtype).reshape(-1, *[1] * (x.ndim - 1)), x.shape)
+
+
+def _check_rules(params: Any, rules: tuple[Rule, ...], order: tuple[int, ...]) -> None:
     """Refuses a rule that no weight follows: its pattern is wrong, or an earlier rule takes all that it means."""
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    followed = {_rule_of(path, rules) for path in paths}
+    followed = {rule for path in paths for rule in _rules_of(path, rules, order)}
     for rule in rules:
         if rule not in followed:
-            some = ", ".join(jax.tree_util.keystr(path, simple=True, separator="/") for path in paths[:3])
+            some = ", ".join([name for path in paths[:3] for name in _names(path, order)][:3])
             raise UserError(
                 f"train.rules: no trained weight follows the pattern {rule.pattern!r}, or earlier rules take all that "
                 f"it matches; weights are called {some}, ..."
             )
 
 
-def _add_decay(weight_decay: float, rules: tuple[Rule, ...]) -> optax.GradientTransformation:
+def _add_decay(weight_decay: float, rules: tuple[Rule, ...], order: tuple[int, ...]) -> optax.GradientTransformation:
     """`optax.add_decayed_weights` with a factor for each weight; its state is the same, so that checkpoints fit."""
 
-    def factor(path: tuple[Any, ...], x: Any) -> float:
-        rule = _rule_of(path, rules)
-        return float(_decays(path, x)) if rule is None or rule.decay is None else rule.decay
+    def factors(path: tuple[Any, ...], x: Any) -> list[float]:
+        own = float(_decays(path, x))
+        found = _rules_of(path, rules, order)
+        return [own if rule is None or rule.decay is None else rule.decay for rule in found]
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        add = lambda path, u, p: u + weight_decay * factor(path, p) * p  # noqa: E731
+        add = lambda path, u, p: u + weight_decay * _column(factors(path, p), p) * p  # noqa: E731
         return jax.tree_util.tree_map_with_path(add, updates, params), state
 
-    mask = lambda params: jax.tree_util.tree_map_with_path(lambda path, x: factor(path, x) > 0, params)  # noqa: E731
+    mask = lambda params: jax.tree_util.tree_map_with_path(lambda path, x: any(factors(path, x)), params)  # noqa: E731
     return optax.masked(optax.GradientTransformation(optax.init_empty_state, update), mask)

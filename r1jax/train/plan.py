@@ -16,11 +16,12 @@ from r1jax.models.precision import PRECISIONS
 from r1jax.models.r1 import R1
 from r1jax.parallel.collectives import collectives
 from r1jax.parallel.mesh import abstract_mesh, check_model, shares
-from r1jax.parallel.show import bytes_a_device, show
+from r1jax.parallel.show import bytes_a_device, show, stage_lines
+from r1jax.parallel.stages import schedule_on, stages_on
 from r1jax.tasks.task import Task
 from r1jax.train.flops import work_of
 from r1jax.train.roofline import MEMORY, roofline_rows
-from r1jax.train.step import Batch, compile_step, init_state
+from r1jax.train.step import Batch, abstract_state, compile_step
 
 
 def example_batch(source: Source, task: Task, batch_size: int) -> Batch:
@@ -56,8 +57,9 @@ def show_mesh(config: Config, make_task: Callable[[Config], Task]) -> str:
     config = replace(config, train=replace(config.train, batch_size=1, accumulation=1))
     task = make_task(config)
     model, batch = R1(config.model, task.heads), example_batch(task.source("train"), task, 1)
-    state = jax.eval_shape(lambda: init_state(config, model, task, batch))
-    return show(mesh, {"parameters": state.params, "optimizer": state.optimizer, "average": state.ema})
+    state = abstract_state(config, model, task, mesh, batch)
+    parts = {"parameters": state.params, "optimizer": state.optimizer, "average": state.ema}
+    return show(mesh, parts, stages_on(mesh, config.mesh, config.model.decoder))
 
 
 def plan(config: Config, model: R1, task: Task, mesh: Mesh, batch: Batch) -> str:
@@ -75,7 +77,7 @@ def plan(config: Config, model: R1, task: Task, mesh: Mesh, batch: Batch) -> str
       counts them and as the model needs them, term by term; of several devices also what they exchange, and how long
       H100s need for it all at least.
     """
-    state = jax.eval_shape(lambda: init_state(config, model, task, batch))
+    state = abstract_state(config, model, task, mesh, batch)
     compiled = compile_step(config, model, task, mesh, batch)
     cost = compiled.cost_analysis()
     held, working = device_need(config, model, task, mesh, batch, compiled)
@@ -106,9 +108,32 @@ def plan(config: Config, model: R1, task: Task, mesh: Mesh, batch: Batch) -> str
     ]
     if mesh.size > 1:
         dtype = jnp.dtype(PRECISIONS[config.model.precision].compute).name
-        rows += roofline_rows(collectives(compiled.as_text(), mesh), mesh, work.flops, held, dtype)
+        told, idle = _pipeline(config, task, mesh, batch, work.flops)
+        rows += told
+        rows += roofline_rows(collectives(compiled.as_text(), mesh), mesh, work.flops, held, dtype, idle)
     width = max(len(name) for name, _ in rows) + 2
     return "\n".join(f"{name:<{width}}{value}" for name, value in rows)
+
+
+def _pipeline(
+    config: Config, task: Task, mesh: Mesh, batch: Batch, flops: float
+) -> tuple[list[tuple[str, str]], float]:
+    """What the plan says of a pipeline, and the time its devices are idle, relative to that of all products."""
+    decoder = config.model.decoder
+    stages, schedule = stages_on(mesh, config.mesh, decoder), schedule_on(mesh, config)
+    if stages is None or schedule is None:
+        return [], 0.0
+    turns = f"idle in {schedule.hop * (schedule.devices - 1)} of {schedule.ticks} turns, {schedule.bubble:.1%}"
+    rows = [("pipeline", f"{schedule.microbatches} microbatches, a device {turns}")]
+    rows += [(f"  {name}", layers) for name, layers in stage_lines(stages)]
+    count, dense = len(stages.layers), stages.layers[0] < decoder.first_k_dense_replace
+    fewer = replace(
+        decoder,
+        num_hidden_layers=decoder.num_hidden_layers - count,
+        first_k_dense_replace=decoder.first_k_dense_replace - (count if dense else 0),
+    )
+    outside = work_of(replace(config.model, decoder=fewer), task, batch).flops
+    return rows, (1 - outside / flops) * schedule.bubble / (1 - schedule.bubble)
 
 
 def device_need(config: Config, model: R1, task: Task, mesh: Mesh, batch: Batch, compiled: Any) -> tuple[int, int]:
@@ -125,7 +150,7 @@ def device_need(config: Config, model: R1, task: Task, mesh: Mesh, batch: Batch,
     Returns:
       Of the state, and of the batch and what the program needs besides.
     """
-    state = jax.eval_shape(lambda: init_state(config, model, task, batch))
+    state = abstract_state(config, model, task, mesh, batch)
     working = compiled.memory_analysis().temp_size_in_bytes + sum(x.nbytes for x in batch.values()) // shares(mesh)
     return sum(bytes_a_device(mesh, state)), working
 

@@ -12,7 +12,7 @@ from r1jax.tasks.task import Task
 from r1jax.train.eager import eager_step
 from r1jax.train.evaluation import Evaluator
 from r1jax.train.guard import RETRIES, RollBack, jump, read_jumps, way_back
-from r1jax.train.loop import fit
+from r1jax.train.loop import Loop
 from r1jax.train.memory import in_more_parts, out_of_memory
 from r1jax.train.run import Run, restore_or_init
 from r1jax.train.step import Batch, compile_step
@@ -39,6 +39,8 @@ def train(
     """
     if config.debug.eager and jax.process_count() > 1:
         raise UserError("debug.eager is True, but it looks at numbers of one process: add --launch.processes 1")
+    if config.debug.eager and mesh.shape.get("pipe", 1) > 1:
+        raise UserError(f"debug.eager is True, but mesh.pipe is {mesh.shape['pipe']}: it must be 1 then")
     step, evaluator = None, Evaluator(model, task, mesh, run.watch.beat)
     while True:
         run.saver.wait()  # what it writes is what to go on from, and then it removes older ones
@@ -49,7 +51,7 @@ def train(
         elif step is None:
             step = compile_step(config, model, task, mesh, batch)
         try:
-            fit(config, run, task, mesh, evaluator, step, state, source, validation)
+            Loop(config, run, task, mesh, evaluator, step, state, source, validation).fit()
             return
         except RollBack as seen:
             note = roll_back(run, seen.step, seen.reason)

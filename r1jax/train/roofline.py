@@ -24,7 +24,9 @@ NVLINK_RATE, NETWORK_RATE = 450e9, 50e9
 """Bytes a second that a GPU sends: NVLink 4 in one direction, and one 400 Gb/s adapter a GPU between nodes."""
 
 
-def roofline_rows(found: list[Collective], mesh: Mesh, flops: float, held: int, dtype: str) -> list[tuple[str, str]]:
+def roofline_rows(
+    found: list[Collective], mesh: Mesh, flops: float, held: int, dtype: str, idle: float = 0.0
+) -> list[tuple[str, str]]:
     """Says what a step exchanges, and how long it takes at least.
 
     Args:
@@ -33,6 +35,7 @@ def roofline_rows(found: list[Collective], mesh: Mesh, flops: float, held: int, 
       flops: Of the model, of a step on all devices.
       held: Bytes of the state on a device; a step reads and writes them once.
       dtype: In which the model multiplies.
+      idle: Time in which a device of a pipeline has nothing to do, relative to that of all products.
 
     Returns:
       Rows of a table: name and value.
@@ -61,7 +64,10 @@ def roofline_rows(found: list[Collective], mesh: Mesh, flops: float, held: int, 
         "NVLink": sum(size for (_, axes), size in sent.items() if near(mesh.shape, axes)) / NVLINK_RATE,
         "network": sum(size for (_, axes), size in sent.items() if not near(mesh.shape, axes)) / NETWORK_RATE,
     }
-    longest, total = max(times.values()), sum(times.values())
+    waits = idle * times["products"]
+    longest = max(times["products"] + waits, *times.values())
+    total = sum(times.values()) + waits
+    times |= {"idle in the pipeline": waits} if waits else {}
     told = ", ".join(f"{name} {1e3 * seconds:,.3g}" for name, seconds in times.items())
     return [
         *rows,

@@ -21,6 +21,7 @@ from r1jax.fields import to_dict, to_json
 from r1jax.models.r1 import R1
 from r1jax.parallel.agree import from_first, is_first
 from r1jax.parallel.mesh import shard_tree
+from r1jax.parallel.stages import into_stages, stages_on
 from r1jax.tasks.task import Task
 from r1jax.train.checkpoints import CheckpointFolder, abstract_like, check_same_run
 from r1jax.train.goodput import Clock
@@ -176,7 +177,7 @@ def restore_or_init(
     """
     run.watch.enter("reading the checkpoint")
     abstract = jax.eval_shape(lambda: init_state(config, model, task, batch))
-    where = shard_tree(mesh, abstract)
+    where, stages = shard_tree(mesh, abstract), stages_on(mesh, config.mesh, config.model.decoder)
     with run.watch.left_to_another(not is_first()):  # process 0 alone sums up the files
         step, said = from_first(lambda: _choose(config, run, source, task.pipeline))
         if step is not None:
@@ -185,7 +186,7 @@ def restore_or_init(
     if step is not None:
         if step < config.train.steps:  # else there is nothing to be done, and the folder stays as it is
             _begin(config, run, source, task.pipeline, step, str(newest.path))
-        return state, said
+        return into_stages(state, mesh, stages), said
     stored = run.workdir / "config.json"
     if not stored.exists() or stored.read_text() != to_json(config):  # else it went back to its very start
         (run.workdir / JUMPS).unlink(missing_ok=True)
@@ -193,7 +194,9 @@ def restore_or_init(
     (run.workdir / RECORD).unlink(missing_ok=True)
     _begin(config, run, source, task.pipeline, 0, None)
     fresh = jax.jit(lambda: init_state(config, model, task, batch), out_shardings=where)()
-    return start_from(config.train.init, fresh, config.model, run.workdir) if config.train.init else (fresh, [])
+    if config.train.init:
+        fresh, said = start_from(config.train.init, fresh, config.model, run.workdir)
+    return into_stages(fresh, mesh, stages), said
 
 
 def _choose(config: Config, run: Run, source: Source, pipeline: Pipeline) -> tuple[int | None, list[str]]:

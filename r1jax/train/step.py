@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt32
 
 from r1jax.config import Config, DecoderConfig
@@ -17,8 +17,10 @@ from r1jax.models.lora import join_trees, split_adapters
 from r1jax.models.precision import PRECISIONS, stored
 from r1jax.models.quantized import Use, check_rules, uses
 from r1jax.models.r1 import R1, Inputs
+from r1jax.ops.pipeline import STACKED, Stages
 from r1jax.ops.rounding import round_like
 from r1jax.parallel.mesh import batch_sharding, shard_tree, traced_for
+from r1jax.parallel.stages import stacked, stages_on
 from r1jax.tasks.task import Task
 from r1jax.train.accumulate import divide, sum_over
 from r1jax.train.layer_metrics import layer_metrics
@@ -80,8 +82,18 @@ def _divide(params: Any, config: Config) -> tuple[Any, Any]:
     return split_adapters(params) if config.model.lora_rank else (params, {})
 
 
+def abstract_state(config: Config, model: R1, task: Task, mesh: Mesh | AbstractMesh, batch: Batch) -> TrainState:
+    """Shapes and dtypes of the state as a step on the mesh takes it; the other arguments are those of `init_state`."""
+    stages = stages_on(mesh, config.mesh, config.model.decoder)
+    return jax.eval_shape(lambda: stacked(init_state(config, model, task, batch), mesh, stages))
+
+
 def balance_routers(
-    params: Any, loads: tuple[Float[Array, " E"], ...], config: DecoderConfig, rate: float | Array
+    params: Any,
+    loads: tuple[Float[Array, " E"], ...],
+    config: DecoderConfig,
+    rate: float | Array,
+    stages: Stages | None = None,
 ) -> Any:
     """Moves each router's bias by rate * sign(mean load - load) (DeepSeek-V3, section 2.1.2).
 
@@ -90,19 +102,22 @@ def balance_routers(
       loads: Tokens of each expert in the order of the layers, the MTP module's last if it ran.
       config: Tells which layers have experts.
       rate: gamma.
+      stages: Which of the layers are stacked.
 
     Returns:
       The tree with new biases.
     """
     paths = [(f"layers_{i}",) for i in range(config.first_k_dense_replace, config.num_hidden_layers)]
-    paths = [*paths, ("mtp", "layer")][: len(loads)]
+    by_path = dict(zip([*paths, ("mtp", "layer")][: len(loads)], loads, strict=True))
+    if stages is not None and (f"layers_{stages.layers[0]}",) in by_path:
+        by_path[STACKED,] = jnp.stack([by_path.pop((f"layers_{i}",)) for i in stages.order])
 
-    def moved(tree: Any, path: tuple[str, ...], load: Float[Array, " E"]) -> Any:
+    def moved(tree: Any, path: tuple[str, ...], load: Float[Array, "*L E"]) -> Any:
         if path:
             return {**tree, path[0]: moved(tree[path[0]], path[1:], load)}
-        return tree + rate * jnp.sign(jnp.mean(load) - load)
+        return tree + rate * jnp.sign(jnp.broadcast_to(jnp.mean(load, axis=-1, keepdims=True), load.shape) - load)
 
-    for path, load in zip(paths, loads, strict=True):
+    for path, load in by_path.items():
         params = moved(params, ("decoder", *path, "mlp", "gate", BALANCE_BIAS), load)
     return params
 
@@ -186,19 +201,21 @@ def gradients_by_now(config: Config, model: R1, task: Task, *arguments: Any) -> 
     return jax.lax.cond(arguments[4] < config.train.quant_start, floats, rounding, *arguments)
 
 
-def make_step(config: Config, model: R1, task: Task) -> Any:
+def make_step(config: Config, model: R1, task: Task, stages: Stages | None = None) -> Any:
     """The training step as a pure function.
 
     Args:
       config: Optimizer and seed.
       model: The model.
       task: Batch, loss.
+      stages: Layers of a pipeline, which the state has stacked.
 
     Returns:
       (state, batch, limit) -> (state, metrics), to be compiled. A loss above the fp32 scalar `limit`
       (`guard.loss_limit`) or a number that is not finite leaves the state as it was, but for its step.
     """
-    optimizer, rate = make_optimizer(config.train), schedule(config.train)
+    order = () if stages is None else stages.order
+    optimizer, rate = make_optimizer(config.train, order), schedule(config.train)
 
     def step(state: TrainState, batch: Batch, limit: Float[Array, ""]) -> tuple[TrainState, dict[str, Array]]:
         share = state.step.astype(jnp.float32) / config.train.steps
@@ -215,10 +232,10 @@ def make_step(config: Config, model: R1, task: Task) -> Any:
         moments = round_like(rounding_moments, moments, kept)
         if not frozen and config.model.decoder.scoring_func == "sigmoid":  # DeepSeek-V2's routers have no such bias
             gamma = jnp.where(share < config.train.router_bias_until, config.train.router_bias_rate, 0.0)
-            new = balance_routers(new, loads, config.model.decoder, gamma)
+            new = balance_routers(new, loads, config.model.decoder, gamma, stages)
         metrics = {"loss": loss, **{f"loss.{k}": v for k, v in parts.items()}}
         metrics |= {"gradient_norm": optax.tree.norm(gradients), "learning_rate": jnp.asarray(rate(updates_done(kept)))}
-        metrics |= layer_metrics(_wide(old), gradients, updates)
+        metrics |= layer_metrics(_wide(old), gradients, updates, order)
         for i, load in enumerate(loads):
             metrics[f"router.{i}.violation"] = jnp.max(load) / jnp.maximum(jnp.mean(load), 1e-9) - 1
         for i, count in enumerate(waited):
@@ -331,11 +348,12 @@ def compile_step(config: Config, model: R1, task: Task, mesh: Mesh, batch: Batch
     """
     check_offload(config.model.remat, mesh.local_devices[0])
     check_quant(model, task, batch, mesh.local_devices[0])
-    abstract = jax.eval_shape(lambda: init_state(config, model, task, batch))
+    abstract = abstract_state(config, model, task, mesh, batch)
     where, cases = shard_tree(mesh, abstract), batch_sharding(mesh)
+    stages = stages_on(mesh, config.mesh, config.model.decoder)
     whole = NamedSharding(mesh, PartitionSpec())
     step = jax.jit(
-        traced_for(mesh, config.mesh, make_step(config, model, task)),
+        traced_for(mesh, config.mesh, make_step(config, model, task, stages)),
         in_shardings=(where, cases, whole),
         out_shardings=(where, whole),
         donate_argnums=0,

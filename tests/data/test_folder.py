@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from r1jax.config import CacheConfig
 from r1jax.data.folder import FolderCases
 from r1jax.tasks.medical.schema import FINDING, FINDINGS, RECORD_FIELDS
 from tests.data.folders import images, read_all, refused, write
@@ -217,6 +218,18 @@ def test_fold_instead_of_the_marks_never_touches_the_test_part(tmp_path):
     seen = [read_all(tmp_path, split=split, fold=1, folds=3)["case_id"] for split in ("train", "val")]
     assert sorted(seen[0] + seen[1]) == ["000000", "000001", "000003", "000004", "000005", "000007"]
     assert read_all(tmp_path, split="test", fold=1)["case_id"] == ["000002", "000006"]
+
+
+def test_a_cache_that_a_folder_of_arrays_does_not_use_is_said(tmp_path, capsys):
+    write(tmp_path, image=images(), label=np.array([0, 1, 1, 0, 0, 1], np.uint8))
+    for url in (None, "memory"):
+        FolderCases.open(tmp_path, cache=CacheConfig(url=url))
+    assert capsys.readouterr().err == ""
+    FolderCases.open(tmp_path, cache=CacheConfig(url="lmdb:/nowhere"))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(
+        f"note: data.cache.url is 'lmdb:/nowhere', but {tmp_path} holds .npz files, which go through no"
+    )
 
 
 def test_test_part_of_an_unmarked_folder_is_everything_with_a_note(tmp_path, capsys):

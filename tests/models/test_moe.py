@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from r1jax.config import DecoderConfig
-from r1jax.models.moe import MoE, select_experts, sequence_balance_loss
+from r1jax.models.moe import MoE, dense_mixtures, expert_shares, select_experts, sequence_balance_loss
 from r1jax.train.step import balance_routers
 
 CONFIG = DecoderConfig(
@@ -59,6 +59,35 @@ def test_choice_and_weights_equal_the_loop(change, shift):
     for e, w, expected in zip(np.asarray(experts), np.asarray(weights), choose(scores, bias, config), strict=True):
         assert set(e.tolist()) == expected.keys()
         np.testing.assert_allclose(w, [expected[int(i)] for i in e], rtol=1e-5)
+
+
+@pytest.mark.parametrize("scoring_func", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("bias", [0.0, -3.0])
+def test_shares_without_sorting_are_those_of_the_choice(scoring_func, bias):
+    config = replace(CONFIG, scoring_func=scoring_func)
+    scores = jnp.round(jax.random.uniform(jax.random.key(0), (64, 8)) * 8) / 8  # so coarse that there are ties
+    bias = jnp.full(8, bias)
+    experts, weights = select_experts(scores, bias, config)
+    expected = np.zeros((64, 8), np.float32)
+    np.put_along_axis(expected, np.asarray(experts), np.asarray(weights), axis=1)
+    shares = jax.jit(expert_shares, static_argnums=2)(scores, bias, config)
+    np.testing.assert_allclose(shares, expected, rtol=1e-6)
+    assert (np.asarray(shares) > 0).sum() == (expected > 0).sum()
+
+
+def test_the_dense_mixture_equals_the_sorted_one():
+    module, rng = MoE(CONFIG, jnp.float32), np.random.default_rng(0)
+    x, valid = jnp.asarray(rng.standard_normal((2, 5, 6)), jnp.float32), jnp.ones((2, 5), bool)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), x, valid)
+    params = jax.tree.map(lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape), jnp.float32), shapes)
+    sorted_out, stats = jax.jit(module.apply)(params, x, valid)
+    with dense_mixtures():
+        lowered = jax.jit(lambda *arguments: module.apply(*arguments)).lower(params, x, valid)
+        program = jax.jit(lambda *arguments: module.apply(*arguments)[0]).lower(params, x, valid).as_text()
+    dense_out, dense_stats = lowered.compile()(params, x, valid)
+    np.testing.assert_allclose(dense_out, sorted_out, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(dense_stats.load, stats.load)
+    assert "sort" not in program and "top_k" not in program
 
 
 def test_bias_decides_who_wins_but_not_the_weight():

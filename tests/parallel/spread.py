@@ -20,6 +20,7 @@ from r1jax.config import (
 )
 from r1jax.models.r1 import R1
 from r1jax.parallel.mesh import batch_sharding, make_mesh, shard_tree, traced_for
+from r1jax.parallel.stages import into_stages, out_of_stages, stages_on
 from r1jax.tasks.medical.task import Medical
 from r1jax.train.step import batch_gradients, init_state
 
@@ -73,12 +74,12 @@ class Course:
     """Choices of experts that needed a second exchange, by step."""
 
 
-def start(config: Config = CONFIG) -> Any:
-    """Drawn weights, on the host."""
+def start(config: Config = CONFIG, scale: float = 0.5) -> Any:
+    """Drawn weights, on the host: matrices that keep this much of a state's size."""
     task, rng = Medical(config), np.random.default_rng(1)
     shapes = jax.eval_shape(lambda: init_state(config, R1(config.model, task.heads), task, batch_of(task, 0)))
     return jax.tree.map(
-        lambda s: (0.5 * rng.standard_normal(s.shape) / s.shape[-1] ** 0.5 + (len(s.shape) == 1)).astype(np.float32),
+        lambda s: (scale * rng.standard_normal(s.shape) / s.shape[-1] ** 0.5 + (len(s.shape) == 1)).astype(np.float32),
         shapes.params,
     )
 
@@ -112,6 +113,8 @@ def course(mesh_config: MeshConfig | None, params: Any, config: Config = CONFIG,
         params = jax.tree.map(lambda p, g: p - RATE * g, params, gradients)
         return params, gradients, loss, sum(waited, jnp.zeros((), jnp.int32))
 
+    stages = stages_on(mesh, config.mesh, config.model.decoder)
+    params = into_stages(jax.device_put(params, shard_tree(mesh, params)), mesh, stages)
     where, whole = shard_tree(mesh, params), NamedSharding(mesh, PartitionSpec())
     run = jax.jit(
         traced_for(mesh, config.mesh, step),
@@ -119,16 +122,24 @@ def course(mesh_config: MeshConfig | None, params: Any, config: Config = CONFIG,
         out_shardings=(where, where, whole, whole),
         compiler_options=QUICK,
     )
-    params = jax.device_put(params, where)
     split = sum(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(params))
     losses, gradients, waited = [], [], []
     for number in range(steps):
         batch = jax.device_put(batch_of(task, number), batch_sharding(mesh))
         params, gradient, loss, late = run(params, batch, jnp.asarray(number))
         losses.append(float(loss))
-        gradients.append(jax.device_get(gradient))
+        gradients.append(jax.device_get(out_of_stages(gradient, mesh, stages)))
         waited.append(int(late))
-    return Course(np.asarray(losses), gradients, jax.device_get(params), split, np.asarray(waited))
+    params = jax.device_get(out_of_stages(params, mesh, stages))
+    return Course(np.asarray(losses), gradients, params, split, np.asarray(waited))
+
+
+def assert_same(course: Course, alone: Course) -> None:
+    """Refuses a training that is not that of one device, but for the order of additions in fp32."""
+    np.testing.assert_allclose(course.losses, alone.losses, rtol=1e-5)
+    for step, (one, other) in enumerate(zip(course.gradients, alone.gradients, strict=True)):
+        assert furthest(one, other) < 1e-5, f"gradients of step {step}"
+    assert furthest(course.params, alone.params) < 1e-5
 
 
 def one_device() -> Mesh:

@@ -2,12 +2,11 @@
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 
 from r1jax.config import MeshConfig
 from r1jax.parallel import mesh as mesh_module
-from tests.parallel.spread import CONFIG, course, furthest, start
+from tests.parallel.spread import CONFIG, assert_same, course, start
 
 STILL = replace(CONFIG, model=replace(CONFIG.model, dropout=0.0), task=replace(CONFIG.task, modality_dropout=0.0))
 """Nothing is random."""
@@ -27,13 +26,6 @@ def alone(weights):
 @pytest.fixture(autouse=True)
 def tiny_arrays_are_split(monkeypatch):
     monkeypatch.setattr(mesh_module, "SMALLEST_SHARDED", 64)
-
-
-def assert_same(course, alone):
-    np.testing.assert_allclose(course.losses, alone.losses, rtol=1e-5)
-    for step, (one, other) in enumerate(zip(course.gradients, alone.gradients, strict=True)):
-        assert furthest(one, other) < 1e-5, f"gradients of step {step}"
-    assert furthest(course.params, alone.params) < 1e-5
 
 
 def mesh(**sizes):

@@ -1,6 +1,7 @@
 """States that are made in parts, and that move from mesh to mesh through checkpoints."""
 
 import itertools
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ from r1jax.models.r1 import R1
 from r1jax.parallel import mesh as mesh_module
 from r1jax.parallel.mesh import make_mesh, shard_tree
 from r1jax.parallel.show import bytes_a_device
+from r1jax.parallel.stages import into_stages, out_of_stages, stages_on
 from r1jax.tasks.language.task import Language
 from r1jax.train.checkpoints import abstract_like, write_sealed
 from r1jax.train.plan import example_batch
@@ -26,6 +28,15 @@ MESHES = [
     {"fsdp": 2, "expert": 2, "tensor": 2},
     {"sequence": 4, "tensor": 2},
 ]
+
+
+PIPELINES = [
+    {"pipe": 4, "fsdp": 2},
+    {},
+    {"pipe": 2, "interleave": 2, "expert": 2, "tensor": 2},
+    {"fsdp": 8},
+]
+"""Meshes, one of them a single device."""
 
 
 @pytest.fixture(scope="module")
@@ -70,4 +81,26 @@ def test_checkpoints_move_between_meshes_bit_for_bit(made, tmp_path):
         split = [x for x in jax.tree.leaves(state.params) if not x.sharding.is_fully_replicated]
         assert bool(split) == (sizes != {"data": 8})
         for a, b in itertools.zip_longest(jax.tree.leaves(first), jax.tree.leaves(jax.device_get(state))):
+            assert a.tobytes() == b.tobytes()
+
+
+@pytest.mark.slow
+def test_layers_move_between_pipelines_bit_for_bit(tmp_path):
+    tiny = get_config()
+    deep = replace(tiny.model.decoder, num_hidden_layers=6, first_k_dense_replace=1)
+    config = replace(tiny, model=replace(tiny.model, decoder=deep))
+    task = Language(config)
+    model, batch = R1(config.model, task.heads), example_batch(task.source("train"), task, 8)
+    abstract, rng = jax.eval_shape(lambda: init_state(config, model, task, batch)), np.random.default_rng(0)
+    first = jax.tree.map(lambda x: rng.integers(0, 256, (*x.shape, 4), np.uint8).view(x.dtype)[..., 0], abstract)
+    state, mesh, stages = first, make_mesh(MeshConfig(), jax.devices()[:1]), None
+    for number, sizes in enumerate([*PIPELINES, PIPELINES[0]]):
+        saved = write_sealed(tmp_path / str(number), out_of_stages(state, mesh, stages), config, {})
+        layout = MeshConfig(**{"data": 1, **sizes})
+        mesh = make_mesh(layout, jax.devices()[: 8 if sizes else 1])
+        stages = stages_on(mesh, layout, deep)
+        state = into_stages(saved.restore(abstract_like(abstract, shard_tree(mesh, abstract))), mesh, stages)
+        assert ("stages" in state.params["decoder"]) == ("pipe" in sizes)
+        found = jax.device_get(out_of_stages(state, mesh, stages))
+        for a, b in itertools.zip_longest(jax.tree.leaves(first), jax.tree.leaves(found)):
             assert a.tobytes() == b.tobytes()

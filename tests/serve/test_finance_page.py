@@ -86,6 +86,7 @@ def test_the_page_shows_its_figures(page, material):
         (both["at_rate"]["0.003"]["recall"], "%"),
         (both["auprc"], "1"),
         (figures["modes"]["text"]["auroc"], "1"),
+        (figures["differences"]["text"]["auprc"], "1"),
         (figures["operating"]["false_positive_rate"], "%"),
     ):
         value, interval = figure_text(figure, unit)
@@ -123,3 +124,24 @@ def test_without_labels_there_are_alerts_alone(material, tmp_path):
     text = Structure(page).text
     assert "no label is known yet" in text and "tx-1" in text
     assert "Recall" not in text and "SYNTHETIC" not in text and "<svg viewBox" not in page
+
+
+@pytest.mark.parametrize("label", [0.0, 1.0])
+def test_one_class_leaves_figures_undefined_on_a_whole_page(material, tmp_path, label):
+    metrics, _, report = material
+    scored = period(60, 3)._replace(fraud=np.full(60, label, np.float32), scenario=None)
+    policy, calibration = frozen(SETTINGS)
+    scores = {"both": scored.score}
+    figures = evaluate(scored, scores, calibration(scored.score), policy, SETTINGS, resamples=3)
+    exact = {"both": scored.score.astype(np.float64)}
+    write_page(
+        tmp_path / "index.html",
+        title="t",
+        metrics=metrics | {"figures": figures},
+        labelled=Labelled(scored.fraud == 1, scored.amount.astype(np.float64), exact, 3),
+        reports=[],
+        provenance={},
+        synthetic=False,
+    )
+    text = Structure((tmp_path / "index.html").read_text("utf-8")).text
+    assert "undefined" in text and "No transaction reaches the threshold" in text

@@ -22,7 +22,7 @@ from r1jax.tasks.task import Task
 from r1jax.train import recover
 from r1jax.train import run as run_module
 from r1jax.train.evaluation import Evaluator
-from r1jax.train.loop import fit
+from r1jax.train.loop import Loop
 from r1jax.train.plan import example_batch
 from r1jax.train.run import open_run, restore_or_init
 from r1jax.train.step import NO_LIMIT, TrainState, compile_step, init_state
@@ -90,8 +90,8 @@ class Experiment:
             if on_open is not None:
                 on_open(run)
             take = step or self.step
-            state = fit(config, run, self.task, self.mesh, self.evaluator, take, state, self.source, self.validation)
-            return state, said, run.stop
+            parts = (self.task, self.mesh, self.evaluator, take, state, self.source, self.validation)
+            return Loop(config, run, *parts).fit(), said, run.stop
 
 
 def optax_promotes() -> Any:

@@ -11,12 +11,15 @@ from r1jax.errors import UserError
 from r1jax.tasks import metrics as m
 from r1jax.tasks.finance import metrics as f
 from r1jax.tasks.finance.alerts import ALERT, BANDS, Policy
+from r1jax.tasks.finance.figures import RATE
 from r1jax.tasks.finance.scored import ScoredTransactions
 from r1jax.tasks.intervals import Draw, finite
 
 CLAIMED_RECALL = 0.987
 """Recall of the often quoted "98.7 % at 0.3 %": the rate that it would really need is reported."""
-HEADLINE_RATE = 0.003
+AT_RATE = ("recall", "precision", "value_recall")
+GAINS = ("auprc", f"recall {RATE:g}")
+"""Figures of both together that are compared with those of each alone."""
 ECE_BINS = 15
 REVIEW_COSTS = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0)
 
@@ -57,7 +60,7 @@ def evaluate(
     scores = {mode: score[known].astype(np.float64) for mode, score in scores.items()}
     fraud, draw = scored.fraud == 1, Draw(resamples, seed, scored.day)
     alert = policy.bands(scores["both"], probability) >= ALERT
-    modes = {mode: _mode(scored, fraud, score, draw) for mode, score in scores.items()}
+    modes, gains = _ranked(scored, fraud, scores, draw)
     return {
         "labelled": len(fraud),
         "frauds": int(fraud.sum()),
@@ -68,7 +71,7 @@ def evaluate(
         "seed": seed,
         "ceilings": {mode: finite(value) for mode, value in (ceilings or {}).items()},
         "modes": modes,
-        "differences": _differences(scored, fraud, scores, draw),
+        "differences": gains,
         "accuracy": _accuracy(fraud, scores["both"], modes["both"]),
         "calibration": _calibration(fraud, scores["both"], probability, draw),
         "operating": _operating(scored, fraud, alert, policy, every.days, draw),
@@ -89,17 +92,63 @@ def band_counts(bands: np.ndarray) -> dict[str, int]:
     return {name: int((bands == index).sum()) for index, name in enumerate(BANDS)}
 
 
+def _ranked(
+    scored: ScoredTransactions, fraud: Bool[np.ndarray, "n"], scores: dict[str, Float[np.ndarray, "n"]], draw: Draw
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Ranking figures of each mode, and what both together gain over each alone, all on the same resamples.
+
+    Thresholds are those of these transactions themselves.
+    """
+    # Sorted once: each resample then sorts what is sorted already, in linear time.
+    orders = {mode: np.argsort(-score, kind="stable") for mode, score in scores.items()}
+
+    def statistics(weights: Float[np.ndarray, "R n"]) -> dict[str, Float[np.ndarray, "R"]]:
+        found = {}
+        for mode, order in orders.items():
+            part = (x[order] for x in (fraud, scores[mode], scored.amount))
+            ranking = f.rank_fraud(*part, weights[:, order])
+            found |= {f"{mode} {name}": value for name, value in _figures_of(ranking).items()}
+        for mode in orders:
+            if mode != "both":
+                found |= {f"gain {mode} {name}": found[f"both {name}"] - found[f"{mode} {name}"] for name in GAINS}
+        return found
+
+    figures = draw.figures(statistics, len(fraud))
+    modes = {}
+    for mode, score in scores.items():
+        own = {name.removeprefix(f"{mode} "): x for name, x in figures.items() if name.startswith(f"{mode} ")}
+        modes[mode] = _mode(scored, fraud, score, own, draw)
+    alone = [mode for mode in scores if mode != "both"]
+    return modes, {mode: {name: figures[f"gain {mode} {name}"] for name in GAINS} for mode in alone}
+
+
+def _figures_of(ranking: f.FraudRanking) -> dict[str, Float[np.ndarray, "R"]]:
+    found = {
+        "auprc": ranking.counts.average_precision(),
+        "auroc": ranking.counts.auc(),
+        "rate_for_claimed_recall": ranking.rate_for(CLAIMED_RECALL),
+    }
+    for rate in f.RATES:
+        at = ranking.at_rate(rate)
+        found |= {f"{name} {rate:g}": getattr(at, name) for name in AT_RATE}
+    return found
+
+
 def _mode(
-    scored: ScoredTransactions, fraud: Bool[np.ndarray, "n"], score: Float[np.ndarray, "n"], draw: Draw
+    scored: ScoredTransactions,
+    fraud: Bool[np.ndarray, "n"],
+    score: Float[np.ndarray, "n"],
+    figures: dict[str, Any],
+    draw: Draw,
 ) -> dict[str, Any]:
-    """Ranking figures of one mode; thresholds are those of these transactions themselves."""
-    figures = _ranked_figures(scored, fraud, score, draw)
+    """The figures of one mode as they are written."""
     ranking = f.rank_fraud(fraud, score, scored.amount)
     at_rate = {}
     for rate in f.RATES:
         threshold = ranking.counts.thresholds[ranking.at_rate(rate).index[0]]
-        names = ("recall", "precision", "value_recall")
-        at_rate[f"{rate:g}"] = {"threshold": finite(threshold)} | {name: figures[f"{name} {rate:g}"] for name in names}
+        at_rate[f"{rate:g}"] = {"threshold": finite(threshold)} | {
+            name: figures[f"{name} {rate:g}"] for name in AT_RATE
+        }
     daily = f.card_precision(fraud, score, scored.customer, scored.day)
     cards = Draw(draw.resamples, draw.seed, None).figures(
         lambda weights: {"card_precision": m.weighted_mean(daily, weights)}, len(daily)
@@ -113,59 +162,12 @@ def _mode(
     }
 
 
-def _ranked_figures(
-    scored: ScoredTransactions, fraud: Bool[np.ndarray, "n"], score: Float[np.ndarray, "n"], draw: Draw
-) -> dict[str, dict[str, float | None]]:
-    order = np.argsort(-score, kind="stable")  # each resample then sorts what is sorted already, in linear time
-    fraud, score, amount = fraud[order], score[order], scored.amount[order]
-
-    def statistics(weights: Float[np.ndarray, "R n"]) -> dict[str, Float[np.ndarray, "R"]]:
-        ranking = f.rank_fraud(fraud, score, amount, weights)
-        found = {
-            "auprc": ranking.counts.average_precision(),
-            "auroc": ranking.counts.auc(),
-            "rate_for_claimed_recall": ranking.rate_for(CLAIMED_RECALL),
-        }
-        for rate in f.RATES:
-            at = ranking.at_rate(rate)
-            found |= {f"{name} {rate:g}": getattr(at, name) for name in ("recall", "precision", "value_recall")}
-        return found
-
-    return draw.of(order).figures(statistics, len(fraud))
-
-
-def _differences(
-    scored: ScoredTransactions, fraud: Bool[np.ndarray, "n"], scores: dict[str, Float[np.ndarray, "n"]], draw: Draw
-) -> dict[str, Any]:
-    """What both together gain over each alone, on the same resamples."""
-
-    def statistics(weights: Float[np.ndarray, "R n"]) -> dict[str, Float[np.ndarray, "R"]]:
-        rankings = {mode: f.rank_fraud(fraud, score, scored.amount, weights) for mode, score in scores.items()}
-        found = {
-            mode: (ranking.counts.average_precision(), ranking.at_rate(HEADLINE_RATE).recall)
-            for mode, ranking in rankings.items()
-        }
-        return {
-            f"{mode} {name}": both - alone
-            for mode, values in found.items()
-            if mode != "both"
-            for name, both, alone in zip(("auprc", "recall"), found["both"], values, strict=True)
-        }
-
-    gained = draw.figures(statistics, len(fraud))
-    return {
-        mode: {"auprc": gained[f"{mode} auprc"], f"recall at {HEADLINE_RATE:g}": gained[f"{mode} recall"]}
-        for mode in scores
-        if mode != "both"
-    }
-
-
 def _accuracy(fraud: Bool[np.ndarray, "n"], score: Float[np.ndarray, "n"], mode: dict[str, Any]) -> dict[str, Any]:
     """Accuracy at the headline rate, never without that of calling nothing fraud."""
-    threshold = mode["at_rate"][f"{HEADLINE_RATE:g}"]["threshold"]
+    threshold = mode["at_rate"][f"{RATE:g}"]["threshold"]
     called = np.zeros(len(fraud), bool) if threshold is None else score >= threshold
     return {
-        "at_rate": HEADLINE_RATE,
+        "at_rate": RATE,
         "model": float((called == fraud).mean()),
         "nothing_is_fraud": float((~fraud).mean()),
     }

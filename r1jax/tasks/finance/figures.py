@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from r1jax.tasks.metrics import average_precision, roc_auc, sensitivity_at_specificity
+from r1jax.tasks.finance.metrics import rank_fraud
+from r1jax.tasks.metrics import average_precision, roc_auc
 from r1jax.tasks.task import Figures
 
 RATE = 0.003
@@ -25,10 +26,11 @@ def fraud_figures(fraud: np.ndarray, score: np.ndarray) -> dict[str, float]:
     if not 0 < fraud[known].sum() < known.sum():
         return {}
     labels, scores = fraud[known], score[known]
+    ranking = rank_fraud(labels == 1, scores, np.ones(len(labels)))
     return {
         "auprc": average_precision(labels, scores),
         "auroc": roc_auc(labels, scores),
-        "recall_fpr_0.3": sensitivity_at_specificity(labels, scores, 1 - RATE).sensitivity,
+        "recall_fpr_0.3": float(ranking.at_rate(RATE).recall[0]),
     }
 
 

@@ -76,8 +76,13 @@ def rank_fraud(
       The ranking.
     """
     weights = np.ones((1, len(fraud))) if weights is None else weights
-    money = m.rank(fraud, score, weights * amount.astype(np.float64)[None])
-    return FraudRanking(m.rank(fraud, score, weights), money.true_positives)
+    counts = m.rank(fraud, score, weights)
+    order = np.argsort(-score.astype(np.float64), kind="stable")
+    called = np.searchsorted(-score[order].astype(np.float64), -counts.thresholds, side="right")
+    stolen = np.where(fraud, amount.astype(np.float64), 0.0)[order]
+    money = np.cumsum(weights[:, order] * stolen[None], axis=1)
+    money = np.concatenate([np.zeros((len(weights), 1)), money], axis=1)
+    return FraudRanking(counts, money[:, called])
 
 
 def card_precision(
@@ -90,7 +95,7 @@ def card_precision(
     """Share of compromised cards among the highest-scored ones of each day.
 
     A card counts by its highest score of the day; one that was found compromised is blocked, and left out afterwards.
-    Source: Le Borgne et al., Reproducible Machine Learning for Credit Card Fraud Detection, section 4.4.
+    Source: Le Borgne et al., Reproducible Machine Learning for Credit Card Fraud Detection, chapter 4 (top-k).
 
     Args:
       fraud: Which transactions are fraud.

@@ -135,8 +135,11 @@ def unorient_vector(
     return jnp.where(flips, -vector, vector)
 
 
-def view_of(index: int, batch: int, rank: int) -> tuple[Bool[Array, "B rank"], Bool[Array, " B"]]:
-    """Flips and transposition of the index-th of the eight in-plane orientations; 0 is the identity."""
+def view_of(index: int, batch: Any, rank: int) -> tuple[Bool[Array, "B rank"], Bool[Array, " B"]]:
+    """Flips and transposition of the index-th of the eight in-plane orientations; 0 is the identity.
+
+    The batch is a number, or its symbol in a program that is exported.
+    """
     flips = jnp.zeros((batch, rank), bool)
     flips = flips.at[:, -1].set(bool(index & 1)).at[:, -2].set(bool(index & 2))
     return flips, jnp.full(batch, bool(index & 4))

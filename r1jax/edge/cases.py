@@ -1,0 +1,120 @@
+"""Cases of an .npz file as an exported model reads them (format: docs/data.md)."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .artefact import InputError
+
+PICTURES = ("volume", "image")
+Tree = dict[str, Any]
+
+
+def read_cases(path: Path, card: Tree, texts: Tree) -> tuple[list[str], dict[str, np.ndarray], list[str] | None]:
+    """Reads what the model needs of an .npz file.
+
+    Args:
+      path: The file.
+      card: Of the artefact.
+      texts: Of its reports; names the record's fields.
+
+    Returns:
+      Case ids; arrays of the card's inputs but the text, pictures in HU, with a leading axis of cases; texts.
+
+    Raises:
+      InputError: The file is damaged, or an array is not as docs/data.md says or as the artefact reads it.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except Exception as error:  # damaged archives raise nearly anything
+        raise InputError(f"{path} cannot be read as .npz ({error}): write or copy it again") from None
+    names = [*PICTURES, "text", *(field["name"] for field in texts["record"])]
+    count = next((len(arrays[name]) for name in names if name in arrays and arrays[name].ndim), 0)
+    if not count:
+        raise InputError(f"{path} has no cases: give it `volume`, `image`, `text` or record fields (docs/data.md)")
+    for name in arrays.keys() & {*names, "case_id", "has_volume", "has_image"}:
+        if arrays[name].shape[:1] != (count,):
+            raise InputError(f"array {name!r} of {path} has shape {list(arrays[name].shape)}, not {count} cases")
+    ids = _strings(arrays["case_id"]) if "case_id" in arrays else [str(row).zfill(6) for row in range(count)]
+    wanted, found = card["inputs"], {}
+    for name in PICTURES:
+        if name in wanted:
+            found |= _picture(path, name, arrays, count, wanted[name]["shape"])
+    if "table" in wanted:
+        columns = [_field(path, field, arrays, count) for field in texts["record"]]
+        found["table"] = np.stack(columns, axis=1)
+    return ids, found, _strings(arrays["text"]) if "text" in arrays else None
+
+
+def _picture(path: Path, name: str, arrays: dict[str, np.ndarray], count: int, shape: list[int]) -> dict:
+    """One picture of all cases in HU, its spacing, and who has it."""
+    axes = len(shape)
+    if name not in arrays:
+        empty = np.zeros((count, *shape), np.float32), np.ones((count, axes), np.float32), np.zeros(count, bool)
+        return dict(zip((name, f"{name}_spacing", f"has_{name}"), empty, strict=True))
+    pixels = arrays[name]
+    if list(pixels.shape[1:]) != shape:
+        raise InputError(f"{name} of {path} has size {list(pixels.shape[1:])}: the artefact reads {shape}")
+    if pixels.dtype == np.uint8:
+        pixels = pixels.astype(np.float32) * np.float32(1400 / 255) - np.float32(1000)
+    elif pixels.dtype.kind == "f":
+        low, high = float(pixels.min()), float(pixels.max())
+        grey = low >= 0 and high <= 1
+        if not np.isfinite(pixels).all() or (not grey and max(-low, high) < 20):
+            raise InputError(f"{name} of {path} lies in {low:.4g}..{high:.4g}: neither 0..1 nor Hounsfield units")
+        units = -1000.0 + pixels.astype(np.float32) * 1400.0 if grey else np.clip(pixels, -32768, 32767)
+        pixels = np.rint(units)
+    elif pixels.dtype != np.int16:
+        raise InputError(f"{name} of {path} is {pixels.dtype}: use uint8 (window), int16 (HU) or floats")
+    spacing = np.atleast_2d(arrays.get(f"{name}_spacing", arrays.get("spacing", np.ones(axes))))[:, -axes:]
+    if len(spacing) not in (1, count) or spacing.shape[1] != axes or not ((spacing > 1e-3) & (spacing < 1e3)).all():
+        raise InputError(f"the spacing of {name} in {path} is no list of {axes} sizes in mm")
+    spacing = np.broadcast_to(spacing, (count, axes)).astype(np.float32)
+    has = arrays.get(f"has_{name}", np.ones(count)).astype(bool)
+    return {name: pixels.astype(np.float32), f"{name}_spacing": spacing, f"has_{name}": has}
+
+
+def _field(path: Path, field: Tree, arrays: dict[str, np.ndarray], count: int) -> np.ndarray:
+    """One record field of all cases."""
+    values = np.asarray(arrays.get(field["name"], np.full(count, np.nan)), np.float64)
+    good = np.isnan(values) | ((values >= field["low"]) & (values <= field["high"]))
+    if not good.all():
+        raise InputError(
+            f"array {field['name']!r} of {path} is {values[~good][0]} in row {int(np.argmin(good))}: it takes "
+            f"{field['low']:g} to {field['high']:g}, or NaN if unknown"
+        )
+    return values.astype(np.float32)
+
+
+def case_inputs(card: Tree, arrays: dict[str, np.ndarray], texts: list[str] | None, row: int) -> dict[str, np.ndarray]:
+    """The inputs of one case: its rows, and the bytes of its text."""
+    inputs = {name: np.asarray(values[row]) for name, values in arrays.items()}
+    if "text" in card["inputs"]:
+        encoded, length = (texts[row] if texts else "").encode("utf-8"), card["inputs"]["text"]["shape"][0]
+        inputs["text"] = np.frombuffer(encoded[:length].ljust(length, b"\0"), np.uint8).astype(np.int32)
+        inputs["text_bytes"] = np.asarray(len(encoded), np.int32)
+    return inputs
+
+
+def missing_of(card: Tree, inputs: dict[str, np.ndarray]) -> list[str]:
+    """Modalities that the model reads and a case lacks."""
+    has = {name: bool(inputs[f"has_{name}"]) for name in PICTURES if name in inputs}
+    has |= {"table": not np.isnan(inputs["table"]).all()} if "table" in inputs else {}
+    has |= {"text": bool(inputs["text_bytes"])} if "text" in inputs else {}
+    return [name for name in card["modalities"] if not has[name]]
+
+
+def points_of(card: Tree, missing: Iterable[str]) -> dict[str, Tree]:
+    """Operating points of what a case has."""
+    reads, points = card["modalities"], card["operating_points"]
+    has = [name for name in reads if name not in set(missing)]
+    pictures, record = bool({*has} & {*PICTURES}), bool({*has} - {*PICTURES})
+    mode = "both" if pictures and record else "image_only" if pictures else "record_only"
+    return points[mode] if mode in points else next(iter(points.values()), {})
+
+
+def _strings(values: np.ndarray) -> list[str]:
+    return [(value.decode() if isinstance(value, bytes) else str(value)).strip() for value in values.tolist()]

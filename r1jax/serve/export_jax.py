@@ -1,0 +1,71 @@
+"""From the graph to one serialized program of JAX for CPU and CUDA, with a batch of any size."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax import export
+from jax.errors import InconclusiveDimensionOperation
+
+from r1jax.errors import UserError
+from r1jax.serve.export_graph import Graph, Port
+
+MODEL = "model.jax"
+PLATFORMS = ("cpu", "cuda")
+LARGEST = 1024
+"""Largest batch that is tried first."""
+
+
+def write_model(folder: Path, graph: Graph, wanted: dict[str, Port]) -> tuple[int, dict[str, jax.core.ShapedArray]]:
+    """Writes the program.
+
+    Args:
+      folder: Where to.
+      graph: From `exported_graph`.
+      wanted: What it reads.
+
+    Returns:
+      The largest batch, and the outputs by name.
+
+    Raises:
+      UserError: A package is missing.
+    """
+    try:
+        import flatbuffers  # noqa: F401  # by which JAX writes and reads its programs
+    except ImportError:
+        raise UserError("the package flatbuffers is not installed: pip install 'r1jax[export]'") from None
+    largest = LARGEST
+    while (program := _program(graph, wanted, largest)) is None:
+        largest //= 2
+    (folder / MODEL).write_bytes(program.serialize())
+    return largest, jax.tree.unflatten(program.out_tree, program.out_avals)
+
+
+def _program(graph: Graph, wanted: dict[str, Port], largest: int) -> export.Exported | None:
+    """The program for up to so many cases; None where what it does would depend on how many there are.
+
+    Attention goes in blocks of queries where there are many scores: of few cases it is certain that there are not.
+    """
+    (batch,) = export.symbolic_shape("b", constraints=[f"b <= {largest}"])
+    inputs = {name: jax.ShapeDtypeStruct((batch, *port.shape), np.dtype(port.dtype)) for name, port in wanted.items()}
+    try:
+        with jax.default_matmul_precision("highest"):  # a GPU would take TF32 for fp32, which agrees to 1e-3 only
+            return export.export(jax.jit(graph, keep_unused=True), platforms=PLATFORMS)(inputs)
+    except InconclusiveDimensionOperation:
+        if largest == 1:
+            raise
+        return None
+
+
+def read_model(folder: Path) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:
+    """Reads what was written, as a process without r1jax does.
+
+    Args:
+      folder: Where it lies.
+
+    Returns:
+      Inputs to outputs, cases first.
+    """
+    call = jax.jit(export.deserialize(bytearray((folder / MODEL).read_bytes())).call)
+    return lambda inputs: {name: np.asarray(x) for name, x in call(inputs).items()}

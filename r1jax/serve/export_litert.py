@@ -1,0 +1,168 @@
+"""From the graph to LiteRT: the converter's environment, and its process."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import zipapp
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from r1jax import edge
+from r1jax.errors import UserError
+from r1jax.models.moe import dense_mixtures
+from r1jax.serve import litert_worker
+from r1jax.serve.export_graph import Graph, Port
+
+REQUIREMENTS = ("litert-converter==0.5.0", "ai-edge-quantizer==0.10.0")
+"""What the converter's environment holds; its interface is private, hence the exact versions."""
+KEPT = r".*/(merge_[01]|stage_[01]_\w+|spacing|where|head_\w+)/.*"
+"""Weights that stay fp32 with int8: those nearest to the pictures, and the heads. They are few bytes and most of the
+error: with them in int8 as well, 7 of 1,200 decisions of the default model change, and none without."""
+MODEL, RUNNER = "model.tflite", "r1jax_edge.pyz"
+
+
+def default_environment() -> Path:
+    """Folder of the converter's environment where no other Python is named."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "r1jax" / "litert-converter"
+
+
+def find_converter(named: str | None, install: bool) -> Path:
+    """Finds the Python that has the converter.
+
+    Args:
+      named: Its interpreter, as the user named it; None takes that of `default_environment`.
+      install: Makes that environment where it is missing.
+
+    Returns:
+      The interpreter.
+
+    Raises:
+      UserError: There is none, or it cannot be made.
+    """
+    if named is not None:
+        if not Path(named).is_file():
+            raise UserError(f"--converter {named} is no file: name the Python of an environment with the converter")
+        return Path(named)
+    home = default_environment()
+    python = home / "bin" / "python"
+    if python.is_file():
+        return python
+    if not install:
+        raise UserError(
+            f"the LiteRT converter is not at {home}: add --install, which makes an environment of its own there "
+            f"(600 MB: {', '.join(REQUIREMENTS)}), or name the Python of one by --converter"
+        )
+    _make_environment(home)
+    return python
+
+
+def _make_environment(home: Path) -> None:
+    """Makes an environment with the converter, whole or not at all."""
+    print(f"installing {', '.join(REQUIREMENTS)} into {home}", file=sys.stderr)
+    pip = [str(home / "bin" / "python"), "-m", "pip", "install", "-q", *REQUIREMENTS]
+    for command in ([sys.executable, "-m", "venv", "--clear", str(home)], pip):
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            shutil.rmtree(home, ignore_errors=True)
+            raise UserError(f"the LiteRT converter cannot be installed ({_last_line(done)}): name one by --converter")
+
+
+def write_model(
+    folder: Path, graph: Graph, wanted: dict[str, Port], *, int8: bool, converter: Path
+) -> tuple[dict[str, str], dict[str, jax.ShapeDtypeStruct]]:
+    """Writes the edge network and its runner.
+
+    Args:
+      folder: Where to.
+      graph: From `exported_graph`, in fp32.
+      wanted: What it reads.
+      int8: Whether the weights become int8.
+      converter: Python that has the converter.
+
+    Returns:
+      Versions of the converter's packages, and the outputs by name, for a batch of 1.
+
+    Raises:
+      UserError: The converter is missing or fails.
+    """
+    one = {name: jax.ShapeDtypeStruct((1, *port.shape), np.dtype(port.dtype)) for name, port in wanted.items()}
+    with dense_mixtures():
+        # One platform: a program for several takes the platform's number as a further input.
+        program = jax.export.export(jax.jit(graph, keep_unused=True), platforms=("cpu",))(one)
+    outputs = jax.tree.unflatten(program.out_tree, program.out_avals)
+    with tempfile.TemporaryDirectory() as place:
+        source = Path(place) / "model.mlir"
+        source.write_text(program.mlir_module())  # text: of serialized bytecode the converter dies
+        names = {"inputs": sorted(one), "outputs": sorted(outputs)}
+        asked = {
+            "do": "convert",
+            "source": str(source),
+            "target": str(folder / MODEL),
+            "int8": int8,
+            "kept": KEPT,
+            **names,
+        }
+        versions = _work(converter, asked)
+        package = Path(place) / "package"
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(Path(edge.__file__).parent, package / "r1jax_edge", ignore=ignored)
+        zipapp.create_archive(package, folder / RUNNER, main="r1jax_edge.__main__:main")
+    return versions, {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in outputs.items()}
+
+
+def run_model(folder: Path, inputs: dict[str, np.ndarray], converter: Path) -> dict[str, np.ndarray]:
+    """Has the written runner predict cases, in the converter's environment, which has LiteRT too.
+
+    Args:
+      folder: What was written.
+      inputs: Cases first.
+      converter: Python that has LiteRT.
+
+    Returns:
+      Its outputs, cases first.
+
+    Raises:
+      UserError: It fails.
+    """
+    with tempfile.TemporaryDirectory() as place:
+        files = {name: str(Path(place) / f"{name}.npz") for name in ("inputs", "outputs")}
+        np.savez(files["inputs"], **inputs)
+        _work(converter, {"do": "run", "folder": str(folder.absolute()), "runner": RUNNER, **files})
+        with np.load(files["outputs"]) as found:
+            return dict(found)
+
+
+def _work(converter: Path, asked: dict[str, Any]) -> dict[str, str]:
+    """Has the worker do one thing; gives the versions of its packages."""
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as request:
+        request.write(json.dumps(asked))
+        request.flush()
+        # Isolated: what r1jax's own environment says of paths holds for other packages.
+        command = [str(converter), "-I", litert_worker.__file__, request.name]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True)
+        except OSError as error:
+            raise UserError(f"--converter {converter} cannot be run ({error.strerror}): name a Python") from None
+    if done.returncode == litert_worker.MISSING:
+        raise UserError(
+            f"{converter} lacks a package of the LiteRT converter ({_last_line(done)}): install "
+            f"{', '.join(REQUIREMENTS)} there, or leave --converter out and add --install"
+        )
+    if done.returncode < 0:
+        name = signal.Signals(-done.returncode).name
+        raise UserError(f"the LiteRT converter crashed ({name}) at this model: nothing was exported; use --to jax")
+    if done.returncode:
+        raise UserError(f"the LiteRT converter refused this model ({_last_line(done)}): nothing was exported")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _last_line(done: subprocess.CompletedProcess) -> str:
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    return lines[-1].strip()[:300] if lines else f"exit code {done.returncode}"

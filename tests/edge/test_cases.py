@@ -1,0 +1,123 @@
+"""The device reads an .npz file as r1jax does, and refuses what it cannot read."""
+
+import json
+
+import numpy as np
+import pytest
+
+from r1jax.data.folder import FolderCases
+from r1jax.data.synthetic import SyntheticCases
+from r1jax.edge import __main__ as command
+from r1jax.edge.artefact import Artefact, InputError
+from r1jax.edge.cases import case_inputs, missing_of, points_of, read_cases
+from r1jax.serve.export_graph import Port, ports, raw_inputs
+from r1jax.serve.export_texts import report_texts
+from r1jax.tasks.medical.task import Medical
+from tests.serve.exported import write_cases
+from tests.train.tiny import get_config
+
+TEXTS = report_texts()
+
+
+def card_of(wanted: dict[str, Port]) -> dict:
+    inputs = {name: port._asdict() | {"shape": list(port.shape)} for name, port in wanted.items()}
+    return {"inputs": inputs, "modalities": ["volume", "table", "text"], "operating_points": {}}
+
+
+@pytest.fixture(scope="module")
+def wanted() -> dict[str, Port]:
+    return ports(Medical(get_config()), {"volume": (16, 16, 16)})
+
+
+@pytest.fixture(scope="module")
+def raw() -> dict:
+    return SyntheticCases(0, 5, "test", (16, 16, 16)).read_batch(np.arange(5))
+
+
+@pytest.mark.parametrize("kind", ["int16", "uint8", "grey", "float HU"])
+def test_cases_are_read_as_the_evaluation_reads_them(tmp_path, wanted, raw, kind):
+    hu = raw["volume"].clip(-1000, 400)
+    grey = (hu + 1000.0) / 1400
+    volume = {"int16": hu, "uint8": (255 * grey).astype(np.uint8), "grey": grey, "float HU": hu + 0.3}[kind]
+    write_cases(tmp_path / "cases.npz", raw | {"volume": volume})
+    expected = raw_inputs(FolderCases.open(tmp_path).read_batch(np.arange(5)), wanted)
+    card = card_of(wanted)
+    ids, arrays, texts = read_cases(tmp_path / "cases.npz", card, TEXTS)
+    assert ids == raw["case_id"]
+    found = [case_inputs(card, arrays, texts, row) for row in range(5)]
+    for name, values in expected.items():
+        assert found[0][name].dtype == values.dtype and found[0].keys() == expected.keys()
+        np.testing.assert_allclose([one[name] for one in found], values, rtol=1e-6)
+    missing = [missing_of(card, one) for one in found]
+    assert missing == [[], ["volume"], ["table"], ["text"], []]
+
+
+def test_what_a_file_lacks_is_missing(tmp_path, wanted):
+    np.savez(tmp_path / "cases.npz", age=[61.0, np.nan], text=["", "cough"])
+    ids, arrays, texts = read_cases(tmp_path / "cases.npz", card_of(wanted), TEXTS)
+    assert ids == ["000000", "000001"]
+    missing = [missing_of(card_of(wanted), case_inputs(card_of(wanted), arrays, texts, row)) for row in (0, 1)]
+    assert missing == [["volume", "text"], ["volume", "table"]]
+
+
+def test_operating_points_are_those_of_what_a_case_has(wanted):
+    thresholds = {"both": 0.1, "image_only": 0.2, "record_only": 0.3}
+    points = {mode: {"malignancy": {"threshold": value}} for mode, value in thresholds.items()}
+    card = card_of(wanted) | {"operating_points": points}
+    for missing, mode in (
+        ((), "both"),
+        (("text",), "both"),
+        (("volume",), "record_only"),
+        (("table", "text"), "image_only"),
+    ):
+        assert points_of(card, missing) == points[mode]
+    alone = {"modalities": ["image"], "operating_points": {"image_only": points["image_only"]}}
+    assert points_of(alone, []) == points["image_only"]
+
+
+BAD = {
+    "size": ({"volume": np.zeros((1, 8, 8, 8), np.int16)}, r"size \[8, 8, 8\]: the artefact reads \[16, 16, 16\]"),
+    "unit": ({"volume": np.linspace(-3, 3, 16**3).reshape(1, 16, 16, 16)}, "neither 0..1 nor Hounsfield"),
+    "nan": ({"volume": np.full((1, 16, 16, 16), np.nan)}, "neither 0..1 nor Hounsfield"),
+    "type": ({"volume": np.zeros((1, 16, 16, 16), np.int32)}, "is int32"),
+    "spacing": ({"volume": np.zeros((1, 16, 16, 16), np.int16), "spacing": [1.0, 1.0, 0.0]}, "no list of 3 sizes"),
+    "range": ({"age": [300.0]}, r"'age' .* is 300.0 in row 0: it takes 0 to 120"),
+    "rows": ({"age": [30.0], "text": ["a", "b"]}, "not 2 cases"),
+    "nothing": ({"other": [1.0]}, "has no cases"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_cases_are_refused_in_one_sentence(tmp_path, wanted, name):
+    arrays, message = BAD[name]
+    np.savez(tmp_path / "cases.npz", **arrays)
+    with pytest.raises(InputError, match=message) as caught:
+        read_cases(tmp_path / "cases.npz", card_of(wanted), TEXTS)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_no_archive_is_refused(tmp_path, wanted):
+    (tmp_path / "cases.npz").write_text("cases")
+    with pytest.raises(InputError, match="cannot be read as .npz"):
+        read_cases(tmp_path / "cases.npz", card_of(wanted), TEXTS)
+
+
+@pytest.mark.parametrize("damage", ["altered", "missing", "card", "version"])
+def test_a_damaged_artefact_is_not_run(tmp_path, damage):
+    card = {"format": "r1jax export 1", "file": "model.tflite", "sha256": {"model.tflite": "0" * 64}}
+    if damage == "version":
+        card["format"] = "r1jax export 2"
+    (tmp_path / "card.json").write_text("{" if damage == "card" else json.dumps(card))
+    if damage == "altered":
+        (tmp_path / "model.tflite").write_bytes(b"model")
+    message = {"card": "cannot be read", "version": "is no card of"}.get(damage, "missing or not what was exported")
+    with pytest.raises(InputError, match=message):
+        Artefact(tmp_path)
+
+
+def test_the_command_says_in_one_line_what_is_wrong(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", [str(tmp_path / "r1jax_edge.pyz"), str(tmp_path / "cases.npz")])
+    with pytest.raises(SystemExit, match="2"):
+        command.main()
+    told = capsys.readouterr().err
+    assert told.startswith(f"error: {tmp_path / 'card.json'} cannot be read") and told.count("\n") == 1

@@ -1,0 +1,73 @@
+"""Reasons on a small model of streams, table and notes: nothing is lost, and what is not there adds nothing."""
+
+import jax
+import numpy as np
+import pytest
+
+from r1jax.config import Config, DecoderConfig, FinanceConfig, ModelConfig, SeriesConfig, TableConfig, TaskConfig
+from r1jax.data.transaction_history import FEATURES
+from r1jax.models.r1 import R1
+from r1jax.parallel.mesh import make_mesh
+from r1jax.serve.explain import explain
+from r1jax.tasks.finance.batch import EVENT_FEATURES
+from r1jax.tasks.finance.reasons import by_concept
+from r1jax.tasks.finance.task import Finance
+
+CONFIG = Config(
+    model=ModelConfig(
+        modalities=("series", "table", "text"),
+        decoder=DecoderConfig(
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=16,
+            first_k_dense_replace=1,
+            num_nextn_predict_layers=0,
+        ),
+        series=SeriesConfig(layers=0, bins=4, tokens=1, num_attention_heads=2),
+        table=TableConfig(layers=0),
+        text_tokens=16,
+    ),
+    task=TaskConfig(name="finance", finance=FinanceConfig(events=6, simulated_customers=20, simulated_days=40)),
+)
+CHOSEN = np.array([3, 70, 5])
+
+
+@pytest.fixture(scope="module")
+def explained():
+    task = Finance(CONFIG)
+    source, model = task.source("test"), R1(CONFIG.model, task.heads)
+    inputs, _ = task.prepare(jax.tree.map(jax.numpy.asarray, task.collate(source.read_batch(np.arange(2)))))
+    params = jax.jit(lambda key: model.init(key, inputs)["params"])(jax.random.key(0))
+    params = jax.tree.map(lambda x: 2 * x, params)  # weights large enough to matter
+    mesh, typical = make_mesh(CONFIG.mesh), np.arange(8, 48)
+    return source, lambda chosen: explain(model, task, mesh, params, source, chosen, typical)
+
+
+@pytest.fixture(scope="module")
+def found(explained):
+    return explained[1](CHOSEN)
+
+
+def test_contributions_add_up_to_the_difference_from_a_typical_transaction(found):
+    difference = found.output - found.baseline
+    assert np.abs(difference).max() > 0.1
+    np.testing.assert_allclose(found.residual, 0.0, atol=0.03 * np.abs(difference).max() + 2e-3)
+    sums = by_concept(found, FEATURES, EVENT_FEATURES)
+    np.testing.assert_allclose(sums.sum(axis=1) + found.residual, difference, atol=1e-5)
+
+
+def test_what_is_not_there_adds_nothing(explained, found):
+    raw = explained[0].read_batch(CHOSEN)
+    assert found.events.shape == (3, 2, 6, len(EVENT_FEATURES) + 1) and found.table.shape == (3, len(FEATURES))
+    assert not found.events[~raw["series_valid"]].any()
+    lengths = [min(len(note.encode()) + 2, 16) if note else 0 for note in raw["text"]]
+    for row, length in enumerate(lengths):
+        assert not found.text[row, length:].any()
+    assert np.abs(found.events[raw["series_valid"]]).max() > 1e-4 and np.abs(found.table).max() > 1e-4
+
+
+def test_reasons_of_a_transaction_do_not_depend_on_its_neighbours(explained, found):
+    alone = explained[1](CHOSEN[1:2])
+    np.testing.assert_allclose(alone.table[0], found.table[1], atol=1e-4)
+    np.testing.assert_allclose(alone.output[0], found.output[1], atol=1e-5)

@@ -1,0 +1,192 @@
+"""`r1jax export --to jax`: what leaves says what the checkpoint says, without r1jax, or nothing leaves."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from r1jax.data import tokenizer
+from r1jax.data.synthetic import SyntheticCases
+from r1jax.errors import UserError
+from r1jax.serve import export_command, export_jax
+from r1jax.serve.export_command import ExportArguments, Opened, export, open_checkpoint, write
+from r1jax.serve.export_gate import FP32, compare
+from r1jax.serve.export_graph import Port, raw_inputs, standardise, tokenize
+from r1jax.tasks.medical.batch import collate
+from r1jax.train.checkpoints import Checkpoint
+from tests.serve.exported import write_checkpoint
+from tests.train.tiny import get_config
+
+WITHOUT_R1JAX = """
+import json, sys
+from pathlib import Path
+for name in ("r1jax", "flax", "optax", "orbax"):
+    sys.modules[name] = None  # importing it fails from here on
+import jax, numpy as np
+folder = Path(sys.argv[1])
+card = json.loads((folder / "card.json").read_text())
+program = jax.export.deserialize(bytearray((folder / card["file"]).read_bytes()))
+inputs = dict(np.load(sys.argv[2]))
+assert {name: (list(x.shape[1:]), str(x.dtype)) for name, x in inputs.items()} == {
+    name: (port["shape"], port["dtype"]) for name, port in card["inputs"].items()
+}
+found = program.call(inputs)
+np.savez(sys.argv[3], **{name: np.asarray(x) for name, x in found.items()})
+"""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Checkpoint:
+    return write_checkpoint(tmp_path_factory.mktemp("run") / "00000024")
+
+
+@pytest.fixture(scope="module")
+def opened(checkpoint) -> Opened:
+    return open_checkpoint(checkpoint, ExportArguments(checkpoint=str(checkpoint.path), output="", cases=12))
+
+
+@pytest.fixture(scope="module")
+def exported(opened, tmp_path_factory) -> Path:
+    pytest.importorskip("flatbuffers", reason="JAX writes exported programs by it: r1jax[export]")
+    folder = tmp_path_factory.mktemp("exported")
+    assert write(folder, opened, ExportArguments(checkpoint="", output=""), None)["agrees"]
+    return folder
+
+
+def ports_of(folder: Path) -> dict[str, Port]:
+    card = json.loads((folder / "card.json").read_text())
+    return {name: Port(**port | {"shape": tuple(port["shape"])}) for name, port in card["inputs"].items()}
+
+
+def test_a_process_without_r1jax_gives_the_checkpoint_s_predictions(opened, exported, tmp_path):
+    card = json.loads((exported / "card.json").read_text())
+    np.savez(tmp_path / "in.npz", **raw_inputs(opened.scored.source.read_batch(np.arange(12)), ports_of(exported)))
+    script = tmp_path / "call.py"
+    script.write_text(WITHOUT_R1JAX)
+    files = [str(exported), str(tmp_path / "in.npz"), str(tmp_path / "out.npz")]
+    subprocess.run([sys.executable, "-I", str(script), *files], check=True)
+    found = dict(np.load(tmp_path / "out.npz"))
+    assert found.keys() == card["outputs"].keys()
+    for name, expected in opened.scored.predicted["both"].items():
+        np.testing.assert_allclose(found[name], expected, atol=1e-5)
+    called = {name for name in found if name.startswith("call.")}
+    assert called == {"call.nodule_present", "call.malignancy"}
+    for name in called:
+        threshold = opened.points["both"][name.removeprefix("call.")].threshold
+        np.testing.assert_array_equal(found[name], found[name.removeprefix("call.")] >= threshold)
+
+
+def test_the_card_says_what_the_model_is(checkpoint, exported):
+    card = json.loads((exported / "card.json").read_text())
+    assert card["checkpoint"] == {"sha256": checkpoint.digest(), "step": 24, "name": "tiny"}
+    assert card["notice"] == "Research software, not a medical device."
+    assert "generated" in card["trained_on"]["notice"]
+    assert card["platforms"] == ["cpu", "cuda"] and card["batch"] == "1 to 1024"
+    assert card["inputs"]["volume"]["unit"] == "HU" and card["inputs"]["volume_spacing"]["unit"] == "mm"
+    assert card["operating_points"]["image_only"]["nodule_present"]["threshold"] == 0.55
+    assert card["agreement"]["decisions"] == {"same": 36, "required": 36, "of": 36}
+    assert set(card["sha256"]) == {"model.jax"} and {file.name for file in exported.iterdir()} == {
+        "card.json",
+        "model.jax",
+    }
+
+
+@pytest.fixture(scope="module")
+def run(exported):
+    return export_jax.read_model(exported)
+
+
+@pytest.mark.parametrize("wrong", ["malignancy", "call.malignancy", "center_mm", "not finite"])
+def test_a_model_that_says_something_else_does_not_agree(opened, exported, run, wrong):
+    def spoiled(inputs):
+        found, name = run(inputs), "texture" if wrong == "not finite" else wrong
+        flipped = (1 - 2 * found["call.malignancy"]) * (np.arange(len(found["malignancy"])) == 0)
+        changes = {"malignancy": 2e-5, "call.malignancy": flipped, "center_mm": 0.01, "not finite": np.nan}
+        return found | {name: found[name] + changes[wrong]}
+
+    agreement = compare(spoiled, ports_of(exported), opened.scored, FP32)
+    assert not agreement["agrees"]
+    named = agreement["findings"]["texture" if wrong == "not finite" else wrong.removeprefix("call.")]
+    assert (named["largest_difference"] > named["limit"]) == (wrong != "call.malignancy")
+    flips = 3 if wrong == "call.malignancy" else 0
+    assert agreement["decisions"]["same"] == 36 - flips
+
+
+def test_what_does_not_agree_does_not_leave(checkpoint, opened, exported, tmp_path, monkeypatch, capsys):
+    agreement = json.loads((exported / "card.json").read_text())["agreement"] | {"agrees": False}
+
+    def written(folder, *_):
+        (folder / "model.jax").touch()
+        return agreement
+
+    monkeypatch.setattr(export_command, "open_checkpoint", lambda *_: opened)
+    monkeypatch.setattr(export_command, "write", written)
+    with pytest.raises(UserError, match="does not say what"):
+        export([str(checkpoint.path), "--output", str(tmp_path / "new")])
+    assert list(tmp_path.iterdir()) == []
+    assert "36 of 36 same call" in capsys.readouterr().out
+
+
+def test_the_host_s_part_and_the_graph_s_part_make_what_collate_makes():
+    source = SyntheticCases(0, 8, "test", (16, 16, 16))
+    raw = source.read_batch(np.arange(8))
+    raw["text"] = ["", "a", "字", "x" * 13, "x" * 14, "x" * 15, "x" * 40, raw["text"][7]]
+    raw["table"][1] = np.nan
+    config = get_config()
+    expected = collate(raw, config, ())
+    wanted = {"table": Port((9,), "float32", "", ""), "text": Port((15,), "int32", "", "")}
+    inputs = raw_inputs(raw, wanted)
+    tokens, valid = tokenize(jnp.asarray(inputs["text"]), jnp.asarray(inputs["text_bytes"]))
+    np.testing.assert_array_equal(valid, expected["text_valid"])
+    np.testing.assert_array_equal(tokens, expected["text"])
+    assert tokens[0].tolist() == [tokenizer.PAD] * 16
+    record = standardise(jnp.asarray(inputs["table"]))
+    np.testing.assert_allclose(record["table"], expected["table"], rtol=1e-6)
+    np.testing.assert_array_equal(record["has_table"], expected["has_table"])
+
+
+def test_grey_values_become_hounsfield_units():
+    raw = {"case_id": ["a"], "image": np.array([[[0, 255, 51]]], np.uint8)}
+    found = raw_inputs(raw, {"image": Port((1, 3), "float32", "HU", ""), "has_image": Port((), "bool", "1", "")})
+    np.testing.assert_allclose(found["image"], [[[-1000, 400, -720]]], rtol=1e-6)
+    assert found["has_image"].tolist() == [True]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nowhere", "--output", "new"], "nowhere does not exist"),
+        (["RUN", "--output", "new", "--int8"], "--int8 is of --to litert"),
+        (["RUN", "--output", "."], "is there already"),
+        (["RUN"], "no output was named"),
+        (["RUN", "--output", "new", "--to", "onnx"], "one of jax, litert"),
+        (["RUN", "--output", "new", "--to", "litert", "--converter", "nothing"], "--converter nothing is no file"),
+        (["RUN", "--output", "new", "--to", "litert"], "add --install"),
+    ],
+)
+def test_what_cannot_be_exported_is_refused_in_one_sentence(checkpoint, tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "kept").touch()
+    with pytest.raises(UserError, match=message) as caught:
+        export([str(checkpoint.path) if word == "RUN" else word for word in words])
+    assert "\n" not in str(caught.value)
+    assert [file.name for file in tmp_path.iterdir()] == ["kept"]
+
+
+def test_a_checkpoint_with_host_preprocessing_is_refused(tmp_path):
+    data = get_config().data.__class__(val_cases=2, test_cases=2, preprocess="text_clean")
+    checkpoint = write_checkpoint(tmp_path / "00000024", data=data)
+    with pytest.raises(UserError, match="data.preprocess 'text_clean'"):
+        open_checkpoint(checkpoint, ExportArguments(checkpoint=str(checkpoint.path), output="new"))
+
+
+def test_a_full_disk_leaves_nothing(tmp_path):
+    with pytest.raises(UserError, match="No space left"), export_command.draft_folder(tmp_path / "new") as folder:
+        (folder / "half").touch()
+        raise OSError(28, "No space left on device")
+    assert list(tmp_path.iterdir()) == []
