@@ -90,7 +90,7 @@ def quantize_checkpoint(words: list[str]) -> int:
         codes = choose_codes(params, uses, input_squares(floats, task, params, batch) if asks and asked.to else {})
     rounded = with_codes(params, codes)
     kinds = {name: scheme.weights for name, (_, scheme) in chosen.items()}
-    _write(output, rounded, kinds, checkpoint, config)
+    _write(output, rounded, kinds, checkpoint, dataclasses.replace(checkpoint.config(), model=config.model))
     layers = layer_errors(floats, task, params, batch, chosen, codes)
     found = sizes(output, params, layers, chosen, narrow, task, batch)
     called = verdict(asked.to or ", ".join(config.model.quant), found)
@@ -102,7 +102,7 @@ def quantize_checkpoint(words: list[str]) -> int:
 
 
 def quantized_config(checkpoint: Checkpoint, asked: QuantizeArguments) -> Config:
-    """The config of the quantized checkpoint.
+    """The config by which a checkpoint is quantized and measured.
 
     Args:
       checkpoint: Where from.

@@ -76,7 +76,7 @@ def test_stored_codes_serve_bit_for_bit_what_was_trained(scheme):
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_gradients_go_straight_through_the_rounding(scheme):
     x, w, g = normal(5, 24), normal(8, 24), normal(5, 8)
-    to_x, to_w = jax.grad(lambda x, w: jnp.sum(quantized_dot(x, w, scheme) * g), argnums=(0, 1))(x, w)
+    to_x, to_w = jax.jit(jax.grad(lambda x, w: jnp.sum(quantized_dot(x, w, scheme) * g), argnums=(0, 1)))(x, w)
     codes = weight_codes(w, scheme)
     seen = x
     if scheme.activations:
@@ -84,7 +84,7 @@ def test_gradients_go_straight_through_the_rounding(scheme):
         seen = dequantize(quantize(x, scheme.activations, block=block))
     np.testing.assert_allclose(to_x, g @ dequantize(codes), rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(to_w, g.T @ seen, rtol=1e-5, atol=1e-5)
-    alone = jax.grad(lambda x: jnp.sum(quantized_dot(x, codes, scheme) * g))(x)
+    alone = jax.jit(jax.grad(lambda x: jnp.sum(quantized_dot(x, codes, scheme) * g)))(x)
     np.testing.assert_array_equal(alone, to_x)
 
 
@@ -96,8 +96,8 @@ def test_narrow_gradients_are_int8_products_and_right_on_average():
         return jax.grad(lambda x, w: jnp.sum(quantized_dot(x, w, scheme, key=key) * g), argnums=(0, 1))(x, w)
 
     assert dots(gradients, jax.random.key(0)) == ["i32"] * 3
-    drawn = jax.vmap(gradients)(jax.random.split(jax.random.key(1), 400))
-    exact = jax.grad(lambda x, w: jnp.sum(quantized_dot(x, w, INT8) * g), argnums=(0, 1))(x, w)
+    drawn = jax.jit(jax.vmap(gradients))(jax.random.split(jax.random.key(1), 400))
+    exact = jax.jit(jax.grad(lambda x, w: jnp.sum(quantized_dot(x, w, INT8) * g), argnums=(0, 1)))(x, w)
     for many, one in zip(drawn, exact, strict=True):
         error = np.asarray(jnp.mean(many, axis=0) - one) / np.asarray(jnp.std(many, axis=0) / np.sqrt(400) + 1e-6)
         assert 0.7 < np.sqrt(np.mean(error**2)) < 1.3  # as it is for the mean of 400 unbiased draws
@@ -116,13 +116,15 @@ def test_grouped_products_are_those_of_each_group(scheme):
     plan = plan_dispatch(jnp.asarray(RNG.integers(0, 3, (10, 1)), jnp.int32), 4, block=4)
     rows = scatter_rows(x, plan)
     owner = np.minimum(np.asarray(plan.block_expert), 3)
+    single = jax.jit(functools.partial(quantized_dot, scheme=scheme))
+    grouped = jax.jit(functools.partial(grouped_quantized_dot, scheme=scheme))
     for weight in (w, weight_codes(w, scheme)):
-        y = grouped_quantized_dot(rows, weight, plan.block_expert, scheme)
+        y = grouped(rows, weight, plan.block_expert)
         for i, expert in enumerate(owner):
             one = jax.tree.map(lambda part, expert=expert: part[expert], weight)
-            alone = quantized_dot(rows[4 * i : 4 * i + 4], one, scheme)
+            alone = single(rows[4 * i : 4 * i + 4], one)
             np.testing.assert_allclose(y[4 * i : 4 * i + 4], alone, rtol=1e-6, atol=1e-6)
-    to_w = jax.grad(lambda w: jnp.sum(grouped_quantized_dot(rows, w, plan.block_expert, scheme) ** 2))(w)
+    to_w = jax.jit(jax.grad(lambda w: jnp.sum(grouped(rows, w, plan.block_expert) ** 2)))(w)
     assert not np.asarray(to_w[3]).any() and np.asarray(to_w[owner[0]]).any()
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -51,7 +52,8 @@ def quantized(trained, tmp_path_factory) -> Path:
 def test_the_codes_are_sealed_and_served(trained, quantized):
     checkpoint = Checkpoint(quantized)
     checkpoint.verify()
-    config = checkpoint.config()
+    config, before = checkpoint.config(), get_config()
+    assert config == replace(before, model=replace(before.model, quant=("int4",)))
     assert checkpoint.quantized and config.model.quant == ("int4",) and checkpoint.step == 1
     task = TASKS[config.task.name](config)
     served = restore_served(checkpoint, config, R1(config.model, task.heads), task, one_device(), task.source("val"))
