@@ -61,7 +61,7 @@ def start(folder: Path, script: Path, processes: int, devices: int, *flags: obje
     return started
 
 
-def finish(started: list[Any], folder: Path, seconds: float = 150) -> tuple[list[int], list[str]]:
+def finish(started: list[Any], folder: Path, seconds: float = 280) -> tuple[list[int], list[str]]:
     """Waits for all.
 
     Returns:

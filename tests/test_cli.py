@@ -316,6 +316,7 @@ def test_bad_eval_arguments_are_one_sentence(arguments, told):
 def test_tuples_are_lists_of_words_only_where_the_field_is_a_list():
     assert {name for name, hint in LEAVES.items() if get_origin(hint) is tuple} == {
         "model.modalities",
+        "model.quant",
         "task.fields",
         "train.milestones",
         "train.rules",

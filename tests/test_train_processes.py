@@ -80,6 +80,7 @@ def last_state(workdir: Path) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_stopped_killed_and_gone_on_with_fewer_processes(server, tmp_path):
     """Four processes, of which one is told to stop; then two, of which one is killed; then one."""
     workdir, folder = tmp_path / "run", CheckpointFolder(tmp_path / "run" / "checkpoints")
@@ -120,6 +121,7 @@ def test_stopped_killed_and_gone_on_with_fewer_processes(server, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_all_go_back_together(server, tmp_path):
     """Many refused steps send a run back; in two processes it goes the way that it goes in one."""
     found = {}

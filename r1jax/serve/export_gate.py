@@ -36,7 +36,7 @@ class Limits:
 
 
 FP32 = Limits(probability=1e-5, mm=1e-3, near=1e-5)
-INT8 = Limits(probability=0.1, mm=1.0)
+INT8 = Limits(probability=0.1, mm=2.0)
 """Wide, for the decisions are what counts; a converter whose output collapses misses it by far."""
 
 
