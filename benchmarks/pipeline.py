@@ -107,7 +107,7 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, type=Path, help="JSON to write, after each program")
     parser.add_argument("--scale", choices=["full", "tiny"], default="full")
-    parser.add_argument("--layers", nargs="+", type=int, default=[25, 27])
+    parser.add_argument("--layers", nargs="+", type=int, default=[25])
     args = parser.parse_args(arguments)
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", DEVICES)

@@ -29,6 +29,7 @@ from benchmarks import (  # noqa: E402
     luna16_peers,
     memory,
     overhead,
+    pipeline,
     scaling,
 )
 from r1jax.errors import UserError, run_main  # noqa: E402
@@ -67,7 +68,7 @@ SECTIONS = (
     Section("One compiled program instead of many operations", {"fusion": fusion.table, "fusion_cpu": fusion.table}),
     Section("The loop around the step", {"overhead": overhead.table, "overhead_cpu": overhead.table}),
     Section("A medical checkpoint on one CPU core", {"edge": edge.table}),
-    Section("Several devices", {"scaling": scaling.table}),
+    Section("Several devices", {"pipeline": pipeline.table, "scaling": scaling.table}),
 )
 
 

@@ -51,7 +51,7 @@ def get_config(*, smoke: bool = False, handbook: bool = False) -> Config:
             label_smoothing=0.0,
             modality_dropout=0.1,
             finance=FinanceConfig(
-                events=32, negatives_kept=0.1, alerts=AlertConfig(per_day=20.0, step_up_per_day=100.0)
+                events=32, negatives_kept=0.1, alerts=AlertConfig(per_day=50.0, step_up_per_day=150.0)
             ),
         ),
         train=TrainConfig(
@@ -100,7 +100,7 @@ def _smoke() -> Config:
                 negatives_kept=0.2,
                 simulated_customers=100,
                 simulated_days=90,
-                alerts=AlertConfig(per_day=3.0, step_up_per_day=15.0),
+                alerts=AlertConfig(per_day=5.0, step_up_per_day=15.0),
             ),
         ),
         train=TrainConfig(steps=40, batch_size=32, warmup_steps=5, ema=0.9, log_every=5, eval_every=20, save_every=20),

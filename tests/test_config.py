@@ -243,8 +243,16 @@ def decoder(**changes) -> Config:
             "mesh.expert is -1, but it must be a number of devices",
         ),
         (
-            Config(mesh=MeshConfig(pipe=2)),
-            "mesh.pipe is 2, but it must be 1: layers cannot be divided among devices yet",
+            Config(mesh=MeshConfig(interleave=2)),
+            "mesh.interleave is 2, but it must be 1, as mesh.pipe is 1 and no layers are divided",
+        ),
+        (
+            Config(mesh=MeshConfig(overlap=True)),
+            "mesh.overlap is True, but it must be False, as mesh.pipe is 1",
+        ),
+        (
+            Config(mesh=MeshConfig(pipe=2, microbatches=8), train=TrainConfig(accumulation="auto")),
+            "mesh.microbatches is 8, but it must be None where train.batch_size or train.accumulation is auto",
         ),
         (Config(mesh=MeshConfig(sequence=0)), "mesh.sequence is 0"),
         (Config(workdir=""), "workdir is ''"),

@@ -204,15 +204,15 @@ class Decoder(nn.Module):
         stats: list[RouterStats] = []
         first, divided = min(c.first_k_dense_replace, c.num_hidden_layers), self._divided()
         for numbers in (range(first), range(first, c.num_hidden_layers)):
-            ring = divided if divided is not None and divided.layers[0] in numbers else None
-            if (self.scan_layers or ring) and len(numbers) > 1 and not self.is_initializing():
+            stages = divided if divided is not None and divided.layers[0] in numbers else None
+            if (self.scan_layers or stages) and len(numbers) > 1 and not self.is_initializing():
                 key = self.make_rng("dropout") if cases is not None and self.dropout else None
-                apart = numbers if ring is None else range(numbers.start, ring.layers.start)
+                apart = numbers if stages is None else range(numbers.start, stages.layers.start)
                 if apart:
                     x, found = self._scanned(x, positions, valid, cases, key, apart)
                     stats += found
-                if ring is not None:
-                    x, found = self._pipelined(x, positions, valid, cases, key, ring)
+                if stages is not None:
+                    x, found = self._pipelined(x, positions, valid, cases, key, stages)
                     stats += found
                 continue
             for i in numbers:
@@ -274,7 +274,7 @@ class Decoder(nn.Module):
         x, stats = pipeline(stages, layers, weights[STACKED], x, (positions, valid, cases), key)
         if stats is None:
             return x, []
-        # Of each layer, device and microbatch; the microbatches are equally large.
+        # Of each layer, share of the batch and microbatch; the microbatches are equally large.
         by_case = jax.vmap(jax.vmap(join))(stats.sequence_load)
         whole = RouterStats(
             jnp.sum(stats.load, axis=(1, 2)),

@@ -197,7 +197,8 @@ def _device(
 ) -> tuple[Array, Any]:
     """What one device of the ring does; its other axes are the compiler's."""
     own, last = jax.lax.axis_index(ring.axis), ring.devices - 1
-    around = [(i, (i + 1) % ring.devices) for i in range(ring.devices)]
+    senders = ring.devices if ring.rounds > 1 else last  # with one round nothing comes back to the first device
+    around = [(i, (i + 1) % ring.devices) for i in range(senders)]
     fold = lambda w: w.reshape(ring.rounds, stages.depth, *w.shape[1:])  # noqa: E731
     weights, order = jax.tree.map(fold, weights), jnp.asarray(stages.order).reshape(ring.devices, ring.rounds, -1)
     own_parts = schedule.microbatches // ring.devices

@@ -145,14 +145,14 @@ def _product(scheme: Scheme, x: Array, weight: Array | None, codes: Quantized, k
 
 def _forward(
     scheme: Scheme, x: Array, weight: Array | None, codes: Quantized, key: Array | None
-) -> tuple[Array, tuple[Quantized, Array, Quantized, Array | None, Array | None]]:
+) -> tuple[Array, tuple[Quantized, Any, Quantized, Any, Array | None]]:
     narrow = quantize(x, scheme.activations, block=block_of(codes))
     like = None if weight is None else jnp.zeros((), weight.dtype)
     return multiply(narrow, codes).astype(x.dtype), (narrow, jnp.zeros((), x.dtype), codes, like, key)
 
 
 def _backward(
-    scheme: Scheme, saved: tuple[Quantized, Array, Quantized, Array | None, Array | None], gradient: Array
+    scheme: Scheme, saved: tuple[Quantized, Any, Quantized, Any, Array | None], gradient: Array
 ) -> tuple[Array, Array | None, None, None]:
     x, x_like, codes, w_like, key = saved
     g = gradient.reshape(-1, gradient.shape[-1]).astype(jnp.float32)

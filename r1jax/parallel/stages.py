@@ -19,7 +19,7 @@ from r1jax.ops.pipeline import STACKED, Schedule, Stages, schedule_of, stages_of
 from r1jax.parallel.mesh import kept_spec, path_name, shard_tree
 from r1jax.parallel.rules import placement_on
 
-AXIS = "pipe"
+AXIS, DECODER = "pipe", "decoder"
 
 
 def stages_on(mesh: Mesh | AbstractMesh, config: MeshConfig, decoder: DecoderConfig) -> Stages | None:
@@ -75,14 +75,12 @@ def stacked(tree: Any, mesh: Mesh | AbstractMesh, stages: Stages | None) -> Any:
         return tree
     names = [f"layers_{i}" for i in stages.order]
 
-    def stack(path: tuple[Any, ...], part: Any) -> Any:
-        if not _holds(part, names[0]):
-            return part
-        join = lambda inner, *layers: _exchange(mesh, path_name((*path, *inner)), layers, together=True)  # noqa: E731
+    def stack(path: str, part: dict[str, Any]) -> dict[str, Any]:
+        join = lambda inner, *layers: _exchange(mesh, f"{path}/{path_name(inner)}", layers, together=True)  # noqa: E731
         whole = jax.tree_util.tree_map_with_path(join, *(part[name] for name in names))
         return {name: x for name, x in part.items() if name not in names} | {STACKED: whole}
 
-    return jax.tree_util.tree_map_with_path(stack, tree, is_leaf=lambda x: _holds(x, names[0]))
+    return _in_decoders(tree, names[0], stack)
 
 
 def apart(tree: Any, mesh: Mesh | AbstractMesh, stages: Stages | None) -> Any:
@@ -90,10 +88,8 @@ def apart(tree: Any, mesh: Mesh | AbstractMesh, stages: Stages | None) -> Any:
     if stages is None:
         return tree
 
-    def split(path: tuple[Any, ...], part: Any) -> Any:
-        if not _holds(part, STACKED):
-            return part
-        one = lambda inner, x: _exchange(mesh, path_name((*path, *inner)), (x,), together=False)  # noqa: E731
+    def split(path: str, part: dict[str, Any]) -> dict[str, Any]:
+        one = lambda inner, x: _exchange(mesh, f"{path}/{path_name(inner)}", (x,), together=False)  # noqa: E731
         layers = jax.tree_util.tree_map_with_path(one, part[STACKED])
         is_list = lambda x: isinstance(x, list)  # noqa: E731
         found = {
@@ -102,11 +98,20 @@ def apart(tree: Any, mesh: Mesh | AbstractMesh, stages: Stages | None) -> Any:
         }
         return {name: x for name, x in part.items() if name != STACKED} | found
 
-    return jax.tree_util.tree_map_with_path(split, tree, is_leaf=lambda x: _holds(x, STACKED))
+    return _in_decoders(tree, STACKED, split)
 
 
-def _holds(part: Any, name: str) -> bool:
-    return isinstance(part, dict) and name in part
+def _in_decoders(tree: Any, name: str, change: Callable[[str, dict[str, Any]], dict[str, Any]]) -> Any:
+    """Changes every decoder in a tree that has an entry of that name; encoders have layers of the same names."""
+    found = lambda part: isinstance(part, dict) and isinstance(part.get(DECODER), dict) and name in part[DECODER]  # noqa: E731
+
+    def visit(path: tuple[Any, ...], part: Any) -> Any:
+        if not found(part):
+            return part
+        above = f"{path_name(path)}/" if path else ""
+        return {**part, DECODER: change(f"{above}{DECODER}", part[DECODER])}
+
+    return jax.tree_util.tree_map_with_path(visit, tree, is_leaf=found)
 
 
 def _exchange(mesh: Mesh | AbstractMesh, path: str, arrays: tuple[Array, ...], *, together: bool) -> Any:

@@ -33,6 +33,7 @@ def integrated_gradients(
     baseline: PyTree[Float[Array, "B ..."]],
     inputs: PyTree[Float[Array, "B ..."]],
     steps: int,
+    offset: Float[Array, ""] | float = 0.5,
 ) -> Attribution:
     """Attributes the change of an output to the inputs.
 
@@ -41,6 +42,7 @@ def integrated_gradients(
       baseline: Where the way begins.
       inputs: Where it ends, of the same shapes; what is NaN (missing) there stays so all the way and adds nothing.
       steps: Points on the way.
+      offset: Where in each step its point lies, 0 to 1; the mean over k offsets (i + 1/2) / k has k times the steps.
 
     Returns:
       The attribution.
@@ -58,7 +60,7 @@ def integrated_gradients(
         slope = jax.grad(lambda x: jnp.sum(output(x)))(at(share))
         return jax.tree.map(jnp.add, total, slope), None
 
-    shares = (jnp.arange(steps, dtype=jnp.float32) + 0.5) / steps
+    shares = (jnp.arange(steps, dtype=jnp.float32) + offset) / steps
     total, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, inputs), shares)
     contributions = jax.tree.map(lambda t, to: jnp.where(to == 0, 0, t * to / steps), total, way)
     ends = (output(at(jnp.asarray(share, jnp.float32))) for share in (0.0, 1.0))

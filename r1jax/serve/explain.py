@@ -24,6 +24,8 @@ from r1jax.tasks.task import Task
 
 STEPS = 64
 """Points on the way."""
+FINER = 8
+"""Times as many for a transaction whose contributions do not add up."""
 TYPICAL = 256
 """Transactions that the way's beginning is the mean of."""
 BATCH = 32
@@ -54,15 +56,31 @@ def explain(
         return jax.device_put(task.collate(source.read_batch(filled)), batch_sharding(mesh))
 
     start = _typical(jax.jit(lambda p, batch: _reference_sums(model, task, p, batch)), params, read, typical, size)
-    found = jax.jit(lambda p, batch, start: _contributions(model, task, p, batch, start))
-    parts = []
-    with progress("reasons", len(indices)) as steps:
-        for first in range(0, len(indices), size):
-            chosen = indices[first : first + size]
-            answer = jax.device_get(found(params, read(chosen), start))
-            parts.append([np.asarray(x)[: len(chosen)].astype(np.float64) for x in answer])
-            steps.advance(len(chosen))
-    return Contributions(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+    compiled = jax.jit(lambda p, batch, start, offset: _contributions(model, task, p, batch, start, offset))
+
+    def answer(chosen: np.ndarray, offsets: int) -> Contributions:
+        """The mean over shifted points, which is that of so many times the steps."""
+        batch, total = read(chosen), None
+        for i in range(offsets):
+            part = jax.device_get(compiled(params, batch, start, (i + 0.5) / offsets))
+            total = part if total is None else [x + y for x, y in zip(total, part, strict=True)]
+        return Contributions(*(np.asarray(x)[: len(chosen)].astype(np.float64) / offsets for x in total))
+
+    def all_of(chosen: np.ndarray, offsets: int, name: str) -> Contributions:
+        parts = []
+        with progress(name, len(chosen)) as steps:
+            for first in range(0, len(chosen), size):
+                parts.append(answer(chosen[first : first + size], offsets))
+                steps.advance(len(parts[-1].output))
+        return Contributions(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+    found = all_of(indices, 1, "reasons")
+    rough = np.flatnonzero(~found.complete)
+    if len(rough):
+        finer = all_of(indices[rough], FINER, "reasons in finer steps")
+        for whole, part in zip(found, finer, strict=True):
+            whole[rough] = part
+    return found
 
 
 def _typical(sums: Any, params: Any, read: Any, typical: np.ndarray, size: int) -> dict[str, Array]:
@@ -100,7 +118,12 @@ def _sums(x: Array, valid: Bool[Array, "..."], axes: tuple[int, ...]) -> tuple[A
 
 
 def _contributions(
-    model: R1, task: Task, params: Any, batch: dict[str, Array], start: dict[str, Array]
+    model: R1,
+    task: Task,
+    params: Any,
+    batch: dict[str, Array],
+    start: dict[str, Array],
+    offset: Float[Array, ""],
 ) -> tuple[Float[Array, "B F"], Float[Array, "B S K C"], Float[Array, "B T"], Float[Array, " B"], Float[Array, " B"]]:
     """The fields of `Contributions` for a batch."""
     inputs, _ = task.prepare(batch)
@@ -115,7 +138,7 @@ def _contributions(
         shown = inputs if inputs.table is None else inputs._replace(table=x["table"])
         return read_from(model, params, shown, x).heads["fraud"][:, 0]
 
-    found = integrated_gradients(output, begin, end, STEPS)
+    found = integrated_gradients(output, begin, end, STEPS, offset)
     cases, parts = len(batch["target.fraud"]), found.contributions
     nothing = jnp.zeros((cases, 0), jnp.float32)
     channels = inputs.series.shape[-1]

@@ -11,7 +11,7 @@ from r1jax.serve.evaluate import Evaluation, report_provenance
 from r1jax.serve.explain import STEPS, TYPICAL, explain
 from r1jax.serve.finance_judged import Judged
 from r1jax.tasks.finance.batch import EVENT_FEATURES
-from r1jax.tasks.finance.reasons import Contributions, by_concept, top_reasons, weightiest_span
+from r1jax.tasks.finance.reasons import TOLERANCE, Contributions, by_concept, top_reasons, weightiest_span
 from r1jax.tasks.finance.report import Alert, Explanation, RiskReport, build_report
 
 
@@ -40,6 +40,8 @@ def completeness(found: Contributions) -> dict[str, Any]:
         "method": "integrated gradients",
         "steps": STEPS,
         "explained": len(residual),
+        "complete": int(found.complete.sum()),
+        "tolerance": TOLERANCE,
         "mean_difference": float(difference.mean()),
         "mean_residual": float(residual.mean()),
         "largest_residual": float(residual.max()),
@@ -111,5 +113,8 @@ def _worded(
             for code, gain in top_reasons(sums[place])
         )
         ends = {name: float(getattr(found, name)[place]) for name in ("baseline", "output")}
-        worded[index] = reasons, Explanation(**ends, residual=float(residual[place]))
+        worded[index] = (
+            reasons,
+            Explanation(**ends, residual=float(residual[place]), complete=bool(found.complete[place])),
+        )
     return worded

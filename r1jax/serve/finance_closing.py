@@ -30,7 +30,7 @@ def closing_lines(run: Evaluation, metrics: dict[str, Any]) -> list[str]:
         told.append(
             f"reasons of {check['explained']} alerts: contributions add up to a difference of "
             f"{check['mean_difference']:.2f} but for {check['mean_residual']:.3f} on average, "
-            f"{check['largest_residual']:.3f} at most"
+            f"{check['largest_residual']:.3f} at most; within {check['tolerance']:.0%} for {check['complete']}"
         )
     return [
         *told,
@@ -65,7 +65,9 @@ def _figure_lines(figures: dict[str, Any]) -> list[str]:
         lines.append(f"  {'attainable recall':<24}" + "".join(f"{cell:>26}" for cell in cells))
     operating, accuracy = figures["operating"], figures["accuracy"]
     needed = figures["modes"]["both"]["rate_for_claimed_recall"]
-    found, false = (figure_text(operating[name], "%")[0] for name in ("recall", "false_positive_rate"))
+    found, false = (
+        figure_text(operating[name], unit)[0] for name, unit in (("recall", "%"), ("false_positive_rate", "rate"))
+    )
     return [
         *lines,
         "",

@@ -110,7 +110,7 @@ def _headline(figures: dict[str, Any]) -> str:
             "%",
             f"{operating['alerts_per_day']:.1f} alerts a day; set by {escape(operating['origin'])}",
         ),
-        card("Frozen threshold: false positive rate", operating["false_positive_rate"], "%", "realised here"),
+        card("Frozen threshold: false positive rate", operating["false_positive_rate"], "rate", "realised here"),
     ]
     return f'<div class="cards">{"".join(cards)}</div>'
 
@@ -212,7 +212,7 @@ def _alerts(reports: Sequence[RiskReport], metrics: dict[str, Any]) -> str:
             escape(report.terminal),
             f"{report.probability:.3f}<small>score {report.score:.3f}</small>",
             f"{report.action}<small>{report.band}</small>",
-            reasons or "-",
+            (reasons or "-") + ("" if _adds_up(report) else "<small>(do not add up)</small>"),
         )
         rows.append(f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
     head = "".join(
@@ -234,6 +234,10 @@ def _alerts(reports: Sequence[RiskReport], metrics: dict[str, Any]) -> str:
         f'<p class="note">{note}</p><div class="sheet"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}'
         "</tbody></table></div>"
     )
+
+
+def _adds_up(report: RiskReport) -> bool:
+    return report.explanation is None or report.explanation.complete
 
 
 def _table(figures: dict[str, Any]) -> str:

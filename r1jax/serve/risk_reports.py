@@ -17,7 +17,7 @@ RISK_REPORT = Dialect(
         {"amount", "score", "probability", "contribution", "baseline", "output", "residual", "threshold"}
         | {"sensitivity", "specificity", "nPositive", "nNegative", "stepUpThreshold", "blockProbability"}
     ),
-    booleans=frozenset({"synthetic"}),
+    booleans=frozenset({"synthetic", "complete"}),
 )
 """What the XML of a risk report does not say by itself."""
 

@@ -54,8 +54,8 @@ def finite(value: float) -> float | None:
 
 
 def figure_text(figure: dict[str, Any], unit: str) -> tuple[str, str]:
-    """A figure as the reader sees it: its value, and its interval (empty where undefined)."""
-    scale, digits = {"%": (100, 1), "mm": (1, 2), "levels": (1, 2)}.get(unit, (1, 3))
+    """A figure as the reader sees it: its value, and its interval (empty where undefined); a "rate" is a finer %."""
+    scale, digits = {"%": (100, 1), "rate": (100, 2), "mm": (1, 2), "levels": (1, 2)}.get(unit, (1, 3))
     if figure["value"] is None:
         return "undefined", ""
     # adding 0 turns a rounded -0.0 into 0.0
@@ -63,5 +63,5 @@ def figure_text(figure: dict[str, Any], unit: str) -> tuple[str, str]:
         "" if figure[key] is None else f"{round(figure[key] * scale, digits) + 0.0:.{digits}f}"
         for key in ("value", "low", "high")
     )
-    suffix = "" if unit == "1" else f" {unit}"
+    suffix = {"1": "", "rate": " %"}.get(unit, f" {unit}")
     return value + suffix, f"{low} to {high}" if low else ""

@@ -92,7 +92,8 @@ def test_what_travels_is_what_the_schedule_says(fields):
     part = CASES // schedule.microbatches // config.data * 2 * WIDTH * 4  # bytes of a device's part of a microbatch
     ring = [one for one in sent if one.times > 1]
     assert {one.times for one in ring} == {schedule.ticks}  # a microbatch or its gradient in every tick
-    assert sum(one.wire_bytes for one in ring) == 2 * schedule.ticks * part
+    senders = 1.0 if config.interleave > 1 else (config.pipe - 1) / config.pipe
+    assert sum(one.wire_bytes for one in ring) == 2 * schedule.ticks * part * senders
     # Into the ring and out of it every case goes once, but those that are there; so do their gradients.
     moved = 4 * schedule.microbatches * part * (config.pipe - 1) / config.pipe / config.pipe
     assert sum(one.wire_bytes for one in sent if one.times == 1 and "ppermute" in one.name) == moved

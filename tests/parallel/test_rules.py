@@ -41,6 +41,25 @@ def test_where_a_weight_lies(path, shape, kept, used):
     assert weight_spec(path, shape, SIZES, smallest=math.prod(shape) + 1) == P()
 
 
+@pytest.mark.parametrize(
+    ("path", "shape", "kept"),
+    [
+        ("decoder/stages/self_attn/q_b_proj/weight", (4, 80, 32), P("pipe", "tensor", "fsdp")),
+        ("1/mu/decoder/stages/mlp/experts/down_proj", (4, 8, 64, 48), P("pipe", None, "fsdp", "tensor")),
+        ("decoder/stages/norm/weight", (4, 6), P("pipe")),
+        ("decoder/embed_tokens", (264, 64), P(("tensor", "pipe"), "fsdp")),
+        ("decoder/layers_0/self_attn/q_a_proj/weight", (32, 64), P("pipe", "fsdp")),
+    ],
+)
+def test_where_a_weight_lies_beside_a_pipeline(path, shape, kept):
+    sizes = {"pipe": 2, "fsdp": 4, "tensor": 2}
+    assert weight_spec(path, shape, sizes) == kept
+    stacked = "/stages/" in path
+    alone = weight_spec(path.replace("stages", "layers_1"), shape[1:], {"tensor": 2}, kept=False) if stacked else P()
+    used = P("pipe", *alone) if stacked else P("tensor") if "embed" in path else P()
+    assert weight_spec(path, shape, sizes, kept=False) == used
+
+
 def published(config: DecoderConfig):
     return {leaf.path: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16) for leaf in layout(config)}
 

@@ -31,7 +31,7 @@ def state():
 
     def decoder():
         layers = {f"layers_{i}": jax.tree.map(draw, LAYER, is_leaf=is_shape) for i in range(6)}
-        return {"decoder": {"embed_tokens": draw((64, 16)), **layers}}
+        return {"decoder": {"embed_tokens": draw((64, 16)), **layers}, "volume": layers}
 
     return {"params": decoder(), "optimizer": ({"mu": decoder()}, np.int32(3))}
 
@@ -54,6 +54,7 @@ def test_there_and_back_is_bit_for_bit(sizes):
         shard_tree(mesh, together),
     )
     kept = together["params"]["decoder"]
+    assert set(together["params"]["volume"]) == {f"layers_{i}" for i in range(6)}, "an encoder's layers stay"
     assert set(kept) == {"embed_tokens", "stages", *(f"layers_{i}" for i in range(6) if i not in stages.layers)}
     for slot, number in enumerate(stages.order):
         np.testing.assert_array_equal(

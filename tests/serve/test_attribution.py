@@ -40,3 +40,14 @@ def test_what_is_missing_adds_nothing_and_breaks_nothing():
     found = integrated_gradients(lambda v: jnp.sum(jnp.where(jnp.isnan(v), 7.0, v), axis=1), jnp.ones((1, 2)), x, 3)
     np.testing.assert_allclose(found.contributions, [[1.0, 0.0]], rtol=1e-6)
     np.testing.assert_allclose([found.baseline[0], found.output[0]], [8.0, 9.0])
+
+
+def test_shifted_points_together_are_finer_steps():
+    x, start = jnp.array([[1.0, 2.0]]), jnp.zeros((1, 2))
+
+    def output(v):
+        return jnp.sin(5 * v[:, 0]) * v[:, 1]
+
+    parts = [integrated_gradients(output, start, x, 3, (i + 0.5) / 4).contributions for i in range(4)]
+    fine = integrated_gradients(output, start, x, 12).contributions
+    np.testing.assert_allclose(sum(parts) / 4, fine, rtol=1e-5)

@@ -8,6 +8,7 @@ from r1jax.config import Config, DecoderConfig, FinanceConfig, ModelConfig, Seri
 from r1jax.data.transaction_history import FEATURES
 from r1jax.models.r1 import R1
 from r1jax.parallel.mesh import make_mesh
+from r1jax.serve import explain as module
 from r1jax.serve.explain import explain
 from r1jax.tasks.finance.batch import EVENT_FEATURES
 from r1jax.tasks.finance.reasons import by_concept
@@ -65,6 +66,17 @@ def test_what_is_not_there_adds_nothing(explained, found):
     for row, length in enumerate(lengths):
         assert not found.text[row, length:].any()
     assert np.abs(found.events[raw["series_valid"]]).max() > 1e-4 and np.abs(found.table).max() > 1e-4
+
+
+def test_what_does_not_add_up_is_computed_in_finer_steps(explained, monkeypatch):
+    monkeypatch.setattr(module, "STEPS", 1)
+    monkeypatch.setattr(module, "FINER", 1)
+    rough = explained[1](CHOSEN)
+    assert not rough.complete.all()
+    monkeypatch.setattr(module, "FINER", 40)
+    finer = explained[1](CHOSEN)
+    assert np.abs(finer.residual).sum() < 0.3 * np.abs(rough.residual).sum()
+    np.testing.assert_array_equal(finer.table[rough.complete], rough.table[rough.complete])
 
 
 def test_reasons_of_a_transaction_do_not_depend_on_its_neighbours(explained, found):

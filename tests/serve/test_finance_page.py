@@ -87,7 +87,7 @@ def test_the_page_shows_its_figures(page, material):
         (both["auprc"], "1"),
         (figures["modes"]["text"]["auroc"], "1"),
         (figures["differences"]["text"]["auprc"], "1"),
-        (figures["operating"]["false_positive_rate"], "%"),
+        (figures["operating"]["false_positive_rate"], "rate"),
     ):
         value, interval = figure_text(figure, unit)
         assert value.split()[0] in text and interval in text

@@ -22,7 +22,7 @@ POLICY, _ = frozen(AlertConfig(per_day=6.0, step_up_per_day=20.0))
 NAMES = st.text(min_size=1, max_size=20).filter(str.strip)
 FINITE = st.floats(-50, 50, allow_nan=False)
 SHARE = st.floats(0, 1)
-EXPLANATIONS = st.builds(Explanation, baseline=FINITE, output=FINITE, residual=FINITE)
+EXPLANATIONS = st.builds(Explanation, baseline=FINITE, output=FINITE, residual=FINITE, complete=st.booleans())
 REASONS = st.tuples(st.sampled_from(list(CATALOGUE)), st.floats(1e-9, 50), st.text(max_size=20))
 ALERTS = st.builds(
     Alert,
@@ -53,7 +53,7 @@ PLAIN = Alert(
     probability=0.5,
     band=2,
     reasons=(("note", 1.5, "wire it now"), ("amount", 0.5, "")),
-    explanation=Explanation(baseline=-5.0, output=1.1, residual=0.01),
+    explanation=Explanation(baseline=-5.0, output=1.1, residual=0.01, complete=True),
 )
 
 

@@ -69,6 +69,7 @@ def test_another_version_is_refused(tree, tmp_path):
     assert not is_codes(tree["decoder"]["norm"]["weight"])
 
 
+@pytest.mark.slow
 def test_a_run_begins_in_floats_and_rounds_from_its_start():
     """The first half has the loss of the model of floats, the second that of rounded products, and all weights move."""
     flags = (

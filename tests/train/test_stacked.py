@@ -8,13 +8,20 @@ import numpy as np
 import optax
 import pytest
 
-from r1jax.config import DecoderConfig, TrainConfig
+from r1jax.config import DecoderConfig, MeshConfig, TrainConfig
 from r1jax.errors import UserError
+from r1jax.models.r1 import R1
 from r1jax.ops.pipeline import Stages
+from r1jax.parallel import mesh as mesh_module
+from r1jax.parallel.mesh import make_mesh, shard_tree
+from r1jax.parallel.stages import into_stages, out_of_stages, stages_on
+from r1jax.tasks.language.task import Language
 from r1jax.train.layer_metrics import layer_metrics
 from r1jax.train.optimizer import BALANCE_BIAS, make_optimizer
-from r1jax.train.step import balance_routers
+from r1jax.train.plan import example_batch
+from r1jax.train.step import NO_LIMIT, balance_routers, compile_step, init_state
 from tests.train.experiment import optax_promotes
+from tests.train.tiny_language import get_config
 
 STAGES = Stages(devices=2, rounds=2, layers=range(1, 5))
 CONFIG = TrainConfig(steps=20, warmup_steps=0, learning_rate=2e-3, weight_decay=0.1, clip_norm=1.0)
@@ -77,3 +84,39 @@ def test_routers_move_against_their_own_load():
     loads = tuple(jnp.asarray(np.random.default_rng(i).integers(0, 9, 4), jnp.float32) for i in range(5))
     alone = balance_routers(draw(0), loads, decoder, 0.5)
     close(balance_routers(together(draw(0)), loads, decoder, 0.5, STAGES), together(alone))
+
+
+@pytest.mark.slow
+def test_a_whole_step(monkeypatch):
+    """AdamW, averages, routers, metrics; after some steps more, AdamW makes much of what is nothing but rounding."""
+    monkeypatch.setattr(mesh_module, "SMALLEST_SHARDED", 64)
+    tiny = get_config()
+    decoder = replace(tiny.model.decoder, num_hidden_layers=4, first_k_dense_replace=1)
+    train = replace(tiny.train, batch_size=8, warmup_steps=0, rules=("layers_2/=0.5:0",))
+    config = replace(tiny, model=replace(tiny.model, decoder=decoder, dropout=0.0), train=train)
+    task = Language(config)
+    model, source = R1(config.model, task.heads), task.source("train")
+    batches = [task.collate(source.read_batch(np.arange(8 * i, 8 * i + 8))) for i in range(3)]
+    example = example_batch(source, task, 8)
+    first = jax.device_get(jax.jit(lambda: init_state(config, model, task, example))())
+    found = []
+    for mesh_config, count in ((MeshConfig(data=1), 1), (MeshConfig(data=2, pipe=2), 4)):
+        here, mesh = replace(config, mesh=mesh_config), make_mesh(mesh_config, jax.devices()[:count])
+        stages = stages_on(mesh, mesh_config, decoder)
+        with optax_promotes():
+            step = compile_step(here, model, task, mesh, example)
+        state = into_stages(jax.device_put(first, shard_tree(mesh, first)), mesh, stages)
+        rows = []
+        for batch in batches:
+            state, metrics = step(state, batch, NO_LIMIT)
+            rows.append(jax.device_get(metrics))
+        found.append((rows, jax.device_get(out_of_stages(state, mesh, stages))))
+    (rows, state), (expected, alone) = found[1], found[0]
+    for row, other in zip(rows, expected, strict=True):
+        assert {name for name in row if ".waited" not in name} == set(other)
+        for name, value in other.items():
+            np.testing.assert_allclose(row[name], value, rtol=2e-4, atol=1e-6, err_msg=name)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.shape(a), np.shape(b)), state, alone)
+    biases = [s.params["decoder"]["layers_3"]["mlp"]["gate"][BALANCE_BIAS] for s in (state, alone)]
+    np.testing.assert_allclose(*biases, atol=1e-7)
+    assert np.any(biases[0])

@@ -7,7 +7,7 @@ fraud, against a typical transaction of the same period.
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from r1jax.tasks.envelope import Language
 from r1jax.tasks.finance.batch import STATE_FEATURE
@@ -34,6 +34,8 @@ CATALOGUE: dict[str, dict[Language, str]] = {
 CODES = tuple(CATALOGUE)
 MOST = 4
 """Reasons given at most."""
+TOLERANCE = 0.05
+"""Share of the difference from the baseline that contributions may miss."""
 
 _PRESENT = {"amount": "amount", "ratio": "amount-unusual", "hour": "time", "weekday": "time", "risk": "terminal-fraud"}
 """Of the numbers of the transaction itself; the rest tells how long ago the last one was."""
@@ -94,6 +96,11 @@ class Contributions(NamedTuple):
         """What all contributions together miss of the difference between both ends."""
         parts = (self.table, self.events, self.text)
         return self.output - self.baseline - sum(x.reshape(len(x), -1).sum(axis=1) for x in parts)
+
+    @property
+    def complete(self) -> Bool[np.ndarray, "N"]:
+        """Whether the contributions add up, but for `TOLERANCE` of the difference."""
+        return np.abs(self.residual) <= TOLERANCE * np.abs(self.output - self.baseline)
 
 
 def by_concept(

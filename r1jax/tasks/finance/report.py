@@ -47,6 +47,8 @@ class Explanation(Frozen):
     """Log-odds of this one."""
     residual: float
     """Difference between both that the contributions of all inputs together miss."""
+    complete: bool
+    """Whether that is little enough (`TOLERANCE`); where it is not, the reasons are not to be relied on."""
 
 
 class RiskReport(Envelope):
