@@ -21,6 +21,7 @@ from r1jax.errors import UserError
 from r1jax.models.r1 import R1
 from r1jax.parallel.agree import from_first
 from r1jax.parallel.mesh import shares
+from r1jax.parallel.stages import schedule_on
 from r1jax.tasks.task import Task
 from r1jax.train.plan import device_limit, device_need, example_batch
 from r1jax.train.step import compile_step
@@ -48,13 +49,13 @@ def settle_batch(config: Config, mesh: Mesh, task: Task, source: Source, say: Ca
     Raises:
       UserError: Not even one case a device fits, or the devices do not say what they have.
     """
-    train, record = config.train, from_first(lambda: _read(config))
+    train, record, unit = config.train, from_first(lambda: _read(config)), unit_of(config, mesh)
     if record and record["device"] == _device(mesh):
         size = record["batch_size"] if train.batch_size == AUTO else train.batch_size
         parts = record["accumulation"]
         if train.accumulation != AUTO and size == record["batch_size"]:
             parts = max(parts, train.accumulation)
-        if size == record["batch_size"] and size % parts == 0:
+        if size == record["batch_size"] and size % (parts * unit) == 0:
             say(f"batch: {size} cases in {parts} part{'s' if parts > 1 else ''}, as {config.workdir}/{RECORD} has it")
             return _with(config, size, parts)
     if AUTO not in (train.batch_size, train.accumulation):
@@ -68,10 +69,11 @@ def settle_batch(config: Config, mesh: Mesh, task: Task, source: Source, say: Ca
     if train.batch_size == AUTO and record:  # the run has its batch; on other devices only the parts may differ
         config = _with(config, record["batch_size"], AUTO)
     if config.train.batch_size == AUTO:
-        part = largest_part(lambda cases: need(cases, train.accumulation), budget, shares(mesh), len(source))
+        part = largest_part(lambda cases: need(cases, train.accumulation), budget, unit, len(source))
         config = _with(config, part * train.accumulation, train.accumulation)
     else:
-        parts = fewest_parts(need, budget, shares(mesh), config.train.batch_size)
+        schedule_on(mesh, _with(config, config.train.batch_size, 1))  # what it cannot divide, fewer cases cannot be
+        parts = fewest_parts(need, budget, unit, config.train.batch_size)
         config = _with(config, config.train.batch_size, parts)
     size, parts = config.train.batch_size, config.train.accumulation
     took = need(size // parts, parts)
@@ -82,15 +84,40 @@ def settle_batch(config: Config, mesh: Mesh, task: Task, source: Source, say: Ca
     return config
 
 
-def largest_part(need: Callable[[int], float], budget: float, devices: int, cases: int) -> int:
-    """Looks for the largest part of a batch that fits: a power of two times the number of devices.
+def unit_of(config: Config, mesh: Mesh) -> int:
+    """Cases of which every part of a batch is a multiple.
+
+    Args:
+      config: What the mesh's fields say of a pipeline.
+      mesh: Devices.
+
+    Returns:
+      One for each device that shares them; where layers are divided, as many as the fewest microbatches take.
+
+    Raises:
+      UserError: No number of cases can be divided so.
+    """
+    devices = shares(mesh)
+    most = mesh.size * max(2 * mesh.shape.get("pipe", 1), config.mesh.microbatches or 1)
+    for cases in range(devices, most, devices):
+        try:
+            schedule_on(mesh, _with(config, cases, 1))
+        except UserError:
+            continue
+        return cases
+    schedule_on(mesh, _with(config, most, 1))
+    return most
+
+
+def largest_part(need: Callable[[int], float], budget: float, unit: int, cases: int) -> int:
+    """Looks for the largest part of a batch that fits: a power of two times what can be divided.
 
     What a step takes grows about evenly with its cases, so two of them foretell the rest, and the answer is compiled.
 
     Args:
       need: Bytes of a device for so many cases of a part.
       budget: Bytes that may be taken.
-      devices: Devices of the mesh.
+      unit: Cases of which a part is a multiple.
       cases: Training cases; no part is larger.
 
     Returns:
@@ -99,29 +126,29 @@ def largest_part(need: Callable[[int], float], budget: float, devices: int, case
     Raises:
       UserError: Not even one a device fits.
     """
-    small, large = (probe * devices for probe in PROBES)
+    small, large = (probe * unit for probe in PROBES)
     at_small, at_large = need(small), need(large)
     slope = max((at_large - at_small) / (large - small), 1.0)
-    foretold = max(small + (budget - at_small) / slope, devices)
-    size = devices
-    while 2 * size <= min(foretold, max(cases, devices)):
+    foretold = max(small + (budget - at_small) / slope, unit)
+    size = unit
+    while 2 * size <= min(foretold, max(cases, unit)):
         size *= 2
     while 2 * size <= cases and need(2 * size) <= budget:
         size *= 2
     while need(size) > budget:
-        if size == devices:
+        if size == unit:
             raise _too_small(need(size), budget)
         size //= 2
     return size
 
 
-def fewest_parts(need: Callable[[int, int], float], budget: float, devices: int, batch_size: int) -> int:
+def fewest_parts(need: Callable[[int, int], float], budget: float, unit: int, batch_size: int) -> int:
     """Looks for the fewest parts in which a batch fits.
 
     Args:
       need: Bytes of a device for (cases of a part, parts).
       budget: Bytes that may be taken.
-      devices: Devices of the mesh; a part is a multiple of them.
+      unit: Cases of which a part is a multiple: the devices that share it, or more.
       batch_size: Cases of a step.
 
     Returns:
@@ -130,28 +157,28 @@ def fewest_parts(need: Callable[[int, int], float], budget: float, devices: int,
     Raises:
       UserError: Not even one case a device fits, or the batch cannot be spread over the devices.
     """
-    choices = list(divisions(batch_size, devices))
+    choices = list(divisions(batch_size, unit))
     if not choices:
-        raise UserError(f"train.batch_size is {batch_size}, which is no multiple of the {devices} devices of the mesh")
+        raise UserError(f"train.batch_size is {batch_size}, which is no multiple of the {unit} devices of the mesh")
     for parts in choices:
         if need(batch_size // parts, parts) <= budget:
             return parts
     raise _too_small(need(batch_size // choices[-1], choices[-1]), budget)
 
 
-def divisions(batch_size: int, devices: int) -> Iterator[int]:
-    """Numbers of parts whose cases can be spread over the devices, fewest first."""
-    return (n for n in range(1, batch_size + 1) if batch_size % n == 0 and batch_size // n % devices == 0)
+def divisions(batch_size: int, unit: int) -> Iterator[int]:
+    """Numbers of parts that have a multiple of so many cases each, fewest first."""
+    return (n for n in range(1, batch_size + 1) if batch_size % n == 0 and batch_size // n % unit == 0)
 
 
 def in_more_parts(config: Config, mesh: Mesh) -> Config:
     """The config with at least twice as many parts, for a step that ran out of memory; it is kept in the run folder.
 
     Raises:
-      UserError: Every part has one case a device already.
+      UserError: Every part has as few cases as the devices can divide.
     """
     size, parts = config.train.batch_size, config.train.accumulation
-    more = next((n for n in divisions(size, shares(mesh)) if n >= 2 * parts), None)
+    more = next((n for n in divisions(size, unit_of(config, mesh)) if n >= 2 * parts), None)
     if more is None:
         raise UserError(
             f"a step of {size} cases in {parts} parts takes more memory than {_device(mesh)} has: choose model.remat, "
