@@ -58,7 +58,7 @@ def run_experiment(invocation: Invocation) -> int:
         if AUTO in (asked.batch_size, asked.accumulation) and is_first():
             keep(config, mesh)
         train(config, run, model, task, mesh, source, validation, batch)
-        if run.stop and run.checkpoints.all()[-1].step < config.train.steps:
+        if run.stop and not any(kept.step == config.train.steps for kept in run.checkpoints.all()):
             return 128 + run.stop[0]
         if is_first():
             print(closing_table(run, task, validation))

@@ -153,6 +153,10 @@ class Checkpoint:
           UserError: The checkpoint is damaged, or its arrays are not those of the model.
         """
         from_first(lambda: self.verify(seen=seen))
+        return self.load(abstract)
+
+    def load(self, abstract: Any) -> Any:
+        """Reads the state of a checkpoint that has been verified; as `restore`."""
         try:
             with ocp.StandardCheckpointer() as checkpointer:
                 return checkpointer.restore((self.path / "state").absolute(), abstract)

@@ -182,8 +182,9 @@ def restore_or_init(
         step, said = from_first(lambda: _choose(config, run, source, task.pipeline))
         if step is not None:
             newest = run.checkpoints.at(step)
-            state = newest.restore(abstract_like(abstract, where), run.watch.beat)
+            from_first(lambda: newest.verify(seen=run.watch.beat))
     if step is not None:
+        state = newest.load(abstract_like(abstract, where))
         if step < config.train.steps:  # else there is nothing to be done, and the folder stays as it is
             _begin(config, run, source, task.pipeline, step, str(newest.path))
         return into_stages(state, mesh, stages), said

@@ -2,13 +2,17 @@ import json
 import os
 import shutil
 import signal
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
+import train
 from r1jax.config import Config
 from r1jax.data.source import Source
 from r1jax.errors import UserError
@@ -62,6 +66,23 @@ def test_each_file_that_is_summed_up_at_a_start_is_progress(tiny, workdir, monke
     restore(tiny, workdir)
     assert order.count("file") == files + newest > 20
     assert all(after == "beat" for before, after in pairwise(order) if before == "file")
+
+
+def test_another_process_is_waited_for_while_it_sums_up_and_not_while_all_read(tiny, workdir, monkeypatch):
+    """What all do together is watched in each of them: storage that hangs would else hang the run for good."""
+    seen, summed, read = [], Checkpoint.verify, ocp.StandardCheckpointer.restore
+
+    @contextmanager
+    def waits(watch, whether):
+        seen.append("waits")
+        yield
+        seen.append("is watched")
+
+    monkeypatch.setattr(Watch, "left_to_another", waits)
+    monkeypatch.setattr(Checkpoint, "verify", lambda *a, **b: seen.append("sums") or summed(*a, **b))
+    monkeypatch.setattr(ocp.StandardCheckpointer, "restore", lambda *a, **b: seen.append("reads") or read(*a, **b))
+    restore(tiny, workdir)
+    assert seen == ["waits", *["sums"] * (len(seen) - 3), "is watched", "reads"] and len(seen) > 4
 
 
 def test_finished_state_is_read_back(tiny, undisturbed, tmp_path):
@@ -155,6 +176,13 @@ def test_first_signal_asks_and_second_leaves(tmp_path, number):
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), number)
     assert signal.getsignal(number) is before
+
+
+def test_a_run_that_a_signal_ended_before_its_first_checkpoint_has_the_exit_code_of_the_signal(tmp_path, monkeypatch):
+    """As it is amid refused steps, which are not saved."""
+    monkeypatch.setattr(train, "train", lambda config, run, *_: run.stop.append(signal.SIGTERM))
+    file = Path(__file__).with_name("tiny.py")
+    assert train.main(["--config", str(file), "--workdir", str(tmp_path / "run")]) == 128 + signal.SIGTERM
 
 
 def test_description_of_a_run(tiny):
