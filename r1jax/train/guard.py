@@ -12,7 +12,7 @@ import json
 import math
 import os
 import statistics
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +20,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from r1jax.config import TrainConfig
 from r1jax.disk import flush
 from r1jax.errors import UserError
 
@@ -65,27 +66,25 @@ class Jump(NamedTuple):
 class Guard:
     """Sets the limit of the next steps, and counts those that were refused; it never makes the device wait."""
 
-    def __init__(self, workdir: Path, factor: float, step: int) -> None:
+    def __init__(self, workdir: Path, factor: float, step: int, floats: int = 0) -> None:
         """Reads what the run has logged.
 
         Args:
           workdir: Run folder.
           factor: `train.spike_factor`.
           step: Steps done.
+          floats: Steps whose losses say nothing of those after them (`float_steps`).
         """
-        logged = logged_losses(workdir, step)
-        self.factor, self.losses = factor, list(logged.values())[-HISTORY:]
-        before = [loss for at, loss in logged.items() if at <= step + 1 - AHEAD]
-        self._limits = deque([(0, loss_limit(before, factor)), (step + AHEAD, loss_limit(self.losses, factor))])
+        self.factor, self.floats = factor, floats
+        self._losses = dict(list(logged_losses(workdir, step).items())[-HISTORY - AHEAD :])
         self.streak = 0
         """Refused steps in a row, up to the last `settle`."""
         self._pending: list[jax.Array] = []
 
     def limit(self, step: int) -> np.float32:
         """The limit of a step's loss; steps are asked for in their order."""
-        while len(self._limits) > 1 and self._limits[1][0] <= step:
-            self._limits.popleft()
-        return np.float32(self._limits[0][1])
+        first = self.floats + 1 if step > self.floats else 1
+        return np.float32(loss_limit([x for at, x in self._losses.items() if first <= at <= step - AHEAD], self.factor))
 
     def note(self, refused: jax.Array) -> None:
         """Takes the flag of a step, without waiting for it."""
@@ -113,8 +112,16 @@ class Guard:
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         """Takes the figures of a row of metrics.jsonl, and sets the limit of the steps from `step + AHEAD` on."""
         if not figures["refused"] and math.isfinite(figures["loss"]):  # as `logged_losses` finds them after a restart
-            self.losses = [*self.losses, figures["loss"]][-HISTORY:]
-            self._limits.append((step + AHEAD, loss_limit(self.losses, self.factor)))
+            self._losses[step] = figures["loss"]
+            if len(self._losses) > HISTORY + AHEAD:
+                del self._losses[next(iter(self._losses))]
+
+
+def float_steps(config: TrainConfig) -> int:
+    """Steps at the start of a run whose products are of floats, before `train.quant_start`, as the step counts them."""
+    start, steps = np.float32(config.quant_start), np.float32(config.steps)
+    near = max(int(config.quant_start * config.steps) - 2, 0)
+    return next(done for done in range(near, config.steps + 1) if np.float32(done) / steps >= start)
 
 
 def looks(figures: Mapping[str, float], limit: np.float32) -> str:

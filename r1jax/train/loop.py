@@ -30,7 +30,7 @@ from r1jax.tasks.task import Task
 from r1jax.telemetry import Load, Telemetry
 from r1jax.train.evaluation import Evaluator
 from r1jax.train.flops import work_of
-from r1jax.train.guard import PATIENCE, Guard, RollBack, batch_after, in_force, looks, read_jumps
+from r1jax.train.guard import PATIENCE, Guard, RollBack, batch_after, float_steps, in_force, looks, read_jumps
 from r1jax.train.memory import out_of_memory
 from r1jax.train.peak import peak_flops
 from r1jax.train.plan import example_batch
@@ -99,7 +99,7 @@ class Loop:
         self.step, self.state, self.source, self.validation = step, state, source, validation
         self.start, self.jumps = int(state.step), read_jumps(run.workdir)
         self.profiler = Profiler(config.profile, run.workdir, self.start)
-        self.guard = Guard(run.workdir, config.train.spike_factor, self.start)
+        self.guard = Guard(run.workdir, config.train.spike_factor, self.start, float_steps(config.train))
         self.vote = Vote(mesh)
         self.stages = stages_on(mesh, config.mesh, config.model.decoder)
         self.in_one = jax.jit(in_one, out_shardings=NamedSharding(mesh, PartitionSpec()))
@@ -179,11 +179,8 @@ class Loop:
         try:
             self.state, metrics = self.step(self.state, placed(self.mesh, batch, self.config), limit)
         except jax.errors.JaxRuntimeError as error:
-            # What was reached shall not be done again; after another error, nobody knows what the state is worth.
-            lost = done - 1 == self.start or any(x.is_deleted() for x in jax.tree.leaves(self.state))
-            if out_of_memory(error) and not lost and jax.process_count() == 1:  # several would have to save together
-                self.read()
-                self.save(done - 1, None)
+            if out_of_memory(error):  # after another error, nobody knows what the state is worth
+                self.rescue(done - 1)
             raise
         self.guard.note(metrics["refused"])
         self.read()
@@ -199,6 +196,29 @@ class Loop:
                 self.telemetry.say(self.profiler.stop())
         self.telemetry.advance(done, self.note)
         self.run.watch.enter("step", done)
+
+    def rescue(self, done: int) -> None:
+        """Saves what was reached before a step ran out of memory, so that it is not done again, where that can be."""
+        lost = done == self.start or any(x.is_deleted() for x in jax.tree.leaves(self.state))
+        if lost or jax.process_count() > 1 or self.amid_refused():  # several would have to save together
+            return
+        try:
+            self.save(done, None)
+        except jax.errors.JaxRuntimeError as error:  # no room for the copy of a pipeline's layers either
+            if not out_of_memory(error):
+                raise
+        self.run.watch.enter("step")
+
+    def amid_refused(self) -> bool:
+        """Waits for every step that was begun, and tells whether the last of them was refused.
+
+        Raises:
+          RollBack: As `read`.
+          UserError: As `read`.
+        """
+        self.read()
+        self.guard.settle(jax.device_get(self.guard.take()))
+        return self.guard.streak > 0
 
     def logs(self, done: int) -> bool:
         """Whether a row of figures is due after this step."""
@@ -274,6 +294,7 @@ class Loop:
         meta = {"step": done, "validation": validated, "order": where, **self.made}
         # It holds the run alone: with the loop it would keep the state's memory.
         published = lambda: run.clock.mark(done, useful, [c.step for c in run.checkpoints.all()])  # noqa: E731
+        run.watch.enter("copying the state")
         state = out_of_stages(self.state, self.mesh, self.stages)
         run.saver.save(done, state, self.config, meta, self.tokenizer, say=self.telemetry.say, then=published)
 
@@ -285,13 +306,17 @@ class Loop:
         return bool(told)
 
     def leave(self, done: int) -> None:
-        """Saves after a signal, and says so."""
-        self.read()
+        """Saves after a signal, unless amid refused steps, and says so."""
+        name = signal.Signals(self.run.stop[0]).name
+        refused = self.amid_refused()
         check_finite(done, float(NORM(self.state.params)), self.run)
+        if refused and done < self.config.train.steps:
+            told = "is being refused, so nothing is saved; the same command goes on from the last checkpoint"
+            self.telemetry.say(f"{name}: step {done} {told}")
+            return
         with self.telemetry.aside(done):
             self.save(done, None)
             self.run.saver.wait()
-        name = signal.Signals(self.run.stop[0]).name
         self.telemetry.say(f"{name}: saved at step {done}; the same command goes on from there")
 
     def cached(self) -> CacheCounters:

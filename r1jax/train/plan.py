@@ -17,7 +17,7 @@ from r1jax.models.r1 import R1
 from r1jax.parallel.collectives import collectives
 from r1jax.parallel.mesh import abstract_mesh, check_model, shares
 from r1jax.parallel.show import bytes_a_device, show, stage_lines
-from r1jax.parallel.stages import schedule_on, stages_on
+from r1jax.parallel.stages import apart, schedule_on, stages_on
 from r1jax.tasks.task import Task
 from r1jax.train.flops import work_of
 from r1jax.train.roofline import MEMORY, roofline_rows
@@ -137,7 +137,7 @@ def _pipeline(
 
 
 def device_need(config: Config, model: R1, task: Task, mesh: Mesh, batch: Batch, compiled: Any) -> tuple[int, int]:
-    """Bytes of a device that a step takes.
+    """Bytes of a device that a step takes, or a save where that takes more: it copies the layers of a pipeline.
 
     Args:
       config: The experiment.
@@ -150,8 +150,10 @@ def device_need(config: Config, model: R1, task: Task, mesh: Mesh, batch: Batch,
     Returns:
       Of the state, and of the batch and what the program needs besides.
     """
-    state = abstract_state(config, model, task, mesh, batch)
+    state, stages = abstract_state(config, model, task, mesh, batch), stages_on(mesh, config.mesh, config.model.decoder)
     working = compiled.memory_analysis().temp_size_in_bytes + sum(x.nbytes for x in batch.values()) // shares(mesh)
+    if stages is not None:
+        working = max(working, sum(bytes_a_device(mesh, jax.eval_shape(lambda tree: apart(tree, mesh, stages), state))))
     return sum(bytes_a_device(mesh, state)), working
 
 

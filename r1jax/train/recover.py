@@ -15,7 +15,7 @@ from r1jax.train.guard import RETRIES, RollBack, jump, read_jumps, way_back
 from r1jax.train.loop import Loop
 from r1jax.train.memory import in_more_parts, out_of_memory
 from r1jax.train.run import Run, restore_or_init
-from r1jax.train.step import Batch, compile_step
+from r1jax.train.step import Batch, check_quant, compile_step
 
 
 def train(
@@ -41,6 +41,8 @@ def train(
         raise UserError("debug.eager is True, but it looks at numbers of one process: add --launch.processes 1")
     if config.debug.eager and mesh.shape.get("pipe", 1) > 1:
         raise UserError(f"debug.eager is True, but mesh.pipe is {mesh.shape['pipe']}: it must be 1 then")
+    if config.debug.eager:
+        check_quant(model, task, batch, mesh.local_devices[0])  # else `compile_step` does
     step, evaluator = None, Evaluator(model, task, mesh, run.watch.beat)
     while True:
         run.saver.wait()  # what it writes is what to go on from, and then it removes older ones
@@ -58,6 +60,8 @@ def train(
         except jax.errors.JaxRuntimeError as error:
             if not out_of_memory(error):
                 raise
+            if run.watch.phase != "step":  # more parts would change nothing
+                raise UserError(_no_room(run.watch.phase, run.watch.step, config)) from error
             config, step = in_more_parts(config, mesh), None
             if jax.process_count() > 1:  # the others wait in the step, and cannot be told
                 raise UserError(
@@ -67,6 +71,17 @@ def train(
             run.history.note("out of memory", step=run.watch.step, accumulation=config.train.accumulation)
         del state  # or two of them would lie in memory
         say(note)
+
+
+def _no_room(phase: str, step: int, config: Config) -> str:
+    """Says what helps where the step has enough memory, but something else has not."""
+    smaller = f"a train.batch_size below {config.train.batch_size}"
+    if phase != "evaluation":
+        smaller = "mesh.pipe 1, which needs no copy on the devices"
+    return (
+        f"out of memory after step {step}, in: {phase}, of which more parts of the batch take as much: choose "
+        f"{smaller}, a smaller model or more devices (--mesh.fsdp); what was saved is untouched"
+    )
 
 
 def roll_back(run: Run, step: int, reason: str) -> str:

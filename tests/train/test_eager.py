@@ -1,12 +1,16 @@
 """Op by op: the numbers of the compiled step; NaN, infinity, indices and shapes are located."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from r1jax.errors import UserError
+from r1jax.train import recover
 from r1jax.train.eager import eager_step, run
+from r1jax.train.run import open_run
 from r1jax.train.step import NO_LIMIT
 from tests.train.experiment import optax_promotes
 
@@ -50,6 +54,16 @@ def test_names_a_batch_of_another_shape(tiny, step):
         step(tiny.init(), batch | {"text": batch["text"][:, :-1]})
     with pytest.raises(UserError, match="the batch's 'more' is .*, but must be absent"):
         step(tiny.init(), batch | {"more": batch["text"]})
+
+
+def test_refuses_a_rule_of_rounding_that_no_weight_follows(tiny, tmp_path):
+    """As where the step is compiled."""
+    quant = replace(tiny.config.model, quant=("o_prj=int8",))
+    debug = replace(tiny.config.debug, eager=True)
+    config = replace(tiny.config, workdir=str(tmp_path), model=quant, debug=debug)
+    model = tiny.model.clone(config=quant)
+    with tiny.traced_once(), open_run(config) as run, pytest.raises(UserError, match=r"'o_prj'.*did you mean"):
+        recover.train(config, run, model, tiny.task, tiny.mesh, tiny.source, tiny.validation, tiny.batch)
 
 
 def walk(function, *arguments):

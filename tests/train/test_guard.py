@@ -6,14 +6,28 @@ import statistics
 import tempfile
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from r1jax.config import TrainConfig
 from r1jax.errors import UserError
 from r1jax.train import guard
-from r1jax.train.guard import Guard, Jump, batch_after, in_force, jump, logged_losses, loss_limit, read_jumps, way_back
+from r1jax.train.guard import (
+    Guard,
+    Jump,
+    batch_after,
+    float_steps,
+    in_force,
+    jump,
+    logged_losses,
+    loss_limit,
+    read_jumps,
+    way_back,
+)
 
 LOSSES = st.lists(st.floats(0.01, 100), min_size=guard.ENOUGH, max_size=60)
 
@@ -83,14 +97,22 @@ def test_whoever_goes_back_reads_on_from_the_last_batch(places):
             assert batch_after(step, read_jumps(Path(folder))) == unread
 
 
+@pytest.mark.parametrize("start", [0.0, 0.1, 0.3, 1 / 3, 0.7, 1.0])
+@pytest.mark.parametrize("steps", [1, 10, 30, 1000])
+def test_steps_in_floats_are_counted_as_the_compiled_step_does(steps, start):
+    in_floats = jax.jit(lambda done: done.astype(jnp.float32) / steps < start)(jnp.arange(steps + 1))
+    assert float_steps(TrainConfig(steps=steps, quant_start=start)) == int(in_floats.sum())
+
+
+@pytest.mark.parametrize("floats", [0, 30])
 @pytest.mark.parametrize("every", [1, 2, 5])
-def test_a_restart_finds_the_limits_that_the_run_had(tmp_path, every):
+def test_a_restart_finds_the_limits_that_the_run_had(tmp_path, every, floats):
     """Whether a row is read at once or after the next step has begun, and also where logged steps were refused, or a
     loss was no number and so is not in its row."""
-    guarded, unread, limits, entered, lines = Guard(tmp_path, 10.0, 0), None, {}, {}, []
+    guarded, unread, limits, entered, lines = Guard(tmp_path, 10.0, 0, floats), None, {}, {}, []
     for step in range(1, 60 * every):
         limits[step] = guarded.limit(step)
-        known = [loss for at, loss in entered.items() if at <= step - 2]
+        known = [loss for at, loss in entered.items() if at <= step - 2 and (at > floats or step <= floats)]
         assert limits[step] == np.float32(loss_limit(known, 10.0))
         if unread is not None:
             guarded.log(*unread)
@@ -106,6 +128,6 @@ def test_a_restart_finds_the_limits_that_the_run_had(tmp_path, every):
                 unread = None
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
     for start in range(len(limits) - 2):
-        again = Guard(tmp_path, 10.0, start)
+        again = Guard(tmp_path, 10.0, start, floats)
         assert [again.limit(start + 1), again.limit(start + 2)] == [limits[start + 1], limits[start + 2]]
     assert math.isfinite(limits[len(limits)])

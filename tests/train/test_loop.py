@@ -155,6 +155,57 @@ def test_divergence_is_not_saved_on_a_signal(tiny, tmp_path):
     assert steps(tmp_path) == [3]
 
 
+def refused_from(tiny, at):
+    """The compiled step; from one step on it refuses, with or without a limit."""
+
+    def step(state, batch, limit):
+        return tiny.step(state, batch, np.float32(-np.inf) if int(state.step) + 1 >= at else limit)
+
+    return step
+
+
+@pytest.mark.parametrize("at", [1, 5])
+def test_a_signal_amid_refused_steps_saves_nothing(tiny, tmp_path, capsys, at):
+    """Nor does it where nothing is logged or saved, so that nobody has read yet that they were refused."""
+    quiet = replace(tiny, config=replace(tiny.config, train=replace(tiny.config.train, log_every=24)))
+    _, _, stop = quiet.train(tmp_path, step=Interrupted(refused_from(tiny, at), at + 3, signal.SIGTERM))
+    assert stop == [signal.SIGTERM] and steps(tmp_path) == ([3] if at == 5 else [])
+    told = f"SIGTERM: step {at + 3} is being refused, so nothing is saved"
+    assert told in capsys.readouterr().err
+    state, _, _ = quiet.train(tmp_path)
+    assert int(state.step) == 24
+
+
+def test_running_out_of_memory_amid_refused_steps_saves_nothing(tiny, tmp_path):
+    refusing = refused_from(tiny, 5)
+
+    def step(state, batch, limit):
+        if int(state.step) == 5:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+        return refusing(state, batch, limit)
+
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        tiny.train(tmp_path, step=step)
+    assert steps(tmp_path) == [3]
+
+
+def test_losses_of_floats_refuse_no_rounded_step(tiny, tmp_path):
+    """Rounding to 4 bits may raise the loss at once and for good; its own losses set limits as soon as there are enough."""
+    train, found = replace(tiny.config.train, quant_start=0.5), []
+
+    def step(state, batch, limit):
+        done = int(state.step) + 1
+        state, metrics = tiny.step(state, batch, np.float32(np.inf))
+        loss = metrics["loss"] * (1 if done <= 12 else 40)
+        found.append((done, bool(np.isfinite(limit)), bool(loss > limit)))
+        return state, metrics | {"loss": loss, "refused": (loss > limit).astype(jnp.float32)}
+
+    config = replace(tiny.config, model=replace(tiny.config.model, quant=("decoder=int4",)), train=train)
+    replace(tiny, config=config).train(tmp_path, step=step)
+    assert [done for done, _, refused in found if refused] == []
+    assert [done for done, limited, _ in found if limited] == [10, 11, 12, 22, 23, 24]
+
+
 def test_large_numbers_are_no_divergence(tmp_path):
     with open_run(Config(workdir=str(tmp_path))) as run:
         check_finite(1, float(NORM({"weight": jnp.full((4,), 1e6)})), run)

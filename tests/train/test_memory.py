@@ -14,10 +14,11 @@ import train
 from r1jax.config import MeshConfig
 from r1jax.errors import UserError
 from r1jax.parallel.mesh import make_mesh
+from r1jax.parallel.stages import schedule_on
 from r1jax.tasks.medical.task import Medical
-from r1jax.train import memory, recover
+from r1jax.train import loop, memory, recover
 from r1jax.train.checkpoints import CheckpointFolder
-from r1jax.train.memory import divisions, fewest_parts, in_more_parts, largest_part, settle_batch
+from r1jax.train.memory import divisions, fewest_parts, in_more_parts, largest_part, settle_batch, unit_of
 from r1jax.train.run import open_run
 
 TINY = Path(__file__).with_name("tiny.py")
@@ -148,6 +149,93 @@ def test_parts_run_out(tiny, tmp_path):
     assert config.train.accumulation == 8
     with pytest.raises(UserError, match="8 cases in 8 parts takes more memory"):
         in_more_parts(config, tiny.mesh)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "unit"),
+    [
+        ({"data": 8}, 8),
+        ({"data": 1, "pipe": 2}, 2),
+        ({"data": 1, "pipe": 2, "microbatches": 8}, 8),
+        ({"data": 2, "pipe": 2, "fsdp": 2, "microbatches": 6}, 24),
+    ],
+    ids=str,
+)
+def test_a_batch_is_divided_only_so_that_a_pipeline_can_go_on(tiny, tmp_path, compiled, monkeypatch, sizes, unit):
+    """Whoever ran out of memory would else leave a folder that no start accepts."""
+    monkeypatch.setattr(memory, "device_limit", lambda mesh: 2.0 * unit * 2**20)
+    decoder = replace(tiny.config.model.decoder, num_hidden_layers=4)
+    tiny = replace(tiny, config=replace(tiny.config, model=replace(tiny.config.model, decoder=decoder)))
+    mesh_config = MeshConfig(**sizes)
+    mesh = make_mesh(mesh_config, jax.devices()[: 2 if mesh_config.pipe == 2 and mesh_config.data == 1 else 8])
+    asked = replace(with_train(tiny, tmp_path, batch_size=4 * unit, accumulation=1), mesh=mesh_config)
+    assert unit_of(asked, mesh) == unit
+    parts = []
+    while not parts or parts[-1] < 4:
+        divided = in_more_parts(replace(asked, train=replace(asked.train, accumulation=(parts or [1])[-1])), mesh)
+        schedule_on(mesh, divided)
+        parts.append(divided.train.accumulation)
+    assert parts == [2, 4]
+    with pytest.raises(UserError, match=f"{4 * unit} cases in 4 parts takes more memory"):
+        in_more_parts(divided, mesh)
+    for changes in ({"accumulation": "auto"}, {"batch_size": "auto"}):
+        (tmp_path / "batch.json").unlink()
+        found = settle_batch(
+            replace(asked, train=replace(asked.train, **changes)), mesh, tiny.task, tiny.source, lambda line: None
+        )
+        assert found.train.batch_size // found.train.accumulation == unit, "a megabyte a case is more than 80% of it"
+        memory.keep(found, mesh)
+    # What an earlier start wrote down for fewer microbatches does not divide the batch any more.
+    memory.keep(replace(asked, train=replace(asked.train, accumulation=4 * unit)), mesh)
+    again = settle_batch(asked, mesh, tiny.task, tiny.source, lambda line: None)
+    assert again.train.accumulation == 1
+
+
+@pytest.mark.parametrize(("where", "phase"), [("validate", "evaluation"), ("out_of_stages", "copying the state")])
+def test_out_of_memory_outside_of_the_step_divides_nothing(tiny, tmp_path, monkeypatch, where, phase):
+    def full(*_):
+        raise OOM
+
+    monkeypatch.setattr(loop, where, full)
+    monkeypatch.setattr(recover, "compile_step", lambda *_: tiny.step)
+    train = replace(tiny.config.train, eval_every=2)
+    config = replace(tiny.config, workdir=str(tmp_path), train=train)
+    if where == "out_of_stages":
+        config = replace(config, train=replace(train, eval_every=24))
+    step = 2 if where == "validate" else 3
+    told = f"out of memory after step {step}, in: {phase}, of which more parts"
+    with tiny.traced_once(), open_run(config) as run, pytest.raises(UserError, match=told):
+        recover.train(config, run, tiny.model, tiny.task, tiny.mesh, tiny.source, tiny.validation, tiny.batch)
+    assert not (tmp_path / "batch.json").exists()
+
+
+def test_a_step_is_divided_also_where_the_state_cannot_be_copied(tiny, tmp_path, monkeypatch):
+    """It goes on from the last checkpoint then."""
+    taken, kept, copy = [], [], loop.out_of_stages
+
+    def compile_step(config, *_):
+        parts = config.train.accumulation
+
+        def step(state, batch, limit):
+            if parts == 1 and int(state.step) == 4:
+                kept.append(True)
+                raise OOM
+            taken.append((int(state.step) + 1, parts))
+            return tiny.step(state, batch, limit)
+
+        return step
+
+    def copied(*arguments):
+        if kept and kept.pop():
+            raise OOM
+        return copy(*arguments)
+
+    monkeypatch.setattr(recover, "compile_step", compile_step)
+    monkeypatch.setattr(loop, "out_of_stages", copied)
+    config = replace(tiny.config, workdir=str(tmp_path), train=replace(tiny.config.train, eval_every=24))
+    with tiny.traced_once(), open_run(config) as run:
+        recover.train(config, run, tiny.model, tiny.task, tiny.mesh, tiny.source, tiny.validation, tiny.batch)
+    assert taken == [*((i, 1) for i in range(1, 5)), *((i, 2) for i in range(4, 25))]
 
 
 @pytest.mark.parametrize("at", [1, 5, 20])

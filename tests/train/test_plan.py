@@ -1,11 +1,16 @@
 import re
+from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
+from r1jax.config import MeshConfig
+from r1jax.models.r1 import R1
+from r1jax.parallel.mesh import make_mesh
 from r1jax.train import plan as plan_module
-from r1jax.train.plan import example_batch, plan
+from r1jax.train.plan import device_need, example_batch, plan
 from tests.train.experiment import optax_promotes
 
 
@@ -46,6 +51,23 @@ def test_example_batch_has_the_shapes_of_a_batch(tiny):
     for name, x in tiny.batches(1)[0].items():
         assert (example[name].shape, example[name].dtype) == (x.shape, x.dtype), name
         np.testing.assert_array_equal(example[name][3], x[0])
+
+
+@pytest.mark.parametrize(("sizes", "copies"), [({"fsdp": 2}, 1), ({"pipe": 2}, 2)], ids=str)
+def test_a_pipeline_needs_room_for_a_copy_of_its_layers(tiny, sizes, copies):
+    """Which a save makes on the devices, when what the step takes for itself is free again."""
+    decoder = replace(tiny.config.model.decoder, num_hidden_layers=4)
+    config = replace(tiny.config, model=replace(tiny.config.model, decoder=decoder), mesh=MeshConfig(data=1, **sizes))
+    mesh, model = make_mesh(config.mesh, jax.devices()[:2]), R1(config.model, tiny.task.heads)
+    for temporaries in (10, 2**40):
+        analysis = SimpleNamespace(temp_size_in_bytes=temporaries)
+        compiled = SimpleNamespace(memory_analysis=lambda analysis=analysis: analysis)
+        held, working = device_need(config, model, tiny.task, mesh, tiny.batch, compiled)
+        batch = sum(x.nbytes for x in tiny.batch.values()) // 2
+        if temporaries == 10 and copies == 2:
+            assert working > batch + 10 and working == pytest.approx(held, rel=0.05)
+        else:
+            assert working == temporaries + batch
 
 
 @pytest.mark.parametrize(("pages", "verdict"), [(4, "the step does not fit"), (2**30, "the step fits")])
