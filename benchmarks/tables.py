@@ -67,7 +67,7 @@ SECTIONS = (
     Section("Memory and time of a training step", {"memory": memory.table}),
     Section("One compiled program instead of many operations", {"fusion": fusion.table, "fusion_cpu": fusion.table}),
     Section("The loop around the step", {"overhead": overhead.table, "overhead_cpu": overhead.table}),
-    Section("A medical checkpoint on one core of a device", {"edge": edge.table}),
+    Section("A medical checkpoint on one CPU core", {"edge": edge.table}),
     Section("Several devices", {"pipeline": pipeline.table, "scaling": scaling.table}),
 )
 
