@@ -71,7 +71,6 @@ def _relations(config: Config) -> Iterator[tuple[bool, str, str]]:
     yield all(map(_is_quant_rule, quant)), "model.quant", f"a list of {presets} or {form} (docs/quantization.md)"
     yield not (quant and config.model.scan_layers), "model.scan_layers", "False with model.quant, which names layers"
     yield not quant or config.mesh.pipe == 1, "mesh.pipe", "1 with model.quant, which names layers"
-    yield not quant or config.mesh.pipe == 1, "mesh.pipe", "1 with model.quant, which names layers"
     yield bool(quant) or not train.quant_start, "train.quant_start", "0 without model.quant"
     yield from _mesh_relations(config.mesh)
     known = "auto" not in (size, parts) or config.mesh.microbatches is None
