@@ -190,7 +190,7 @@ def test_running_out_of_memory_amid_refused_steps_saves_nothing(tiny, tmp_path):
 
 
 def test_losses_of_floats_refuse_no_rounded_step(tiny, tmp_path):
-    """Rounding to 4 bits may raise the loss at once and for good; its own losses set limits as soon as there are enough."""
+    """Rounding to 4 bits may raise the loss at once and for good; its own losses set the limits then."""
     train, found = replace(tiny.config.train, quant_start=0.5), []
 
     def step(state, batch, limit):
