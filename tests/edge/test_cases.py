@@ -92,7 +92,7 @@ BAD = {
     "2-D text": ({"text": [["a"]]}, r"'text' .* shape \[1, 1\]: give one string per case"),
     "float text": ({"text": [1.5]}, "'text' .* is float64 .*one string per case"),
     "string spacing": ({"volume": VOLUME, "spacing": ["1", "1", "1"]}, "no list of 3 sizes"),
-    "3-D spacing": ({"volume": VOLUME, "spacing": np.ones((1, 1, 3))}, "no list of 3 sizes"),
+    "3-D spacing": ({"volume": VOLUME, "spacing": np.ones((1, 3, 3))}, "no list of 3 sizes"),
     "wide spacing": ({"volume": VOLUME, "spacing": np.ones(5)}, "no list of 3 sizes"),
     "spacing rows": ({"volume": VOLUME, "spacing": np.ones((2, 3))}, "has 2 rows, not 1 or 1"),
     "string flag": ({"volume": VOLUME, "has_volume": ["yes"]}, "'has_volume' .*one number per case"),
