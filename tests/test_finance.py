@@ -158,10 +158,13 @@ def test_a_later_file_is_scored_with_the_earlier_one_as_history(run, later, file
     assert found["policy"] == metrics(run / "eval")["policy"]
 
 
-def test_a_budget_can_be_given(run, files, tmp_path):
+def test_a_budget_can_be_given(run, files, tmp_path, capsys):
     words = ("--data.path", files / "later.parquet", "--reasons", 0, "--output", tmp_path / "out")
     assert score(run, *words, "--alerts-per-day", 1.5) == 0
-    found = metrics(tmp_path / "out")
+    found, told = metrics(tmp_path / "out"), capsys.readouterr().out
+    alerts = found["figures"]["alerts_per_day"]["0.003"]
+    assert f"at FPR 0.3 % of this period: {alerts:.1f} alerts a day" in told
+    assert "labels are known after 7 days" in told
     assert found["policy"]["origin"] == "1.5 alerts a day on validation" and found["explanations"] is None
     assert found["policy"]["review"] > metrics(run / "eval")["policy"]["review"]
 

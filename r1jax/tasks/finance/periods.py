@@ -11,7 +11,7 @@ from r1jax.errors import UserError
 
 SHARES = {"train": (0.3, 0.8), "val": (0.8, 0.87), "test": (0.87, 1.0)}
 """Of the days, where none are named; the last days before validation are not learned from, as their labels are not
-known when it begins."""
+known when it begins. No such gap lies before the test, though validation sets the thresholds (docs/finance.md)."""
 
 
 def period_rows(seconds: Int64[np.ndarray, " N"], split: str, config: FinanceConfig) -> Int64[np.ndarray, " B"]:
