@@ -4,12 +4,15 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from tests.processes import FAST
+
 ROOT = Path(__file__).resolve().parents[1]
 
 # Set in the environment, so that the commands that tests start inherit them.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache/d/xla"))  # pytest --cache-clear empties it
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+os.environ.setdefault("XLA_FLAGS", FAST)
 
 import hypothesis
 import jax
@@ -52,7 +55,6 @@ def trainings(shared) -> Iterator[Server]:
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(shared / "xla"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",  # compiles in half the time
     }
     server = Server(environment)
     yield server
