@@ -13,6 +13,7 @@ import pytest
 
 from r1jax.data import tokenizer
 from r1jax.data.synthetic import SyntheticCases
+from r1jax.edge.artefact import SUM, card_sum
 from r1jax.errors import UserError
 from r1jax.serve import export_command, export_jax
 from r1jax.serve.export_command import ExportArguments, Opened, export, limits_of, open_checkpoint, write
@@ -91,6 +92,7 @@ def test_the_card_says_what_the_model_is(checkpoint, exported):
     assert card["inputs"]["volume"]["unit"] == "HU" and card["inputs"]["volume_spacing"]["unit"] == "mm"
     assert card["operating_points"]["image_only"]["nodule_present"]["threshold"] == 0.55
     assert card["agreement"]["decisions"] == {"same": 36, "required": 36, "of": 36}
+    assert card[SUM] == card_sum(card)
     assert set(card["sha256"]) == {"model.jax"} and {file.name for file in exported.iterdir()} == {
         "card.json",
         "model.jax",
