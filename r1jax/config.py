@@ -178,8 +178,8 @@ class FinanceConfig:
     columns: tuple[str, ...] = ()
     """WHAT=COLUMN for each column of a file that is not called as in the Fraud Detection Handbook, such as
     time=BOOKED_AT amount=EUR; WHAT is id, time, customer, terminal, amount, fraud, text or scenario."""
-    history: str | None = None
-    """Earlier payments, of the same columns, that are only looked back at; None is those of `data.path` itself."""
+    history: tuple[str, ...] = ()
+    """Files of earlier payments, in the order of time and of the same columns, that are only looked back at."""
     simulated_customers: Count = 1000
     """Of the embedded generator, and as many terminals."""
     simulated_days: Count = 120

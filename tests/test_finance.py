@@ -14,7 +14,7 @@ from sklearn.metrics import average_precision_score
 import eval as command
 import train
 from r1jax.__main__ import dispatch
-from r1jax.config import Config, EvalArguments
+from r1jax.config import Config, DataConfig, EvalArguments, EvalData, FinanceConfig, TaskConfig
 from r1jax.data.transaction_history import FEATURES, History
 from r1jax.data.transaction_simulator import simulate
 from r1jax.data.transactions import DAY
@@ -125,6 +125,7 @@ def test_figures_are_those_of_the_scores(run):
         found["policy"]["origin"] == "3 alerts a day on validation"
         and found["provenance"]["data"]["seen_in_training"] == 0
     )
+    assert any("notes are longer than 23 bytes" in line for line in found["warnings"])
 
 
 def test_alerts_are_reported_with_reasons_that_add_up(run):
@@ -137,6 +138,10 @@ def test_alerts_are_reported_with_reasons_that_add_up(run):
     explained = [report for report in reports if report.explanation is not None]
     assert len(explained) == 8
     assert min(r.score for r in explained) >= max(r.score for r in reports if r.explanation is None)
+    for report in explained:
+        told = report.explanation
+        parts = sum(reason.contribution for reason in report.reasons) + told.rest + told.residual
+        assert parts == pytest.approx(told.output - told.baseline, abs=1e-6)
     check = found["explanations"]
     assert check["complete"] == check["explained"] == 8
     for report in explained:
@@ -228,3 +233,28 @@ def test_results_that_cannot_be_compared_are_refused(run, later, tmp_path):
 def test_alerts_belong_to_the_finance_task_alone():
     with pytest.raises(UserError, match="--alerts-per-day 5: the medical task raises no alerts"):
         scoring_task(Config(), EvalArguments(checkpoint="x", alerts_per_day=5.0))
+
+
+def test_the_history_of_a_later_file_is_all_that_came_before_it(tmp_path, capsys):
+    paths = {name: str(tmp_path / name) for name in "abc"}
+    for name in "abc":
+        Path(paths[name]).touch()
+
+    def history(trained, earlier, later):
+        finance = FinanceConfig(history=tuple(paths[name] for name in earlier))
+        config = Config(data=DataConfig(path=trained), task=TaskConfig(name="finance", finance=finance))
+        asked = EvalArguments(checkpoint="x", data=EvalData(path=paths[later]))
+        return scoring_task(config, asked).finance.history
+
+    assert history(paths["b"], "a", "c") == (paths["a"], paths["b"])
+    assert history(paths["b"], "a", "b") == (paths["a"],)
+    assert history(paths["b"], "a", "a") == ()
+    assert capsys.readouterr().err == ""
+    assert history(None, "", "c") == ()
+    assert "trained on generated data: the first of" in capsys.readouterr().err
+    Path(paths["a"]).unlink()
+    assert history(paths["b"], "a", "c") == (paths["b"],)
+    assert f"begins with {paths['b']}" in capsys.readouterr().err
+    Path(paths["b"]).unlink()
+    assert history(paths["b"], "a", "c") == ()
+    assert "have no history" in capsys.readouterr().err

@@ -176,7 +176,7 @@ def _seen_in_training(run: Evaluation, cases: TransactionCases) -> int:
 
 def _warnings(run: Evaluation, judged: Judged, seen: int) -> list[str]:
     """What a reader of the figures must know."""
-    told = list(judged.warnings)
+    told = [*judged.warnings, *run.task.note_warnings(judged.cases)]
     if seen:
         told.append(f"{seen} of these {len(judged.scored.ids)} transactions were learned from: figures are optimistic")
     elif run.config.data.split == "val" and same_path(run.config.data.path, run.checkpoint.config().data.path):

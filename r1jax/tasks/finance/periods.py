@@ -63,7 +63,8 @@ def _check_order(seconds: Int64[np.ndarray, " N"], config: FinanceConfig) -> Non
 
 def _named(split: str, days: tuple[str, ...]) -> tuple[int, int]:
     try:
-        begin, end = (int(datetime.fromisoformat(day).replace(tzinfo=UTC).timestamp()) for day in days)
+        given = (datetime.fromisoformat(day) for day in days)
+        begin, end = (int((day if day.tzinfo else day.replace(tzinfo=UTC)).timestamp()) for day in given)
     except ValueError:
         raise UserError(
             f"task.finance.{split} is {' '.join(days)!r}, but it must be two days such as 2018-05-08 2018-08-25: the "

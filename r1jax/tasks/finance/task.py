@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from jaxtyping import Array, Bool, Float, Key
 
 from r1jax.config import Config
@@ -89,16 +91,17 @@ class Finance:
                 table = simulate(data.seed, finance.simulated_customers, finance.simulated_days)
                 name = f"synthetic transactions (generated, no person and no bank), seed {data.seed}"
             else:
-                name, table = data.path, read_transactions(data.path, finance.columns)
-                if finance.history is not None:
-                    earlier = read_transactions(finance.history, finance.columns)
-                    first = len(earlier)
-                    table = joined(earlier, table, data.path, column_names(finance.columns))
+                name, names = data.path, column_names(finance.columns)
+                paths = (*finance.history, name)
+                table = read_transactions(paths[0], finance.columns)
+                for path in paths[1:]:
+                    first = len(table)
+                    table = joined(table, read_transactions(path, finance.columns), path, names)
             self._opened = name, table, History(table, self.delay, finance.events), first
         return self._opened
 
     def remarks(self, source: Source) -> list[str]:
-        """Frauds and genuine payments to learn from.
+        """Frauds and genuine payments to learn from, and what is lost of their notes.
 
         Raises:
           UserError: One of the two is missing.
@@ -112,7 +115,20 @@ class Finance:
                 "are needed: choose another period by --task.finance.train, or add the labels (docs/finance.md)"
             )
         note = f"note: {frauds} frauds and {cases.kept:.0%} of the genuine transactions ({len(cases) - frauds})"
-        return [f"{note}; labels are known after {self.config.task.finance.label_delay_days:g} days"]
+        note += f"; labels are known after {self.config.task.finance.label_delay_days:g} days"
+        return [note, *(f"warning: {line}" for line in self.note_warnings(cases))]
+
+    def note_warnings(self, cases: TransactionCases) -> list[str]:
+        """What of the notes the model cannot read: all of them where there are none, and the ends of long ones."""
+        if "text" not in self.config.model.modalities:
+            return []
+        most = self.config.model.text_tokens - 1  # the first token marks the beginning
+        written = cases.table.text
+        sizes = np.zeros(0) if written is None else pc.binary_length(written.take(pa.array(cases.rows))).to_numpy()
+        if not sizes.any():
+            return ["the model reads notes, but none of these transactions has one: name their column by text=COLUMN"]
+        cut = int((sizes > most).sum())
+        return [f"{cut} of {len(sizes)} notes are longer than {most} bytes, and their ends are not read"] if cut else []
 
     def collate(self, raw: dict[str, Any]) -> dict[str, np.ndarray]:
         """Turns a source's batch into a flat dict of arrays."""
