@@ -167,7 +167,9 @@ def batch_gradients(
         inputs, targets = prepare(part)
 
         def loss_fn(trained: Any) -> tuple[Array, Any]:
-            params, rngs = join_trees(trained, frozen), {"dropout": dropout}
+            params = join_trees(trained, frozen)
+            # Rounding draws by the row of a product; dropout knows the case by itself.
+            rngs = {"dropout": dropout, "rounding": jax.random.fold_in(dropout, part[0][0])}
             output = model.apply({"params": params}, inputs, cases=part[0], language=task.language, rngs=rngs)
             loss, parts = task.loss(output, inputs, targets, share, weights)
             scaled = loss if scale is None else loss * scale

@@ -1,6 +1,7 @@
 """One step computed in 1, 2 and 8 parts: the same loss, gradients and loads, with everything random in it."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -105,3 +106,21 @@ def test_a_batch_that_cannot_be_divided():
         UserError, match=r"train.batch_size is 8, but it must be a multiple of train.accumulation \(3\)"
     ):
         validate(config)
+
+
+def test_parts_round_with_bits_of_their_own():
+    def apply(variables, inputs, *, rngs, **rest):
+        return SimpleNamespace(slope=variables["params"] * jax.random.uniform(rngs["rounding"]), router=())
+
+    task = SimpleNamespace(
+        prepare=lambda batch, keys: (batch, {}),
+        weights=lambda inputs, targets: jnp.zeros(()),
+        language=False,
+        loss=lambda output, *rest: (output.slope, {}),
+    )
+    found = {}
+    for count in (1, 2):
+        config = replace(Config(), train=replace(Config().train, accumulation=count))
+        arguments = jnp.ones(()), {}, jnp.zeros(4), jax.random.key(3), jnp.zeros(())
+        found[count] = batch_gradients(config, SimpleNamespace(apply=apply), task, *arguments)[0]
+    assert found[2] > 0 and abs(found[2] - 2 * found[1]) > 1e-3
