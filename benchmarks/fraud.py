@@ -3,10 +3,11 @@
     python benchmarks/fraud.py --data DIR/transactions.parquet --output benchmarks/results/fraud.json --seeds 3
 
 All learn from the training period of configs/finance.py:handbook, with the same genuine payments left out, and are
-judged on every payment of `--split`. The peer is LightGBM (settings and number of trees of the project's notes, chosen
-on an earlier week) on the handbook's fifteen features, and on all numbers that the model's table has; the model also
-sees the streams of events. No step is chosen: the figures are those of the last checkpoint's averaged weights, the
-scores of all seeds averaged as the peers' are. Words after `--` are overrides of train.py.
+judged on every payment of `--split`. The peer is LightGBM, on the handbook's fifteen features, which the model's table
+has too, and with the summaries of `fraud_summaries.py` beside them, since the model also sees both streams of events;
+its settings and number of trees were chosen on an earlier week. No step is chosen: the figures are those of the last
+checkpoint's averaged weights, and the scores of all seeds are averaged as the peer's are. Words after `--` are
+overrides of train.py.
 """
 
 import argparse
@@ -20,16 +21,14 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import jax_environment, predict, train_run  # noqa: E402
+from benchmarks.fraud_summaries import summaries  # noqa: E402
 from r1jax.cli import load_config  # noqa: E402
 from r1jax.data.transaction_cases import TransactionCases  # noqa: E402
-from r1jax.data.transaction_history import FEATURES  # noqa: E402
 from r1jax.tasks.catalog import TASKS  # noqa: E402
 from r1jax.tasks.finance import metrics as f  # noqa: E402
 from r1jax.tasks.finance.scored import DAY  # noqa: E402
 from r1jax.tasks.intervals import Draw, figure_text  # noqa: E402
 
-HANDBOOK = 15
-"""So many of `FEATURES` are those of the Fraud Detection Handbook."""
 BOOSTING = {
     "objective": "binary",
     "num_leaves": 63,
@@ -46,26 +45,41 @@ PEER_SEEDS = 2
 FIGURES = ("auprc", "auroc", *(f"recall {rate:g}" for rate in f.RATES), "precision 0.003", "value_recall 0.003")
 
 
-def boosted(train: TransactionCases, judged: TransactionCases, features: int) -> np.ndarray:
+def boosted(train: np.ndarray, label: np.ndarray, judged: np.ndarray) -> np.ndarray:
     """Scores of LightGBM, the mean of its seeds.
 
     Args:
-      train: Payments to learn from.
-      judged: Payments to score.
-      features: It sees so many of `FEATURES`.
+      train: Numbers of the payments to learn from, a row each.
+      label: 1 is fraud.
+      judged: The same of those to score.
 
     Returns:
       One score a payment.
     """
     import lightgbm
 
-    table, label = train.history.features[train.rows, :features], train.table.fraud[train.rows]
-    scores = []
-    for seed in range(PEER_SEEDS):
-        data = lightgbm.Dataset(table, label, feature_name=list(FEATURES[:features]))
-        model = lightgbm.train(BOOSTING | {"seed": seed}, data, TREES)
-        scores.append(model.predict(judged.history.features[judged.rows, :features]))
-    return np.mean(scores, axis=0)
+    models = [
+        lightgbm.train(BOOSTING | {"seed": seed}, lightgbm.Dataset(train, label), TREES) for seed in range(PEER_SEEDS)
+    ]
+    return np.mean([model.predict(judged) for model in models], axis=0)
+
+
+def peers(train: TransactionCases, judged: TransactionCases) -> dict[str, np.ndarray]:
+    """Scores of both forms of the peer.
+
+    Args:
+      train: Payments to learn from.
+      judged: Payments to score, of the same stream.
+
+    Returns:
+      By name, one score a payment.
+    """
+    label, features = train.table.fraud[train.rows], train.history.features
+    told = np.concatenate([features, summaries(train.table, train.history.delay)], axis=1)
+    return {
+        f"LightGBM, {numbers.shape[1]} features": boosted(numbers[train.rows], label, numbers[judged.rows])
+        for numbers in (features, told)
+    }
 
 
 def judge(scores: dict[str, np.ndarray], judged: TransactionCases, resamples: int) -> dict[str, dict]:
@@ -93,16 +107,18 @@ def judge(scores: dict[str, np.ndarray], judged: TransactionCases, resamples: in
 
         return statistics
 
+    def gain_over(other: np.ndarray) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
+        def statistics(weights: np.ndarray) -> dict[str, np.ndarray]:
+            ours, theirs = measured(scores["r1jax"])(weights), measured(other)(weights)
+            return {figure: ours[figure] - theirs[figure] for figure in FIGURES}
+
+        return statistics
+
     result = {}
     for name, score in scores.items():
         result[name] = {"figures": draw.figures(measured(score), len(fraud))}
         if name != "r1jax" and "r1jax" in scores:
-
-            def gains(weights: np.ndarray, other: np.ndarray = score) -> dict[str, np.ndarray]:
-                ours, theirs = measured(scores["r1jax"])(weights), measured(other)(weights)
-                return {figure: ours[figure] - theirs[figure] for figure in FIGURES}
-
-            result[name]["gain"] = draw.figures(gains, len(fraud))
+            result[name]["gain"] = draw.figures(gain_over(score), len(fraud))
     return result
 
 
@@ -126,9 +142,7 @@ def _short(value: str, interval: str) -> tuple[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--data", required=True, help="transactions.parquet of fraud_handbook"
-    )
+    parser.add_argument("--data", help="transactions.parquet of fraud_handbook; else what the config names")
     parser.add_argument("--output", required=True, type=Path, help="JSON to write")
     parser.add_argument("--config", default="configs/finance.py:handbook")
     parser.add_argument("--split", default="val", choices=("val", "test"), help="period that is judged")
@@ -138,7 +152,7 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="keep the trainings that have finished in --workdir")
     parser.add_argument("overrides", nargs="*", help="overrides of train.py, after --")
     args = parser.parse_args()
-    words = ["--config", args.config, "--data.path", args.data, *args.overrides]
+    words = ["--config", args.config, *(("--data.path", args.data) if args.data else ()), *args.overrides]
     ours, runs = [], []
     for seed in range(args.seeds):
         run = train_run([*words, "--seed", str(seed)], Path(args.workdir) / f"seed{seed}", args.resume)
@@ -149,9 +163,7 @@ def main() -> None:
     task = TASKS[config.task.name](config)
     train, judged = task.source("train"), task.source(args.split)
     scores = {"r1jax": np.mean(ours, axis=0)} if ours else {}
-    scores["LightGBM, 15 features"] = boosted(train, judged, HANDBOOK)
-    if len(FEATURES) > HANDBOOK:
-        scores[f"LightGBM, {len(FEATURES)} features"] = boosted(train, judged, len(FEATURES))
+    scores |= peers(train, judged)
     labels = judged.table.fraud[judged.rows]
     data = {"split": args.split, "payments": len(judged), "frauds": int(labels.sum()), "learned_from": len(train)}
     result = jax_environment(args) | {"data": data, "runs": runs}

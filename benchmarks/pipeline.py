@@ -4,9 +4,9 @@
 
 The model is DeepSeek-V2-Lite, 16 sequences of 4096 tokens a step. Nothing is trained: bytes are read from the program
 that the compiler makes, each exchange with the turns of its loop, by the ring algorithms of NCCL; the CPU's compiler
-sends bf16 as fp32, here as there. With 25 of the 27 layers, four devices divide all that have experts; of all 27, two
-are left over, lie on every device in parts, and come together for use. Idle turns are counted in the table of turns
-that the program looks up.
+sends bf16 as fp32, here as there. With 25 of the 27 layers (`--layers`), four devices divide all that have experts; of
+all 27, two would be left over, lie on every device in parts, and come together for use. Idle turns are counted in the
+table of turns that the program looks up.
 """
 
 import argparse

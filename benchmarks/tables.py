@@ -21,6 +21,7 @@ from benchmarks import (  # noqa: E402
     data,
     decode,
     edge,
+    fraud,
     fusion,
     h100,
     hf_loading,
@@ -59,6 +60,7 @@ SECTIONS = (
         "lidc_3d_134: seven ratings of a nodule in 3-D",
         {"lidc_baselines": lambda report: lidc_baselines.table(report["results"]), "lidc": lidc.table},
     ),
+    Section("fraud_handbook: is a payment fraud, in the week after what was learned from", {"fraud": fraud.table}),
     Section("Hit rates of the cache", {"cache": cache.table}),
     Section("Reading shuffled cases", {"data": data.table}),
     Section("Decoding with the DeepSeek-V3 decoder", {"decode": decode.table}),
@@ -67,7 +69,7 @@ SECTIONS = (
     Section("Memory and time of a training step", {"memory": memory.table}),
     Section("One compiled program instead of many operations", {"fusion": fusion.table, "fusion_cpu": fusion.table}),
     Section("The loop around the step", {"overhead": overhead.table, "overhead_cpu": overhead.table}),
-    Section("A medical checkpoint on one core of a device", {"edge": edge.table}),
+    Section("A medical checkpoint on one CPU core", {"edge": edge.table}),
     Section("Several devices", {"pipeline": pipeline.table, "scaling": scaling.table}),
 )
 

@@ -255,6 +255,10 @@ def decoder(**changes) -> Config:
             "mesh.microbatches is 8, but it must be None where train.batch_size or train.accumulation is auto",
         ),
         (Config(mesh=MeshConfig(sequence=0)), "mesh.sequence is 0"),
+        (
+            Config(model=ModelConfig(quant=("decoder=int8",)), mesh=MeshConfig(pipe=2)),
+            "mesh.pipe is 2, but it must be 1 with model.quant, which names layers",
+        ),
         (Config(workdir=""), "workdir is ''"),
     ],
 )

@@ -25,7 +25,7 @@ from r1jax.parallel.platform import start_platform
 from r1jax.serve import export_jax, export_litert
 from r1jax.serve.evaluate import restore_served, scoring_config
 from r1jax.serve.export_card import describe_export, describe_ports, write_card
-from r1jax.serve.export_gate import FP32, INT8, Subset, agreement_lines, compare
+from r1jax.serve.export_gate import FP32, HALF, INT8, Subset, agreement_lines, compare
 from r1jax.serve.export_graph import exported_graph, ports
 from r1jax.serve.export_texts import report_texts
 from r1jax.serve.scored import Points, Scored, frozen_points, score
@@ -189,7 +189,8 @@ def write(folder: Path, opened: Opened, asked: ExportArguments, converter: Path 
     card["sha256"] = {file.name: sha256(file) for file in sorted(folder.iterdir())}
     write_card(folder, card)
     scored = dataclasses.replace(opened.scored, frozen=opened.points | opened.scored.frozen)
-    agreement = compare(run, wanted, scored, INT8 if asked.int8 else FP32)
+    limits = INT8 if asked.int8 else FP32 if opened.config.model.precision == "fp32" else HALF
+    agreement = compare(run, wanted, scored, limits)
     if agreement["agrees"]:
         write_card(folder, card | {"agreement": agreement})
     return agreement

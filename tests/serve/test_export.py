@@ -14,7 +14,7 @@ from r1jax.data.synthetic import SyntheticCases
 from r1jax.errors import UserError
 from r1jax.serve import export_command, export_jax
 from r1jax.serve.export_command import ExportArguments, Opened, export, open_checkpoint, write
-from r1jax.serve.export_gate import FP32, compare
+from r1jax.serve.export_gate import FP32, HALF, INT8, compare
 from r1jax.serve.export_graph import Port, raw_inputs, standardise, tokenize
 from r1jax.tasks.medical.batch import collate
 from r1jax.train.checkpoints import Checkpoint
@@ -114,6 +114,17 @@ def test_a_model_that_says_something_else_does_not_agree(opened, exported, run, 
     assert (named["largest_difference"] > named["limit"]) == (wrong != "call.malignancy")
     flips = 3 if wrong == "call.malignancy" else 0
     assert agreement["decisions"]["same"] == 36 - flips
+
+
+@pytest.mark.parametrize(("limits", "agrees"), [(FP32, False), (HALF, True), (INT8, True)])
+def test_rounding_is_let_through_where_numbers_are_narrow(opened, exported, run, limits, agrees):
+    def rounded(inputs):
+        found = run(inputs)
+        return found | {"malignancy": found["malignancy"].astype(jnp.bfloat16).astype(np.float32)}
+
+    agreement = compare(rounded, ports_of(exported), opened.scored, limits)
+    assert agreement["agrees"] == agrees
+    assert 1e-5 < agreement["findings"]["malignancy"]["largest_difference"] < 4e-3
 
 
 def test_what_does_not_agree_does_not_leave(checkpoint, opened, exported, tmp_path, monkeypatch, capsys):

@@ -66,6 +66,7 @@ def test_at_most_four_reasons_and_none_that_lower_the_score():
     reasons = top_reasons(sums)
     assert [code for code, _ in reasons] == list(CODES[::-1][:4])
     assert top_reasons(-np.abs(sums)) == []
+    assert len(top_reasons(np.array([1.0, 0.5, 0.01, *np.zeros(len(CODES) - 3)]))) == 2
 
 
 @pytest.mark.parametrize(
@@ -73,7 +74,8 @@ def test_at_most_four_reasons_and_none_that_lower_the_score():
     [
         ("customer could not confirm by phone", "not confirm", "not confirm"),
         ("customer could not confirm by phone", "ot confi", "not confirm"),
-        ("已电话核实，本人否认", "否认", "否认"),
+        ("已电话核实，本人否认", "否认", "本人否认"),
+        ("持卡人PIN错误", "错", "错误"),
         ("pay", "", ""),
         ("", "", ""),
     ],

@@ -34,9 +34,13 @@ CATALOGUE: dict[str, dict[Language, str]] = {
 CODES = tuple(CATALOGUE)
 MOST = 4
 """Reasons given at most."""
+LEAST = 0.02
+"""Share of all that raises the score which a reason must add."""
 TOLERANCE = 0.05
 """Share of the difference from the baseline that contributions may miss."""
 
+_CJK = 0x2E80
+"""The first code point of Chinese, Japanese and Korean letters."""
 _PRESENT = {"amount": "amount", "ratio": "amount-unusual", "hour": "time", "weekday": "time", "risk": "terminal-fraud"}
 """Of the numbers of the transaction itself; the rest tells how long ago the last one was."""
 _EARLIER = (
@@ -130,16 +134,24 @@ def by_concept(
 
 
 def top_reasons(sums: Float[np.ndarray, "concepts"]) -> list[tuple[str, float]]:
-    """The codes that raise the score most, with what they add; fewer than `MOST` where fewer raise it."""
+    """The codes that raise the score most, with what they add.
+
+    Args:
+      sums: Of each code, see `by_concept`.
+
+    Returns:
+      At most `MOST`, the largest first; none that adds less than `LEAST` of all that raises the score.
+    """
     order = np.argsort(-sums, kind="stable")[:MOST]
-    return [(CODES[i], float(sums[i])) for i in order if sums[i] > 0]
+    least = LEAST * sums[sums > 0].sum()
+    return [(CODES[i], float(sums[i])) for i in order if sums[i] > 0 and sums[i] >= least]
 
 
 def weightiest_span(text: str, contributions: Float[np.ndarray, "T"]) -> str:
     """The part of a note that its contribution rests on.
 
     That is the run of bytes with the largest sum of contributions, each less the mean size of all, widened to whole
-    words.
+    words; Chinese has no gaps between words, so it is widened to the whole clause.
 
     Args:
       text: The note.
@@ -166,5 +178,5 @@ def weightiest_span(text: str, contributions: Float[np.ndarray, "T"]) -> str:
 
 
 def _same_word(pair: str) -> bool:
-    """Whether two neighbours belong to one word; Chinese has no gaps, so any of its characters may end one."""
-    return len(pair) == 2 and all(letter.isalnum() and ord(letter) < 0x2E80 for letter in pair)
+    """Whether two neighbours are letters of one word, or of one Chinese clause."""
+    return len(pair) == 2 and pair.isalnum() and len({ord(letter) < _CJK for letter in pair}) == 1
