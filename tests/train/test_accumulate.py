@@ -108,19 +108,15 @@ def test_a_batch_that_cannot_be_divided():
         validate(config)
 
 
-def test_parts_round_with_bits_of_their_own():
-    def apply(variables, inputs, *, rngs, **rest):
-        return SimpleNamespace(slope=variables["params"] * jax.random.uniform(rngs["rounding"]), router=())
+def test_parts_round_with_bits_of_their_own(monkeypatch):
+    def apply(model, variables, inputs, *, rngs, **rest):
+        return SimpleNamespace(slope=variables["params"]["w"] * jax.random.uniform(rngs["rounding"]), router=())
 
-    task = SimpleNamespace(
-        prepare=lambda batch, keys: (batch, {}),
-        weights=lambda inputs, targets: jnp.zeros(()),
-        language=False,
-        loss=lambda output, *rest: (output.slope, {}),
-    )
-    found = {}
+    config, task, batch = experiment(language.get_config())
+    monkeypatch.setattr(R1, "apply", apply)
+    monkeypatch.setattr(type(task), "loss", lambda task, output, *rest: (output.slope, {}))
+    model, arguments, found = R1(config.model, task.heads), (jax.random.key(3), jnp.zeros(())), {}
     for count in (1, 2):
-        config = replace(Config(), train=replace(Config().train, accumulation=count))
-        arguments = jnp.ones(()), {}, jnp.zeros(4), jax.random.key(3), jnp.zeros(())
-        found[count] = batch_gradients(config, SimpleNamespace(apply=apply), task, *arguments)[0]
+        parts = replace(config, train=replace(config.train, accumulation=count))
+        found[count] = batch_gradients(parts, model, task, {"w": jnp.ones(())}, {}, batch, *arguments)[0]["w"]
     assert found[2] > 0 and abs(found[2] - 2 * found[1]) > 1e-3
