@@ -136,7 +136,7 @@ def batch_gradients(
     """Gradients, loss, its parts and the experts' loads of a whole batch, computed in `train.accumulation` parts.
 
     Every mean of the loss is taken over the whole batch, and a case's random numbers depend on its index alone, so that
-    the number of parts changes nothing but the order of additions.
+    the number of parts changes nothing but the order of additions, and how gradients are rounded where a rule says so.
 
     Args:
       config: Parts, and the depth of the decoder.
