@@ -139,6 +139,8 @@ def test_alerts_are_reported_with_reasons_that_add_up(run):
     assert min(r.score for r in explained) >= max(r.score for r in reports if r.explanation is None)
     check = found["explanations"]
     assert check["complete"] == check["explained"] == 8
+    for report in explained:
+        assert report.score == pytest.approx(1 / (1 + np.exp(-report.explanation.output)), rel=1e-3)
     for report in reports:
         assert read_xml((run / f"eval/reports/{report.case_id}.xml").read_text("utf-8")) == report
         assert report.provenance.checkpoint_sha256 == found["provenance"]["checkpoint"]["sha256"]
@@ -156,10 +158,13 @@ def test_a_later_file_is_scored_with_the_earlier_one_as_history(run, later, file
     assert found["policy"] == metrics(run / "eval")["policy"]
 
 
-def test_a_budget_can_be_given(run, files, tmp_path):
+def test_a_budget_can_be_given(run, files, tmp_path, capsys):
     words = ("--data.path", files / "later.parquet", "--reasons", 0, "--output", tmp_path / "out")
     assert score(run, *words, "--alerts-per-day", 1.5) == 0
-    found = metrics(tmp_path / "out")
+    found, told = metrics(tmp_path / "out"), capsys.readouterr().out
+    alerts = found["figures"]["alerts_per_day"]["0.003"]
+    assert f"at FPR 0.3 % of this period: {alerts:.1f} alerts a day" in told
+    assert "labels are known after 7 days" in told
     assert found["policy"]["origin"] == "1.5 alerts a day on validation" and found["explanations"] is None
     assert found["policy"]["review"] > metrics(run / "eval")["policy"]["review"]
 
@@ -167,8 +172,26 @@ def test_a_budget_can_be_given(run, files, tmp_path):
 def test_what_has_no_label_yet_is_scored_and_not_measured(run, files, tmp_path):
     assert score(run, "--data.path", files / "unlabelled.parquet", "--reasons", 0, "--output", tmp_path / "out") == 0
     found = metrics(tmp_path / "out")
-    assert found["figures"] is None and found["alerts"] > 0
+    assert found["figures"] is None and found["alerts"] > 0 and found["label_delay_days"] == 7
     assert pq.read_table(tmp_path / "out/scores.parquet")["fraud"].null_count == found["counts"]["transactions"]
+
+
+def test_the_subsample_of_training_is_no_period_to_score(run, tmp_path):
+    with pytest.raises(UserError, match=r"data\.split train holds only 20% of the genuine transactions"):
+        score(run, "--data.split", "train", "--output", tmp_path / "out")
+
+
+def test_known_labels_of_one_kind_or_of_a_part_are_warned_of(run, files, tmp_path):
+    table = pq.read_table(files / "later.parquet")
+    fraud = table["TX_FRAUD"].to_numpy()
+    place, alone = table.column_names.index("TX_FRAUD"), pa.array(fraud, mask=fraud == 0)
+    pq.write_table(table.set_column(place, "TX_FRAUD", alone), tmp_path / "frauds.parquet")
+    assert score(run, "--data.path", tmp_path / "frauds.parquet", "--reasons", 0, "--output", tmp_path / "out") == 0
+    told = metrics(tmp_path / "out")["warnings"]
+    frauds = int((fraud == 1).sum())
+    assert any(f"{frauds} of {frauds} known labels are fraud" in line for line in told)
+    assert any(f"{frauds} of {len(fraud)} labels are known" in line for line in told)
+    assert "undefined" in Structure((tmp_path / "out/index.html").read_text("utf-8")).text
 
 
 def test_drift_of_a_later_period_is_found(run, later, files, tmp_path, capsys):

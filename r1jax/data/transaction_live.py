@@ -19,6 +19,7 @@ from r1jax.data.transaction_history import (
     UNKNOWN,
     WINDOWS,
     Streams,
+    check_delay,
 )
 from r1jax.data.transactions import DAY, UNITS
 from r1jax.errors import UserError
@@ -80,7 +81,11 @@ class LiveHistory:
         Args:
           delay: Seconds until a label counts as known, even if it comes earlier.
           events: K, of each stream.
+
+        Raises:
+          UserError: The delay is less than a second.
         """
+        check_delay(delay)
         self.delay, self.events = delay, events
         self._last = -math.inf
         self._customers: dict[str, _Ring] = {}

@@ -126,6 +126,12 @@ def test_the_live_form_equals_the_batch_form_bit_for_bit(seed, entities):
             np.testing.assert_array_equal(ours[0], theirs[row])
 
 
+@pytest.mark.parametrize("history", [lambda: all_of(draw_table(), 0), lambda: LiveHistory(0, EVENTS)])
+def test_a_payment_never_sees_its_own_label(history):
+    with pytest.raises(UserError, match="label delay is 0 seconds"):
+        history()
+
+
 def test_the_live_state_does_not_grow_with_the_stream():
     live = LiveHistory(DELAY, EVENTS)
     for day in range(1000):

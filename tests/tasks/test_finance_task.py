@@ -77,6 +77,7 @@ def test_named_periods_take_whole_days():
         (("1970-01-03",), "must be two days"),
         (("soon", "later"), "must be two days"),
         (("1970-01-03", "1970-01-03"), "the second day must be later"),
+        (("1970-01-09", "1970-01-03"), "the second day must be later"),
         (
             ("1980-01-01", "1980-01-02"),
             "from 1980-01-01 to before 1980-01-02: the data covers 1970-01-01 to 1970-01-10",
@@ -86,6 +87,29 @@ def test_named_periods_take_whole_days():
 def test_periods_that_cannot_be_are_refused(days, message):
     with pytest.raises(UserError, match=message):
         period_rows(np.arange(0, 10 * DAY, DAY // 2), "test", replace(FINANCE, test=days))
+
+
+@pytest.mark.parametrize(
+    ("named", "message"),
+    [
+        (
+            {"train": ("1970-01-02", "1970-01-06"), "val": ("1970-01-05", "1970-01-07")},
+            r"train \(named\).*val \(named\)",
+        ),
+        ({"val": ("1970-01-09", "1970-01-11")}, r"val \(named\) ends before 1970-01-11.*test \(chosen by shares\)"),
+        ({"test": ("1970-01-02", "1970-01-04")}, r"val \(chosen by shares\).*test \(named\) begins on 1970-01-02"),
+    ],
+)
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_periods_that_overlap_are_refused(split, named, message):
+    config = replace(FINANCE, label_delay_days=0.5, **named)
+    with pytest.raises(UserError, match=message):
+        period_rows(np.arange(0, 10 * DAY, DAY // 2), split, config)
+
+
+def test_a_period_that_the_label_delay_swallows_is_refused():
+    with pytest.raises(UserError, match="no transaction is in the train period"):
+        period_rows(np.arange(0, 10 * DAY, DAY // 2), "train", FINANCE)  # 3 to 8 days, less 7
 
 
 def test_training_keeps_every_fraud_and_a_fixed_share_of_the_rest():

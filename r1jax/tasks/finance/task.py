@@ -21,7 +21,7 @@ from r1jax.errors import UserError
 from r1jax.models.r1 import Inputs, Output
 from r1jax.ops.losses import binary_cross_entropy, weighted_mean
 from r1jax.tasks.finance import batch as b
-from r1jax.tasks.finance.figures import RATE, closing_lines, fraud_figures
+from r1jax.tasks.finance.figures import RATE, fraud_figures, validation_table
 from r1jax.tasks.finance.operating import operating_points
 from r1jax.tasks.finance.periods import period_rows
 from r1jax.tasks.task import Figures
@@ -175,6 +175,11 @@ class Finance:
         """What can be shown: with notes, also each alone."""
         return MODES if "text" in self.config.model.modalities else {"both": MODES["both"]}
 
+    @property
+    def correction(self) -> np.float32:
+        """What the logit of all payments is above that of those that were kept: log b, for a share b."""
+        return np.float32(np.log(self.config.task.finance.negatives_kept))
+
     def outcomes(
         self, read: Callable[..., Output], batch: dict[str, Array], mode: dict[str, Bool[Array, ""]]
     ) -> dict[str, Array]:
@@ -195,7 +200,7 @@ class Finance:
             everyone = jnp.ones(targets["fraud"].shape, bool)
             inputs = b.hide(inputs, everyone & mode["hide_numbers"], everyone & mode["hide_notes"])
         logit = read(inputs).heads["fraud"][:, 0]
-        return {"fraud": jax.nn.sigmoid(logit + np.float32(np.log(self.config.task.finance.negatives_kept)))}
+        return {"fraud": jax.nn.sigmoid(logit + self.correction)}
 
     def figures(self, found: dict[str, np.ndarray], targets: dict[str, np.ndarray]) -> Figures:
         """Areas under both curves, and the recall at a false-positive rate of 0.3 %."""
@@ -223,4 +228,4 @@ class Finance:
         ceilings = {}
         if shown.table.shown is not None:
             ceilings = attainable_recall(shown.table, shown.rows, self.delay, RATE)
-        return closing_lines(figures, ceilings, shown.table.fraud[shown.rows])
+        return validation_table(figures, ceilings, shown.table.fraud[shown.rows])
