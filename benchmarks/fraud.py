@@ -24,9 +24,9 @@ from benchmarks.common import jax_environment, predict, train_run  # noqa: E402
 from benchmarks.fraud_summaries import summaries  # noqa: E402
 from r1jax.cli import load_config  # noqa: E402
 from r1jax.data.transaction_cases import TransactionCases  # noqa: E402
+from r1jax.data.transactions import DAY  # noqa: E402
 from r1jax.tasks.catalog import TASKS  # noqa: E402
 from r1jax.tasks.finance import metrics as f  # noqa: E402
-from r1jax.tasks.finance.scored import DAY  # noqa: E402
 from r1jax.tasks.intervals import Draw, figure_text  # noqa: E402
 
 BOOSTING = {

@@ -147,7 +147,7 @@ class AlertConfig:
     per_day: Positive = 100.0
     """Alerts a day that investigators can look at: the highest scores are to be reviewed."""
     false_positive_rate: Fraction | None = None
-    """Review what keeps this false positive rate instead of a number of alerts."""
+    """Review what stays within this false positive rate on validation, instead of a number of alerts."""
     step_up_per_day: Positive = 500.0
     """Transactions a day, alerts included, that may be asked for a second factor; at least `per_day`."""
     block_probability: Fraction = 0.9
@@ -162,7 +162,7 @@ class AlertConfig:
 class FinanceConfig:
     """What the finance task makes of a stream of payments (docs/finance.md)."""
 
-    label_delay_days: Positive = 7.0
+    label_delay_days: Annotated[float, Bounds("of at least 1 second (1 / 86400)", 1 / 86400)] = 7.0
     """Days after which it is known whether a payment was fraud; no feature sees a label earlier."""
     events: Count = 64
     """Last payments of the customer, and as many of the terminal, that the model reads with each payment."""
@@ -178,8 +178,8 @@ class FinanceConfig:
     columns: tuple[str, ...] = ()
     """WHAT=COLUMN for each column of a file that is not called as in the Fraud Detection Handbook, such as
     time=BOOKED_AT amount=EUR; WHAT is id, time, customer, terminal, amount, fraud, text or scenario."""
-    history: str | None = None
-    """Earlier payments, of the same columns, that are only looked back at; None is those of `data.path` itself."""
+    history: tuple[str, ...] = ()
+    """Files of earlier payments, in the order of time and of the same columns, that are only looked back at."""
     simulated_customers: Count = 1000
     """Of the embedded generator, and as many terminals."""
     simulated_days: Count = 120

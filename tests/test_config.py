@@ -154,6 +154,12 @@ def test_whole_numbers_become_floats():
         ("train", "learning_rate", float("inf"), "a number above 0"),
         ("train", "learning_rate", 10**400, "a number above 0"),
         ("train", "ema", 1.0, "at least 0 and below 1"),
+        (
+            "task",
+            "finance",
+            {"label_delay_days": 5e-6},
+            "label_delay_days is 5e-06, but it must be a number of at least 1 second",
+        ),
         ("model", "precision", "fp8", "one of fp32, bf16, fp16, bf16_pure"),
         ("model", "modalities", ["volume", "sound"], "each item one of volume, image, table, text"),
         ("model", "modalities", "volume", "a list"),

@@ -14,7 +14,7 @@ from sklearn.metrics import average_precision_score
 import eval as command
 import train
 from r1jax.__main__ import dispatch
-from r1jax.config import Config, EvalArguments
+from r1jax.config import Config, DataConfig, EvalArguments, EvalData, FinanceConfig, TaskConfig
 from r1jax.data.transaction_history import FEATURES, History
 from r1jax.data.transaction_simulator import simulate
 from r1jax.data.transactions import DAY
@@ -125,6 +125,7 @@ def test_figures_are_those_of_the_scores(run):
         found["policy"]["origin"] == "3 alerts a day on validation"
         and found["provenance"]["data"]["seen_in_training"] == 0
     )
+    assert any("notes are longer than 23 bytes" in line for line in found["warnings"])
 
 
 def test_alerts_are_reported_with_reasons_that_add_up(run):
@@ -137,8 +138,14 @@ def test_alerts_are_reported_with_reasons_that_add_up(run):
     explained = [report for report in reports if report.explanation is not None]
     assert len(explained) == 8
     assert min(r.score for r in explained) >= max(r.score for r in reports if r.explanation is None)
+    for report in explained:
+        told = report.explanation
+        parts = sum(reason.contribution for reason in report.reasons) + told.rest + told.residual
+        assert parts == pytest.approx(told.output - told.baseline, abs=1e-6)
     check = found["explanations"]
     assert check["complete"] == check["explained"] == 8
+    for report in explained:
+        assert report.score == pytest.approx(1 / (1 + np.exp(-report.explanation.output)), rel=1e-3)
     for report in reports:
         assert read_xml((run / f"eval/reports/{report.case_id}.xml").read_text("utf-8")) == report
         assert report.provenance.checkpoint_sha256 == found["provenance"]["checkpoint"]["sha256"]
@@ -156,10 +163,13 @@ def test_a_later_file_is_scored_with_the_earlier_one_as_history(run, later, file
     assert found["policy"] == metrics(run / "eval")["policy"]
 
 
-def test_a_budget_can_be_given(run, files, tmp_path):
+def test_a_budget_can_be_given(run, files, tmp_path, capsys):
     words = ("--data.path", files / "later.parquet", "--reasons", 0, "--output", tmp_path / "out")
     assert score(run, *words, "--alerts-per-day", 1.5) == 0
-    found = metrics(tmp_path / "out")
+    found, told = metrics(tmp_path / "out"), capsys.readouterr().out
+    alerts = found["figures"]["alerts_per_day"]["0.003"]
+    assert f"at FPR 0.3 % of this period: {alerts:.1f} alerts a day" in told
+    assert "labels are known after 7 days" in told
     assert found["policy"]["origin"] == "1.5 alerts a day on validation" and found["explanations"] is None
     assert found["policy"]["review"] > metrics(run / "eval")["policy"]["review"]
 
@@ -167,8 +177,26 @@ def test_a_budget_can_be_given(run, files, tmp_path):
 def test_what_has_no_label_yet_is_scored_and_not_measured(run, files, tmp_path):
     assert score(run, "--data.path", files / "unlabelled.parquet", "--reasons", 0, "--output", tmp_path / "out") == 0
     found = metrics(tmp_path / "out")
-    assert found["figures"] is None and found["alerts"] > 0
+    assert found["figures"] is None and found["alerts"] > 0 and found["label_delay_days"] == 7
     assert pq.read_table(tmp_path / "out/scores.parquet")["fraud"].null_count == found["counts"]["transactions"]
+
+
+def test_the_subsample_of_training_is_no_period_to_score(run, tmp_path):
+    with pytest.raises(UserError, match=r"data\.split train holds only 20% of the genuine transactions"):
+        score(run, "--data.split", "train", "--output", tmp_path / "out")
+
+
+def test_known_labels_of_one_kind_or_of_a_part_are_warned_of(run, files, tmp_path):
+    table = pq.read_table(files / "later.parquet")
+    fraud = table["TX_FRAUD"].to_numpy()
+    place, alone = table.column_names.index("TX_FRAUD"), pa.array(fraud, mask=fraud == 0)
+    pq.write_table(table.set_column(place, "TX_FRAUD", alone), tmp_path / "frauds.parquet")
+    assert score(run, "--data.path", tmp_path / "frauds.parquet", "--reasons", 0, "--output", tmp_path / "out") == 0
+    told = metrics(tmp_path / "out")["warnings"]
+    frauds = int((fraud == 1).sum())
+    assert any(f"{frauds} of {frauds} known labels are fraud" in line for line in told)
+    assert any(f"{frauds} of {len(fraud)} labels are known" in line for line in told)
+    assert "undefined" in Structure((tmp_path / "out/index.html").read_text("utf-8")).text
 
 
 def test_drift_of_a_later_period_is_found(run, later, files, tmp_path, capsys):
@@ -205,3 +233,28 @@ def test_results_that_cannot_be_compared_are_refused(run, later, tmp_path):
 def test_alerts_belong_to_the_finance_task_alone():
     with pytest.raises(UserError, match="--alerts-per-day 5: the medical task raises no alerts"):
         scoring_task(Config(), EvalArguments(checkpoint="x", alerts_per_day=5.0))
+
+
+def test_the_history_of_a_later_file_is_all_that_came_before_it(tmp_path, capsys):
+    paths = {name: str(tmp_path / name) for name in "abc"}
+    for name in "abc":
+        Path(paths[name]).touch()
+
+    def history(trained, earlier, later):
+        finance = FinanceConfig(history=tuple(paths[name] for name in earlier))
+        config = Config(data=DataConfig(path=trained), task=TaskConfig(name="finance", finance=finance))
+        asked = EvalArguments(checkpoint="x", data=EvalData(path=paths[later]))
+        return scoring_task(config, asked).finance.history
+
+    assert history(paths["b"], "a", "c") == (paths["a"], paths["b"])
+    assert history(paths["b"], "a", "b") == (paths["a"],)
+    assert history(paths["b"], "a", "a") == ()
+    assert capsys.readouterr().err == ""
+    assert history(None, "", "c") == ()
+    assert "trained on generated data: the first of" in capsys.readouterr().err
+    Path(paths["a"]).unlink()
+    assert history(paths["b"], "a", "c") == (paths["b"],)
+    assert f"begins with {paths['b']}" in capsys.readouterr().err
+    Path(paths["b"]).unlink()
+    assert history(paths["b"], "a", "c") == ()
+    assert "have no history" in capsys.readouterr().err

@@ -9,13 +9,12 @@ from pyarrow import csv, parquet
 from pyarrow.fs import FileSelector, FileType
 
 from r1jax.data.filesystem import open_filesystem
-from r1jax.data.transactions import Names, Transactions, check
+from r1jax.data.transactions import LONGEST, SPAN, Names, Transactions, check
 from r1jax.errors import UserError, nearest
 
 SUFFIXES = (".parquet", ".csv")
+UNITS_OF_TIME = (("milliseconds", 1e3), ("microseconds", 1e6), ("nanoseconds", 1e9))
 NEEDED = ("id", "time", "customer", "terminal", "amount")
-LONGEST = 2**31
-"""Amounts from here on cannot be counted in parts of a cent over many rows."""
 
 
 def column_names(pairs: Sequence[str]) -> Names:
@@ -40,7 +39,15 @@ def column_names(pairs: Sequence[str]) -> Names:
                 f"{', '.join(Names._fields)}"
             )
         given[what] = name
-    return Names(**given)
+    names = Names(**given)
+    for what, name in given.items():
+        other = next((other for other in Names._fields if other != what and getattr(names, other) == name), None)
+        if other is not None:
+            raise UserError(
+                f"task.finance.columns gives {name!r} for the {what}, but it is the {other} already: name another "
+                f"column for one of them"
+            )
+    return names
 
 
 def read_transactions(path: str, columns: Sequence[str] = ()) -> Transactions:
@@ -85,7 +92,7 @@ def read_transactions(path: str, columns: Sequence[str] = ()) -> Transactions:
         terminal=terminal,
         amount=_amounts(column("amount"), path, names.amount),
         fraud=(unknown if fraud is None else _numbers(fraud, path, names.fraud)).astype(np.float32),
-        scenario=None if scenario is None else np.nan_to_num(_numbers(scenario, path, names.scenario)).astype(np.int8),
+        scenario=None if scenario is None else _scenarios(scenario, path, names.scenario),
         text=None if text is None else _words(text),
         customers=customers,
         terminals=terminals,
@@ -110,8 +117,9 @@ def _cells(path: str) -> pa.Table:
             if file.path.endswith(".parquet"):
                 tables.append(parquet.read_table(file.path, filesystem=system))
             else:
+                with system.open_input_stream(file.path) as first, csv.open_csv(first) as reader:
+                    head = reader.schema.names
                 with system.open_input_stream(file.path) as stream:
-                    head = csv.open_csv(system.open_input_stream(file.path)).schema.names
                     options = csv.ConvertOptions(column_types=dict.fromkeys(head, pa.string()))
                     tables.append(csv.read_csv(stream, convert_options=options))
         except (pa.ArrowException, OSError) as error:
@@ -126,6 +134,11 @@ def _words(column: pa.Array) -> pa.Array:
     """Any column as text, "" where a cell is empty."""
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
+    if pa.types.is_floating(column.type):
+        # Whole numbers turn into floats where some cells are empty; they are the same names as without.
+        column = pc.if_else(pc.is_nan(column), pa.scalar(None, column.type), column)
+        if pc.all(pc.and_(pc.equal(pc.floor(column), column), pc.less(pc.abs(column), 2.0**53))).as_py():
+            column = column.cast(pa.int64())
     return pc.fill_null(column.cast(pa.string()), "")
 
 
@@ -151,24 +164,68 @@ def _amounts(column: pa.Array, path: str, name: str) -> np.ndarray:
     return values.astype(np.float32)
 
 
+def _scenarios(column: pa.Array, path: str, name: str) -> np.ndarray:
+    """int8, 0 where a cell is empty."""
+    values = np.nan_to_num(_numbers(column, path, name), posinf=-1, neginf=-1)
+    odd = (values != np.floor(values)) | (values < 0) | (values > np.iinfo(np.int8).max)
+    if odd.any():
+        row = int(odd.argmax())
+        raise UserError(
+            f"{path}: row {row + 1}: {name} is {column[row].as_py()!r}, but it must be a whole number from 0 (genuine) "
+            "to 127, or empty"
+        )
+    return values.astype(np.int8)
+
+
 def _seconds(column: pa.Array, path: str, name: str) -> np.ndarray:
     """Whole seconds since the epoch, from times (of UTC where they name no zone) or numbers of seconds."""
     if column.null_count:
         row = pc.index(column.is_null(), True).as_py()
         raise UserError(f"{path}: row {row + 1}: {name} is empty, but every transaction needs a time")
-    if pa.types.is_integer(column.type) or pa.types.is_floating(column.type):
-        return np.floor(_cast(column, pa.float64(), path, name, "a number of seconds").to_numpy()).astype(np.int64)
     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-        column = pc.utf8_trim_whitespace(column)
-        zoned = pc.any(pc.match_substring_regex(column, r"\d[Zz]$|[+-]\d\d:?\d\d$")).as_py()
-        kind = pa.timestamp("us", "UTC") if zoned else pa.timestamp("us")
-        column = _cast(column, kind, path, name, "a time such as 2018-04-01 13:30:00")
+        column = _read_times(pc.utf8_trim_whitespace(column), path, name)
+    if pa.types.is_integer(column.type) or pa.types.is_floating(column.type):
+        return _whole_seconds(_cast(column, pa.float64(), path, name, "a number of seconds").to_numpy(), path, name)
     if pa.types.is_date(column.type):
         raise UserError(f"{path}: {name} holds days without a time of day: give the time of each transaction")
     if not pa.types.is_timestamp(column.type):
         raise UserError(f"{path}: {name} is {column.type}: give times, texts of times, or seconds since the epoch")
-    ticks = column.cast(pa.timestamp("us", column.type.tz)).cast(pa.int64()).to_numpy()
+    exact = _cast(column, pa.timestamp("us", column.type.tz), path, name, "a time from 1900 to 2199")
+    ticks = exact.cast(pa.int64()).to_numpy()
     return np.floor_divide(ticks, 1_000_000)
+
+
+def _read_times(column: pa.Array, path: str, name: str) -> pa.Array:
+    """Texts as times of UTC, or as numbers where all of them are digits."""
+    if pc.all(pc.match_substring_regex(column, r"^-?\d+(\.\d*)?$")).as_py():
+        if pc.all(pc.match_substring_regex(column, r"^(19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])$")).as_py():
+            raise UserError(f"{path}: {name} holds days without a time of day: give the time of each transaction")
+        return column.cast(pa.float64())
+    zoned = pc.match_substring_regex(column, r"\d[Zz]$|[T ]\d\d[^+-]*[+-]\d\d:?(\d\d)?$")
+    if not pc.any(zoned).as_py():
+        return _cast(column, pa.timestamp("us"), path, name, "a time such as 2018-04-01 13:30:00")
+    if not pc.all(zoned).as_py():
+        row = pc.index(pc.equal(zoned, zoned[0]), False).as_py()
+        names = "names a zone" if zoned[row].as_py() else "names no zone"
+        raise UserError(
+            f"{path}: row {row + 1}: {name} is {column[row].as_py()!r}, which {names}, unlike the rows above: give "
+            "every time a zone, or none"
+        )
+    return _cast(column, pa.timestamp("us", "UTC"), path, name, "a time such as 2018-04-01T13:30:00Z")
+
+
+def _whole_seconds(values: np.ndarray, path: str, name: str) -> np.ndarray:
+    """int64; refuses what is no number, or no number of seconds."""
+    odd = ~((values >= SPAN[0]) & (values < SPAN[1]))
+    if odd.any():
+        row = int(odd.argmax())
+        unit = next((word for word, part in UNITS_OF_TIME if values[row] / part < SPAN[1]), None)
+        meant = f" (are they {unit}?)" if unit and np.isfinite(values[row]) and values[row] > 0 else ""
+        raise UserError(
+            f"{path}: row {row + 1}: {name} is {float(values[row])!r}, but it must be a number of seconds since 1970, "
+            f"from 1900 to 2199{meant}"
+        )
+    return np.floor(values).astype(np.int64)
 
 
 def _cast(column: pa.Array, kind: pa.DataType, path: str, name: str, what: str) -> pa.Array:

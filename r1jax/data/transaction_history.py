@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int8, Int32, Int64
 
 from r1jax.data.transactions import DAY, UNITS, Transactions
+from r1jax.errors import UserError
 
 WINDOWS = (1, 7, 30)
 """Days."""
@@ -27,6 +28,12 @@ NO_GAP = 1e8
 """Gap of the first event of a stream, seconds."""
 UNKNOWN, GENUINE, FRAUD = range(3)
 """What is known of an event's label."""
+
+
+def check_delay(delay: int) -> None:
+    """Raises UserError where a payment would see its own label."""
+    if delay < 1:
+        raise UserError(f"the label delay is {delay} seconds, but it must be at least 1: a label is known later only")
 
 
 class Index(NamedTuple):
@@ -144,7 +151,11 @@ class History:
           table: The payments.
           delay: Seconds until a label is known.
           events: K, of each stream.
+
+        Raises:
+          UserError: The delay is less than a second: a payment would see its own label.
         """
+        check_delay(delay)
         self.seconds, self.delay, self.events = table.seconds, delay, events
         self.features = window_features(table, delay)
         state = np.where(np.isnan(table.fraud), UNKNOWN, np.where(table.fraud == 1, FRAUD, GENUINE))

@@ -1,7 +1,10 @@
 """What is known at a payment, kept up to date payment by payment; equal to `History` bit for bit.
 
-The state of a customer or terminal is its last K events and those that the longest window still needs (30 days, and
-the label delay before them): it does not grow with the age of the stream.
+The state of a customer or terminal is its last K events and those that the longest window still needs, 30 days and the
+label delay before them (37 days by default). As events are dropped when they are half of what is held, that is at most
+twice as many, and it does not grow with the age of the stream. A payment takes time in proportion to the events of its
+customer and terminal within that time, so it is dearer at a busy terminal. No customer or terminal is ever forgotten:
+their last K events belong to what `History` gives however old they are, so memory grows with the number of names.
 """
 
 import math
@@ -19,8 +22,9 @@ from r1jax.data.transaction_history import (
     UNKNOWN,
     WINDOWS,
     Streams,
+    check_delay,
 )
-from r1jax.data.transactions import DAY, UNITS
+from r1jax.data.transactions import DAY, LONGEST, SPAN, UNITS
 from r1jax.errors import UserError
 
 OWN = len(CHANNELS) - 1
@@ -80,7 +84,11 @@ class LiveHistory:
         Args:
           delay: Seconds until a label counts as known, even if it comes earlier.
           events: K, of each stream.
+
+        Raises:
+          UserError: The delay is less than a second.
         """
+        check_delay(delay)
         self.delay, self.events = delay, events
         self._last = -math.inf
         self._customers: dict[str, _Ring] = {}
@@ -142,12 +150,16 @@ class LiveHistory:
         """Raises UserError where the payment cannot be one."""
         told = f"transaction {payment.id!r}"
         for name in ("id", "customer", "terminal"):
-            if not getattr(payment, name).strip():
+            if not any(letter.isprintable() for letter in "".join(getattr(payment, name).split())):
                 raise UserError(f"{told}: the {name} is empty, but it must be a name")
         if payment.id in self._places:
             raise UserError(f"{told} came before: each transaction needs a name of its own")
-        if not (math.isfinite(payment.amount) and payment.amount >= 0):
-            raise UserError(f"{told}: the amount is {payment.amount!r}, but it must be a finite number, not negative")
+        if not 0 <= payment.amount < LONGEST:
+            raise UserError(
+                f"{told}: the amount is {payment.amount!r}, but it must be a number, not negative, below {LONGEST}"
+            )
+        if not SPAN[0] <= payment.seconds < SPAN[1]:
+            raise UserError(f"{told}: the time is {payment.seconds!r}: give seconds since 1970, from 1900 to 2199")
         if payment.seconds < self._last:
             late, last = (np.datetime64(int(x), "s") for x in (payment.seconds, self._last))
             raise UserError(f"{told} is at {late}, before {last} of the one that came last: the clock goes backwards")

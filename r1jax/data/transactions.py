@@ -14,8 +14,15 @@ from jaxtyping import Bool, Float32, Int8, Int32, Int64
 from r1jax.errors import UserError
 
 DAY = 86400
+LONGEST = 2**31
+"""Amounts from here on cannot be counted in parts of a cent over many rows."""
+SPAN = (-2_208_988_800, 7_258_118_400)
+"""Seconds from 1900 to before 2200, in which times must lie: milliseconds since 1970 do not."""
 UNITS = 10_000
 """Parts of a unit of money that sums are counted in: whole numbers add up to the same in any order."""
+
+VISIBLE = r"[^\s\pZ\p{Cc}\x{fffe}\x{ffff}]"
+"""A character (RE2) that a name can be told by: neither a space nor a control character."""
 
 
 class Names(NamedTuple):
@@ -111,14 +118,17 @@ def check(table: Transactions, where: str, names: Names = Names()) -> Transactio
     row = int(back.argmax())
     why = f"the row above is at {time(row - 1)}: the clock goes backwards; sort the rows by {names.time}"
     refuse(back, names.time, time, why)
+    outside = (table.seconds < SPAN[0]) | (table.seconds >= SPAN[1])
+    why = "times must lie from 1900 to 2199; numbers are seconds since 1970, not milliseconds or microseconds"
+    refuse(outside, names.time, lambda row: int(table.seconds[row]), why)
     whole = np.arange(len(table))
     for name, column, codes in (
         (names.id, table.ids, whole),
         (names.customer, table.customers, table.customer),
         (names.terminal, table.terminals, table.terminal),
     ):
-        blank = pc.equal(pc.utf8_trim_whitespace(column), "").to_numpy(zero_copy_only=False)
-        refuse(blank[codes], name, lambda row, c=column, i=codes: c[int(i[row])].as_py(), "it must not be empty")
+        shown = pc.match_substring_regex(column, VISIBLE).to_numpy(zero_copy_only=False)
+        refuse(~shown[codes], name, lambda row, c=column, i=codes: c[int(i[row])].as_py(), "it must not be empty")
     coded = table.ids.dictionary_encode().indices.to_numpy()
     again = np.ones(len(table), bool)
     again[np.unique(coded, return_index=True)[1]] = False
@@ -126,6 +136,7 @@ def check(table: Transactions, where: str, names: Names = Names()) -> Transactio
     amount, fraud = (lambda row: float(table.amount[row])), (lambda row: float(table.fraud[row]))
     refuse(~np.isfinite(table.amount), names.amount, amount, "it must be a finite number")
     refuse(table.amount < 0, names.amount, amount, "it must not be negative: leave refunds out")
+    refuse(table.amount > LONGEST, names.amount, amount, f"it must be below {LONGEST}")
     odd = ~(np.isnan(table.fraud) | (table.fraud == 0) | (table.fraud == 1))
     refuse(odd, names.fraud, fraud, "it must be 1 (fraud), 0 (genuine) or empty (not known)")
     return table
@@ -153,6 +164,15 @@ def joined(earlier: Transactions, later: Transactions, where: str, names: Names 
             "give as history only what came before"
         )
 
+    coded = pa.concat_arrays([earlier.ids, later.ids]).dictionary_encode().indices.to_numpy()
+    again = np.isin(coded[len(earlier) :], coded[: len(earlier)])
+    if again.any():
+        row = int(again.argmax())
+        raise UserError(
+            f"{where}: row {row + 1}: {names.id} is {later.ids[row].as_py()!r}, but its history has that name: each "
+            "transaction needs its own"
+        )
+
     def codes(a: tuple[pa.Array, np.ndarray], b: tuple[pa.Array, np.ndarray]) -> tuple[np.ndarray, pa.Array]:
         found = pa.concat_arrays([a[0], b[0]]).dictionary_encode()
         where = found.indices.to_numpy()
@@ -167,7 +187,7 @@ def joined(earlier: Transactions, later: Transactions, where: str, names: Names 
     if earlier.scenario is not None and later.scenario is not None:
         scenario = np.concatenate([earlier.scenario, later.scenario])
     written = earlier.text is not None or later.text is not None
-    both = Transactions(
+    return Transactions(
         ids=pa.concat_arrays([earlier.ids, later.ids]),
         seconds=np.concatenate([earlier.seconds, later.seconds]),
         customer=customer,
@@ -179,4 +199,3 @@ def joined(earlier: Transactions, later: Transactions, where: str, names: Names 
         customers=customers,
         terminals=terminals,
     )
-    return check(both, f"{where} behind its history", names)

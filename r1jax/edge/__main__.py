@@ -27,6 +27,10 @@ def main() -> None:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        where, why = error.filename or "the disk", error.strerror or error
+        print(f"error: {where}: {why}; name another --output or file of cases, or make room", file=sys.stderr)
+        sys.exit(2)
     print(f"{count} reports, JSON and XML")
 
 
@@ -42,6 +46,8 @@ def write_reports(asked: argparse.Namespace) -> int:
     Raises:
       InputError: The artefact or the cases are not as they should be.
     """
+    if asked.threads < 1:
+        raise InputError(f"--threads {asked.threads}: give 1 or more")
     artefact = Artefact(asked.model, asked.threads)
     card, texts = artefact.card, artefact.texts
     ids, arrays, record_texts = read_cases(asked.cases, card, texts)

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 
 FORMAT = "r1jax export 1"
-CARD, TEXTS = "card.json", "report.json"
+CARD, TEXTS, RUNNER = "card.json", "report.json", "r1jax_edge.pyz"
+SUM = "card_sha256"
+"""Key of the card's own sum: thresholds and limits stand in the card, so it is as much the model as the weights are."""
 
 
 class InputError(Exception):
@@ -31,7 +33,13 @@ class Artefact:
         self.card = _read_json(folder / CARD)
         if not isinstance(self.card, dict) or self.card.get("format") != FORMAT:
             raise InputError(f"{folder / CARD} is no card of {FORMAT!r}: export the checkpoint again")
-        for name, expected in self.card["sha256"].items():
+        sums = self.card.get("sha256")
+        if self.card.get(SUM) != card_sum(self.card):
+            raise InputError(f"{folder / CARD} is not what was exported: copy the folder again")
+        needed = [self.card.get("file"), TEXTS, RUNNER]
+        if not isinstance(sums, dict) or any(name not in list(sums) for name in needed):
+            raise InputError(f"{folder / CARD} has no sum of some file: export the checkpoint again")
+        for name, expected in sums.items():
             if not (folder / name).is_file() or _sha256((folder / name).read_bytes()) != expected:
                 raise InputError(f"{folder / name} is missing or not what was exported: copy the folder again")
         self.texts = _read_json(folder / TEXTS)
@@ -54,6 +62,19 @@ class Artefact:
         """
         found = self.run(**{name: value[None] for name, value in inputs.items()})
         return {name: np.array(value[0]) for name, value in found.items()}
+
+
+def card_sum(card: dict[str, Any]) -> str:
+    """Sums up a card.
+
+    Args:
+      card: JSON-able; its own sum is left out.
+
+    Returns:
+      SHA-256 of its JSON in one spelling: sorted keys, no spaces, ASCII.
+    """
+    rest = {name: value for name, value in card.items() if name != SUM}
+    return _sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode())
 
 
 def _read_json(path: Path) -> Any:

@@ -1,5 +1,6 @@
 """Cases of an .npz file as an exported model reads them (format: docs/data.md)."""
 
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def read_cases(path: Path, card: Tree, texts: Tree) -> tuple[list[str], dict[str
     for name in arrays.keys() & {*names, "case_id", "has_volume", "has_image"}:
         if arrays[name].shape[:1] != (count,):
             raise InputError(f"array {name!r} of {path} has shape {list(arrays[name].shape)}, not {count} cases")
-    ids = _strings(arrays["case_id"]) if "case_id" in arrays else [str(row).zfill(6) for row in range(count)]
+    ids = _case_ids(path, arrays) if "case_id" in arrays else [str(row).zfill(6) for row in range(count)]
     wanted, found = card["inputs"], {}
     for name in PICTURES:
         if name in wanted:
@@ -46,7 +47,7 @@ def read_cases(path: Path, card: Tree, texts: Tree) -> tuple[list[str], dict[str
     if "table" in wanted:
         columns = [_field(path, field, arrays, count) for field in texts["record"]]
         found["table"] = np.stack(columns, axis=1)
-    return ids, found, _strings(arrays["text"]) if "text" in arrays else None
+    return ids, found, _strings(path, "text", arrays) if "text" in arrays else None
 
 
 def _picture(path: Path, name: str, arrays: dict[str, np.ndarray], count: int, shape: list[int]) -> dict:
@@ -69,17 +70,28 @@ def _picture(path: Path, name: str, arrays: dict[str, np.ndarray], count: int, s
         pixels = np.rint(units)
     elif pixels.dtype != np.int16:
         raise InputError(f"{name} of {path} is {pixels.dtype}: use uint8 (window), int16 (HU) or floats")
-    spacing = np.atleast_2d(arrays.get(f"{name}_spacing", arrays.get("spacing", np.ones(axes))))[:, -axes:]
-    if len(spacing) not in (1, count) or spacing.shape[1] != axes or not ((spacing > 1e-3) & (spacing < 1e3)).all():
-        raise InputError(f"the spacing of {name} in {path} is no list of {axes} sizes in mm")
-    spacing = np.broadcast_to(spacing, (count, axes)).astype(np.float32)
-    has = arrays.get(f"has_{name}", np.ones(count)).astype(bool)
-    return {name: pixels.astype(np.float32), f"{name}_spacing": spacing, f"has_{name}": has}
+    has = _numbers(path, f"has_{name}", arrays) if f"has_{name}" in arrays else np.ones(count)
+    if not np.isin(has, (0, 1)).all():
+        raise InputError(f"array 'has_{name}' of {path} holds other numbers than 0 and 1: correct it")
+    spacing = _spacing(path, name, arrays, axes)
+    if len(spacing) not in (1, count):
+        raise InputError(f"the spacing of {name} in {path} has {len(spacing)} rows, not 1 or {count}: correct it")
+    spacing = np.broadcast_to(spacing, (count, axes))
+    return {name: pixels.astype(np.float32), f"{name}_spacing": spacing, f"has_{name}": has.astype(bool)}
+
+
+def _spacing(path: Path, name: str, arrays: dict[str, np.ndarray], axes: int) -> np.ndarray:
+    """Voxel sizes of a picture in mm: one row, or one a case."""
+    rows = np.atleast_2d(arrays.get(f"{name}_spacing", arrays.get("spacing", np.ones(axes))))
+    sized = rows.ndim == 2 and rows.shape[1] in (axes, 3) and rows.dtype.kind in "iuf"
+    if not (sized and ((rows[:, -axes:] > 1e-3) & (rows[:, -axes:] < 1e3)).all()):
+        raise InputError(f"the spacing of {name} in {path} is no list of {axes} sizes in mm: correct it")
+    return rows[:, -axes:].astype(np.float32)
 
 
 def _field(path: Path, field: Tree, arrays: dict[str, np.ndarray], count: int) -> np.ndarray:
     """One record field of all cases."""
-    values = np.asarray(arrays.get(field["name"], np.full(count, np.nan)), np.float64)
+    values = _numbers(path, field["name"], arrays) if field["name"] in arrays else np.full(count, np.nan)
     good = np.isnan(values) | ((values >= field["low"]) & (values <= field["high"]))
     if not good.all():
         raise InputError(
@@ -116,5 +128,41 @@ def points_of(card: Tree, missing: Iterable[str]) -> dict[str, Tree]:
     return points[mode] if mode in points else next(iter(points.values()), {})
 
 
-def _strings(values: np.ndarray) -> list[str]:
-    return [(value.decode() if isinstance(value, bytes) else str(value)).strip() for value in values.tolist()]
+def _numbers(path: Path, name: str, arrays: dict[str, np.ndarray]) -> np.ndarray:
+    """An array of one number a case."""
+    values = arrays[name]
+    if values.ndim != 1 or values.dtype.kind not in "biuf":
+        shape = list(values.shape)
+        raise InputError(f"array {name!r} of {path} is {values.dtype} of shape {shape}: give one number per case")
+    return values.astype(np.float64)
+
+
+def _strings(path: Path, name: str, arrays: dict[str, np.ndarray]) -> list[str]:
+    """An array of one string, UTF-8 bytes or whole number a case, stripped."""
+    values = arrays[name]
+    if values.ndim != 1 or values.dtype.kind not in "SUiu":
+        shape = list(values.shape)
+        raise InputError(f"array {name!r} of {path} is {values.dtype} of shape {shape}: give one string per case")
+    found: list[str] = []
+    for row, value in enumerate(values.tolist()):
+        try:
+            raw = value if isinstance(value, bytes) else str(value).encode()
+            found.append(raw.decode().strip())
+        except UnicodeError:
+            raise InputError(f"array {name!r} of {path} is not UTF-8 in row {row}: save it as strings") from None
+    return found
+
+
+def _case_ids(path: Path, arrays: dict[str, np.ndarray]) -> list[str]:
+    """Names of the cases, each its own, as r1jax takes them: reports are named by them."""
+    names = _strings(path, "case_id", arrays)
+    for row, name in enumerate(names):
+        if not name or name in (".", "..") or not name.isprintable() or set(name) & set("/\\"):
+            raise InputError(
+                f"array 'case_id' of {path} is {name!r} in row {row}: a case needs a name of printable characters "
+                "without slashes"
+            )
+    name, times = Counter(names).most_common(1)[0]
+    if times > 1:
+        raise InputError(f"array 'case_id' of {path} has {name!r} {times} times: give every case its own name")
+    return names

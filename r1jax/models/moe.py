@@ -307,6 +307,7 @@ def spread_experts(
     """
     names = ("experts", None, "hidden", None), ("experts", None, "hidden")
     schemes = [part.scheme if isinstance(part, Ruled) else None for part in (gate_up, down)]
+    keys = tuple(part.key if isinstance(part, Ruled) else None for part in (gate_up, down))
     gate_up, down = (part.weight if isinstance(part, Ruled) else part for part in (gate_up, down))
     # Gate and up are each divided over the devices of their width, so that these hold matching parts of both.
     pairs = jax.tree.map(lambda part: part.reshape(len(part), 2, -1, part.shape[-1]), gate_up)
@@ -324,13 +325,18 @@ def spread_experts(
     tokens, total = where.spec(("batch", "length", None), x.shape), where.all_axes()
     counted = tuple(axis for part in tokens for axis in axes_of(part))
 
-    def local(x: Array, scores: Array, bias: Array, pairs: Any, down: Any) -> tuple[Array, Array, Array | None]:
+    def local(
+        x: Array, scores: Array, bias: Array, pairs: Any, down: Any, keys: Any
+    ) -> tuple[Array, Array, Array | None]:
         pairs, down = (
             jax.tree.map(lambda part, over=over: gather_dimensions(part, over), w)
             for w, (_, over) in zip((pairs, down), apart, strict=True)
         )
         gate_up = jax.tree.map(lambda part: part.reshape(len(part), -1, part.shape[-1]), pairs)
-        both = (w if s is None else Ruled(w, s) for w, s in zip((gate_up, down), schemes, strict=True))
+        # Each device numbers the rows of its own tokens from 0.
+        keys = jax.tree.map(lambda key: jax.random.fold_in(key, jax.lax.axis_index(total)), keys)
+        parts = zip((gate_up, down), schemes, keys, strict=True)
+        both = (w if s is None else Ruled(w, s, key) for w, s, key in parts)
         flat = x.reshape(-1, x.shape[-1]), scores.reshape(-1, scores.shape[-1]), bias, *both
         if experts:
             mixed = exchange_and_mix(*flat, config=config, axis=experts[0], everywhere=total, capacity=where.capacity)
@@ -340,9 +346,9 @@ def spread_experts(
         waited = None if mixed.waited is None else jax.lax.psum(mixed.waited, counted)
         return output.reshape(x.shape), mixed.experts.reshape(*x.shape[:2], -1), waited
 
-    in_specs = tokens, tokens, PartitionSpec(), *(spec for spec, _ in apart)
+    in_specs = tokens, tokens, PartitionSpec(), *(spec for spec, _ in apart), PartitionSpec()
     run = spread(local, in_specs, (tokens, tokens, PartitionSpec()))
-    return Mixed(*run(x, scores, bias, pairs, down))
+    return Mixed(*run(x, scores, bias, pairs, down, keys))
 
 
 class Experts(nn.Module):

@@ -138,7 +138,7 @@ def added(module: nn.Module, name: str, weight: Array | Quantized, dtype: DTypeL
 
 def rounding_key(module: nn.Module, scheme: Scheme) -> PRNGKeyArray | None:
     """Key of the stochastic rounding of a module's gradients, where they are rounded and a step has given keys."""
-    return module.make_rng("dropout") if scheme.gradients and module.has_rng("dropout") else None
+    return module.make_rng("rounding") if scheme.gradients and module.has_rng("rounding") else None
 
 
 def ruled(

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from r1jax.config import TableConfig
 from r1jax.models.initial import normal
 from r1jax.models.layers import EncoderLayer, Linear, RMSNorm
-from r1jax.models.quantized import added, parameter, scheme_for
+from r1jax.models.quantized import added, parameter, rounding_key, scheme_for
 from r1jax.models.remat import Remat, block
 from r1jax.ops.axes import constrain, gathered
 from r1jax.ops.quantized_dot import quantized_dot
@@ -56,7 +56,10 @@ class TableEncoder(nn.Module):
         if scheme is None:
             x = jnp.einsum("BFI,FOI->BFO", x, weight.astype(self.dtype))
         else:
-            x = jax.vmap(lambda x, w: quantized_dot(x, w, scheme), in_axes=(1, 0), out_axes=1)(x, weight)
+            key = rounding_key(self, scheme)
+            keys = None if key is None else jax.random.split(key, fields)
+            product = lambda x, w, key: quantized_dot(x, w, scheme, key=key)  # noqa: E731
+            x = jax.vmap(product, in_axes=(1, 0, 0), out_axes=1)(x, weight, keys)
         x = constrain(x, "batch", None, None)
         x = jnp.where(missing[..., None], jnp.broadcast_to(absent[None], x.shape), x)
         fields_alone = jnp.mean(x, axis=1)

@@ -44,7 +44,6 @@ def quantize(
     kind: Kind,
     *,
     block: int | None = None,
-    scale: Float[Array, "*rows blocks"] | None = None,
     scale_dtype: DTypeLike = jnp.float32,
     bits: UInt32[Array, "*rows I"] | None = None,
 ) -> Quantized:
@@ -54,8 +53,6 @@ def quantize(
       x: Numbers.
       kind: What they become.
       block: Numbers that share a scale; None is the whole row.
-      scale: A static scale, for example of a calibration; what lies beyond its range is clipped. None takes the
-        largest magnitude of each block.
       scale_dtype: What the scale is rounded to before it is used.
       bits: Random; with them rounding is stochastic, and right on average. Integers only.
 
@@ -70,10 +67,8 @@ def quantize(
         scale = jnp.maximum(span * np.float32(1 / 255), FLOOR).astype(scale_dtype)
         q = jnp.clip(jnp.round((wide - _column(zero)) / _column(scale)), 0, 255)
         return Quantized(_row(q, x.shape[-1]).astype(jnp.uint8), scale, zero)
-    if scale is None:
-        # Multiplied, not divided: of x / 127 compilers make either, and they differ in the last bit.
-        scale = jnp.maximum(jnp.max(jnp.abs(wide), axis=-1) * np.float32(1 / BOUND[kind]), FLOOR)
-    scale = scale.astype(scale_dtype)
+    # Multiplied, not divided: of x / 127 compilers make either, and they differ in the last bit.
+    scale = jnp.maximum(jnp.max(jnp.abs(wide), axis=-1) * np.float32(1 / BOUND[kind]), FLOOR).astype(scale_dtype)
     q = wide / _column(scale)
     if kind != "fp8":
         unit = None if bits is None else _blocks((bits >> 8).astype(jnp.float32) * np.float32(2**-24), block)

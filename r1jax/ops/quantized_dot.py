@@ -18,6 +18,11 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from r1jax.ops.hashed_bits import hashed_bits
 from r1jax.ops.quantize import Kind, Quantized, block_length, block_of, dequantize, quantize
 
+LONGEST = 2**17
+"""Products of int8 that are summed in one int32: 127^2 times as many stay below 2^31."""
+TOGETHER = 16
+"""Blocks of rows whose experts' weights are gathered at a time: of all, they would be as many matrices."""
+
 
 class Scheme(NamedTuple):
     """In what a product's operands are rounded."""
@@ -129,12 +134,60 @@ def grouped_quantized_dot(
       Array of the rows' dtype.
     """
     count, last = block_expert.shape[0], weight.shape[0] - 1
-    own = jnp.minimum(block_expert, last)
-    codes = jax.tree.map(lambda part: part[own], weight_codes(weight, scheme))  # narrow numbers are gathered
-    trained = None if isinstance(weight, Quantized) else weight[own]  # in the forward pass nobody reads it
+    codes, trained = weight_codes(weight, scheme), None if isinstance(weight, Quantized) else weight
     keys = None if key is None else jax.random.split(key, count)
-    run = jax.vmap(functools.partial(_product, scheme))
-    return run(rows.reshape(count, -1, rows.shape[-1]), trained, codes, keys).reshape(rows.shape[0], -1)
+    blocks = rows.reshape(count, -1, rows.shape[-1])
+    return _grouped(scheme, blocks, trained, codes, jnp.minimum(block_expert, last), keys).reshape(len(rows), -1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _grouped(scheme: Scheme, x: Array, weight: Array | None, codes: Quantized, own: Array, keys: Any) -> Array:
+    """`_product` of each block with the matrix of its own, a few blocks at a time."""
+    return _grouped_forward(scheme, x, weight, codes, own, keys)[0]
+
+
+def _grouped_forward(
+    scheme: Scheme, x: Array, weight: Array | None, codes: Quantized, own: Array, keys: Any
+) -> tuple[Array, tuple[Any, ...]]:
+    def one(block: tuple[Quantized, Array]) -> Array:
+        return multiply(block[0], _of(codes, block[1])).astype(x.dtype)
+
+    narrow, like = quantize(x, scheme.activations, block=block_of(codes)), jnp.zeros((), x.dtype)
+    saved = narrow, like, codes, None if weight is None else jnp.zeros((), weight.dtype), own, keys
+    return jax.lax.map(one, (narrow, own), batch_size=TOGETHER), saved
+
+
+def _grouped_backward(
+    scheme: Scheme, saved: tuple[Any, ...], gradient: Array
+) -> tuple[Array, Array | None, None, None, None]:
+    x, x_like, codes, like, own, keys = saved
+    wide = None if like is None else jnp.zeros((), jnp.float32)  # as the sum over blocks
+
+    def one(x: Quantized, own: Array, key: Array | None, gradient: Array) -> tuple[Array, Array | None]:
+        return _backward(scheme, (x, x_like, _of(codes, own), wide, key), gradient)[:2]
+
+    def turn(total: Array | None, blocks: tuple[Any, ...]) -> tuple[Array | None, Array]:
+        to_x, to_w = jax.vmap(one)(*blocks)
+        return None if total is None else total.at[blocks[1]].add(to_w), to_x
+
+    total = None if like is None else jnp.zeros(codes.shape, jnp.float32)
+    blocks, whole = (x, own, keys, gradient), len(own) // TOGETHER * TOGETHER
+    parts = []
+    if whole:
+        first = jax.tree.map(lambda a: a[:whole].reshape(-1, TOGETHER, *a.shape[1:]), blocks)
+        total, to_x = jax.lax.scan(turn, total, first)
+        parts.append(to_x.reshape(whole, *x.shape[1:]))
+    if whole < len(own):
+        total, to_x = turn(total, jax.tree.map(lambda a: a[whole:], blocks))
+        parts.append(to_x)
+    return jnp.concatenate(parts), None if like is None else total.astype(like.dtype), None, None, None
+
+
+_grouped.defvjp(_grouped_forward, _grouped_backward)
+
+
+def _of(codes: Quantized, expert: Array) -> Quantized:
+    return jax.tree.map(lambda part: part[expert], codes)  # narrow numbers are gathered
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -179,12 +232,20 @@ def _narrow_gradients(
     by_output = (g * x.scale).T
     bits = [hashed_bits(k, jnp.arange(len(part)), part.shape[1:]) for k, part in ((first, by_row), (second, by_output))]
     by_row, by_output = (quantize(p, "int8", bits=b) for p, b in zip((by_row, by_output), bits, strict=True))
-    contract = functools.partial(
-        jax.lax.dot_general, dimension_numbers=(((1,), (0,)), ((), ())), preferred_element_type=jnp.int32
-    )
-    to_x = contract(by_row.values, codes.values.astype(jnp.int8)).astype(jnp.float32) * by_row.scale
-    to_w = contract(by_output.values, x.values).astype(jnp.float32) * by_output.scale
+    to_x = _contract(by_row.values, codes.values.astype(jnp.int8)) * by_row.scale
+    to_w = _contract(by_output.values, x.values) * by_output.scale
     return to_x, to_w
+
+
+def _contract(a: Int[Array, "M R"], b: Int[Array, "R N"]) -> Float[Array, "M N"]:
+    """A b in fp32; an int32 holds the sum of `LONGEST` products, and not that of a batch of any size."""
+    dims = (((1,), (0,)), ((), ()))
+    return sum(
+        jax.lax.dot_general(a[:, i : i + LONGEST], b[i : i + LONGEST], dims, preferred_element_type=jnp.int32).astype(
+            jnp.float32
+        )
+        for i in range(0, len(b), LONGEST)
+    )
 
 
 def multiply(x: Quantized, w: Quantized) -> Float[Array, "*B O"]:
@@ -196,10 +257,15 @@ def multiply(x: Quantized, w: Quantized) -> Float[Array, "*B O"]:
 
     Returns:
       What the codes' product stands for.
+
+    Raises:
+      ValueError: More numbers share a scale than an int32 can sum.
     """
     a, b = (v if v.dtype == jnp.float8_e4m3fn else v.astype(jnp.int8) for v in (x.values, w.values))
     wide = jnp.float32 if a.dtype == jnp.float8_e4m3fn else jnp.int32
     count, length = w.scale.shape[-1], a.shape[-1]
+    if wide == jnp.int32 and block_length(length, count) > LONGEST:
+        raise ValueError(f"{block_length(length, count)} products overflow an int32: take blocks of at most {LONGEST}")
     if count == 1:
         dims = (((a.ndim - 1,), (1,)), ((), ()))
         y = jax.lax.dot_general(a, b, dims, preferred_element_type=wide).astype(jnp.float32)

@@ -1,6 +1,7 @@
 """What the evaluation of any task does: the checkpoint's config and weights, and where its results come from."""
 
 import dataclasses
+import itertools
 import json
 import sys
 import time
@@ -117,7 +118,8 @@ def scoring_task(config: Config, arguments: EvalArguments) -> TaskConfig:
       arguments: What eval.py was told.
 
     Returns:
-      The checkpoint's task with the given budget and, for another file of transactions, the trained one as history.
+      The checkpoint's task with the given budget and, for another file of transactions, the trained one behind its own
+      history as history.
 
     Raises:
       UserError: A budget of alerts was given for a task that raises none.
@@ -132,17 +134,22 @@ def scoring_task(config: Config, arguments: EvalArguments) -> TaskConfig:
         step_up = max(budget, finance.alerts.step_up_per_day)
         alerts = dataclasses.replace(finance.alerts, per_day=budget, step_up_per_day=step_up, false_positive_rate=None)
         finance = dataclasses.replace(finance, alerts=alerts)
-    if later is not None and trained is not None and not same_path(later, trained):
-        if is_remote(trained) or Path(trained).exists():
-            finance = dataclasses.replace(finance, history=trained)
-        else:
-            print(
-                f"warning: {trained}, which the checkpoint was trained on, is not here: the first transactions of "
-                f"{later} have no history",
-                file=sys.stderr,
-            )
-            finance = dataclasses.replace(finance, history=None)
+    if later is not None and not same_path(later, trained):
+        finance = dataclasses.replace(finance, history=_history((*finance.history, trained), later))
     return dataclasses.replace(task, finance=finance)
+
+
+def _history(files: tuple[str | None, ...], later: str) -> tuple[str, ...]:
+    """Those of the files that lie before a later one without a gap; None is generated data, which is before nothing."""
+    before = tuple(itertools.takewhile(lambda path: not same_path(path, later), files))
+    kept = tuple(itertools.takewhile(lambda path: path and (is_remote(path) or Path(path).exists()), before[::-1]))
+    if len(kept) < len(before):
+        gone = before[-1 - len(kept)]
+        why = f"{gone}, which the checkpoint was trained on or with, is not here"
+        why = "the checkpoint was trained on generated data" if gone is None else why
+        told = f"the history of {later} begins with {kept[-1]}" if kept else f"the first of {later} have no history"
+        print(f"warning: {why}: {told}", file=sys.stderr)
+    return kept[::-1]
 
 
 def same_path(one: str | None, other: str | None) -> bool:

@@ -20,7 +20,7 @@ from r1jax.parallel.mesh import batch_sharding, shard_tree
 from r1jax.serve.attribution import integrated_gradients
 from r1jax.serve.progress import progress
 from r1jax.tasks.finance.reasons import Contributions
-from r1jax.tasks.task import Task
+from r1jax.tasks.finance.task import Finance
 
 STEPS = 64
 """Points on the way."""
@@ -32,7 +32,7 @@ BATCH = 32
 
 
 def explain(
-    model: R1, task: Task, mesh: Mesh, params: Any, source: Source, indices: np.ndarray, typical: np.ndarray
+    model: R1, task: Finance, mesh: Mesh, params: Any, source: Source, indices: np.ndarray, typical: np.ndarray
 ) -> Contributions:
     """Explains chosen transactions.
 
@@ -97,7 +97,7 @@ def _typical(sums: Any, params: Any, read: Any, typical: np.ndarray, size: int) 
     return means
 
 
-def _reference_sums(model: R1, task: Task, params: Any, batch: dict[str, Array]) -> dict[str, tuple[Array, Array]]:
+def _reference_sums(model: R1, task: Finance, params: Any, batch: dict[str, Array]) -> dict[str, tuple[Array, Array]]:
     """Sums of the features over a batch, and over how many; a position is an event, a token or all of the table."""
     inputs, _ = task.prepare(batch)
     sums = {}
@@ -119,7 +119,7 @@ def _sums(x: Array, valid: Bool[Array, "..."], axes: tuple[int, ...]) -> tuple[A
 
 def _contributions(
     model: R1,
-    task: Task,
+    task: Finance,
     params: Any,
     batch: dict[str, Array],
     start: dict[str, Array],
@@ -136,7 +136,7 @@ def _contributions(
 
     def output(x: Features) -> Float[Array, " B"]:
         shown = inputs if inputs.table is None else inputs._replace(table=x["table"])
-        return read_from(model, params, shown, x).heads["fraud"][:, 0]
+        return read_from(model, params, shown, x).heads["fraud"][:, 0] + task.correction  # as the score has it
 
     found = integrated_gradients(output, begin, end, STEPS, offset)
     cases, parts = len(batch["target.fraud"]), found.contributions

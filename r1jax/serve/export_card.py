@@ -7,7 +7,7 @@ from typing import Any
 
 from r1jax import __version__
 from r1jax.config import Config
-from r1jax.edge.artefact import CARD, FORMAT
+from r1jax.edge.artefact import CARD, FORMAT, SUM, card_sum
 from r1jax.serve.export_graph import Port
 from r1jax.serve.scored import Points
 from r1jax.tasks.medical.wording import NOTICE, SYNTHETIC
@@ -64,10 +64,11 @@ def describe_ports(wanted: dict[str, Port], outputs: dict[str, Any]) -> dict[str
 
 
 def write_card(folder: Path, card: dict[str, Any]) -> None:
-    """Writes the card.
+    """Writes the card with its own sum.
 
     Args:
       folder: Of the exported model.
-      card: JSON-able.
+      card: JSON-able, without NaN.
     """
+    card = card | {SUM: card_sum(card)}
     (folder / CARD).write_text(json.dumps(card, ensure_ascii=False, indent=1, allow_nan=False) + "\n", "utf-8")

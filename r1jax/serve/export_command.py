@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from r1jax.cli import load_arguments
-from r1jax.config import Config, Count, EvalArguments, EvalData, MeshConfig
+from r1jax.config import Config, Count, EvalArguments, EvalData, MeshConfig, ModelConfig
 from r1jax.disk import sha256
 from r1jax.edge.artefact import TEXTS
 from r1jax.errors import UserError
@@ -25,7 +26,7 @@ from r1jax.parallel.platform import start_platform
 from r1jax.serve import export_jax, export_litert
 from r1jax.serve.evaluate import restore_served, scoring_config
 from r1jax.serve.export_card import describe_export, describe_ports, write_card
-from r1jax.serve.export_gate import FP32, HALF, INT8, Subset, agreement_lines, compare
+from r1jax.serve.export_gate import FP32, HALF, INT8, Limits, Subset, agreement_lines, compare
 from r1jax.serve.export_graph import exported_graph, ports
 from r1jax.serve.export_texts import report_texts
 from r1jax.serve.scored import Points, Scored, frozen_points, score
@@ -74,12 +75,12 @@ class Opened(NamedTuple):
 
     checkpoint: Checkpoint
     config: Config
-    """With fp32 and unrolled layers where the target needs it, and the data that is compared on."""
+    """With unrolled, unrounded layers of fp32 where the target needs it, and the data that is compared on."""
     task: Medical
     model: R1
     params: Any
     scored: Scored
-    """What the checkpoint says of the cases."""
+    """What the checkpoint says of the cases, in its own precision."""
     points: Points
 
 
@@ -141,10 +142,7 @@ def open_checkpoint(checkpoint: Checkpoint, asked: ExportArguments) -> Opened:
             f"{checkpoint.path} reads cases through data.preprocess {config.data.preprocess!r}, which runs on the host "
             "and would be missing in the exported model: train without it to export"
         )
-    model = dataclasses.replace(config.model, remat="none")
-    if asked.to == "litert":  # an edge device has neither bf16 nor loops, and its converter rounds by itself
-        model = dataclasses.replace(model, precision="fp32", scan_layers=False, quant=())
-    config = dataclasses.replace(config, model=model)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="none"))
     print(f"{checkpoint.path}: {start_platform('cpu')}", file=sys.stderr)
     task, mesh = TASKS[config.task.name](config), make_mesh(MeshConfig(), jax.devices()[:1])
     network = R1(config.model, task.heads)
@@ -154,7 +152,14 @@ def open_checkpoint(checkpoint: Checkpoint, asked: ExportArguments) -> Opened:
     scored = score(Evaluator(network, task, mesh), task, params, source, validation, batch_size=32)
     reads = config.model.modalities
     points = frozen_points(validation, task, shown_modes(reads, reads))
-    return Opened(checkpoint, config, task, network, jax.tree.map(np.asarray, params), scored, points)
+    weights = jax.tree.map(np.asarray, params)
+    if asked.to == "litert":  # an edge device has neither bf16 nor loops, and its converter rounds by itself
+        plain = dataclasses.replace(config.model, precision="fp32", scan_layers=False, quant=())
+        config = dataclasses.replace(config, model=plain)
+        task = TASKS[config.task.name](config)
+        network = R1(plain, task.heads)
+        weights = jax.tree.map(lambda x: x.astype(np.float32) if x.dtype == jnp.bfloat16 else x, weights)
+    return Opened(checkpoint, config, task, network, weights, scored, points)
 
 
 def write(folder: Path, opened: Opened, asked: ExportArguments, converter: Path | None) -> dict[str, Any]:
@@ -189,11 +194,25 @@ def write(folder: Path, opened: Opened, asked: ExportArguments, converter: Path 
     card["sha256"] = {file.name: sha256(file) for file in sorted(folder.iterdir())}
     write_card(folder, card)
     scored = dataclasses.replace(opened.scored, frozen=opened.points | opened.scored.frozen)
-    limits = INT8 if asked.int8 else FP32 if opened.config.model.precision == "fp32" else HALF
-    agreement = compare(run, wanted, scored, limits)
+    agreement = compare(run, wanted, scored, limits_of(opened.checkpoint.config().model, asked))
     if agreement["agrees"]:
         write_card(folder, card | {"agreement": agreement})
     return agreement
+
+
+def limits_of(trained: ModelConfig, asked: ExportArguments) -> Limits:
+    """How far the exported model may be from the checkpoint, by what rounds numbers in one of them alone or otherwise.
+
+    Args:
+      trained: The checkpoint's own model.
+      asked: The command line.
+
+    Returns:
+      The limits.
+    """
+    if asked.int8 or (asked.to == "litert" and trained.quant):
+        return INT8
+    return FP32 if trained.precision == "fp32" else HALF
 
 
 def _size(opened: Opened, name: str) -> tuple[int, ...]:

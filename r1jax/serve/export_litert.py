@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from r1jax import edge
+from r1jax.edge.artefact import RUNNER
 from r1jax.errors import UserError
 from r1jax.models.moe import dense_mixtures
 from r1jax.serve import litert_worker
@@ -24,8 +25,10 @@ REQUIREMENTS = ("litert-converter==0.5.0", "ai-edge-quantizer==0.10.0")
 """What the converter's environment holds; its interface is private, hence the exact versions."""
 KEPT = r".*/(merge_[01]|stage_[01]_\w+|spacing|where|head_\w+)/.*"
 """Weights that stay fp32 with int8: those nearest to the pictures, and the heads. They are few bytes and most of the
-error: with them in int8 as well, 7 of 1,200 decisions of the default model change, and none without."""
-MODEL, RUNNER = "model.tflite", "r1jax_edge.pyz"
+error."""
+MODEL = "model.tflite"
+COMPLETE = "complete"
+"""File in the converter's environment once all is installed: an interpreter alone may be what a crash left."""
 
 
 def default_environment() -> Path:
@@ -52,7 +55,7 @@ def find_converter(named: str | None, install: bool) -> Path:
         return Path(named)
     home = default_environment()
     python = home / "bin" / "python"
-    if python.is_file():
+    if (home / COMPLETE).is_file() and python.is_file():
         return python
     if not install:
         raise UserError(
@@ -67,11 +70,16 @@ def _make_environment(home: Path) -> None:
     """Makes an environment with the converter, whole or not at all."""
     print(f"installing {', '.join(REQUIREMENTS)} into {home}", file=sys.stderr)
     pip = [str(home / "bin" / "python"), "-m", "pip", "install", "-q", *REQUIREMENTS]
-    for command in ([sys.executable, "-m", "venv", "--clear", str(home)], pip):
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            shutil.rmtree(home, ignore_errors=True)
-            raise UserError(f"the LiteRT converter cannot be installed ({_last_line(done)}): name one by --converter")
+    try:
+        for command in ([sys.executable, "-m", "venv", "--clear", str(home)], pip):
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                why = _last_line(done)
+                raise UserError(f"the LiteRT converter cannot be installed ({why}): name one by --converter")
+        (home / COMPLETE).touch()
+    except BaseException:
+        shutil.rmtree(home, ignore_errors=True)
+        raise
 
 
 def write_model(

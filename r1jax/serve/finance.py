@@ -26,7 +26,7 @@ from r1jax.serve.scored import Watched, refuse_not_finite
 from r1jax.tasks.calibration import from_json
 from r1jax.tasks.drift import snapshot
 from r1jax.tasks.finance.alerts import ACTIONS, BANDS, make_policy
-from r1jax.tasks.finance.evaluation import band_counts, evaluate, period_counts
+from r1jax.tasks.finance.evaluation import band_counts, evaluate, labelled_days, period_counts
 from r1jax.tasks.finance.figures import RATE
 from r1jax.tasks.finance.operating import operating_points, stored_curve
 from r1jax.tasks.finance.report import RiskReport
@@ -84,8 +84,14 @@ def judge(run: Evaluation, evaluator: Evaluator, params: Any, source: Source) ->
       What follows for each.
 
     Raises:
-      UserError: A score is not finite, or nothing sets the thresholds.
+      UserError: A score is not finite, nothing sets the thresholds, or genuine transactions were left out.
     """
+    cases = original(source)
+    if cases.kept < 1:
+        raise UserError(
+            f"data.split train holds only {cases.kept:.0%} of the genuine transactions, so that no figure would be "
+            "that of the period: score --data.split val, test or all"
+        )
     modes = tuple(run.task.modes())
     with progress("transactions", len(source)) as steps:
         found, _, ids = evaluator.predict(
@@ -94,7 +100,6 @@ def judge(run: Evaluation, evaluator: Evaluator, params: Any, source: Source) ->
     for mode, outcome in found.items():
         refuse_not_finite(outcome, ids, mode)
     scores = {mode: outcome["fraud"] for mode, outcome in found.items()}
-    cases = original(source)
     rows, table = cases.rows, cases.table
     scored = ScoredTransactions(
         ids=ids,
@@ -151,6 +156,7 @@ def _measure(run: Evaluation, judged: Judged, params: Any, source: Source) -> tu
         "provenance": origin(run, source, seen),
         "warnings": _warnings(run, judged, seen),
         "counts": period_counts(scored),
+        "label_delay_days": run.config.task.finance.label_delay_days,
         "policy": judged.policy._asdict(),
         "bands": band_counts(judged.bands),
         "alerts": len(judged.alerts),
@@ -170,11 +176,20 @@ def _seen_in_training(run: Evaluation, cases: TransactionCases) -> int:
 
 def _warnings(run: Evaluation, judged: Judged, seen: int) -> list[str]:
     """What a reader of the figures must know."""
-    told = list(judged.warnings)
+    told = [*judged.warnings, *run.task.note_warnings(judged.cases)]
     if seen:
         told.append(f"{seen} of these {len(judged.scored.ids)} transactions were learned from: figures are optimistic")
     elif run.config.data.split == "val" and same_path(run.config.data.path, run.checkpoint.config().data.path):
         told.append("these transactions chose the checkpoint, thresholds and calibration: the figures are optimistic")
+    scored = judged.scored
+    frauds, labelled = int((scored.fraud == 1).sum()), int(scored.labelled.sum())
+    if labelled and not 0 < frauds < labelled:
+        told.append(f"{frauds} of {labelled} known labels are fraud: rates and areas need both kinds and are undefined")
+    if 0 < labelled < len(scored.ids):
+        told.append(
+            f"{labelled} of {len(scored.ids)} labels are known: alerts a day are those of all transactions, costs a "
+            "day are scaled up as if the known ones were a random part, the rest is measured on those alone"
+        )
     share, days = len(judged.alerts) / len(judged.scored.ids), judged.scored.days
     if share > 0.1:
         told.append(f"{share:.0%} of these transactions are alerts: lower --alerts-per-day to what can be looked at")
@@ -224,5 +239,5 @@ def _labelled(judged: Judged) -> Labelled | None:
         scored.fraud == 1,
         scored.amount.astype(np.float64),
         {mode: score[known].astype(np.float64) for mode, score in judged.scores.items()},
-        judged.scored.days,
+        labelled_days(judged.scored),
     )

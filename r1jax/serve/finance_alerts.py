@@ -1,5 +1,6 @@
 """Alerts with their reasons, worded as reports."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -70,7 +71,10 @@ def alert_reports(
       In order of time; without reasons where they were not asked for.
     """
     cases, scored, provenance = judged.cases, judged.scored, report_provenance(metrics)
-    explained = _worded(found, chosen, source) if found is not None else {}
+    explained = {}
+    if found is not None:
+        notes = source.read_batch(chosen).get("text", [""] * len(chosen))
+        explained = dict(zip(chosen.tolist(), worded(found, notes), strict=True))
     reports = []
     for index in judged.alerts.tolist():
         reasons, explanation = explained.get(index, ((), None))
@@ -99,22 +103,29 @@ def alert_reports(
     return reports
 
 
-def _worded(
-    found: Contributions, chosen: Int[np.ndarray, "C"], source: Source
-) -> dict[int, tuple[tuple[tuple[str, float, str], ...], Explanation]]:
-    """Reasons and the check that they add up, by transaction."""
+def worded(found: Contributions, notes: Sequence[str]) -> list[tuple[tuple[tuple[str, float, str], ...], Explanation]]:
+    """Words what was found.
+
+    Args:
+      found: Contributions of C transactions.
+      notes: Of the same.
+
+    Returns:
+      Of each, its reasons as `Alert` takes them and the check that they add up.
+    """
     sums, residual = by_concept(found, FEATURES, EVENT_FEATURES), found.residual
-    notes = source.read_batch(chosen).get("text", [""] * len(chosen))
-    worded = {}
-    for place, index in enumerate(chosen.tolist()):
+    told = []
+    for place, note in enumerate(notes):
         bytes_alone = found.text[place, 1:]  # the first token marks the beginning
-        reasons = tuple(
-            (code, gain, weightiest_span(notes[place], bytes_alone) if code == "note" else "")
-            for code, gain in top_reasons(sums[place])
+        top = top_reasons(sums[place])
+        check = Explanation(
+            method="integrated gradients",
+            baseline=float(found.baseline[place]),
+            output=float(found.output[place]),
+            rest=float(sums[place].sum() - sum(gain for _, gain in top)),
+            residual=float(residual[place]),
+            complete=bool(found.complete[place]),
         )
-        ends = {name: float(getattr(found, name)[place]) for name in ("baseline", "output")}
-        worded[index] = (
-            reasons,
-            Explanation(**ends, residual=float(residual[place]), complete=bool(found.complete[place])),
-        )
-    return worded
+        spans = (weightiest_span(note, bytes_alone) if code == "note" else "" for code, _ in top)
+        told.append((tuple((*reason, span) for reason, span in zip(top, spans, strict=True)), check))
+    return told

@@ -31,7 +31,8 @@ class Labelled(NamedTuple):
     fraud: Bool[np.ndarray, "n"]
     amount: Float[np.ndarray, "n"]
     scores: dict[str, Float[np.ndarray, "n"]]
-    days: int
+    days: float
+    """That costs and alerts spread over (`labelled_days`)."""
 
 
 @matplotlib.rc_context(STYLE)

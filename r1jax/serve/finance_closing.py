@@ -3,8 +3,8 @@
 from typing import Any
 
 from r1jax.serve.evaluate import Evaluation, shortest
-from r1jax.tasks.finance.figures import MODES, RATE
-from r1jax.tasks.intervals import figure_text
+from r1jax.tasks.finance.figures import COLUMNS, RATE
+from r1jax.tasks.intervals import figure_text, percent
 
 
 def closing_lines(run: Evaluation, metrics: dict[str, Any]) -> list[str]:
@@ -25,6 +25,7 @@ def closing_lines(run: Evaluation, metrics: dict[str, Any]) -> list[str]:
         "",
     ]
     told += ["no label is known: nothing is measured"] if figures is None else _figure_lines(figures)
+    told.append(f"labels are known after {metrics['label_delay_days']:g} days; no input sees one earlier")
     check = metrics["explanations"]
     if check is not None:
         told.append(
@@ -55,7 +56,7 @@ def _figure_lines(figures: dict[str, Any]) -> list[str]:
         ("AUROC", "1", [mode["auroc"] for mode in modes.values()]),
         ("card precision", "%", [mode["card_precision"] for mode in modes.values()]),
     ]
-    lines = ["  " + " " * 24 + "".join(f"{MODES[mode]:>26}" for mode in modes)]
+    lines = ["  " + " " * 24 + "".join(f"{COLUMNS[mode]:>26}" for mode in modes)]
     for title, unit, row in rows:
         cells = [" ".join(f"{value} ({interval})".split()) for value, interval in (figure_text(x, unit) for x in row)]
         lines.append(f"  {title:<24}" + "".join(f"{cell:>26}" for cell in cells))
@@ -73,7 +74,8 @@ def _figure_lines(figures: dict[str, Any]) -> list[str]:
         "",
         f"frozen threshold: {operating['alerts_per_day']:.1f} alerts a day, recall {found}, FPR {false} "
         f"(set by {operating['origin']})",
-        f"accuracy {100 * accuracy['model']:.2f} % at {place}; calling nothing fraud is right for "
+        f"at {place} of this period: {figures['alerts_per_day'][rate]:.1f} alerts a day, of all transactions",
+        f"accuracy {percent(accuracy['model'])} at {place}; calling nothing fraud is right for "
         f"{100 * accuracy['nothing_is_fraud']:.2f} %",
         f"a recall of {100 * needed['recall']:.1f} % would need an FPR of {figure_text(needed, '%')[0]}",
     ]

@@ -19,9 +19,9 @@ from r1jax.serve.page_parts import (
     write_html,
 )
 from r1jax.tasks.finance.evaluation import CLAIMED_RECALL
-from r1jax.tasks.finance.figures import MODES, RATE
+from r1jax.tasks.finance.figures import COLUMNS, RATE
 from r1jax.tasks.finance.report import NOTICE, RiskReport
-from r1jax.tasks.intervals import figure_text
+from r1jax.tasks.intervals import figure_text, percent
 
 ALERTS = 60
 """Alerts shown at most, those of the highest scores."""
@@ -81,6 +81,7 @@ def _before(sections: dict[str, str], name: str, added: dict[str, str]) -> dict[
 def _lead(metrics: dict[str, Any]) -> str:
     counts, figures = metrics["counts"], metrics["figures"]
     told = f"{counts['transactions']} transactions, {counts['first_day']} to {counts['last_day']}"
+    told += f"; labels are known after {metrics['label_delay_days']:g} days"
     if figures is None:
         return f"{told}; no label is known yet, so that nothing can be measured."
     told += f"; {figures['labelled']} with a known label, {figures['frauds']} of them fraud"
@@ -94,7 +95,12 @@ def _headline(figures: dict[str, Any]) -> str:
     more = f"nobody could reach more than {100 * best:.1f} %" if best is not None else "of all frauds"
     cards = [
         card(f"Recall at a false positive rate of {rate}", at["recall"], "%", more),
-        card(f"Precision at {rate}", at["precision"], "%", "share of frauds among those called"),
+        card(
+            f"Precision at {rate}",
+            at["precision"],
+            "%",
+            f"share of frauds among those called; {figures['alerts_per_day'][f'{RATE:g}']:.1f} alerts a day",
+        ),
         card(f"Value recall at {rate}", at["value_recall"], "%", "share of the fraudulent amount"),
         card("AUPRC", both["auprc"], "1", f"chance: {figures['fraud_share']:.4f}"),
         card("AUROC", both["auroc"], "1", "says little at rates that can be afforded"),
@@ -125,7 +131,7 @@ def _reading(figures: dict[str, Any]) -> str:
         f'<p>"98.7 % recognised at 0.3 % false alarms" is often read as accuracy. It cannot be: {100 * share:.2f} % of '
         f"these transactions are fraud, so that <b>calling nothing fraud is right for "
         f"{100 * accuracy['nothing_is_fraud']:.2f} %</b> of them; the model is right for "
-        f"{100 * accuracy['model']:.2f} % at a false positive rate of {100 * RATE:g} %. Accuracy hides all "
+        f"{percent(accuracy['model'])} at a false positive rate of {100 * RATE:g} %. Accuracy hides all "
         f"that matters. The honest pair is recall <i>at</i> that rate, {figure_text(at['recall'], '%')[0]} here, with "
         f"precision, {figure_text(at['precision'], '%')[0]}: of a hundred alerts so many are fraud.</p>"
         f"<p>A recall of {100 * CLAIMED_RECALL:.1f} % would need a false positive rate of <b>{needs}</b> here. Frauds "
@@ -141,12 +147,12 @@ def _curves(figures: dict[str, Any], data: Labelled) -> str:
         items = []
         for mode in data.scores:
             number, interval = figure_text(value(modes[mode]), unit)
-            items.append((mode, MODES[mode], f"{text} <b>{number}</b> <small>{interval}</small>"))
+            items.append((mode, COLUMNS[mode], f"{text} <b>{number}</b> <small>{interval}</small>"))
         return mode_legend(items)
 
     rate = f"{RATE:g}"
     headline = legend(lambda mode: mode["at_rate"][rate]["recall"], "%", f"at {100 * RATE:g} %")
-    plain = mode_legend([(mode, MODES[mode], "") for mode in data.scores])
+    plain = mode_legend([(mode, COLUMNS[mode], "") for mode in data.scores])
     kinds = "".join(
         f"<li>{swatch(f'--{color}', '', 7)}{kind} ({n})</li>"
         for kind, color, n in (
@@ -256,7 +262,7 @@ def _table(figures: dict[str, Any]) -> str:
         ("card precision", "%", [mode["card_precision"] for mode in modes.values()]),
         (claimed, "%", [mode["rate_for_claimed_recall"] for mode in modes.values()]),
     ]
-    head = "".join(f"<th>{MODES[mode]}</th>" for mode in modes)
+    head = "".join(f"<th>{COLUMNS[mode]}</th>" for mode in modes)
     body = "".join(
         f"<tr><th>{label}</th>{''.join(f'<td>{figure_cell(figure, unit)}</td>' for figure in row)}</tr>"
         for label, unit, row in lines
@@ -270,7 +276,7 @@ def _gains(differences: dict[str, Any]) -> str:
     if not differences:
         return ""
     names = list(next(iter(differences.values())))
-    head = "".join(f"<th>gained over {MODES[mode]}</th>" for mode in differences)
+    head = "".join(f"<th>gained over {COLUMNS[mode]}</th>" for mode in differences)
     cells = {
         name: "".join(f"<td>{figure_cell(gain[name], '1')}</td>" for gain in differences.values()) for name in names
     }

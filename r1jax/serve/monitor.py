@@ -13,9 +13,9 @@ from jaxtyping import Bool, Float
 
 from r1jax.cli import load_arguments
 from r1jax.config import Positive
+from r1jax.data.transactions import DAY
 from r1jax.errors import UserError
 from r1jax.tasks.drift import Drift, drifts, follow
-from r1jax.tasks.finance.scored import DAY
 
 HELP = """\
 Compares a later period with the one that it is held against, both scored by eval.py: PSI and KS of every feature and of

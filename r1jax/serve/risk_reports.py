@@ -14,8 +14,8 @@ RISK_REPORT = Dialect(
     namespace="urn:r1jax:risk-report:1",
     lists=frozenset({"reasons"}),
     numbers=frozenset(
-        {"amount", "score", "probability", "contribution", "baseline", "output", "residual", "threshold"}
-        | {"sensitivity", "specificity", "nPositive", "nNegative", "stepUpThreshold", "blockProbability"}
+        {"amount", "score", "probability", "contribution", "baseline", "output", "rest", "residual"}
+        | {"threshold", "sensitivity", "specificity", "nPositive", "nNegative", "stepUpThreshold", "blockProbability"}
     ),
     booleans=frozenset({"synthetic", "complete"}),
 )

@@ -53,6 +53,11 @@ def finite(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
+def percent(share: float | None) -> str:
+    """A share as the reader sees it."""
+    return "undefined" if share is None else f"{100 * share:.2f} %"
+
+
 def figure_text(figure: dict[str, Any], unit: str) -> tuple[str, str]:
     """A figure as the reader sees it: its value, and its interval (empty where undefined); a "rate" is a finer %."""
     scale, digits = {"%": (100, 1), "rate": (100, 2), "mm": (1, 2), "levels": (1, 2)}.get(unit, (1, 3))

@@ -136,7 +136,7 @@ def batch_gradients(
     """Gradients, loss, its parts and the experts' loads of a whole batch, computed in `train.accumulation` parts.
 
     Every mean of the loss is taken over the whole batch, and a case's random numbers depend on its index alone, so that
-    the number of parts changes nothing but the order of additions.
+    the number of parts changes nothing but the order of additions, and how gradients are rounded where a rule says so.
 
     Args:
       config: Parts, and the depth of the decoder.
@@ -167,7 +167,9 @@ def batch_gradients(
         inputs, targets = prepare(part)
 
         def loss_fn(trained: Any) -> tuple[Array, Any]:
-            params, rngs = join_trees(trained, frozen), {"dropout": dropout}
+            params = join_trees(trained, frozen)
+            # Rounding draws by the row of a product; dropout knows the case by itself.
+            rngs = {"dropout": dropout, "rounding": jax.random.fold_in(dropout, part[0][0])}
             output = model.apply({"params": params}, inputs, cases=part[0], language=task.language, rngs=rngs)
             loss, parts = task.loss(output, inputs, targets, share, weights)
             scaled = loss if scale is None else loss * scale

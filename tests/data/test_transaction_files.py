@@ -5,6 +5,8 @@ import pyarrow as pa
 import pytest
 from pyarrow import csv, parquet
 
+from r1jax.data import transaction_files
+from r1jax.data.filesystem import open_filesystem
 from r1jax.data.transaction_files import read_transactions
 from r1jax.data.transactions import joined
 from r1jax.errors import UserError
@@ -86,6 +88,19 @@ def test_files_of_a_folder_follow_each_other_by_name(tmp_path):
         (0, "TX_AMOUNT", "", "row 1: TX_AMOUNT is nan, but it must be a finite number"),
         (0, "TX_AMOUNT", "1e12", "row 1: TX_AMOUNT is 1000000000000.0, but it must be below"),
         (0, "TX_AMOUNT", "a lot", "row 1: TX_AMOUNT is 'a lot', but it must be a number"),
+        (1, "CUSTOMER_ID", "\x01", r"row 2: CUSTOMER_ID is '\\x01', but it must not be empty"),
+        (
+            1,
+            "TX_DATETIME",
+            "2018-04-01T00:00:31Z",
+            "row 2: TX_DATETIME is '2018-04-01T00:00:31Z', which names a zone, unlike",
+        ),
+        (
+            2,
+            "TX_DATETIME",
+            "2218-04-02 00:00:00",
+            "row 3: TX_DATETIME is 7833974400, but times must lie from 1900 to 2199",
+        ),
         (1, "TX_FRAUD", "2", "row 2: TX_FRAUD is 2.0, but it must be 1 .fraud., 0 .genuine. or empty"),
     ],
 )
@@ -103,6 +118,7 @@ def test_a_wrong_cell_is_named_with_its_row_and_value(tmp_path, row, column, cel
             "no column 'TX_AMOUNT' .did you mean 'TX_AMOUNTS'.. for the amount",
         ),
         (HEAD, ("fraud=CHARGEBACK",), "no column 'CHARGEBACK' for the fraud"),
+        (HEAD, ("customer=TERMINAL_ID",), "'TERMINAL_ID' for the customer, but it is the terminal already"),
         (HEAD, ("amuont=X",), "has 'amuont=X' .did you mean 'amount'.."),
         (HEAD, ("TX_AMOUNT",), "write WHAT=COLUMN"),
     ],
@@ -131,5 +147,75 @@ def test_a_later_stream_is_joined_to_its_history(tmp_path):
     assert both.digest() == whole.digest()
     with pytest.raises(UserError, match="begins at 2018-04-01T00:00:31, before its history ends"):
         joined(later, earlier, "a.csv")
-    with pytest.raises(UserError, match="row 2: TRANSACTION_ID is 'c', but a row above has that name"):
-        joined(later, later, "b.csv")
+    with pytest.raises(UserError, match="b.csv: row 1: TRANSACTION_ID is 'c', but its history has that name"):
+        joined(whole, later, "b.csv")
+
+
+def test_a_csv_may_count_seconds(tmp_path):
+    rows = [
+        row.replace("2018-04-01 00:00:31", "1522540831").replace("2018-04-02 23:59:59", "1522713599") for row in ROWS
+    ]
+    assert read_transactions(write(tmp_path, rows)).digest() == read_transactions(write(tmp_path)).digest()
+    with pytest.raises(UserError, match=r"row 1: TX_DATETIME is 1522540831000\.0, .* \(are they milliseconds\?\)"):
+        read_transactions(write(tmp_path, [row.replace("1522540831", "1522540831000") for row in rows]))
+    with pytest.raises(UserError, match="TX_DATETIME holds days without a time of day"):
+        read_transactions(write(tmp_path, [f"{i},20180401,1,1,5,0" for i in range(2)]))
+
+
+def columns_of(folder, **changed):
+    """The rows of `ROWS` as Parquet, with some columns changed."""
+    cells = {
+        name: list(column)
+        for name, column in zip(HEAD.split(","), np.array([row.split(",") for row in ROWS]).T, strict=True)
+    }
+    cells["TX_AMOUNT"], cells["TX_FRAUD"] = [57.16, 81.51, 0.0], [0.0, 1.0, None]
+    parquet.write_table(pa.table(cells | changed), folder / "payments.parquet")
+    return str(folder / "payments.parquet")
+
+
+@pytest.mark.parametrize(
+    ("column", "cells", "message"),
+    [
+        (
+            "TX_DATETIME",
+            [1522540831.0, 1522540831.0, float("nan")],
+            "row 3: TX_DATETIME is nan, but it must be a number of",
+        ),
+        ("TX_DATETIME", [1522540831000000] * 3, r"row 1: TX_DATETIME is 1522540831000000\.0.*are they microseconds"),
+        ("CUSTOMER_ID", [596.0, float("nan"), 596.0], "row 2: CUSTOMER_ID is '', but it must not be empty"),
+        ("TX_FRAUD_SCENARIO", [0, 257, 0], "row 2: TX_FRAUD_SCENARIO is 257, but it must be a whole number from 0"),
+        ("TX_FRAUD_SCENARIO", [0, 1.5, 0], "row 2: TX_FRAUD_SCENARIO is 1.5, but it must be a whole number from 0"),
+    ],
+)
+def test_a_wrong_number_of_a_parquet_file_is_named_with_its_row(tmp_path, column, cells, message):
+    with pytest.raises(UserError, match=message):
+        read_transactions(columns_of(tmp_path, **{column: cells}))
+
+
+def test_whole_numbers_name_the_same_customer_in_any_type(tmp_path):
+    for cells in ([596, 12345678901, 596], [596.0, 12345678901.0, 596.0]):
+        assert read_transactions(columns_of(tmp_path, CUSTOMER_ID=cells)).customers.to_pylist() == [
+            "596",
+            "12345678901",
+        ]
+
+
+def test_no_file_is_left_open(tmp_path, monkeypatch):
+    opened = []
+
+    def opening(path):
+        system, root = open_filesystem(path)
+        real = system.open_input_stream
+
+        class Watching:
+            get_file_info = system.get_file_info
+
+            def open_input_stream(self, place):
+                opened.append(real(place))
+                return opened[-1]
+
+        return Watching(), root
+
+    monkeypatch.setattr(transaction_files, "open_filesystem", opening)
+    read_transactions(write(tmp_path))
+    assert len(opened) == 2 and all(stream.closed for stream in opened)

@@ -19,7 +19,7 @@ from r1jax.data.transaction_history import (
     window_features,
 )
 from r1jax.data.transaction_live import LiveHistory, Payment
-from r1jax.data.transactions import DAY
+from r1jax.data.transactions import DAY, check
 from r1jax.errors import UserError
 from tests.data.streams import draw_table
 
@@ -126,6 +126,12 @@ def test_the_live_form_equals_the_batch_form_bit_for_bit(seed, entities):
             np.testing.assert_array_equal(ours[0], theirs[row])
 
 
+@pytest.mark.parametrize("history", [lambda: all_of(draw_table(), 0), lambda: LiveHistory(0, EVENTS)])
+def test_a_payment_never_sees_its_own_label(history):
+    with pytest.raises(UserError, match="label delay is 0 seconds"):
+        history()
+
+
 def test_the_live_state_does_not_grow_with_the_stream():
     live = LiveHistory(DELAY, EVENTS)
     for day in range(1000):
@@ -141,6 +147,9 @@ def test_the_live_state_does_not_grow_with_the_stream():
         ({"id": "a"}, "'a' came before"),
         ({"amount": -1.0}, "the amount is -1.0"),
         ({"amount": float("nan")}, "the amount is nan"),
+        ({"amount": 1e300}, "the amount is 1e.300, but it must be a number, not negative, below 2147483648"),
+        ({"seconds": 2**63}, "the time is 9223372036854775808: give seconds since 1970"),
+        ({"terminal": "\x01"}, "the terminal is empty"),
     ],
 )
 def test_a_live_payment_that_cannot_be_one_is_refused(change, message):
@@ -148,3 +157,11 @@ def test_a_live_payment_that_cannot_be_one_is_refused(change, message):
     live.observe(Payment("a", 10, "c", "m", 1.0))
     with pytest.raises(UserError, match=message):
         live.observe(Payment("b", 10, "c", "m", 1.0)._replace(**change))
+    features, _ = live.observe(Payment("b", 10, "c", "m", 1.0))  # nothing is left of what was refused
+    assert features[0, FEATURES.index("customer_count_1d")] == 2
+
+
+def test_a_table_of_huge_amounts_is_refused():
+    table = draw_table()
+    with pytest.raises(UserError, match="row 60: TX_AMOUNT is .*, but it must be below 2147483648"):
+        check(replace(table, amount=np.append(table.amount[:-1], np.float32(1e12))), "here")

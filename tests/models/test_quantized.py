@@ -13,6 +13,7 @@ from r1jax.config import DecoderConfig, ModelConfig, TableConfig, VisionConfig
 from r1jax.errors import UserError
 from r1jax.models.quantized import check_rules, rounding_by, scheme_for, uses
 from r1jax.models.r1 import R1, Inputs
+from r1jax.models.table import TableEncoder
 from r1jax.ops.quantized_dot import Scheme
 from r1jax.train.quantized import nearest_codes, with_codes
 
@@ -111,6 +112,20 @@ def test_every_ruled_product_is_of_int8_and_all_others_stay_of_floats(batch, fou
     ruled = sum(use.role != "embedding" for use in found)
     assert narrow.count("i32") == ruled and narrow.count("f32") == len(floats) - ruled
     assert len(narrow) == len(floats) and set(floats) == {"f32"}
+
+
+def test_gradients_of_the_weights_of_fields_are_products_of_int8():
+    model = TableEncoder(TableConfig(layers=0, frequencies=2), 16)
+    table = jnp.asarray(np.random.default_rng(0).standard_normal((8, 3)), jnp.float32)
+    params = model.init(jax.random.key(0), table)["params"]
+
+    def slope(weight):
+        with rounding_by(("^weight=int8:int8:int8",)):
+            rngs = {"rounding": jax.random.key(1)}
+            return model.apply({"params": {**params, "weight": weight}}, table, rngs=rngs)[1].sum()
+
+    text = str(jax.make_jaxpr(jax.grad(slope))(params["weight"]))
+    assert re.findall(r":i32\[([\d,]*)\] = dot_general\[", text)[-1] == "3,16,6"  # fields, outputs, inputs
 
 
 def test_blocks_and_4_bits_are_multiplied_as_int8_too(found, params, inputs):

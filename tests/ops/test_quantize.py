@@ -35,10 +35,12 @@ def test_codes_and_scales_are_those_of_float64(kind, shape, block):
     assert (np.abs(dequantize(q) - x) <= step / 2 * (1 + 1e-5)).all()
 
 
-def test_a_static_scale_clips_and_never_wraps_around():
-    x = jnp.array([[1.0, -1.0, 0.4, 300.0, -300.0]])
-    q = quantize(x, "int8", scale=jnp.full((1, 1), 1 / 127))
-    np.testing.assert_array_equal(q.values, [[127, -127, 51, 127, -127]])
+def test_a_scale_that_is_rounded_down_clips_and_never_wraps_around():
+    x = jnp.array([[127.48, -127.48, 50.5]])  # in bf16 their scale is 1, and the floor of the second is -128
+    for bits, last in ((0, 50), (2**32 - 1, 51)):
+        q = quantize(x, "int8", scale_dtype=jnp.bfloat16, bits=jnp.full(x.shape, bits, jnp.uint32))
+        np.testing.assert_array_equal(q.scale, [[1.0]])
+        np.testing.assert_array_equal(q.values, [[127, -127, last]])
 
 
 def test_zeros_have_a_scale_and_stay_zeros():

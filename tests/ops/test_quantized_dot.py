@@ -103,6 +103,17 @@ def test_narrow_gradients_are_int8_products_and_right_on_average():
         assert 0.7 < np.sqrt(np.mean(error**2)) < 1.3  # as it is for the mean of 400 unbiased draws
 
 
+def test_sums_that_no_int32_holds():
+    x, w, scheme = jnp.ones((140_000, 1)), jnp.ones((1, 1)), Scheme("int8", "int8", gradients="int8")
+    slope = jax.grad(lambda w: jnp.sum(quantized_dot(x, w, scheme, key=jax.random.key(0))))
+    np.testing.assert_allclose(jax.jit(slope)(w), [[140_000]], rtol=1e-5)
+    long = quantize(jnp.ones((1, 140_000)), "int8")
+    with pytest.raises(ValueError, match="140000 products overflow"):
+        multiply(long, long)
+    short = quantize(jnp.ones((1, 140_000)), "int8", block=70_000)
+    np.testing.assert_allclose(multiply(short, short), [[140_000]], rtol=1e-5)
+
+
 @pytest.mark.parametrize("rows", [24, 8, 5])
 def test_a_batch_as_long_as_a_width_changes_nothing(rows):
     x, w = normal(24, 24), normal(24, 24)
@@ -126,6 +137,31 @@ def test_grouped_products_are_those_of_each_group(scheme):
             np.testing.assert_allclose(y[4 * i : 4 * i + 4], alone, rtol=1e-6, atol=1e-6)
     to_w = jax.jit(jax.grad(lambda w: jnp.sum(grouped(rows, w, plan.block_expert) ** 2)))(w)
     assert not np.asarray(to_w[3]).any() and np.asarray(to_w[owner[0]]).any()
+
+
+@pytest.mark.parametrize("gradients", [None, "int8"])
+def test_grouped_products_of_many_blocks_need_few_matrices_at_once(gradients):
+    scheme, key = Scheme("int8", "int8", gradients=gradients), jax.random.key(0) if gradients else None
+    owner = jnp.asarray(RNG.integers(0, 3, 150), jnp.int32)  # no multiple of what is computed together
+    x, w, g = normal(300, 64), normal(3, 32, 64), normal(300, 32)
+
+    def slope(x, w):
+        return jax.grad(lambda x, w: jnp.sum(grouped_quantized_dot(x, w, owner, scheme, key=key) * g), argnums=(0, 1))(
+            x, w
+        )
+
+    run = jax.jit(slope).lower(x, w).compile()
+    assert run.memory_analysis().temp_size_in_bytes < 150 * 32 * 64 * 4 / 2
+    by_block = g.reshape(150, 2, 32)
+    to_x = jnp.einsum("brO,bOI->brI", by_block, dequantize(weight_codes(w, scheme))[owner]).reshape(300, 64)
+    to_w = (
+        jnp.zeros(w.shape)
+        .at[owner]
+        .add(jnp.einsum("brO,brI->bOI", by_block, dequantize(quantize(x, "int8")).reshape(150, 2, 64)))
+    )
+    for found, exact in zip(run(x, w), (to_x, to_w), strict=True):
+        error = jnp.linalg.norm(found - exact) / jnp.linalg.norm(exact)
+        assert (0.001 < error < 0.03) if gradients else error < 1e-6
 
 
 def test_the_compiled_program_multiplies_int8_and_sums_int32():

@@ -44,6 +44,24 @@ def test_stored_codes_of_experts(params):
         close(on(sizes, mixed, codes, X)[0], jax.jit(mixed)(params, X))
 
 
+@pytest.mark.parametrize("sizes", [{"data": 8}, {"expert": 4, "fsdp": 2}], ids=str)
+def test_gradients_of_experts_are_rounded_at_random(sizes, params):
+    def loss(params, x, seed):
+        return jnp.sum(MODEL.apply({"params": params}, x, VALID, rngs={"rounding": jax.random.key(seed)})[0] ** 2)
+
+    def slope(params, x, seed):
+        with rounding_by(("experts=int8:int8:int8",)):
+            return jax.grad(loss)(params, x, seed)["experts"]
+
+    drawn = [on(sizes, slope, params, X, jnp.uint32(seed))[0] for seed in (0, 1)]
+    with rounding_by(("experts=int8:int8",)):
+        exact = jax.jit(jax.grad(loss))(params, X, jnp.uint32(0))["experts"]
+    for name, value in exact.items():
+        one, other = ((tree[name] - value) / np.linalg.norm(value) for tree in drawn)
+        assert max(np.linalg.norm(one), np.linalg.norm(other)) < 0.03
+        assert np.linalg.norm(one - other) > 0.001
+
+
 def test_experts_whose_width_is_divided_are_refused(params):
     with pytest.raises(UserError, match=r'mesh\.tensor divides their width.*add "experts=float"'):
         on({"tensor": 8}, mixed, params, X)

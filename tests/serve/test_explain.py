@@ -29,7 +29,9 @@ CONFIG = Config(
         table=TableConfig(layers=0),
         text_tokens=16,
     ),
-    task=TaskConfig(name="finance", finance=FinanceConfig(events=6, simulated_customers=20, simulated_days=40)),
+    task=TaskConfig(
+        name="finance", finance=FinanceConfig(events=6, negatives_kept=0.25, simulated_customers=20, simulated_days=40)
+    ),
 )
 CHOSEN = np.array([3, 70, 5])
 
@@ -42,7 +44,7 @@ def explained():
     params = jax.jit(lambda key: model.init(key, inputs)["params"])(jax.random.key(0))
     params = jax.tree.map(lambda x: 2 * x, params)  # weights large enough to matter
     mesh, typical = make_mesh(CONFIG.mesh), np.arange(8, 48)
-    return source, lambda chosen: explain(model, task, mesh, params, source, chosen, typical)
+    return source, lambda chosen: explain(model, task, mesh, params, source, chosen, typical), task, model, params
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +58,14 @@ def test_contributions_add_up_to_the_difference_from_a_typical_transaction(found
     np.testing.assert_allclose(found.residual, 0.0, atol=0.03 * np.abs(difference).max() + 2e-3)
     sums = by_concept(found, FEATURES, EVENT_FEATURES)
     np.testing.assert_allclose(sums.sum(axis=1) + found.residual, difference, atol=1e-5)
+
+
+def test_the_output_is_the_log_odds_of_the_score(explained, found):
+    source, _, task, model, params = explained
+    batch = jax.tree.map(jax.numpy.asarray, task.collate(source.read_batch(CHOSEN)))
+    mode = jax.tree.map(jax.numpy.asarray, task.modes()["both"])
+    score = task.outcomes(lambda inputs: model.apply({"params": params}, inputs), batch, mode)["fraud"]
+    np.testing.assert_allclose(1 / (1 + np.exp(-found.output)), score, rtol=1e-4)
 
 
 def test_what_is_not_there_adds_nothing(explained, found):

@@ -1,21 +1,24 @@
 """`r1jax export --to jax`: what leaves says what the checkpoint says, without r1jax, or nothing leaves."""
 
+import dataclasses
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from r1jax.data import tokenizer
 from r1jax.data.synthetic import SyntheticCases
+from r1jax.edge.artefact import SUM, card_sum
 from r1jax.errors import UserError
 from r1jax.serve import export_command, export_jax
-from r1jax.serve.export_command import ExportArguments, Opened, export, open_checkpoint, write
+from r1jax.serve.export_command import ExportArguments, Opened, export, limits_of, open_checkpoint, write
 from r1jax.serve.export_gate import FP32, HALF, INT8, compare
-from r1jax.serve.export_graph import Port, raw_inputs, standardise, tokenize
+from r1jax.serve.export_graph import Port, exported_graph, ports, raw_inputs, standardise, tokenize
 from r1jax.tasks.medical.batch import collate
 from r1jax.train.checkpoints import Checkpoint
 from tests.serve.exported import write_checkpoint
@@ -89,6 +92,7 @@ def test_the_card_says_what_the_model_is(checkpoint, exported):
     assert card["inputs"]["volume"]["unit"] == "HU" and card["inputs"]["volume_spacing"]["unit"] == "mm"
     assert card["operating_points"]["image_only"]["nodule_present"]["threshold"] == 0.55
     assert card["agreement"]["decisions"] == {"same": 36, "required": 36, "of": 36}
+    assert card[SUM] == card_sum(card)
     assert set(card["sha256"]) == {"model.jax"} and {file.name for file in exported.iterdir()} == {
         "card.json",
         "model.jax",
@@ -194,6 +198,38 @@ def test_a_checkpoint_with_host_preprocessing_is_refused(tmp_path):
     checkpoint = write_checkpoint(tmp_path / "00000024", data=data)
     with pytest.raises(UserError, match="data.preprocess 'text_clean'"):
         open_checkpoint(checkpoint, ExportArguments(checkpoint=str(checkpoint.path), output="new"))
+
+
+@pytest.mark.parametrize("change", [{"precision": "bf16_pure"}, {"quant": ("int8",)}], ids=str)
+def test_a_device_is_held_to_the_checkpoint_in_its_own_precision(tmp_path, change):
+    model = dataclasses.replace(get_config().model, **change)
+    checkpoint = write_checkpoint(tmp_path / "00000024", model=model)
+    asked = ExportArguments(checkpoint=str(checkpoint.path), output="", cases=12, to="litert")
+    edge = open_checkpoint(checkpoint, asked)
+    assert edge.config.model == dataclasses.replace(model, precision="fp32", quant=())
+    assert {leaf.dtype for leaf in jax.tree.leaves(edge.params)} == {np.dtype(np.float32)}
+    wanted = ports(edge.task, {"volume": (16, 16, 16)})
+    run = jax.jit(exported_graph(edge.task, edge.model, edge.params, edge.points))
+    agreement = compare(lambda inputs: jax.device_get(run(inputs)), wanted, edge.scored, limits_of(model, asked))
+    assert agreement["findings"]["malignancy"]["largest_difference"] > 1e-5  # an fp32 copy would differ by less
+    assert agreement["agrees"]
+
+
+@pytest.mark.parametrize(
+    ("to", "int8", "change", "limits"),
+    [
+        ("jax", False, {}, FP32),
+        ("jax", False, {"precision": "bf16"}, HALF),
+        ("jax", False, {"quant": ("int8",)}, FP32),
+        ("litert", False, {}, FP32),
+        ("litert", False, {"precision": "fp16"}, HALF),
+        ("litert", False, {"quant": ("int8",)}, INT8),
+        ("litert", True, {"precision": "bf16"}, INT8),
+    ],
+)
+def test_limits_are_those_of_what_rounds(to, int8, change, limits):
+    trained = dataclasses.replace(get_config().model, **change)
+    assert limits_of(trained, ExportArguments(checkpoint="", output="", to=to, int8=int8)) == limits
 
 
 def test_a_full_disk_leaves_nothing(tmp_path):

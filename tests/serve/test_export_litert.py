@@ -16,9 +16,10 @@ import pytest
 
 import eval as evaluation
 from r1jax.data.synthetic import SyntheticCases
-from r1jax.edge.artefact import FORMAT
+from r1jax.edge.artefact import FORMAT, RUNNER, TEXTS
 from r1jax.errors import UserError
 from r1jax.serve import export_litert
+from r1jax.serve.export_card import write_card
 from r1jax.serve.export_command import export
 from r1jax.serve.export_graph import Port
 from r1jax.serve.export_litert import find_converter, write_model
@@ -74,11 +75,36 @@ def test_an_installation_that_fails_leaves_no_half_environment(tmp_path, monkeyp
     assert not export_litert.default_environment().exists()
 
 
+def test_an_interrupted_installation_leaves_nothing_and_can_be_repeated(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    home = export_litert.default_environment()
+    interrupted = [True]
+
+    def run(command, **_):
+        (home / "bin").mkdir(parents=True, exist_ok=True)
+        (home / "bin" / "python").touch()
+        if "pip" in command and interrupted.pop():
+            raise KeyboardInterrupt
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    with pytest.raises(KeyboardInterrupt):
+        find_converter(None, install=True)
+    assert not home.exists()
+    run(["venv"])  # a kill leaves no time to clean up
+    interrupted.append(False)
+    assert find_converter(None, install=True) == home / "bin" / "python" and not interrupted
+    assert find_converter(None, install=False) == home / "bin" / "python"
+
+
 def test_an_installed_converter_is_found(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     python = export_litert.default_environment() / "bin" / "python"
     python.parent.mkdir(parents=True)
     python.touch()
+    with pytest.raises(UserError, match="add --install"):  # what an interrupted installation leaves
+        find_converter(None, install=False)
+    (export_litert.default_environment() / export_litert.COMPLETE).touch()
     assert find_converter(None, install=False) == python
 
 
@@ -92,8 +118,8 @@ open(asked["target"], "w").write("model")
 print(json.dumps(dict(converter="1")))' "$3\""""
     versions, outputs = write_model(tmp_path, double, WANTED, int8=True, converter=converter_that(tmp_path, body))
     assert versions == {"converter": "1"} and outputs["y"].shape == (1, 2)
-    card = {"format": FORMAT, "file": "model.tflite", "sha256": {"model.tflite": "0" * 64}}
-    (tmp_path / "card.json").write_text(json.dumps(card))
+    sums = dict.fromkeys(["model.tflite", TEXTS, RUNNER], "0" * 64)
+    write_card(tmp_path, {"format": FORMAT, "file": "model.tflite", "sha256": sums})
     np.savez(tmp_path / "cases.npz", age=[60.0])
     command = [sys.executable, "-I", str(tmp_path / "r1jax_edge.pyz"), str(tmp_path / "cases.npz")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)

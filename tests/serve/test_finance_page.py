@@ -30,6 +30,7 @@ def material():
     metrics = {
         "warnings": ["<careful>"],
         "counts": period_counts(scored),
+        "label_delay_days": 3.5,
         "alerts": 70,
         "explanations": {"mean_difference": 3.0, "mean_residual": 0.01, "largest_residual": 0.04},
         "figures": figures,
@@ -92,7 +93,8 @@ def test_the_page_shows_its_figures(page, material):
         value, interval = figure_text(figure, unit)
         assert value.split()[0] in text and interval in text
     assert "nobody could reach more than 90.0 %" in text
-    assert "scenario 2" in text
+    assert "scenario 2" in text and "labels are known after 3.5 days" in text
+    assert f"{figures['alerts_per_day']['0.003']:.1f} alerts a day" in text
 
 
 def test_the_page_says_why_the_claim_is_no_accuracy(page, material):

@@ -9,8 +9,8 @@ import pytest
 
 from r1jax.config import AlertConfig
 from r1jax.errors import UserError
-from r1jax.serve.risk_reports import from_tree, json_schema, read_xml, report_xml, to_tree, write_report
-from r1jax.serve.structured import to_json
+from r1jax.serve.risk_reports import RISK_REPORT, from_tree, json_schema, read_xml, report_xml, to_tree, write_report
+from r1jax.serve.structured import to_json, to_xml
 from r1jax.tasks.finance.alerts import ACTIONS, BANDS
 from r1jax.tasks.finance.reasons import CATALOGUE
 from r1jax.tasks.finance.report import Alert, Explanation, RiskReport, build_report
@@ -22,7 +22,16 @@ POLICY, _ = frozen(AlertConfig(per_day=6.0, step_up_per_day=20.0))
 NAMES = st.text(min_size=1, max_size=20).filter(str.strip)
 FINITE = st.floats(-50, 50, allow_nan=False)
 SHARE = st.floats(0, 1)
-EXPLANATIONS = st.builds(Explanation, baseline=FINITE, output=FINITE, residual=FINITE, complete=st.booleans())
+METHOD = "integrated gradients"
+EXPLANATIONS = st.builds(
+    Explanation,
+    method=st.just(METHOD),
+    baseline=FINITE,
+    output=FINITE,
+    rest=FINITE,
+    residual=FINITE,
+    complete=st.booleans(),
+)
 REASONS = st.tuples(st.sampled_from(list(CATALOGUE)), st.floats(1e-9, 50), st.text(max_size=20))
 ALERTS = st.builds(
     Alert,
@@ -34,7 +43,7 @@ ALERTS = st.builds(
     score=SHARE,
     probability=SHARE,
     band=st.integers(0, 3),
-    reasons=st.lists(REASONS, max_size=4).map(tuple),
+    reasons=st.lists(REASONS, max_size=4, unique_by=lambda reason: reason[0]).map(tuple),
     explanation=st.none() | EXPLANATIONS,
 )
 
@@ -53,7 +62,7 @@ PLAIN = Alert(
     probability=0.5,
     band=2,
     reasons=(("note", 1.5, "wire it now"), ("amount", 0.5, "")),
-    explanation=Explanation(baseline=-5.0, output=1.1, residual=0.01, complete=True),
+    explanation=Explanation(method=METHOD, baseline=-5.0, output=1.1, rest=4.09, residual=0.01, complete=True),
 )
 
 
@@ -94,6 +103,47 @@ def test_a_report_is_never_final(xsd):
         from_tree(to_tree(worded(PLAIN)) | {"status": "final"})
     with pytest.raises(etree.DocumentInvalid, match="preliminary"):
         xsd(report_xml(worded(PLAIN)).replace("preliminary", "final"))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"amount": 12.5', '"amount": -12.5'),
+        ('"contribution": 0.5', '"contribution": -0.5'),
+        ('"code": "amount"', '"code": "colour"'),
+        ('"code": "amount"', '"code": "note"'),
+        ('"method": "integrated gradients"', '"method": "guess"'),
+        ('"notice": "Research', '"notice": "Certified'),
+        ('"time": "2018-08-06T00:00:00Z"', '"time": "yesterday"'),
+        ('"time": "2018-08-06T00:00:00Z"', '"time": "2018-08-06T00:00:00"'),
+        ('"time": "2018-08-06T00:00:00Z"', '"time": "2018-13-06T00:00:00Z"'),
+        ('"time": "2018-08-06T00:00:00Z"', '"time": "2018-08-06T24:00:00Z"'),
+        ('"time": "2018-08-06T00:00:00Z"', '"time": "2018-08-06T00:00:00+14:30"'),
+        ('"status": "preliminary"', None),
+        ('"notice": "', None),
+        ('"rest": 4.09', None),
+        ('"unit": "per transaction"', None),
+        ('"method": "integrated gradients"', None),
+        ('"customer": "K 7"', '"customer": "\x7f"'),
+        ('"action": "review"', '"action": "block"'),
+        ('"resourceType": "RiskReport"', None),
+    ],
+)
+def test_what_the_model_refuses_both_schemas_refuse(xsd, old, new):
+    """A line of a report is changed or, with None, left out."""
+    etree, jsonschema = pytest.importorskip("lxml.etree"), pytest.importorskip("jsonschema")
+    lines = to_json(to_tree(worded(PLAIN))).split("\n")
+    assert sum(old in line for line in lines) == 1
+    if new is None:
+        lines = [line for line in lines if old not in line]
+    tree = json.loads("\n".join(line.replace(old, new or "") for line in lines))
+    with pytest.raises(UserError, match="risk report"):
+        from_tree(tree)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(tree, json_schema())
+    if "action" not in old and "resourceType" not in old:  # XML Schema 1.0 cannot pair two values; the root has a name
+        with pytest.raises(etree.DocumentInvalid):
+            xsd(to_xml(tree, RISK_REPORT))
 
 
 def test_unknown_fields_are_refused():

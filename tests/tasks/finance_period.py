@@ -3,10 +3,11 @@
 import numpy as np
 
 from r1jax.config import AlertConfig
+from r1jax.data.transactions import DAY
 from r1jax.tasks.calibration import Calibration, from_json
 from r1jax.tasks.finance.alerts import Policy, make_policy
 from r1jax.tasks.finance.operating import operating_points, stored_curve
-from r1jax.tasks.finance.scored import DAY, ScoredTransactions
+from r1jax.tasks.finance.scored import ScoredTransactions
 
 MONDAY = 17_749 * DAY  # 2018-08-06
 

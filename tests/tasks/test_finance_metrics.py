@@ -81,6 +81,10 @@ def test_the_rate_that_a_recall_needs_equals_sklearn(drawn, recall):
 def test_without_fraud_or_genuine_transactions_figures_are_undefined():
     ranking = f.rank_fraud(np.zeros(3, bool), np.arange(3.0), np.ones(3))
     assert np.isnan(ranking.at_rate(0.1).recall[0]) and np.isnan(ranking.rate_for(0.9)[0])
+    frauds = f.rank_fraud(np.ones(3, bool), np.arange(3.0), np.ones(3))
+    at = frauds.at_rate(0.1)
+    assert np.isnan([at.recall[0], at.precision[0], at.value_recall[0], frauds.rate_for(0.9)[0]]).all()
+    assert np.isinf(frauds.counts.thresholds[at.index[0]])
 
 
 def test_weights_are_repetitions():

@@ -1,8 +1,14 @@
+from dataclasses import replace
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from r1jax.data.transaction_history import CHANNELS, FEATURES
+from r1jax.data.transaction_history import CHANNELS, FEATURES, window_features
+from r1jax.data.transactions import DAY
+from r1jax.serve.finance_alerts import worded
 from r1jax.tasks.finance.batch import EVENT_FEATURES, scale_events
 from r1jax.tasks.finance.reasons import (
     CATALOGUE,
@@ -14,6 +20,7 @@ from r1jax.tasks.finance.reasons import (
     top_reasons,
     weightiest_span,
 )
+from tests.data.streams import draw_table
 
 
 def contributions(seed=0, n=3, events=4, text=6):
@@ -59,6 +66,27 @@ def test_contributions_go_where_they_belong():
     assert top_reasons(sums[0]) == [("terminal-fraud", 3.0)]
     assert top_reasons(sums[1]) == [("customer-spending", 3.0)]
     assert top_reasons(sums[2]) == [("note", 0.5)]
+
+
+def test_the_text_of_a_reason_does_not_hide_that_the_present_amount_is_in_it():
+    """Apart from the reasons that name it, only what the customer spent changes with the amount of the payment."""
+    table = draw_table()
+    dearer = replace(table, amount=np.append(table.amount[:-1], np.float32(5000)))
+    changed = window_features(table, 7 * DAY)[-1] != window_features(dearer, 7 * DAY)[-1]
+    codes = {concept_of_feature(name) for name, moved in zip(FEATURES, changed, strict=True) if moved}
+    assert codes == {"amount", "customer-spending"}
+    texts = CATALOGUE["customer-spending"]
+    assert "this payment included" in texts["en"] and "含本笔" in texts["zh"]
+
+
+@given(st.integers(0, 2**16), st.floats(-1, 1))
+def test_a_reader_can_check_that_a_report_adds_up(seed, missed):
+    found = contributions(seed)
+    found = found._replace(output=found.output + missed)
+    for i, (reasons, told) in enumerate(worded(found, ["hello"] * 3)):
+        gains = sum(gain for _, gain, _ in reasons)
+        assert len(reasons) <= 4 and abs(told.residual - missed) < 1e-9
+        assert abs(gains + told.rest + told.residual - (found.output[i] - found.baseline[i])) < 1e-9
 
 
 def test_at_most_four_reasons_and_none_that_lower_the_score():

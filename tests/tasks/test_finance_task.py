@@ -69,6 +69,8 @@ def test_named_periods_take_whole_days():
     seconds = np.arange(0, 10 * DAY, DAY // 2)
     rows = period_rows(seconds, "val", replace(FINANCE, val=("1970-01-03", "1970-01-05")))
     np.testing.assert_array_equal(seconds[rows] // DAY, [2, 2, 3, 3])
+    zoned = replace(FINANCE, val=("1970-01-03T00:00:00+12:00", "1970-01-05"))
+    np.testing.assert_array_equal(seconds[period_rows(seconds, "val", zoned)][0], 2 * DAY - DAY // 2)
 
 
 @pytest.mark.parametrize(
@@ -77,6 +79,7 @@ def test_named_periods_take_whole_days():
         (("1970-01-03",), "must be two days"),
         (("soon", "later"), "must be two days"),
         (("1970-01-03", "1970-01-03"), "the second day must be later"),
+        (("1970-01-09", "1970-01-03"), "the second day must be later"),
         (
             ("1980-01-01", "1980-01-02"),
             "from 1980-01-01 to before 1980-01-02: the data covers 1970-01-01 to 1970-01-10",
@@ -86,6 +89,29 @@ def test_named_periods_take_whole_days():
 def test_periods_that_cannot_be_are_refused(days, message):
     with pytest.raises(UserError, match=message):
         period_rows(np.arange(0, 10 * DAY, DAY // 2), "test", replace(FINANCE, test=days))
+
+
+@pytest.mark.parametrize(
+    ("named", "message"),
+    [
+        (
+            {"train": ("1970-01-02", "1970-01-06"), "val": ("1970-01-05", "1970-01-07")},
+            r"train \(named\).*val \(named\)",
+        ),
+        ({"val": ("1970-01-09", "1970-01-11")}, r"val \(named\) ends before 1970-01-11.*test \(chosen by shares\)"),
+        ({"test": ("1970-01-02", "1970-01-04")}, r"val \(chosen by shares\).*test \(named\) begins on 1970-01-02"),
+    ],
+)
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_periods_that_overlap_are_refused(split, named, message):
+    config = replace(FINANCE, label_delay_days=0.5, **named)
+    with pytest.raises(UserError, match=message):
+        period_rows(np.arange(0, 10 * DAY, DAY // 2), split, config)
+
+
+def test_a_period_that_the_label_delay_swallows_is_refused():
+    with pytest.raises(UserError, match="no transaction is in the train period"):
+        period_rows(np.arange(0, 10 * DAY, DAY // 2), "train", FINANCE)  # 3 to 8 days, less 7
 
 
 def test_training_keeps_every_fraud_and_a_fixed_share_of_the_rest():
@@ -193,7 +219,8 @@ def folder(tmp_path):
             "TX_FRAUD": table.fraud,
         }
     )
-    for name, part in (("all", stream), ("a", stream.slice(0, 300)), ("b", stream.slice(300))):
+    parts = {"a": stream.slice(0, 200), "b": stream.slice(200, 100), "c": stream.slice(300)}
+    for name, part in ({"all": stream} | parts).items():
         parquet.write_table(part, tmp_path / f"{name}.parquet")
     return tmp_path
 
@@ -208,9 +235,9 @@ def with_path(folder, name, **finance):
     )
 
 
-def test_a_later_file_is_scored_with_the_earlier_one_as_its_history(folder):
+def test_a_later_file_is_scored_with_the_earlier_ones_as_its_history(folder):
     whole = with_path(folder, "all").source("all").read_batch(np.arange(300, 400))
-    later = with_path(folder, "b", history=str(folder / "a.parquet")).source("all")
+    later = with_path(folder, "c", history=tuple(str(folder / f"{name}.parquet") for name in "ab")).source("all")
     assert len(later) == 100
     found = later.read_batch(np.arange(100))
     assert found["case_id"] == whole["case_id"]
@@ -225,3 +252,18 @@ def test_a_period_without_fraud_is_refused_before_training(folder):
     source.table.fraud[:] = 0
     with pytest.raises(UserError, match="has 0 frauds among .* choose another period by --task.finance.train"):
         task.remarks(source)
+
+
+def test_what_is_lost_of_the_notes_is_said(task, folder):
+    source, most = task.source("train"), CONFIG.model.text_tokens - 1
+    notes = source.read_batch(np.arange(len(source)))["text"]
+    cut = sum(len(note.encode()) > most for note in notes)
+    assert cut > 0
+    said = f"warning: {cut} of {len(notes)} notes are longer than {most} bytes, and their ends are not read"
+    assert task.remarks(source)[1:] == [said]
+    long = Finance(replace(CONFIG, model=replace(CONFIG.model, text_tokens=500)))
+    assert long.note_warnings(source) == []
+    without = with_path(folder, "all")
+    assert "none of these transactions has one" in without.note_warnings(without.source("all"))[0]
+    numbers = Finance(replace(CONFIG, model=replace(CONFIG.model, modalities=("series", "table"))))
+    assert numbers.note_warnings(without.source("all")) == []

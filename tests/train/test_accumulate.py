@@ -1,6 +1,7 @@
 """One step computed in 1, 2 and 8 parts: the same loss, gradients and loads, with everything random in it."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -105,3 +106,17 @@ def test_a_batch_that_cannot_be_divided():
         UserError, match=r"train.batch_size is 8, but it must be a multiple of train.accumulation \(3\)"
     ):
         validate(config)
+
+
+def test_parts_round_with_bits_of_their_own(monkeypatch):
+    def apply(model, variables, inputs, *, rngs, **rest):
+        return SimpleNamespace(slope=variables["params"]["w"] * jax.random.uniform(rngs["rounding"]), router=())
+
+    config, task, batch = experiment(language.get_config())
+    monkeypatch.setattr(R1, "apply", apply)
+    monkeypatch.setattr(type(task), "loss", lambda task, output, *rest: (output.slope, {}))
+    model, arguments, found = R1(config.model, task.heads), (jax.random.key(3), jnp.zeros(())), {}
+    for count in (1, 2):
+        parts = replace(config, train=replace(config.train, accumulation=count))
+        found[count] = batch_gradients(parts, model, task, {"w": jnp.ones(())}, {}, batch, *arguments)[0]["w"]
+    assert found[2] > 0 and abs(found[2] - 2 * found[1]) > 1e-3

@@ -65,7 +65,8 @@ def make_policy(curve: OperatingCurve, settings: AlertConfig) -> Policy:
         origin = f"{settings.per_day:g} alerts a day on validation"
     else:
         review = curve.for_rate(settings.false_positive_rate)
-        origin = f"false positive rate {settings.false_positive_rate:.3%} on validation"
+        kept = curve.at(review)[1]
+        origin = f"false positive rate of at most {settings.false_positive_rate:.3%} on validation ({kept:.3%} there)"
     recall, rate = curve.at(review)
     step_up = min(review, curve.for_alerts(settings.step_up_per_day))
     return Policy(step_up, review, settings.block_probability, recall, rate, curve.n_positive, curve.n_negative, origin)

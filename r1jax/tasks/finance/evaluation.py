@@ -48,7 +48,8 @@ def evaluate(
       seed: Of the resamples.
 
     Returns:
-      Counts, "modes", "differences", "accuracy", "calibration", "operating", "weeks", "scenarios" and "costs".
+      Counts, "modes", "differences", "accuracy", "calibration", "alerts_per_day", "operating", "weeks", "scenarios"
+      and "costs". Alerts a day are those of all transactions, with and without a known label, but in "weeks".
 
     Raises:
       UserError: No label is known, or a score is not finite.
@@ -56,10 +57,11 @@ def evaluate(
     known = scored.labelled
     if not known.any():
         raise UserError("no transaction has a known label: there is nothing to measure; leave the figures to later")
-    every, scored, probability = scored, scored.part(known), probability[known]
+    every, alerts = scored, policy.bands(scores["both"], probability) >= ALERT
+    all_scores = scores["both"].astype(np.float64)
+    scored, probability, alert = scored.part(known), probability[known], alerts[known]
     scores = {mode: score[known].astype(np.float64) for mode, score in scores.items()}
     fraud, draw = scored.fraud == 1, Draw(resamples, seed, scored.day)
-    alert = policy.bands(scores["both"], probability) >= ALERT
     modes, gains = _ranked(scored, fraud, scores, draw)
     return {
         "labelled": len(fraud),
@@ -74,10 +76,12 @@ def evaluate(
         "differences": gains,
         "accuracy": _accuracy(fraud, scores["both"], modes["both"]),
         "calibration": _calibration(fraud, scores["both"], probability, draw),
-        "operating": _operating(scored, fraud, alert, policy, every.days, draw),
+        "alerts_per_day": _alerts_per_day(all_scores, modes["both"], every.days),
+        "operating": {"alerts_per_day": float(alerts.sum() / every.days)}
+        | _operating(scored, fraud, alert, policy, draw),
         "weeks": f.weekly(fraud, alert, scored.day),
         "scenarios": _scenarios(scored, scores["both"], modes["both"]),
-        "costs": _costs(f.rank_fraud(fraud, scores["both"], scored.amount), settings, every.days),
+        "costs": _costs(f.rank_fraud(fraud, scores["both"], scored.amount), settings, labelled_days(every)),
     }
 
 
@@ -85,6 +89,17 @@ def period_counts(scored: ScoredTransactions) -> dict[str, Any]:
     """How many transactions there are, and when; at least one."""
     first, last = (datetime.fromtimestamp(int(x), UTC).strftime("%Y-%m-%d") for x in scored.seconds[[0, -1]])
     return {"transactions": len(scored.ids), "first_day": first, "last_day": last, "days": scored.days}
+
+
+def labelled_days(scored: ScoredTransactions) -> float:
+    """Days that the known labels are worth: costs of these alone are scaled up as if they were a random part."""
+    return scored.days * float(scored.labelled.mean())
+
+
+def _alerts_per_day(score: Float[np.ndarray, "N"], mode: dict[str, Any], days: int) -> dict[str, float]:
+    """What the threshold of each rate raises a day, among all transactions."""
+    found = {rate: at["threshold"] for rate, at in mode["at_rate"].items()}
+    return {rate: 0.0 if at is None else float((score >= at).sum() / days) for rate, at in found.items()}
 
 
 def band_counts(bands: np.ndarray) -> dict[str, int]:
@@ -163,12 +178,12 @@ def _mode(
 
 
 def _accuracy(fraud: Bool[np.ndarray, "n"], score: Float[np.ndarray, "n"], mode: dict[str, Any]) -> dict[str, Any]:
-    """Accuracy at the headline rate, never without that of calling nothing fraud."""
+    """Accuracy at the headline rate, never without that of calling nothing fraud; None where nothing is genuine."""
     threshold = mode["at_rate"][f"{RATE:g}"]["threshold"]
     called = np.zeros(len(fraud), bool) if threshold is None else score >= threshold
     return {
         "at_rate": RATE,
-        "model": float((called == fraud).mean()),
+        "model": None if fraud.all() else float((called == fraud).mean()),
         "nothing_is_fraud": float((~fraud).mean()),
     }
 
@@ -199,7 +214,6 @@ def _operating(
     fraud: Bool[np.ndarray, "n"],
     alert: Bool[np.ndarray, "n"],
     policy: Policy,
-    days: int,
     draw: Draw,
 ) -> dict[str, Any]:
     """What the frozen alert threshold does on these transactions."""
@@ -217,14 +231,13 @@ def _operating(
         "threshold": policy.review,
         "origin": policy.origin,
         "on_validation": {"recall": policy.recall, "false_positive_rate": policy.false_positive_rate},
-        "alerts_per_day": float(alert.sum() / days),
         **draw.figures(statistics, len(fraud)),
     }
 
 
 def _scenarios(scored: ScoredTransactions, score: Float[np.ndarray, "n"], mode: dict[str, Any]) -> dict[str, Any]:
     """Recall of each kind of simulated fraud at each rate, by the thresholds of all transactions together."""
-    if scored.scenario is None:
+    if scored.scenario is None or not (scored.fraud == 0).any():
         return {}
     result = {}
     for kind in np.unique(scored.scenario[scored.fraud == 1]):
@@ -237,7 +250,7 @@ def _scenarios(scored: ScoredTransactions, score: Float[np.ndarray, "n"], mode: 
     return result
 
 
-def _costs(ranking: f.FraudRanking, settings: AlertConfig, days: int) -> dict[str, Any]:
+def _costs(ranking: f.FraudRanking, settings: AlertConfig, days: float) -> dict[str, Any]:
     """The cheapest threshold at the cost of a review, and how that depends on it."""
     sweep = []
     for cost in sorted({*REVIEW_COSTS, settings.review_cost}):

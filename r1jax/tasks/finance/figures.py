@@ -8,8 +8,10 @@ from r1jax.tasks.task import Figures
 
 RATE = 0.003
 """False-positive rate at which recall is counted first: three false alarms in a thousand genuine payments."""
-MODES = {"both": "all", "transactions": "transactions only", "text": "notes only"}
-_NAMES = {"recall_fpr_0.3": "recall at FPR 0.3 %", "auprc": "AUPRC", "auroc": "AUROC"}
+COLUMNS = {"both": "all", "transactions": "transactions only", "text": "notes only"}
+"""Titles of what is shown of a payment."""
+_RECALL = f"recall_fpr_{100 * RATE:g}"
+_NAMES = {_RECALL: f"recall at FPR {100 * RATE:g} %", "auprc": "AUPRC", "auroc": "AUROC"}
 
 
 def fraud_figures(fraud: np.ndarray, score: np.ndarray) -> dict[str, float]:
@@ -30,11 +32,11 @@ def fraud_figures(fraud: np.ndarray, score: np.ndarray) -> dict[str, float]:
     return {
         "auprc": average_precision(labels, scores),
         "auroc": roc_auc(labels, scores),
-        "recall_fpr_0.3": float(ranking.at_rate(RATE).recall[0]),
+        _RECALL: float(ranking.at_rate(RATE).recall[0]),
     }
 
 
-def closing_lines(figures: dict[str, Figures], ceilings: dict[str, float], fraud: np.ndarray) -> str:
+def validation_table(figures: dict[str, Figures], ceilings: dict[str, float], fraud: np.ndarray) -> str:
     """Validation figures of each way to show a payment, beside what is attainable.
 
     Args:
@@ -45,9 +47,9 @@ def closing_lines(figures: dict[str, Figures], ceilings: dict[str, float], fraud
     Returns:
       One line a figure, a column a mode.
     """
-    shown = [mode for mode in MODES if figures.get(mode)]
+    shown = [mode for mode in COLUMNS if figures.get(mode)]
     width = 20
-    lines = ["  " + " " * width + "".join(f"{MODES[mode]:>20}" for mode in shown)]
+    lines = ["  " + " " * width + "".join(f"{COLUMNS[mode]:>20}" for mode in shown)]
     for name, title in _NAMES.items():
         cells = "".join(f"{figures[mode][name]:>20.3f}" for mode in shown)
         lines.append(f"  {title:<{width}}{cells}")

@@ -20,7 +20,10 @@ _ROUNDING = 1e-9
 
 
 class AtRate(NamedTuple):
-    """What the lowest threshold that keeps a false positive rate yields, for R weightings of the transactions."""
+    """What the lowest threshold that keeps a false positive rate yields, for R weightings of the transactions.
+
+    Everything is NaN, and the threshold that of no call, where no genuine transaction says what keeps the rate.
+    """
 
     index: Int[np.ndarray, "R"]
     """Of the threshold."""
@@ -45,10 +48,12 @@ class FraudRanking:
     def at_rate(self, rate: float) -> AtRate:
         """Finds the largest recall whose false positive rate is at most `rate`."""
         tp, fp = self.counts.true_positives, self.counts.false_positives
-        index = (fp <= rate * fp[:, -1:] + _ROUNDING).sum(axis=1) - 1
+        genuine = fp[:, -1] > 0
+        index = np.where(genuine, (fp <= rate * fp[:, -1:] + _ROUNDING).sum(axis=1) - 1, 0)
         found, false, money = (np.take_along_axis(x, index[:, None], axis=1)[:, 0] for x in (tp, fp, self.money))
         precision = m.ratio(found, found + false)
-        return AtRate(index, m.ratio(found, tp[:, -1]), precision, m.ratio(money, self.money[:, -1]))
+        recall, value = m.ratio(found, tp[:, -1]), m.ratio(money, self.money[:, -1])
+        return AtRate(index, *(np.where(genuine, x, np.nan) for x in (recall, precision, value)))
 
     def rate_for(self, recall: float) -> Float[np.ndarray, "R"]:
         """The smallest false positive rate at which at least this recall is reached."""
@@ -133,7 +138,7 @@ class CostCurve(NamedTuple):
         return int(np.argmin(self.cost_per_day))
 
 
-def cost_curve(ranking: FraudRanking, review_cost: float, days: int) -> CostCurve:
+def cost_curve(ranking: FraudRanking, review_cost: float, days: int | float) -> CostCurve:
     """Costs of every threshold: each alert is looked at, and stops the fraud it is raised for.
 
     Args:

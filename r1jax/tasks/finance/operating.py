@@ -6,14 +6,16 @@ Both are plain numbers that travel with the checkpoint, in its `validation`, as 
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int, Shaped
 
 from r1jax.errors import UserError
 from r1jax.tasks import calibration
-from r1jax.tasks.metrics import rank
+from r1jax.tasks.metrics import checked
 
 POINTS = 200
 """Thresholds kept, evenly spread over the logarithm of the number of alerts."""
+NEVER = float(np.nextafter(np.float32(1), np.float32(2)))
+"""A threshold that no probability reaches."""
 
 
 class OperatingCurve(NamedTuple):
@@ -27,33 +29,31 @@ class OperatingCurve(NamedTuple):
     n_negative: int
 
     def for_alerts(self, per_day: float) -> float:
-        """The threshold that raised this many alerts a day."""
-        return _between(self.alerts_per_day, self.threshold, per_day)
+        """The threshold that raised this many alerts a day; where several did, the lowest of them."""
+        last = np.append(np.diff(self.alerts_per_day) > 0, True)
+        return float(np.interp(per_day, np.array(self.alerts_per_day)[last], np.array(self.threshold)[last]))
 
     def for_rate(self, rate: float) -> float:
-        """The threshold that kept this false positive rate."""
-        return _between(self.false_positive_rate, self.threshold, rate)
+        """The lowest threshold kept whose false positive rate was at most this; `NEVER` where none was."""
+        within = int(np.searchsorted(self.false_positive_rate, rate * (1 + 1e-9), side="right"))
+        return self.threshold[within - 1] if within else NEVER
 
     def at(self, threshold: float) -> tuple[float, float]:
         """Recall and false positive rate of a threshold."""
+        if threshold >= NEVER:
+            return 0.0, 0.0
         rising = [-x for x in self.threshold]
         recall, rate = (float(np.interp(-threshold, rising, y)) for y in (self.recall, self.false_positive_rate))
         return recall, rate
 
 
-def _between(x: tuple[float, ...], threshold: tuple[float, ...], wanted: float) -> float:
-    """Interpolates the threshold; where several have the same x, the lowest of them counts."""
-    last = np.append(np.diff(x) > 0, True)
-    return float(np.interp(wanted, np.array(x)[last], np.array(threshold)[last]))
-
-
 def operating_curve(fraud: Shaped[np.ndarray, "n"], score: Float[np.ndarray, "n"], days: int) -> OperatingCurve:
-    """Measures thresholds on validation.
+    """Measures thresholds on validation: alerts of all transactions, recall and rate of those with a known label.
 
     A threshold lies midway between two scores, so that rounding on another device turns no transaction round.
 
     Args:
-      fraud: 1 or 0.
+      fraud: 1 or 0; NaN where unknown.
       score: Probabilities of the same transactions, before calibration.
       days: Over which they spread.
 
@@ -61,22 +61,26 @@ def operating_curve(fraud: Shaped[np.ndarray, "n"], score: Float[np.ndarray, "n"
       The curve.
 
     Raises:
-      UserError: There is no fraud, or nothing else.
+      UserError: There is no known fraud, or no known genuine transaction, or a score is not finite.
     """
-    ranking = rank(fraud, score)
-    tp, fp = ranking.true_positives[0], ranking.false_positives[0]
+    _, score = checked(np.nan_to_num(fraud), score)
+    levels = np.unique(score)[::-1]
+    alerts, tp, fp = (_at_or_above(score[chosen], levels) for chosen in (slice(None), fraud == 1, fraud == 0))
     if not tp[-1] or not fp[-1]:
         raise UserError(
-            f"the validation period has {int(tp[-1])} frauds among {len(fraud)} transactions with a known label: "
-            "thresholds need both kinds; choose a longer period"
+            f"the validation period has {int(tp[-1])} frauds among {int(tp[-1] + fp[-1])} transactions with a known "
+            "label: thresholds need both kinds; choose a longer period"
         )
-    alerts = tp + fp
     wanted = np.geomspace(1, alerts[-1], POINTS)
-    index = np.unique(np.clip(np.searchsorted(alerts, wanted + 1e-6) - 1, 1, None))
-    below = np.append(ranking.thresholds[1:], 0.0)
-    threshold = np.where(index < len(alerts) - 1, ranking.thresholds[index] / 2 + below[index] / 2, 0.0)
+    index = np.unique(np.clip(np.searchsorted(alerts, wanted + 1e-6) - 1, 0, None))
+    below = np.append(levels[1:], 0.0)
+    threshold = np.where(index < len(alerts) - 1, levels[index] / 2 + below[index] / 2, 0.0)
     columns = (threshold, alerts[index] / days, fp[index] / fp[-1], tp[index] / tp[-1])
     return OperatingCurve(*(tuple(column.tolist()) for column in columns), int(tp[-1]), int(fp[-1]))
+
+
+def _at_or_above(score: Float[np.ndarray, "n"], levels: Float[np.ndarray, "K"]) -> Int[np.ndarray, "K"]:
+    return len(score) - np.searchsorted(np.sort(score), levels)
 
 
 def operating_points(
@@ -85,7 +89,7 @@ def operating_points(
     """What is stored with a checkpoint.
 
     Args:
-      fraud: 1 or 0; NaN where unknown, which is left out.
+      fraud: 1 or 0; NaN where unknown, which counts as an alert and is otherwise left out.
       score: Probabilities of the validation transactions, before calibration.
       days: Over which they spread.
       kind: "isotonic" or "platt".
@@ -93,15 +97,14 @@ def operating_points(
     Returns:
       "curve" and "calibration", as JSON; empty where nothing can be set.
     """
-    known = ~np.isnan(fraud)
-    fraud, score = fraud[known], score[known].astype(np.float64)
-    if not 0 < fraud.sum() < len(fraud):
+    known, score = ~np.isnan(fraud), score.astype(np.float64)
+    if not 0 < fraud[known].sum() < known.sum():
         return {}
     fit = calibration.fit_isotonic if kind == "isotonic" else calibration.fit_platt
     curve = operating_curve(fraud, score, days)
     return {
         "curve": {name: list(x) if isinstance(x, tuple) else x for name, x in curve._asdict().items()},
-        "calibration": calibration.to_json(fit(fraud, score)),
+        "calibration": calibration.to_json(fit(fraud[known], score[known])),
     }
 
 

@@ -20,7 +20,10 @@ CATALOGUE: dict[str, dict[Language, str]] = {
     },
     "time": {"en": "Hour and day of the week", "zh": "交易的时间与星期"},
     "customer-pace": {"en": "How often and when the customer paid lately", "zh": "该客户近期交易的频率与时间"},
-    "customer-spending": {"en": "The customer's earlier amounts", "zh": "该客户以往的交易金额"},
+    "customer-spending": {
+        "en": "What the customer spent lately, this payment included",
+        "zh": "该客户近期的消费金额（含本笔）",
+    },
     "customer-fraud": {
         "en": "What is known of fraud among the customer's earlier transactions",
         "zh": "该客户以往交易中已知的欺诈情况",

@@ -5,9 +5,9 @@ It shares its envelope with the medical report. `r1jax/serve/risk_reports.py` wr
 
 import math
 from datetime import UTC, datetime
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field, model_validator
 
 from r1jax.errors import UserError
 from r1jax.tasks.envelope import (
@@ -40,22 +40,47 @@ class Reason(Frozen):
 class Explanation(Frozen):
     """The check that the contributions of all inputs add up."""
 
-    method: Literal["integrated gradients"] = "integrated gradients"
+    method: Literal["integrated gradients"]
     baseline: float
     """Log-odds of a typical transaction of the period."""
     output: float
     """Log-odds of this one."""
+    rest: float
+    """What everything that is no reason of the report adds or takes away."""
     residual: float
-    """Difference between both that the contributions of all inputs together miss."""
+    """Difference between both that the contributions of all inputs together miss: output - baseline is the sum of the
+    reasons, the rest and this."""
     complete: bool
     """Whether that is little enough (`TOLERANCE`); where it is not, the reasons are not to be relied on."""
+
+
+class AlertPoint(OperatingPoint):
+    """The threshold of an alert; what it counts and where it was chosen are always said."""
+
+    unit: Line
+    origin: Line
+
+
+def _add_rules(schema: dict[str, Any]) -> None:
+    """Adds to the JSON Schema what no single field can say: one action a band, and no reason twice."""
+    schema["oneOf"] = [
+        {"properties": {"band": {"const": band}, "action": {"const": action}}}
+        for band, action in zip(BANDS, ACTIONS, strict=True)
+    ]
+    schema["properties"]["reasons"]["allOf"] = [
+        {"contains": {"properties": {"code": {"const": code}}}, "minContains": 0, "maxContains": 1}
+        for code in CATALOGUE
+    ]
 
 
 class RiskReport(Envelope):
     """Everything that leaves the system about one alert."""
 
-    resource_type: Literal["RiskReport"] = "RiskReport"
-    notice: Literal["Research software: a recommendation to a human investigator, not a decision."] = NOTICE
+    model_config = ConfigDict(json_schema_extra=_add_rules)
+
+    resource_type: Literal["RiskReport"]
+    status: Literal["preliminary"]
+    notice: Literal["Research software: a recommendation to a human investigator, not a decision."]
     time: Instant
     customer: Line
     terminal: Line
@@ -66,11 +91,21 @@ class RiskReport(Envelope):
     """After calibration."""
     band: Band
     action: Action
-    operating_point: OperatingPoint
+    operating_point: AlertPoint
     step_up_threshold: Probability
     block_probability: Probability
     reasons: tuple[Reason, ...] = Field(default=(), max_length=MOST)
     explanation: Explanation | None = None
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> "RiskReport":
+        """Refuses an action that is not the band's, and a reason that is given twice."""
+        if ACTIONS[BANDS.index(self.band)] != self.action:
+            raise ValueError(f"band {self.band} goes with action {ACTIONS[BANDS.index(self.band)]}, not {self.action}")
+        codes = [reason.code for reason in self.reasons]
+        if len(set(codes)) < len(codes):
+            raise ValueError(f"reasons {', '.join(codes)}: one is given twice")
+        return self
 
 
 class Alert(Frozen):
@@ -110,7 +145,7 @@ def build_report(
     for name in ("amount", "score", "probability"):
         if not math.isfinite(getattr(alert, name)):
             raise UserError(f"transaction {alert.transaction!r}: {name} is {getattr(alert, name)}: check its input")
-    point = OperatingPoint(
+    point = AlertPoint(
         threshold=policy.review,
         sensitivity=policy.recall,
         specificity=1 - policy.false_positive_rate,
@@ -120,6 +155,9 @@ def build_report(
         origin=policy.origin,
     )
     return RiskReport(
+        resource_type="RiskReport",
+        status="preliminary",
+        notice=NOTICE,
         case_id=one_line(alert.transaction),
         synthetic=synthetic,
         language=language,

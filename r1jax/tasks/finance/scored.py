@@ -5,8 +5,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float32, Int64
 
-DAY = 86400
-"""Seconds; days are counted from the epoch, in UTC."""
+from r1jax.data.transactions import DAY
 
 
 class ScoredTransactions(NamedTuple):
@@ -34,7 +33,7 @@ class ScoredTransactions(NamedTuple):
 
     @property
     def day(self) -> Int64[np.ndarray, "N"]:
-        """Number of the day of each transaction, counted from the first transaction's."""
+        """Number of the day (UTC) of each transaction, counted from the first transaction's."""
         days = self.seconds // DAY
         return days - (days[0] if len(days) else 0)
 

@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from jaxtyping import Array, Bool, Float, Key
 
 from r1jax.config import Config
@@ -21,7 +23,7 @@ from r1jax.errors import UserError
 from r1jax.models.r1 import Inputs, Output
 from r1jax.ops.losses import binary_cross_entropy, weighted_mean
 from r1jax.tasks.finance import batch as b
-from r1jax.tasks.finance.figures import RATE, closing_lines, fraud_figures
+from r1jax.tasks.finance.figures import RATE, fraud_figures, validation_table
 from r1jax.tasks.finance.operating import operating_points
 from r1jax.tasks.finance.periods import period_rows
 from r1jax.tasks.task import Figures
@@ -89,16 +91,17 @@ class Finance:
                 table = simulate(data.seed, finance.simulated_customers, finance.simulated_days)
                 name = f"synthetic transactions (generated, no person and no bank), seed {data.seed}"
             else:
-                name, table = data.path, read_transactions(data.path, finance.columns)
-                if finance.history is not None:
-                    earlier = read_transactions(finance.history, finance.columns)
-                    first = len(earlier)
-                    table = joined(earlier, table, data.path, column_names(finance.columns))
+                name, names = data.path, column_names(finance.columns)
+                paths = (*finance.history, name)
+                table = read_transactions(paths[0], finance.columns)
+                for path in paths[1:]:
+                    first = len(table)
+                    table = joined(table, read_transactions(path, finance.columns), path, names)
             self._opened = name, table, History(table, self.delay, finance.events), first
         return self._opened
 
     def remarks(self, source: Source) -> list[str]:
-        """Frauds and genuine payments to learn from.
+        """Frauds and genuine payments to learn from, and what is lost of their notes.
 
         Raises:
           UserError: One of the two is missing.
@@ -112,7 +115,20 @@ class Finance:
                 "are needed: choose another period by --task.finance.train, or add the labels (docs/finance.md)"
             )
         note = f"note: {frauds} frauds and {cases.kept:.0%} of the genuine transactions ({len(cases) - frauds})"
-        return [f"{note}; labels are known after {self.config.task.finance.label_delay_days:g} days"]
+        note += f"; labels are known after {self.config.task.finance.label_delay_days:g} days"
+        return [note, *(f"warning: {line}" for line in self.note_warnings(cases))]
+
+    def note_warnings(self, cases: TransactionCases) -> list[str]:
+        """What of the notes the model cannot read: all of them where there are none, and the ends of long ones."""
+        if "text" not in self.config.model.modalities:
+            return []
+        most = self.config.model.text_tokens - 1  # the first token marks the beginning
+        written = cases.table.text
+        sizes = np.zeros(0) if written is None else pc.binary_length(written.take(pa.array(cases.rows))).to_numpy()
+        if not sizes.any():
+            return ["the model reads notes, but none of these transactions has one: name their column by text=COLUMN"]
+        cut = int((sizes > most).sum())
+        return [f"{cut} of {len(sizes)} notes are longer than {most} bytes, and their ends are not read"] if cut else []
 
     def collate(self, raw: dict[str, Any]) -> dict[str, np.ndarray]:
         """Turns a source's batch into a flat dict of arrays."""
@@ -175,6 +191,11 @@ class Finance:
         """What can be shown: with notes, also each alone."""
         return MODES if "text" in self.config.model.modalities else {"both": MODES["both"]}
 
+    @property
+    def correction(self) -> np.float32:
+        """What the logit of all payments is above that of those that were kept: log b, for a share b."""
+        return np.float32(np.log(self.config.task.finance.negatives_kept))
+
     def outcomes(
         self, read: Callable[..., Output], batch: dict[str, Array], mode: dict[str, Bool[Array, ""]]
     ) -> dict[str, Array]:
@@ -195,7 +216,7 @@ class Finance:
             everyone = jnp.ones(targets["fraud"].shape, bool)
             inputs = b.hide(inputs, everyone & mode["hide_numbers"], everyone & mode["hide_notes"])
         logit = read(inputs).heads["fraud"][:, 0]
-        return {"fraud": jax.nn.sigmoid(logit + np.float32(np.log(self.config.task.finance.negatives_kept)))}
+        return {"fraud": jax.nn.sigmoid(logit + self.correction)}
 
     def figures(self, found: dict[str, np.ndarray], targets: dict[str, np.ndarray]) -> Figures:
         """Areas under both curves, and the recall at a false-positive rate of 0.3 %."""
@@ -223,4 +244,4 @@ class Finance:
         ceilings = {}
         if shown.table.shown is not None:
             ceilings = attainable_recall(shown.table, shown.rows, self.delay, RATE)
-        return closing_lines(figures, ceilings, shown.table.fraud[shown.rows])
+        return validation_table(figures, ceilings, shown.table.fraud[shown.rows])
