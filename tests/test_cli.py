@@ -324,7 +324,7 @@ def test_tuples_are_lists_of_words_only_where_the_field_is_a_list():
         "data.mix",
         "data.weights",
         *(f"model.{kind}.{name}" for kind in ("volume", "image") for name in ("size", "widths", "blocks")),
-        *(f"task.finance.{name}" for name in ("train", "val", "test", "columns")),
+        *(f"task.finance.{name}" for name in ("train", "val", "test", "columns", "history")),
     }
 
 

@@ -240,12 +240,12 @@ def test_full_disk(reference, start, tmp_path):
     workdir = tmp_path / "run"
     code, _, err = finish(start(tmp_path, "--workdir", workdir, limit=60_000), tmp_path)
     assert code == 2, "\n".join(err[-20:])
-    # Not at the start of its line: Orbax's threads still write when the sentence comes.
+    # Not at the start of its line: Orbax's threads still write when the sentence comes, and may leave a draft.
     assert "\n".join(err).count(f"error: checkpoint {workdir / 'checkpoints' / '00000003'} could not be written") == 1
-    assert os.listdir(workdir / "checkpoints") == []
+    assert set(os.listdir(workdir / "checkpoints")) <= {".draft-00000003"}
     code, _, err = finish(start(tmp_path, "--workdir", workdir), tmp_path)
     assert code == 0, "\n".join(err)
-    assert_same_end(workdir, reference)
+    assert_same_end(workdir, reference)  # nor is one left now
 
 
 def test_dry_run(reference, start, tmp_path):
