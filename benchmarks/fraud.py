@@ -11,6 +11,7 @@ overrides of train.py.
 """
 
 import argparse
+import importlib.metadata
 import json
 import sys
 from collections.abc import Callable
@@ -167,6 +168,7 @@ def main() -> None:
     labels = judged.table.fraud[judged.rows]
     data = {"split": args.split, "payments": len(judged), "frauds": int(labels.sum()), "learned_from": len(train)}
     result = jax_environment(args) | {"data": data, "runs": runs}
+    result["versions"]["lightgbm"] = importlib.metadata.version("lightgbm")
     result["scorers"] = judge(scores, judged, args.resamples)
     for seed, score in enumerate(ours):
         runs[seed]["figures"] = judge({"r1jax": score}, judged, 1)["r1jax"]["figures"]
