@@ -228,7 +228,7 @@ def _device(
     return join(_from_last(results, ring)), jax.tree.map(by_layer, found)
 
 
-def divide(x: Array, count: int) -> Array:
+def divide(x: Array | np.ndarray, count: int) -> Array:
     """Parts [count, n / count, ...] of rows, every count-th row in the same one, so that a division of them stays."""
     return jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1)
 

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from r1jax.ops import pipeline
+
 T = TypeVar("T")
 
 
@@ -22,7 +24,7 @@ def divide(batch: Any, count: int) -> Any:
     Returns:
       Arrays [count, B / count, ...].
     """
-    return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1), batch)
+    return jax.tree.map(lambda x: pipeline.divide(x, count), batch)
 
 
 def sum_over(function: Callable[[Any], T], parts: Any) -> T:
