@@ -5,9 +5,27 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Int
 
+from r1jax.errors import UserError
+
 PAD, BOS, EOS = 0, 1, 2
 OFFSET = 3  # byte b is token b + OFFSET
 VOCAB_SIZE = 256 + OFFSET
+
+
+def check_vocabulary(size: int) -> None:
+    """Refuses a decoder that lacks some of these tokens.
+
+    Args:
+      size: `model.decoder.vocab_size`.
+
+    Raises:
+      UserError: It is too small.
+    """
+    if size < VOCAB_SIZE:
+        raise UserError(
+            f"model.decoder.vocab_size is {size}, but the byte-level tokenizer has {VOCAB_SIZE} tokens; set it to at "
+            "least that"
+        )
 
 
 def encode(text: str) -> list[int]:

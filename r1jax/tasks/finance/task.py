@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Key
 from r1jax.config import Config
 from r1jax.data.pipeline import Preprocessed, open_pipeline, original
 from r1jax.data.source import Source
-from r1jax.data.tokenizer import VOCAB_SIZE
+from r1jax.data.tokenizer import check_vocabulary
 from r1jax.data.transaction_cases import TransactionCases, training_rows
 from r1jax.data.transaction_files import column_names, read_transactions
 from r1jax.data.transaction_history import History
@@ -52,12 +52,8 @@ class Finance:
         Raises:
           UserError: An unknown preprocessor or column, or a vocabulary that is too small for the tokenizer.
         """
-        size = config.model.decoder.vocab_size
-        if "text" in config.model.modalities and size < VOCAB_SIZE:
-            raise UserError(
-                f"model.decoder.vocab_size is {size}, but the byte-level tokenizer has {VOCAB_SIZE} tokens; set it to "
-                "at least that"
-            )
+        if "text" in config.model.modalities:
+            check_vocabulary(config.model.decoder.vocab_size)
         column_names(config.task.finance.columns)
         self.config = config
         self.pipeline = open_pipeline(config.data.preprocess, config.data.plugins)

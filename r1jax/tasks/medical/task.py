@@ -14,7 +14,7 @@ from r1jax.data.folder import FolderCases
 from r1jax.data.pipeline import Preprocessed, open_pipeline, parts
 from r1jax.data.source import Source
 from r1jax.data.synthetic import SyntheticCases
-from r1jax.data.tokenizer import VOCAB_SIZE
+from r1jax.data.tokenizer import check_vocabulary
 from r1jax.errors import UserError, nearest
 from r1jax.models.r1 import Inputs, Output
 from r1jax.tasks.medical import batch as b
@@ -45,11 +45,8 @@ class Medical:
         for name in names:
             if name not in FINDING:
                 raise UserError(f"task.fields names {name!r}, which is no finding{nearest(name, FINDING)}")
-        if "text" in config.model.modalities and config.model.decoder.vocab_size < VOCAB_SIZE:
-            raise UserError(
-                f"model.decoder.vocab_size is {config.model.decoder.vocab_size}, but the byte-level tokenizer "
-                f"has {VOCAB_SIZE} tokens; set it to at least that"
-            )
+        if "text" in config.model.modalities:
+            check_vocabulary(config.model.decoder.vocab_size)
         self.config = config
         self.pipeline = open_pipeline(config.data.preprocess, config.data.plugins)
         self.fields = names
