@@ -130,15 +130,16 @@ def table(report: dict) -> str:
     head = f"| scorer | {' | '.join(titles.values())} |"
     lines = [head, "|---" * (1 + len(titles)) + "|"]
     for name, scorer in report["scorers"].items():
-        cells = [" ".join(_short(*figure_text(scorer["figures"][key], "1"))) for key in titles]
+        cells = [_cell(scorer["figures"][key]) for key in titles]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     data = report["data"]
     lines.append(f"\n{data['payments']} payments of {data['split']}, {data['frauds']} frauds; 95 % of resampled days.")
     return "\n".join(lines)
 
 
-def _short(value: str, interval: str) -> tuple[str, str]:
-    return value, f"({interval.replace(' to ', '-')})"
+def _cell(figure: dict) -> str:
+    value, interval = figure_text(figure, "1")
+    return f"{value} ({interval.replace(' to ', '-')})"
 
 
 def main() -> None:

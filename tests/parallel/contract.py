@@ -16,7 +16,6 @@ from r1jax.parallel.collectives import collectives
 from r1jax.parallel.mesh import batch_sharding, make_mesh, shard_tree, shares, traced_for
 from r1jax.tasks.language.task import Language
 from r1jax.train.step import batch_gradients, init_state
-from tests.parallel.spread import QUICK
 from tests.test_config import DEEPSEEK_V3
 
 LENGTH = 256
@@ -52,7 +51,7 @@ def main(devices: int, sizes: dict[str, int]) -> list[dict[str, object]]:
             traced_for(mesh, mesh_config, gradients), in_shardings=(where, batch_sharding(mesh)), out_shardings=where
         )
         .lower(params, batch)
-        .compile(compiler_options=QUICK)
+        .compile()
     )
     return [one._asdict() for one in collectives(compiled.as_text(), mesh)]
 

@@ -29,8 +29,6 @@ RATE = 0.001
 """Small: steps amplify rounding, at twenty times this rate more than a thousandfold over the course."""
 SMALLEST = 1e-4
 """Norm below which a gradient is nothing but rounding: a bias before a softmax has none."""
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-"""The programs run for a second each, and compile for many."""
 CONFIG = Config(
     model=ModelConfig(
         modalities=("volume", "table", "text"),
@@ -120,7 +118,6 @@ def course(mesh_config: MeshConfig | None, params: Any, config: Config = CONFIG,
         traced_for(mesh, config.mesh, step),
         in_shardings=(where, batch_sharding(mesh), whole),
         out_shardings=(where, where, whole, whole),
-        compiler_options=QUICK,
     )
     split = sum(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(params))
     losses, gradients, waited = [], [], []
