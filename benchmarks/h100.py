@@ -18,13 +18,15 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-LIMIT, LIMIT_TRAIN = 60.0, 150.0
+LIMIT, LIMIT_TRAIN = 60.0, 300.0
 """Seconds without a word after which a child is given up."""
 PEAK = 989.4
 """bf16 TFLOP/s in the datasheet of the H100 SXM."""
@@ -36,6 +38,8 @@ GOALS = {
     "grouped-weight ours": (450, 650),
 }
 """TFLOP/s that a case must and should reach."""
+PEERS = ("torch", "transformers")
+"""Libraries whose training steps are measured where they are installed."""
 GOALS_MS = {"loss ours": (110, 92)}
 """The same in milliseconds, of all cases whose names begin so."""
 
@@ -47,7 +51,16 @@ def child(args: argparse.Namespace) -> None:
     elif args.child == "train":
         from benchmarks import h100_train
 
-        measure = functools.partial(h100_train.measure, folder=args.output and args.output.parent)
+        folder = args.output and args.output.parent
+        measure = functools.partial(h100_train.measure, folder=folder, starts=args.starts)
+    elif args.child == "compile":
+        from benchmarks import h100_train
+
+        measure = lambda name, scale, samples: h100_train.compile_only(name, scale)  # noqa: E731
+    elif args.child == "torch-train":
+        from benchmarks import h100_train_torch
+
+        measure = functools.partial(h100_train_torch.measure, folder=args.starts)
     else:
         from benchmarks.h100_kernels import measure
     for name in args.names:
@@ -60,25 +73,40 @@ def child(args: argparse.Namespace) -> None:
         print(json.dumps(row), flush=True)
 
 
+def start_child(kind: str, names: list[str], args: argparse.Namespace, **pipes: Any) -> subprocess.Popen:
+    """Starts the process that measures cases."""
+    command = [sys.executable, __file__, "--child", kind, "--scale", args.scale, "--samples", str(args.samples)]
+    command += ["--starts", str(args.starts), *(["--output", str(args.output)] if args.output else [])]
+    environment = os.environ | {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.93"}
+    if kind == "compile":
+        environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    return subprocess.Popen([*command, "--names", *names], env=environment, **pipes)
+
+
+def compile_ahead(names: list[str], args: argparse.Namespace) -> None:
+    """Compiles training steps side by side, so that the cases that are timed find them in the cache."""
+    children = [start_child("compile", [name], args) for name in names]
+    for process in children:
+        try:
+            process.wait(max(0.0, args.end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
 def run_child(kind: str, names: list[str], args: argparse.Namespace, note) -> list[str]:
     """Runs cases in a child and notes their rows.
 
     Returns:
       The cases that are left to do after the one that ended it.
     """
-    command = [sys.executable, __file__, "--child", kind, "--scale", args.scale, "--samples", str(args.samples)]
-    command += ["--output", str(args.output)] if args.output else []
-    environment = os.environ | {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.93"}
-    process = subprocess.Popen(
-        [*command, "--names", *names], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    )
+    process = start_child(kind, names, args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     told: list[str] = []
     reader = threading.Thread(target=lambda: told.extend(process.stderr), daemon=True)
     reader.start()
     current, left = names[0], list(names)
 
     def watch() -> threading.Timer:
-        patience = LIMIT_TRAIN if kind == "train" else LIMIT
+        patience = LIMIT_TRAIN if "train" in kind else LIMIT
         timer = threading.Timer(max(0.0, min(patience, args.end - time.monotonic())), process.kill)
         timer.start()
         return timer
@@ -136,9 +164,10 @@ def table(rows: list[dict]) -> str:
         more = f"  {row['tb_per_s']:.2f} TB/s" if "tb_per_s" in row else ""
         more += f"  {row['extra_gib']:.2f} GiB extra" if "extra_gib" in row else ""
         if "tokens_per_second" in row:
-            more += f"  {row['tokens_per_second']:,.0f} tokens/s, device busy {row['device_share']:.1%}"
-            more += f", {row['peak_gib']:.1f} GiB, remat {row['remat']}"
+            more += f"  {row['tokens_per_second']:,.0f} tokens/s, {row['peak_gib']:.1f} GiB"
             more += f", loss {row['losses'][0]:.3f} to {row['losses'][-1]:.3f}"
+            apart = losses_apart(row, rows)
+            more += f", at most {apart:.2%} from ours" if apart is not None else ""
         lines.append(f"{row['name']:62}{row['ms']:9.3f}{rate}{share}{error}{more}")
     return "\n".join(lines)
 
@@ -155,6 +184,15 @@ def with_backward(rows: list[dict]) -> list[dict]:
         name = row["name"].replace("-both", "-backward")
         found.append({"name": name, "ms": ms, "tflops": flops / ms, "error": None, "run": row.get("run", 1)})
     return found
+
+
+def losses_apart(row: dict, rows: list[dict]) -> float | None:
+    """Largest relative distance of a peer's first 20 losses, or of as many as both have, from those of ours."""
+    model = row["name"].split(",")[0]
+    ours = [r for r in rows if r["name"].startswith(f"{model},") and "device_share" in r and same_run(r, row)]
+    if not ours or "device_share" in row:
+        return None
+    return max(abs(a / b - 1) for a, b in zip(row["losses"][:20], ours[0]["losses"][:20], strict=False))
 
 
 def same_run(a: dict, b: dict) -> bool:
@@ -206,7 +244,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cases", nargs="+", default=[], help="only those whose names begin with one of these words")
     parser.add_argument("--samples", type=int, default=20)
     parser.add_argument("--limit", type=float, default=600, help="seconds after which it ends")
-    parser.add_argument("--child", choices=("jax", "torch", "train"), help=argparse.SUPPRESS)
+    parser.add_argument("--ahead", action="store_true", help="compile all training steps first, side by side")
+    parser.add_argument("--starts", type=Path, help=argparse.SUPPRESS)
+    kinds = ("jax", "torch", "train", "torch-train", "compile")
+    parser.add_argument("--child", choices=kinds, help=argparse.SUPPRESS)
     parser.add_argument("--names", nargs="+", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -216,6 +257,14 @@ def main() -> None:
     if args.child:
         child(args)
         return
+    with tempfile.TemporaryDirectory() as scratch:
+        args.starts = Path(scratch)
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{scratch}/compiled")
+        measure_all(args)
+
+
+def measure_all(args: argparse.Namespace) -> None:
+    """Runs the chosen cases, each kind in children of its own, and prints the table."""
     began = time.monotonic()
     rows: list[dict] = []
     result = environment() | {"results": rows}
@@ -235,10 +284,16 @@ def main() -> None:
     args.end = began + args.limit
     steps = list(h100_train.cases(args.scale))
     first = [name for name in own if name not in last]
-    for kind, names in (("jax", first), ("train", steps), ("torch", peers), ("jax", last)):
+    models = [h100_train.model_of(name) for name in chosen(steps, args.cases) if name.endswith(", ours")]
+    rivals = [f"train {model}, {peer}" for model in models for peer in PEERS if importlib.util.find_spec(peer)]
+    if args.ahead:
+        compile_ahead(chosen(steps, args.cases), args)
+    groups = (("jax", first), ("train", steps), ("torch-train", rivals), ("torch", peers), ("jax", last))
+    for kind, names in groups:
         left = chosen(names, args.cases)
         while left and time.monotonic() < args.end:
-            together = [name for name in left if risky(name) == risky(left[0])]
+            alone = "train" in kind  # a training step wants the whole memory
+            together = left[:1] if alone else [name for name in left if risky(name) == risky(left[0])]
             later = [name for name in left if name not in together]
             left = run_child(kind, together, args, note) + later
     print(table(rows))

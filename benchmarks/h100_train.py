@@ -1,6 +1,7 @@
 """Training steps of h100.py: models of their real width, through the compiled step of r1jax, on random tokens.
 
-A child process of h100.py calls it. One batch is learned again and again, so that its loss has to fall.
+A child process of h100.py calls it. One batch is learned again and again, so that its loss has to fall. The first case
+of a model writes its weights and tokens for the peers in h100_train_torch.py.
 """
 
 import gzip
@@ -18,10 +19,12 @@ import numpy as np
 from benchmarks.h100_case import seconds
 from configs import language, medical
 from r1jax.config import Config, DecoderConfig
+from r1jax.hf.save import save_params
 from r1jax.models.r1 import R1
 from r1jax.parallel.mesh import batch_sharding, make_mesh, shard_tree
 from r1jax.tasks.catalog import TASKS
 from r1jax.train.flops import work_of
+from r1jax.train.optimizer import schedule
 from r1jax.train.plan import device_limit, device_need, example_batch
 from r1jax.train.profile import read_ops
 from r1jax.train.step import NO_LIMIT, compile_step, init_state
@@ -44,12 +47,11 @@ V2_LITE = DecoderConfig(
     num_experts_per_tok=6,
     n_group=1,
     topk_group=1,
-    norm_topk_prob=False,
+    norm_topk_prob=True,
     routed_scaling_factor=1.0,
-    scoring_func="softmax",
     num_nextn_predict_layers=0,
 )
-"""DeepSeek-V2-Lite with 4 of its 27 layers."""
+"""DeepSeek-V2-Lite's shapes with 4 of its 27 layers and DeepSeek-V3's router, so that both libraries have the model."""
 DENSE = replace(V2_LITE, vocab_size=32768, num_hidden_layers=14, first_k_dense_replace=14, intermediate_size=8192)
 """About 1 B parameters, no experts."""
 TINY = {"vocab_size": 512, "hidden_size": 128, "num_attention_heads": 2, "intermediate_size": 192}
@@ -57,7 +59,7 @@ TINY |= {"num_hidden_layers": 2, "moe_intermediate_size": 64, "kv_lora_rank": 64
 
 
 def language_config(decoder: DecoderConfig, scale: str, **train: Any) -> Config:
-    """64 k tokens a step in sequences of 4096, fp32 weights and moments, bf16 products."""
+    """64 k tokens a step in sequences of 4096, fp32 weights and moments, bf16 products; the next token's loss alone."""
     if scale == "tiny":
         dense = decoder.first_k_dense_replace > 1
         decoder = replace(decoder, **TINY, first_k_dense_replace=2 if dense else 1)
@@ -65,7 +67,17 @@ def language_config(decoder: DecoderConfig, scale: str, **train: Any) -> Config:
     return replace(
         config,
         model=replace(config.model, decoder=decoder, text_tokens=length, precision="bf16", remat=train.pop("remat")),
-        train=replace(config.train, batch_size=batch, steps=1000, warmup_steps=10, learning_rate=3e-4, **train),
+        task=replace(config.task, z_loss=0.0, balance_weight=0.0),
+        train=replace(
+            config.train,
+            batch_size=batch,
+            steps=1000,
+            warmup_steps=10,
+            learning_rate=3e-4,
+            ema=0.0,
+            router_bias_rate=0.0,
+            **train,
+        ),
     )
 
 
@@ -78,17 +90,15 @@ def random_tokens(config: Config) -> dict[str, np.ndarray]:
 
 
 def cases(scale: str) -> dict[str, Callable[[], Config]]:
-    """Configs by name; more parts of a step take less memory, and add the gradients more often."""
+    """Configs by name. A step of the language models takes its batch in four parts, for memory."""
 
-    def of(decoder: DecoderConfig, accumulation: int, remat: str = "none") -> Callable[[], Config]:
-        return lambda: language_config(decoder, scale, accumulation=accumulation, remat=remat)
+    def of(decoder: DecoderConfig) -> Callable[[], Config]:
+        return lambda: language_config(decoder, scale, accumulation=4, remat="none")
 
     return {
-        "train V2-Lite-4L, 4 parts": of(V2_LITE, 4),
-        "train dense 1B, 4 parts": of(DENSE, 4),
+        "train V2-Lite-4L, ours": of(V2_LITE),
+        "train dense 1B, ours": of(DENSE),
         "train medical default": medical.get_config,
-        "train V2-Lite-4L, 2 parts": of(V2_LITE, 2, "minimal"),
-        "train dense 1B, 2 parts": of(DENSE, 2, "minimal"),
     }
 
 
@@ -112,19 +122,30 @@ def compile_fitting(config: Config, mesh: Any, batch: dict[str, np.ndarray]) -> 
         config = replace(config, model=replace(config.model, remat=more))
 
 
-def measure(name: str, scale: str, samples: int, folder: Path | None) -> dict[str, Any]:
-    """Compiles a step, takes 3 + samples of them on one batch, and traces two more.
+def model_of(name: str) -> str:
+    """The model of a case, whose weights its peers start from."""
+    return name.removeprefix("train ").split(",")[0]
 
-    Args:
-      name: Of the case.
-      scale: full or tiny.
-      samples: Timed steps.
-      folder: Where the compiled program and the costliest operations go, if anywhere.
 
-    Returns:
-      A row; `device_share` is the time of all operations of the device over that of the clock.
-    """
-    began = time.perf_counter()
+def write_start(folder: Path, config: Config, params: Any, batch: dict[str, np.ndarray], flops: float) -> None:
+    """Writes what a peer needs to take the same steps: weights in Hugging Face's names, tokens, rates."""
+    if folder.exists():
+        return
+    train = config.train
+    save_params(folder, config.model.decoder, params["decoder"])
+    np.savez(
+        folder / "batch.npz",
+        tokens=batch["text"],
+        rates=[float(schedule(train)(i)) for i in range(200)],
+        decay=train.weight_decay,
+        betas=(train.b1, train.b2),
+        clip=train.clip_norm,
+        flops=flops,
+    )
+
+
+def prepared(name: str, scale: str) -> tuple[Config, Any, dict[str, Any], Any, int]:
+    """Config, mesh, batch, compiled step and the bytes that it takes."""
     config = cases(scale)[name]()
     task, mesh = TASKS[config.task.name](config), make_mesh(config.mesh)
     if config.task.name == "language":
@@ -134,12 +155,41 @@ def measure(name: str, scale: str, samples: int, folder: Path | None) -> dict[st
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # a kernel that is not used is no result
         config, compiled, need = compile_fitting(config, mesh, batch)
+    return config, mesh, batch, compiled, need
+
+
+def compile_only(name: str, scale: str) -> dict[str, Any]:
+    """Leaves the step in JAX's cache of compiled programs."""
+    began = time.perf_counter()
+    need = prepared(name, scale)[-1]
+    return {"name": name, "compile_s": time.perf_counter() - began, "need_gib": need / 2**30}
+
+
+def measure(name: str, scale: str, samples: int, folder: Path | None, starts: Path) -> dict[str, Any]:
+    """Compiles a step, takes 3 + samples of them on one batch, and traces two more.
+
+    Args:
+      name: Of the case.
+      scale: full or tiny.
+      samples: Timed steps.
+      folder: Where the compiled program and the costliest operations go, if anywhere.
+      starts: Where the weights for the peers go.
+
+    Returns:
+      A row; `device_share` is the time of all operations of the device over that of the clock.
+    """
+    began = time.perf_counter()
+    config, mesh, batch, compiled, need = prepared(name, scale)
+    task = TASKS[config.task.name](config)
     model = R1(config.model, task.heads)
     compile_s = time.perf_counter() - began
     abstract = jax.eval_shape(lambda: init_state(config, model, task, batch))
     where = shard_tree(mesh, abstract)
     state = jax.jit(lambda: init_state(config, model, task, batch), out_shardings=where)()
     count = sum(x.size for x in jax.tree.leaves(state.params))
+    work = work_of(config.model, task, batch)
+    if config.task.name == "language":
+        write_start(starts / model_of(name).replace(" ", "-"), config, state.params, batch, work.flops)
     batch = jax.device_put(batch, batch_sharding(mesh))
     losses: list[Any] = []
 
@@ -165,7 +215,6 @@ def measure(name: str, scale: str, samples: int, folder: Path | None) -> dict[st
         Path(f"{stem}.ops.txt").write_text("".join(f"{o.milliseconds:10.3f} {o.count:6} {o.name}\n" for o in ops))
     found = [float(x) for x in losses]
     assert np.isfinite(found).all(), found
-    work = work_of(config.model, task, batch)
     stats = jax.devices()[0].memory_stats() or {}
     return {
         "name": name,
@@ -178,7 +227,7 @@ def measure(name: str, scale: str, samples: int, folder: Path | None) -> dict[st
         "mfu": work.flops / median / PEAK,
         "tokens_per_second": work.tokens / median,
         "parameters": count,
-        "losses": [found[0], found[len(found) // 2], found[-1]],
+        "losses": found,
         "device_share": busy / traced,
         "remat": config.model.remat,
         "need_gib": need / 2**30,
