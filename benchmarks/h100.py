@@ -38,7 +38,7 @@ GOALS = {
     "grouped-weight ours": (450, 650),
 }
 """TFLOP/s that a case must and should reach."""
-PEERS = ("torch", "transformers")
+PEERS = ("torch", "transformers", "transformers autocast")
 """Libraries whose training steps are measured where they are installed."""
 GOALS_MS = {"loss ours": (110, 92)}
 """The same in milliseconds, of all cases whose names begin so."""
@@ -51,12 +51,15 @@ def child(args: argparse.Namespace) -> None:
     elif args.child == "train":
         from benchmarks import h100_train
 
-        folder = args.output and args.output.parent
-        measure = functools.partial(h100_train.measure, folder=folder, starts=args.starts)
+        measure = functools.partial(h100_train.measure, folder=args.output and args.output.parent)
     elif args.child == "compile":
         from benchmarks import h100_train
 
         measure = lambda name, scale, samples: h100_train.compile_only(name, scale)  # noqa: E731
+    elif args.child == "start":
+        from benchmarks import h100_train
+
+        measure = lambda name, scale, samples: h100_train.write_start(name, scale, args.starts)  # noqa: E731
     elif args.child == "torch-train":
         from benchmarks import h100_train_torch
 
@@ -78,7 +81,7 @@ def start_child(kind: str, names: list[str], args: argparse.Namespace, **pipes: 
     command = [sys.executable, __file__, "--child", kind, "--scale", args.scale, "--samples", str(args.samples)]
     command += ["--starts", str(args.starts), *(["--output", str(args.output)] if args.output else [])]
     environment = os.environ | {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.93"}
-    if kind == "compile":
+    if kind in ("compile", "start"):
         environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     return subprocess.Popen([*command, "--names", *names], env=environment, **pipes)
 
@@ -246,7 +249,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--limit", type=float, default=600, help="seconds after which it ends")
     parser.add_argument("--ahead", action="store_true", help="compile all training steps first, side by side")
     parser.add_argument("--starts", type=Path, help=argparse.SUPPRESS)
-    kinds = ("jax", "torch", "train", "torch-train", "compile")
+    kinds = ("jax", "torch", "train", "start", "torch-train", "compile")
     parser.add_argument("--child", choices=kinds, help=argparse.SUPPRESS)
     parser.add_argument("--names", nargs="+", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -284,13 +287,17 @@ def measure_all(args: argparse.Namespace) -> None:
     args.end = began + args.limit
     steps = list(h100_train.cases(args.scale))
     first = [name for name in own if name not in last]
-    models = [h100_train.model_of(name) for name in chosen(steps, args.cases) if name.endswith(", ours")]
-    rivals = [f"train {model}, {peer}" for model in models for peer in PEERS if importlib.util.find_spec(peer)]
+    models = [h100_train.model_of(name) for name in steps if name.endswith(", ours")]
+    rivals = [
+        f"train {model}, {peer}" for model in models for peer in PEERS if importlib.util.find_spec(peer.split()[0])
+    ]
     if args.ahead:
         compile_ahead(chosen(steps, args.cases), args)
     groups = (("jax", first), ("train", steps), ("torch-train", rivals), ("torch", peers), ("jax", last))
     for kind, names in groups:
         left = chosen(names, args.cases)
+        if kind == "torch-train" and left:
+            start_child("start", list(dict.fromkeys(map(h100_train.model_of, left))), args).wait()
         while left and time.monotonic() < args.end:
             alone = "train" in kind  # a training step wants the whole memory
             together = left[:1] if alone else [name for name in left if risky(name) == risky(left[0])]

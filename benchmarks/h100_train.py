@@ -1,7 +1,7 @@
 """Training steps of h100.py: models of their real width, through the compiled step of r1jax, on random tokens.
 
-A child process of h100.py calls it. One batch is learned again and again, so that its loss has to fall. The first case
-of a model writes its weights and tokens for the peers in h100_train_torch.py.
+A child process of h100.py calls it. One batch is learned again and again, so that its loss has to fall. Its weights
+and tokens at the start go to the peers in h100_train_torch.py.
 """
 
 import gzip
@@ -127,21 +127,24 @@ def model_of(name: str) -> str:
     return name.removeprefix("train ").split(",")[0]
 
 
-def write_start(folder: Path, config: Config, params: Any, batch: dict[str, np.ndarray], flops: float) -> None:
+def write_start(model: str, scale: str, folder: Path) -> dict[str, Any]:
     """Writes what a peer needs to take the same steps: weights in Hugging Face's names, tokens, rates."""
-    if folder.exists():
-        return
-    train = config.train
-    save_params(folder, config.model.decoder, params["decoder"])
+    config = cases(scale)[f"train {model}, ours"]()
+    task, train = TASKS[config.task.name](config), config.train
+    batch = random_tokens(config)
+    state = jax.jit(lambda: init_state(config, R1(config.model, task.heads), task, batch).params)()
+    here = folder / model.replace(" ", "-")
+    save_params(here, config.model.decoder, state["decoder"])
     np.savez(
-        folder / "batch.npz",
+        here / "batch.npz",
         tokens=batch["text"],
         rates=[float(schedule(train)(i)) for i in range(200)],
         decay=train.weight_decay,
         betas=(train.b1, train.b2),
         clip=train.clip_norm,
-        flops=flops,
+        flops=work_of(config.model, task, batch).flops,
     )
+    return {"name": model}
 
 
 def prepared(name: str, scale: str) -> tuple[Config, Any, dict[str, Any], Any, int]:
@@ -165,7 +168,7 @@ def compile_only(name: str, scale: str) -> dict[str, Any]:
     return {"name": name, "compile_s": time.perf_counter() - began, "need_gib": need / 2**30}
 
 
-def measure(name: str, scale: str, samples: int, folder: Path | None, starts: Path) -> dict[str, Any]:
+def measure(name: str, scale: str, samples: int, folder: Path | None) -> dict[str, Any]:
     """Compiles a step, takes 3 + samples of them on one batch, and traces two more.
 
     Args:
@@ -173,7 +176,6 @@ def measure(name: str, scale: str, samples: int, folder: Path | None, starts: Pa
       scale: full or tiny.
       samples: Timed steps.
       folder: Where the compiled program and the costliest operations go, if anywhere.
-      starts: Where the weights for the peers go.
 
     Returns:
       A row; `device_share` is the time of all operations of the device over that of the clock.
@@ -188,8 +190,6 @@ def measure(name: str, scale: str, samples: int, folder: Path | None, starts: Pa
     state = jax.jit(lambda: init_state(config, model, task, batch), out_shardings=where)()
     count = sum(x.size for x in jax.tree.leaves(state.params))
     work = work_of(config.model, task, batch)
-    if config.task.name == "language":
-        write_start(starts / model_of(name).replace(" ", "-"), config, state.params, batch, work.flops)
     batch = jax.device_put(batch, batch_sharding(mesh))
     losses: list[Any] = []
 

@@ -17,6 +17,8 @@ from torch.nn import functional
 Weights = dict[str, torch.Tensor]
 LOSS_ROWS = 4096
 """Tokens whose logits are in memory at once."""
+ALIGNED = 8
+"""Rows that the size of an expert's group has to be a multiple of, as the kernel of its weights' gradient asserts."""
 PEAK = 989.4e12
 
 
@@ -124,15 +126,21 @@ def mixture(w: Weights, name: str, x: torch.Tensor, c: dict) -> torch.Tensor:
     share = scores.gather(1, chosen)
     share = share / (share.sum(-1, keepdim=True) + 1e-20) * c["routed_scaling_factor"]
     order = chosen.flatten().argsort(stable=True)
-    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
-    token = order // k
-    sizes = torch.zeros(count, device=x.device, dtype=torch.int32)
-    sizes = sizes.scatter_add_(0, chosen.flatten(), torch.ones_like(order, dtype=torch.int32))
-    ends = sizes.cumsum(0, dtype=torch.int32)
-    rows = Dispatch.apply(x, token, place)
+    sizes = torch.zeros(count, device=x.device, dtype=torch.int64)
+    sizes = sizes.scatter_add(0, chosen.flatten(), torch.ones_like(order))
+    padded = (sizes + ALIGNED - 1) // ALIGNED * ALIGNED
+    ends = padded.cumsum(0)
+    expert = chosen.flatten()[order]
+    inside = torch.arange(len(order), device=x.device) - (sizes.cumsum(0) - sizes)[expert]
+    place = torch.zeros_like(order).scatter(0, order, (ends - padded)[expert] + inside)
+    capacity = len(order) + count * ALIGNED
+    token = torch.zeros(capacity, device=x.device, dtype=torch.int64)
+    token = token.scatter(0, place, torch.arange(len(order), device=x.device) // k)
+    share = share.new_zeros(capacity).scatter(0, place, share.flatten())  # 0 where a row only fills its group
+    rows, ends = Dispatch.apply(x, token, place), ends.to(torch.int32)
     both = functional.grouped_mm(rows, w[f"{name}experts.gate_up"].to(x.dtype).transpose(1, 2), offs=ends)
     gate, up = both.chunk(2, -1)
-    inner = (functional.silu(gate) * up * share.flatten()[order][:, None]).to(x.dtype)
+    inner = torch.where(share[:, None] == 0, 0.0, functional.silu(gate) * up * share[:, None]).to(x.dtype)
     outer = functional.grouped_mm(inner, w[f"{name}experts.down"].to(x.dtype).transpose(1, 2), offs=ends)
     return Combine.apply(outer, token, place, len(x)) + feed_forward(w, f"{name}shared_experts.", x)
 
@@ -188,7 +196,26 @@ def reference(folder: Path, c: dict, device: str) -> tuple[Weights, Callable[[to
 
 
 def transformers(folder: Path, c: dict, device: str) -> tuple[Weights, Callable[[torch.Tensor, int], torch.Tensor]]:
-    """That of Hugging Face, with grouped experts."""
+    """That of Hugging Face. Its grouped products compile for bf16 weights alone, so it gets copies of the fp32 ones."""
+    from transformers import DeepseekV3ForCausalLM
+
+    model = DeepseekV3ForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="sdpa", experts_implementation="grouped_mm"
+    )
+    model = model.to(device).train()
+    weights = dict(model.named_parameters())
+
+    def mean(weights: Weights, tokens: torch.Tensor) -> torch.Tensor:
+        copies = {name: x if "gate.weight" in name else x.bfloat16() for name, x in weights.items()}
+        inputs = {"input_ids": tokens, "labels": tokens, "use_cache": False}
+        return torch.func.functional_call(model, copies, kwargs=inputs).loss
+
+    compiled = torch.compile(mean, dynamic=False) if device == "cuda" else mean
+    return weights, lambda tokens, count: compiled(weights, tokens) * (len(tokens) * (tokens.shape[1] - 1) / count)
+
+
+def autocast(folder: Path, c: dict, device: str) -> tuple[Weights, Callable[[torch.Tensor, int], torch.Tensor]]:
+    """That of Hugging Face as its Trainer runs it: fp32 weights, products in bf16 by autocast."""
     from transformers import DeepseekV3ForCausalLM
 
     model = DeepseekV3ForCausalLM.from_pretrained(
@@ -205,7 +232,7 @@ def transformers(folder: Path, c: dict, device: str) -> tuple[Weights, Callable[
     return dict(model.named_parameters()), of
 
 
-MAKERS = {"torch": reference, "transformers": transformers}
+MAKERS = {"torch": reference, "transformers": transformers, "transformers autocast": autocast}
 
 
 def measure(name: str, scale: str, samples: int, folder: Path) -> dict[str, Any]:
