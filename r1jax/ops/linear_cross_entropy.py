@@ -23,7 +23,7 @@ from r1jax.ops.self_test import target
 
 HEAD = ("lm_head", "weight")
 """End of the weight's path in the parameter tree, which says where it is kept."""
-CHUNK, CHUNK_ON_GPU = 1024, 2560
+CHUNK, CHUNK_ON_GPU = 1024, 2048
 """Tokens whose logits are held at once, at most; with more, the weight's gradient is read and written less often."""
 
 
