@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.h100_case import seconds
@@ -132,7 +133,8 @@ def write_start(model: str, scale: str, folder: Path) -> dict[str, Any]:
     config = cases(scale)[f"train {model}, ours"]()
     task, train = TASKS[config.task.name](config), config.train
     batch = random_tokens(config)
-    state = jax.jit(lambda: init_state(config, R1(config.model, task.heads), task, batch).params)()
+    example = jax.tree.map(jnp.asarray, batch)
+    state = jax.jit(lambda: init_state(config, R1(config.model, task.heads), task, example).params)()
     here = folder / model.replace(" ", "-")
     save_params(here, config.model.decoder, state["decoder"])
     np.savez(

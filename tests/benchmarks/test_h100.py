@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.h100 import markdown, with_backward
+from benchmarks.h100 import losses_apart, markdown, with_backward
 from benchmarks.h100_kernels import cases
 from benchmarks.h100_train import cases as steps
 
@@ -37,3 +37,11 @@ def test_shares_are_of_the_matmul_of_the_same_run():
     assert [row[5] for row in cells] == ["100%", "100%", "62%", "100%"]
     assert cells[2][2] == "1.000 ± 0.100" and cells[2][7] == "500 and 650 TFLOP/s" and not cells[3][7]
     assert lines[-1] == "Two runs."
+
+
+def test_a_peers_losses_are_compared_with_those_of_ours_on_the_same_model():
+    def row(name: str, losses: list[float]) -> dict:
+        return {"name": f"train {name}", "losses": losses}
+
+    rows = [row("a, ours", [4.0, 2.0, 1.0]), row("a, torch", [4.0, 2.1, 1.0]), row("b, torch", [9.0])]
+    assert [losses_apart(r, rows) for r in rows] == [None, pytest.approx(0.05), None]
