@@ -47,7 +47,7 @@ def scale_events(x: Float[Array, "B S K C"]) -> Float[Array, "B S K 8"]:
       x: Raw numbers of each event.
 
     Returns:
-      Log amount, its ratio to what the customer usually pays, terminal risk, hour, weekday, log gap, log age, and the age
+      Log amount, its ratio to the customer's habit, terminal risk, hour, weekday, log gap, log age, and the age
       in days up to 60: what is compromised for four weeks is found by a threshold on the latter.
     """
     amount, usual, risk, second, weekday, gap, age = (x[..., i] for i in range(len(CHANNELS)))
