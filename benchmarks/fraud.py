@@ -185,7 +185,7 @@ def main() -> None:
     parser.add_argument("--config", default="configs/finance.py:handbook")
     parser.add_argument("--split", default="val", choices=("val", "test"), help="period that is judged")
     parser.add_argument("--score", metavar="LATER", help="later file with labels, that is judged too")
-    parser.add_argument("--seeds", type=int, default=3, help="trainings of r1jax; 0 judges the peers alone")
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2], help="of the trainings; none: peers alone")
     parser.add_argument("--resamples", type=int, default=500)
     parser.add_argument("--workdir", default="runs/benchmark-fraud")
     parser.add_argument("--resume", action="store_true", help="keep the trainings that have finished in --workdir")
@@ -211,7 +211,7 @@ def main() -> None:
         print(f"{table(result)}\n{time.perf_counter() - began:.0f} s, {len(runs)} trainings\n", flush=True)
 
     write()
-    for seed in range(args.seeds):
+    for seed in args.seeds:
         run = train_run([*words, "--seed", str(seed)], Path(args.workdir) / f"seed{seed}", args.resume)
         runs.append({"seed": seed, "seconds": run.seconds, "payments_per_second": run.examples_per_second})
         for i, period in enumerate(periods):

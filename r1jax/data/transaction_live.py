@@ -26,7 +26,7 @@ from r1jax.data.transaction_history import (
     Streams,
     check_delay,
 )
-from r1jax.data.transaction_summaries import HABIT, Held, customer_now, terminal_now
+from r1jax.data.transaction_summaries import HABIT, LOOK, Held, customer_now, terminal_now
 from r1jax.data.transactions import DAY, LONGEST, SPAN, UNITS
 from r1jax.errors import UserError
 
@@ -151,7 +151,7 @@ class LiveHistory:
             places.append((ring, ring.add(payment, money, np.array([*own, gap], np.float32), large)))
         self._places[payment.id] = places
         streams = self._streams(payment.seconds, rings)
-        before = payment.seconds - self.delay - max(WINDOWS) * DAY
+        before = payment.seconds - self.delay - max(*WINDOWS, LOOK) * DAY
         for ring in rings:
             for gone in ring.forget(before, max(self.events, HABIT)):
                 left = [(r, n) for r, n in self._places.get(gone, ()) if n >= r.dropped]
