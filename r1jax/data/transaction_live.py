@@ -1,10 +1,11 @@
 """What is known at a payment, kept up to date payment by payment; equal to `History` bit for bit.
 
-The state of a customer or terminal is its last K events and those that the longest window still needs, 30 days and the
-label delay before them (37 days by default). As events are dropped when they are half of what is held, that is at most
-twice as many, and it does not grow with the age of the stream. A payment takes time in proportion to the events of its
-customer and terminal within that time, so it is dearer at a busy terminal. No customer or terminal is ever forgotten:
-their last K events belong to what `History` gives however old they are, so memory grows with the number of names.
+The state of a customer or terminal is its last K events (64 where K is less) and those that the longest window still
+needs, 30 days and the label delay before them (37 days by default). As events are dropped when they are half of what is
+held, that is at most twice as many, and it does not grow with the age of the stream. A payment takes time in proportion
+to the events of its customer and terminal within that time, so it is dearer at a busy terminal. No customer or terminal
+is ever forgotten: their last events belong to what `History` gives however old they are, so memory grows with the
+number of names.
 """
 
 import math
@@ -18,17 +19,23 @@ from r1jax.data.transaction_history import (
     FEATURES,
     FRAUD,
     GENUINE,
+    HANDBOOK,
     NO_GAP,
     UNKNOWN,
     WINDOWS,
     Streams,
     check_delay,
 )
+from r1jax.data.transaction_summaries import HABIT, LOOK, Held, customer_now, terminal_now
 from r1jax.data.transactions import DAY, LONGEST, SPAN, UNITS
 from r1jax.errors import UserError
 
 OWN = len(CHANNELS) - 1
 """Numbers of an event that never change: all but its age."""
+
+
+COLUMNS = ("seconds", "money", "state", "own", "large")
+"""Of an event, as `_Ring` holds them."""
 
 
 class Payment(NamedTuple):
@@ -48,26 +55,34 @@ class _Ring:
         self.count, self.dropped = 0, 0
         self.seconds, self.money = np.zeros(8, np.int64), np.zeros(8, np.int64)
         self.state, self.own = np.zeros(8, np.int8), np.zeros((8, OWN), np.float32)
+        self.large = np.zeros(8, bool)
         self.ids: list[str] = []
 
-    def add(self, payment: Payment, money: int, own: Float32[np.ndarray, " C"]) -> int:
+    def add(self, payment: Payment, money: int, own: Float32[np.ndarray, " C"], large: bool) -> int:
         """Appends an event; returns its number since the beginning."""
         if self.count == len(self.seconds):
-            for name in ("seconds", "money", "state", "own"):
+            for name in COLUMNS:
                 held = getattr(self, name)
                 setattr(self, name, np.concatenate([held, np.zeros_like(held)]))
         i = self.count
         self.seconds[i], self.money[i], self.state[i], self.own[i] = payment.seconds, money, UNKNOWN, own
+        self.large[i] = large
         self.ids.append(payment.id)
         self.count += 1
         return self.dropped + i
+
+    def held(self) -> Held:
+        """Its events."""
+        n = self.count
+        state = self.state[:n]
+        return Held(self.seconds[:n], self.own[:n, 0], self.large[:n], state == FRAUD, state == GENUINE)
 
     def forget(self, before: int, events: int) -> list[str]:
         """Drops what is neither among the last events nor late enough, where that is half of it; returns the ids."""
         old = min(int(np.searchsorted(self.seconds[: self.count], before)), self.count - events)
         if old < max(8, self.count // 2):
             return []
-        for name in ("seconds", "money", "state", "own"):
+        for name in COLUMNS:
             held = getattr(self, name)
             held[: self.count - old] = held[old : self.count].copy()
         gone, self.ids = self.ids[:old], self.ids[old:]
@@ -126,19 +141,19 @@ class LiveHistory:
             self._customers.setdefault(payment.customer, _Ring()),
             self._terminals.setdefault(payment.terminal, _Ring()),
         )
-        features = self._features(payment.seconds, amount, money, *rings)
+        features, large = self._features(payment.seconds, amount, money, *rings)
         day, second = divmod(payment.seconds, DAY)
-        mean, risk = (features[0, FEATURES.index(name)] for name in ("customer_mean_30d", "terminal_risk_30d"))
-        own = [amount, mean, risk, second, (day + 3) % 7]
+        usual, risk = (features[0, FEATURES.index(name)] for name in ("customer_usual", "terminal_risk_30d"))
+        own = [amount, usual, risk, second, (day + 3) % 7]
         places = []
         for ring in rings:
             gap = payment.seconds - ring.seconds[ring.count - 1] if ring.count else NO_GAP
-            places.append((ring, ring.add(payment, money, np.array([*own, gap], np.float32))))
+            places.append((ring, ring.add(payment, money, np.array([*own, gap], np.float32), large)))
         self._places[payment.id] = places
         streams = self._streams(payment.seconds, rings)
-        before = payment.seconds - self.delay - max(WINDOWS) * DAY
+        before = payment.seconds - self.delay - max(*WINDOWS, LOOK) * DAY
         for ring in rings:
-            for gone in ring.forget(before, self.events):
+            for gone in ring.forget(before, max(self.events, HABIT)):
                 left = [(r, n) for r, n in self._places.get(gone, ()) if n >= r.dropped]
                 if left:
                     self._places[gone] = left
@@ -166,8 +181,8 @@ class LiveHistory:
 
     def _features(
         self, now: int, amount: np.float32, money: int, customer: _Ring, terminal: _Ring
-    ) -> Float32[np.ndarray, "1 F"]:
-        """`FEATURES`; the payment itself is not in the rings yet."""
+    ) -> tuple[Float32[np.ndarray, "1 F"], bool]:
+        """`FEATURES`, and whether the amount is large; the payment itself is not in the rings yet."""
         found = np.zeros((1, len(FEATURES)), np.float32)
         day, second = divmod(now, DAY)
         found[0, :3] = amount, (day + 3) % 7 >= 5, second < 7 * 3600
@@ -183,7 +198,9 @@ class LiveHistory:
             state = terminal.state[begin:until]
             found[0, 9 + 2 * i] = until - begin
             found[0, 10 + 2 * i] = (state == FRAUD).sum() / max((state != UNKNOWN).sum(), 1)
-        return found
+        summed, large = customer_now(customer.held(), now, amount, self.delay)
+        found[0, len(HANDBOOK) :] = [*summed, *terminal_now(terminal.held(), now, self.delay)]
+        return found, large
 
     def _streams(self, now: int, rings: tuple[_Ring, _Ring]) -> Streams:
         """Streams of the payment that was added last."""
