@@ -26,6 +26,8 @@ CHANNELS = ("amount", "customer_mean", "terminal_risk", "second_of_day", "weekda
 """Numbers of each event of a stream; "gap" and "age" are seconds since the event before it and until the payment."""
 NO_GAP = 1e8
 """Gap of the first event of a stream, seconds."""
+HORIZON = 180 * DAY
+"""Events that are older are not shown, so that nobody has to remember who has been silent for longer."""
 UNKNOWN, GENUINE, FRAUD = range(3)
 """What is known of an event's label."""
 
@@ -171,7 +173,7 @@ class History:
         ordered = self.seconds[index.order]
         gap = np.append(NO_GAP, np.diff(ordered)).astype(np.float32)
         gap[index.first] = NO_GAP
-        return gap[index.place]
+        return np.where(gap > HORIZON, np.float32(NO_GAP), gap)[index.place]
 
     def streams(self, rows: Int64[np.ndarray, " B"]) -> Streams:
         """What is known of the last events.
@@ -180,7 +182,7 @@ class History:
           rows: Of the payments.
 
         Returns:
-          Both streams, in the order of time, the payment itself last.
+          Both streams, in the order of time, the payment itself last; no event is older than `HORIZON`.
         """
         shape = (len(rows), 2, self.events)
         found = Streams(np.zeros((*shape, len(CHANNELS)), np.float32), np.zeros(shape, np.int8), np.zeros(shape, bool))
@@ -188,6 +190,7 @@ class History:
         for i, (index, gap) in enumerate(zip(self._indices, self._gaps, strict=True)):
             events, valid = last_rows(index, rows, self.events)
             then = self.seconds[events]
+            valid &= now - then <= HORIZON
             found.numbers[:, i, :, :-2] = self._own[events]
             found.numbers[:, i, :, -2] = gap[events]
             found.numbers[:, i, :, -1] = now - then
