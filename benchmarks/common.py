@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train  # noqa: E402
 from benchmarks.luna16_peers import environment  # noqa: E402
 from r1jax.cli import load_config  # noqa: E402
+from r1jax.config import Config  # noqa: E402
 from r1jax.models.r1 import R1  # noqa: E402
 from r1jax.parallel.mesh import make_mesh, shard_tree  # noqa: E402
 from r1jax.parallel.platform import start_platform  # noqa: E402
@@ -72,16 +73,19 @@ def train_run(words: Sequence[str], workdir: Path, resume: bool = False) -> Trai
     return Trained(CheckpointFolder(workdir / "checkpoints").all()[-1], **told)
 
 
-def predict(checkpoint: Checkpoint, split: str, batch_size: int, views: int | None = None):
-    """Predictions, targets and ids of a part of the data that the checkpoint was trained on.
+def predict(
+    checkpoint: Checkpoint, split: str, batch_size: int, views: int | None = None, config: Config | None = None
+):
+    """Predictions, targets and ids of a part of the data that the checkpoint was trained on, or of other data.
 
     Args:
       checkpoint: Its averaged weights are used where averaging is on.
       split: train, val or test.
       batch_size: Cases a forward pass; that of training finds its compiled program in the cache.
       views: Turned and mirrored views to average; by default as many as in the checkpoint's config.
+      config: Of the same model, with the data to read; None is that of the checkpoint.
     """
-    config = checkpoint.config()
+    config = config or checkpoint.config()
     config = dataclasses.replace(config, task=dataclasses.replace(config.task, views=views or config.task.views))
     task, mesh = TASKS[config.task.name](config), make_mesh(config.mesh)
     model, source = R1(config.model, task.heads), task.source(split)

@@ -7,14 +7,16 @@ anything that came after the payment itself.
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int8, Int32, Int64
+from jaxtyping import Bool, Float32, Int8, Int64
 
-from r1jax.data.transactions import DAY, UNITS, Transactions
+from r1jax.data.transaction_index import Index, ends, index_by, last_rows
+from r1jax.data.transaction_summaries import SUMMARIES, summaries
+from r1jax.data.transactions import DAY, HORIZON, UNITS, Transactions
 from r1jax.errors import UserError
 
 WINDOWS = (1, 7, 30)
 """Days."""
-FEATURES = (
+HANDBOOK = (
     "amount",
     "weekend",
     "night",
@@ -22,12 +24,12 @@ FEATURES = (
     *(f"terminal_{what}_{days}d" for days in WINDOWS for what in ("count", "risk")),
 )
 """The fifteen of the Fraud Detection Handbook (chapter 3, baseline feature transformation)."""
-CHANNELS = ("amount", "customer_mean", "terminal_risk", "second_of_day", "weekday", "gap", "age")
+FEATURES = (*HANDBOOK, *SUMMARIES)
+"""What the model's table holds."""
+CHANNELS = ("amount", "customer_usual", "terminal_risk", "second_of_day", "weekday", "gap", "age")
 """Numbers of each event of a stream; "gap" and "age" are seconds since the event before it and until the payment."""
 NO_GAP = 1e8
 """Gap of the first event of a stream, seconds."""
-HORIZON = 180 * DAY
-"""Events that are older are not shown, so that nobody has to remember who has been silent for longer."""
 UNKNOWN, GENUINE, FRAUD = range(3)
 """What is known of an event's label."""
 
@@ -38,66 +40,8 @@ def check_delay(delay: int) -> None:
         raise UserError(f"the label delay is {delay} seconds, but it must be at least 1: a label is known later only")
 
 
-class Index(NamedTuple):
-    """The rows of each entity, one entity after another."""
-
-    order: Int64[np.ndarray, " N"]
-    """Rows by entity, then in their order."""
-    place: Int64[np.ndarray, " N"]
-    """Of each row in `order`."""
-    first: Int64[np.ndarray, " N"]
-    """Place of the first row of each row's entity."""
-
-
-def index_by(entity: Int32[np.ndarray, " N"]) -> Index:
-    """Sorts rows by entity.
-
-    Args:
-      entity: Of each row, from 0.
-
-    Returns:
-      The index.
-    """
-    order = np.argsort(entity, kind="stable")
-    rows = np.arange(len(entity))
-    place = np.empty_like(rows)
-    place[order] = rows
-    new = np.append(True, np.diff(entity[order]) != 0)[: len(entity)]
-    return Index(order, place, np.maximum.accumulate(np.where(new, rows, 0))[place])
-
-
-def last_rows(
-    index: Index, rows: Int64[np.ndarray, " B"], count: int
-) -> tuple[Int64[np.ndarray, "B K"], Bool[np.ndarray, "B K"]]:
-    """The last rows of each row's entity, up to itself.
-
-    Args:
-      index: Of the entities.
-      rows: Which.
-      count: K.
-
-    Returns:
-      Rows in their order, the row itself last; and which of them exist (the others repeat the row).
-    """
-    places = index.place[rows][:, None] + np.arange(1 - count, 1)[None]
-    valid = places >= index.first[rows][:, None]
-    return index.order[np.where(valid, places, index.place[rows][:, None])], valid
-
-
-def _ends(
-    index: Index, entity: Int32[np.ndarray, " N"], seconds: Int64[np.ndarray, " N"], back: int
-) -> Int64[np.ndarray, " N"]:
-    """For each place, the place after the last row of its entity that lies at least `back` seconds before it."""
-    first = index.first[index.order]
-    since = seconds[index.order] - seconds[0]
-    keys = entity[index.order] * (since.max(initial=0) + 1) + since
-    start = keys - since  # of the entity at the first second
-    found = np.searchsorted(keys, np.where(since >= back, keys - back, start - 1), side="right")
-    return np.maximum(found, first)
-
-
 def window_features(table: Transactions, delay: int) -> Float32[np.ndarray, "N F"]:
-    """`FEATURES` of every payment.
+    """`HANDBOOK` of every payment.
 
     Per customer over (t - w, t], this payment included: count and mean amount. Per terminal over
     (t - delay - w, t - delay]: count, and the share of fraud of those whose label is known (0 where there is none).
@@ -110,22 +54,22 @@ def window_features(table: Transactions, delay: int) -> Float32[np.ndarray, "N F
     Returns:
       One row a payment.
     """
-    found = np.empty((len(table), len(FEATURES)), np.float32)
+    found = np.empty((len(table), len(HANDBOOK)), np.float32)
     day, second = np.divmod(table.seconds, DAY)
     found[:, 0], found[:, 1], found[:, 2] = table.amount, (day + 3) % 7 >= 5, second < 7 * 3600
     index = index_by(table.customer)
     here = np.arange(len(table)) + 1
     money = np.append(0, np.cumsum(table.money[index.order]))
     for i, days in enumerate(WINDOWS):
-        begin = _ends(index, table.customer, table.seconds, days * DAY)
+        begin = ends(index, table.customer, table.seconds, days * DAY)
         count = here - begin
         found[index.order, 3 + 2 * i] = count
         found[index.order, 4 + 2 * i] = (money[here] - money[begin]) / (count * UNITS)
     index = index_by(table.terminal)
     frauds, known = (np.append(0, np.cumsum(x[index.order])) for x in (table.fraud == 1, ~np.isnan(table.fraud)))
-    until = _ends(index, table.terminal, table.seconds, delay)
+    until = ends(index, table.terminal, table.seconds, delay)
     for i, days in enumerate(WINDOWS):
-        begin = _ends(index, table.terminal, table.seconds, delay + days * DAY)
+        begin = ends(index, table.terminal, table.seconds, delay + days * DAY)
         found[index.order, 9 + 2 * i] = until - begin
         judged = known[until] - known[begin]
         found[index.order, 10 + 2 * i] = (frauds[until] - frauds[begin]) / np.maximum(judged, 1)
@@ -159,12 +103,13 @@ class History:
         """
         check_delay(delay)
         self.seconds, self.delay, self.events = table.seconds, delay, events
-        self.features = window_features(table, delay)
+        summed, _ = summaries(table, delay)
+        self.features = np.concatenate([window_features(table, delay), summed], axis=1)
         state = np.where(np.isnan(table.fraud), UNKNOWN, np.where(table.fraud == 1, FRAUD, GENUINE))
         self._state = state.astype(np.int8)
         day, second = np.divmod(table.seconds, DAY)
-        mean, risk = FEATURES.index("customer_mean_30d"), FEATURES.index("terminal_risk_30d")
-        own = [table.amount, self.features[:, mean], self.features[:, risk], second, (day + 3) % 7]
+        usual, risk = FEATURES.index("customer_usual"), FEATURES.index("terminal_risk_30d")
+        own = [table.amount, self.features[:, usual], self.features[:, risk], second, (day + 3) % 7]
         self._own = np.stack(own, axis=1).astype(np.float32)
         self._indices = tuple(index_by(entity) for entity in (table.customer, table.terminal))
         self._gaps = [self._gap(index) for index in self._indices]

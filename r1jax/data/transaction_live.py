@@ -1,10 +1,11 @@
 """What is known at a payment, kept up to date payment by payment; equal to `History` bit for bit.
 
-The state of a customer or terminal is its last K events and those that the longest window still needs, 30 days and the
-label delay before them (37 days by default). As events are dropped when they are half of what is held, that is at most
-twice as many, and it does not grow with the age of the stream. Fewer would not do: windows end at the second, so two
-pasts that differ in the time of one event of the window give different counts at some later second. A payment takes
-time in proportion to the events of its customer and terminal within that time, so it is dearer at a busy terminal.
+The state of a customer or terminal is its last K events (64 where K is less) and those that the longest window still
+needs, 30 days and the label delay before them (37 days by default). As events are dropped when they are half of what is
+held, that is at most twice as many, and it does not grow with the age of the stream. Fewer would not do: windows end at
+the second, so two pasts that differ in the time of one event of the window give different counts at some later second.
+A payment takes time in proportion to the events of its customer and terminal within that time, so it is dearer at a
+busy terminal.
 
 Who has been silent for longer than `HORIZON` and the longest window is forgotten, as `History` shows nothing of them
 either. So memory is bounded by the names of that time and the events of the window, not by all names that ever came.
@@ -22,20 +23,21 @@ from r1jax.data.transaction_history import (
     FEATURES,
     FRAUD,
     GENUINE,
-    HORIZON,
+    HANDBOOK,
     NO_GAP,
     UNKNOWN,
     WINDOWS,
     Streams,
     check_delay,
 )
-from r1jax.data.transactions import DAY, LONGEST, SPAN, UNITS
+from r1jax.data.transaction_summaries import HABIT, LOOK, Held, customer_now, terminal_now
+from r1jax.data.transactions import DAY, HORIZON, LONGEST, SPAN, UNITS
 from r1jax.errors import UserError
 
 OWN = len(CHANNELS) - 1
 """Numbers of an event that never change: all but its age."""
-COLUMNS = ("seconds", "money", "state", "own")
-"""Arrays of a ring."""
+COLUMNS = ("seconds", "money", "state", "own", "large")
+"""Of an event, as `Ring` holds them."""
 
 
 class Payment(NamedTuple):
@@ -55,9 +57,10 @@ class Ring:
         self.count, self.dropped = 0, 0
         self.seconds, self.money = np.zeros(8, np.int64), np.zeros(8, np.int64)
         self.state, self.own = np.zeros(8, np.int8), np.zeros((8, OWN), np.float32)
+        self.large = np.zeros(8, bool)
         self.ids: list[str] = []
 
-    def add(self, payment: Payment, money: int, own: Float32[np.ndarray, " C"]) -> int:
+    def add(self, payment: Payment, money: int, own: Float32[np.ndarray, " C"], large: bool) -> int:
         """Appends an event; returns its number since the beginning."""
         if self.count == len(self.seconds):
             for name in COLUMNS:
@@ -65,9 +68,16 @@ class Ring:
                 setattr(self, name, np.concatenate([held, np.zeros_like(held)]))
         i = self.count
         self.seconds[i], self.money[i], self.state[i], self.own[i] = payment.seconds, money, UNKNOWN, own
+        self.large[i] = large
         self.ids.append(payment.id)
         self.count += 1
         return self.dropped + i
+
+    def held(self) -> Held:
+        """Its events."""
+        n = self.count
+        state = self.state[:n]
+        return Held(self.seconds[:n], self.own[:n, 0], self.large[:n], state == FRAUD, state == GENUINE)
 
     def forget(self, before: int, events: int) -> list[str]:
         """Drops what is neither among the last events nor late enough, where that is half of it; returns the ids."""
@@ -147,25 +157,25 @@ class LiveHistory:
         amount = np.float32(payment.amount)
         money = int(np.rint(np.float64(amount) * UNITS))
         rings = _touched(self.customers, payment.customer), _touched(self.terminals, payment.terminal)
-        features = self._features(payment.seconds, amount, money, *rings)
+        features, large = self._features(payment.seconds, amount, money, *rings)
         day, second = divmod(payment.seconds, DAY)
-        mean, risk = (features[0, FEATURES.index(name)] for name in ("customer_mean_30d", "terminal_risk_30d"))
-        own = [amount, mean, risk, second, (day + 3) % 7]
+        usual, risk = (features[0, FEATURES.index(name)] for name in ("customer_usual", "terminal_risk_30d"))
+        own = [amount, usual, risk, second, (day + 3) % 7]
         places = []
         for ring in rings:
             gap = payment.seconds - ring.seconds[ring.count - 1] if ring.count else NO_GAP
             gap = NO_GAP if gap > HORIZON else gap
-            places.append((ring, ring.add(payment, money, np.array([*own, gap], np.float32))))
+            places.append((ring, ring.add(payment, money, np.array([*own, gap], np.float32), large)))
         self._places[payment.id] = places
         streams = self._streams(payment.seconds, rings)
-        before = payment.seconds - self.delay - max(WINDOWS) * DAY
+        before = payment.seconds - self.delay - max(*WINDOWS, LOOK) * DAY
         for ring in rings:
-            self._release(ring.forget(before, self.events))
+            self._release(ring.forget(before, max(self.events, HABIT)))
         return features, streams
 
     def _forget_silent(self, now: int) -> None:
         """Drops customers and terminals none of whose events can be seen any more."""
-        before = now - max(HORIZON, self.delay + max(WINDOWS) * DAY)
+        before = now - max(HORIZON, self.delay + max(*WINDOWS, LOOK) * DAY)
         for rings in (self.customers, self.terminals):
             while rings and (ring := next(iter(rings.values()))).seconds[ring.count - 1] < before:
                 rings.popitem(last=False)
@@ -208,8 +218,8 @@ class LiveHistory:
 
     def _features(
         self, now: int, amount: np.float32, money: int, customer: Ring, terminal: Ring
-    ) -> Float32[np.ndarray, "1 F"]:
-        """`FEATURES`; the payment itself is not in the rings yet."""
+    ) -> tuple[Float32[np.ndarray, "1 F"], bool]:
+        """`FEATURES`, and whether the amount is large; the payment itself is not in the rings yet."""
         found = np.zeros((1, len(FEATURES)), np.float32)
         day, second = divmod(now, DAY)
         found[0, :3] = amount, (day + 3) % 7 >= 5, second < 7 * 3600
@@ -225,7 +235,9 @@ class LiveHistory:
             state = terminal.state[begin:until]
             found[0, 9 + 2 * i] = until - begin
             found[0, 10 + 2 * i] = (state == FRAUD).sum() / max((state != UNKNOWN).sum(), 1)
-        return found
+        summed, large = customer_now(customer.held(), now, amount, self.delay)
+        found[0, len(HANDBOOK) :] = [*summed, *terminal_now(terminal.held(), now, self.delay)]
+        return found, large
 
     def _streams(self, now: int, rings: tuple[Ring, Ring]) -> Streams:
         """Streams of the payment that was added last."""

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Bool, Float64, Int64
 
-from r1jax.data.transaction_history import index_by, last_rows
+from r1jax.data.transaction_index import index_by, last_rows
 from r1jax.data.transaction_notes import ALARMING, draw_notes, vague_odds
 from r1jax.data.transactions import DAY, Transactions, check
 

@@ -16,9 +16,9 @@ from typing import IO, Any
 
 import numpy as np
 
-from r1jax.data.transaction_history import HORIZON
 from r1jax.data.transaction_live import COLUMNS, LiveHistory, Payment, Ring
 from r1jax.data.transaction_rows import Row, take
+from r1jax.data.transactions import HORIZON
 from r1jax.disk import flush
 from r1jax.errors import UserError
 

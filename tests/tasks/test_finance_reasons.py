@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from r1jax.data.transaction_history import CHANNELS, FEATURES, window_features
+from r1jax.data.transaction_history import CHANNELS, FEATURES, History
 from r1jax.data.transactions import DAY
 from r1jax.serve.finance_alerts import worded
 from r1jax.tasks.finance.batch import EVENT_FEATURES, scale_events
@@ -72,9 +72,9 @@ def test_the_text_of_a_reason_does_not_hide_that_the_present_amount_is_in_it():
     """Apart from the reasons that name it, only what the customer spent changes with the amount of the payment."""
     table = draw_table()
     dearer = replace(table, amount=np.append(table.amount[:-1], np.float32(5000)))
-    changed = window_features(table, 7 * DAY)[-1] != window_features(dearer, 7 * DAY)[-1]
-    codes = {concept_of_feature(name) for name, moved in zip(FEATURES, changed, strict=True) if moved}
-    assert codes == {"amount", "customer-spending"}
+    last, again = (History(stream, 7 * DAY, 4).features[-1] for stream in (table, dearer))
+    codes = {concept_of_feature(name) for name, moved in zip(FEATURES, last != again, strict=True) if moved}
+    assert codes == {"amount", "amount-unusual", "customer-spending"}
     texts = CATALOGUE["customer-spending"]
     assert "this payment included" in texts["en"] and "含本笔" in texts["zh"]
 

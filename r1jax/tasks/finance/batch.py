@@ -48,13 +48,13 @@ def scale_events(x: Float[Array, "B S K C"]) -> Float[Array, "B S K 8"]:
       x: Raw numbers of each event.
 
     Returns:
-      Log amount, log ratio to the customer's mean, terminal risk, hour, weekday, log gap, log age, and the age in days
-      up to 60: what is compromised for four weeks is found by a threshold on the latter.
+      Log amount, its ratio to the customer's habit, terminal risk, hour, weekday, log gap, log age, and the age
+      in days up to 60: what is compromised for four weeks is found by a threshold on the latter.
     """
-    amount, mean, risk, second, weekday, gap, age = (x[..., i] for i in range(len(CHANNELS)))
+    amount, usual, risk, second, weekday, gap, age = (x[..., i] for i in range(len(CHANNELS)))
     scaled = [
         jnp.log1p(amount) - 3.5,
-        2 * (jnp.log1p(amount) - jnp.log1p(mean)),
+        2 * (jnp.log1p(amount) - jnp.log1p(usual)),
         6 * risk - 3,
         second / (4 * HOUR) - 3,
         weekday - 3,
@@ -71,13 +71,17 @@ def _log_time(seconds: Float[Array, "*B"]) -> Float[Array, "*B"]:
 
 
 def scale_features(x: Float[Array, "B F"]) -> Float[Array, "B F"]:
-    """Brings `FEATURES` to order one: money and counts by their logarithm."""
+    """Brings `FEATURES` to order one: money, ratios and counts by their logarithm."""
     columns = []
     for i, name in enumerate(FEATURES):
-        if name == "amount" or "mean" in name:
+        if name in ("amount", "customer_usual") or "mean" in name:
             columns.append(jnp.log1p(x[:, i]) - 3.5)
+        elif "ratio" in name:
+            columns.append(2 * jnp.log1p(x[:, i]) - 1.4)
         elif "count" in name:
             columns.append(jnp.log1p(x[:, i]) - 2)
+        elif name.endswith("_days"):
+            columns.append(x[:, i] / 10 - 2)
         else:
             columns.append(2 * x[:, i])
     return jnp.stack(columns, axis=-1)

@@ -79,8 +79,16 @@ def concept_of_feature(name: str) -> str:
         return "time"
     whose, _, what = name.partition("_")
     kinds = {
-        "customer": {"count": "customer-pace", "mean": "customer-spending"},
-        "terminal": {"count": "terminal-traffic", "risk": "terminal-fraud"},
+        "customer": {
+            "count": "customer-pace",
+            "ratio": "amount-unusual",
+            **dict.fromkeys(("mean", "usual", "large"), "customer-spending"),
+            **dict.fromkeys(("genuine", "fraud"), "customer-fraud"),
+        },
+        "terminal": {
+            **dict.fromkeys(("count", "unlabelled"), "terminal-traffic"),
+            **dict.fromkeys(("risk", "genuine", "fraud"), "terminal-fraud"),
+        },
     }
     return kinds[whose][what.split("_")[0]]
 
