@@ -9,7 +9,7 @@ from benchmarks.edge_child import Predict, main  # noqa: E402
 from r1jax.data.transaction_live import LiveHistory  # noqa: E402
 from r1jax.data.transaction_rows import Row, parse, records, take  # noqa: E402
 from r1jax.data.transaction_state import KeptHistory  # noqa: E402
-from r1jax.data.transactions import Names  # noqa: E402
+from r1jax.data.transactions import DAY, Names  # noqa: E402
 from r1jax.serve.scorer import Scorer  # noqa: E402
 from r1jax.tasks.finance.alerts import BANDS  # noqa: E402
 from r1jax.train.checkpoints import find_checkpoint  # noqa: E402
@@ -20,7 +20,8 @@ OURS, PEER = ["jax", "jaxlib", "flax", "orbax-checkpoint", "optax"], ["lightgbm"
 def opened(folder: str, checkpoint: str, kind: str) -> tuple[KeptHistory, list[Row]]:
     """The history that the parent has left, and the payments to score, the last of them first."""
     finance = find_checkpoint(Path(checkpoint)).config().task.finance
-    kept = KeptHistory(Path(folder) / f"{kind}.state", round(86400 * finance.label_delay_days), finance.events)
+    kept = KeptHistory(Path(folder) / f"{kind}.state", round(DAY * finance.label_delay_days), finance.events)
+    kept.close()  # what comes is not put on record
     with (Path(folder) / "rows.jsonl").open() as lines:
         return kept, [parse(record, Names()) for record in records(lines)][::-1]
 

@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
@@ -164,6 +165,8 @@ def _seconds(cell: Any, name: str) -> int:
     except UserError:
         number = None
     if number is not None:
+        if isinstance(cell, str) and re.fullmatch(r"(19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])", cell.strip()):
+            raise UserError(f"{name} is {cell!r}, a day without a time of day: give the time of each payment")
         if not math.isfinite(number):
             raise UserError(f"{name} is {cell!r}, but it must be a number of seconds since 1970, or a time")
         return math.floor(number)

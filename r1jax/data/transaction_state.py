@@ -89,6 +89,11 @@ class KeptHistory:
         self._journal.truncate(whole)
         for line in data[:whole].splitlines():
             number, *row = json.loads(line)
+            if number > self.rows + 1:
+                raise UserError(
+                    f"--state {self.path} is not what its journal goes on from, which begins at row {number}: bring it "
+                    "back, or remove the journal too and begin again from --history"
+                )
             if number > self.rows:
                 take(self.live, _row(*row))
                 self.rows = number

@@ -54,6 +54,7 @@ def test_a_payment_may_have_a_note_and_an_outcome_and_an_outcome_may_come_alone(
         ({"TX_FRAUD": 2}, "TX_FRAUD is 2, but it must be 1"),
         ({"TX_FRAUD": []}, "TX_FRAUD is .., but it must be 1"),
         ({"TX_DATETIME": "2018-04-01"}, "must be a time such as"),
+        ({"TX_DATETIME": "20180401"}, "TX_DATETIME is '20180401', a day without a time of day"),
         ({"TX_DATETIME": "soon"}, "TX_DATETIME is 'soon', but it must be a time such as"),
         ({"TX_DATETIME": float("nan")}, "TX_DATETIME is nan, but it must be a number of seconds"),
     ],

@@ -66,7 +66,12 @@ def test_a_save_that_was_cut_off_between_file_and_journal_takes_no_row_twice(tmp
     (tmp_path / "state.journal").write_bytes(journal)
     again = kept(tmp_path / "state")
     assert again.rows == len(rows) and again.live.customers.keys() == first.live.customers.keys()
+    again.note(rows[:1])
     again.close()
+    (tmp_path / "state").unlink()
+    (tmp_path / "state.journal").write_bytes((tmp_path / "state.journal").read_bytes().splitlines()[-1] + b"\n")
+    with pytest.raises(UserError, match=f"its journal goes on from, which begins at row {len(rows) + 1}"):
+        kept(tmp_path / "state")
 
 
 def test_files_that_cannot_be_gone_on_from_are_refused(tmp_path):
