@@ -123,7 +123,7 @@ def _handbook() -> Config:
             label_smoothing=0.0,
             modality_dropout=0.0,
             finance=FinanceConfig(
-                negatives_kept=0.1,
+                negatives_kept=0.25,
                 train=("2018-05-08", "2018-08-25"),
                 val=("2018-08-25", "2018-09-01"),
                 test=("2018-09-01", "2018-10-01"),
@@ -131,7 +131,7 @@ def _handbook() -> Config:
         ),
         data=DataConfig(path="data/fraud_handbook", split="val"),
         train=TrainConfig(
-            steps=3000,  # frauds are seen seven times; the best checkpoint by the validation is kept
+            steps=3000,  # each payment is seen three times; the best checkpoint by the validation is kept
             batch_size=256,
             learning_rate=2e-3,
             warmup_steps=150,
