@@ -104,7 +104,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, dict[str, Any]]
     times: dict[str, list[float]] = {kind: [] for kind in WAYS}
     for _ in range(args.rounds):
         for kind, process in running.items():
-            times[kind] += process.predict(args.calls)
+            times[kind] += process.predict(args.explained if kind == "model_reasons" else args.calls)
     found = {}
     for kind, process in running.items():
         ms = np.array(times[kind])
@@ -156,6 +156,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--platform", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--calls", type=int, default=50, help="payments of each way in a round")
+    parser.add_argument("--explained", type=int, default=5, help="calls of r1jax with reasons in a round")
     parser.add_argument("--sizes", type=int, nargs="+", default=[1, 16, 256, 4096], help="batches of the throughput")
     parser.add_argument("--seconds", type=float, default=2.0, help="of each batch size")
     args = parser.parse_args(arguments)
@@ -163,7 +164,8 @@ def main(arguments: list[str]) -> None:
     checkpoint = find_checkpoint(args.checkpoint)
     task = Finance(checkpoint.config())
     cases, ways = task.source("test"), {}
-    told = {"rounds": args.rounds, "calls": args.calls, "sizes": args.sizes, "platform": args.platform}
+    names = ("rounds", "calls", "explained", "sizes", "platform")
+    told = {name: getattr(args, name) for name in names}
     about = jax_environment(argparse.Namespace(**told, overrides=[]))
     with tempfile.TemporaryDirectory() as place:
         if args.platform == "cpu":

@@ -62,6 +62,7 @@ def records(lines: Iterable[str]) -> Iterator[dict[str, Any] | UserError]:
     lines = iter(lines)
     first = next((line for line in lines if line.strip()), None)
     if first is not None:
+        first = first.removeprefix("\ufeff")  # by which some programs begin a file of UTF-8
         again = itertools.chain([first], lines)
         yield from _json(again) if first.lstrip().startswith("{") else _csv(again)
 

@@ -23,7 +23,7 @@ def test_json_and_csv_say_the_same():
     found = read('TRANSACTION_ID,EUR,TX_TEXT\n7,1.5,"a\n\nb"\n\n8,2\n')
     assert found[0] == {"TRANSACTION_ID": "7", "EUR": "1.5", "TX_TEXT": "a\n\nb"}
     assert "it has 2 cells, but the header has 3" in str(found[1]) and len(found) == 2
-    assert read("") == [] == read("a,b\n")
+    assert read("") == [] == read("a,b\n") and read("\ufeffa\n1\n") == [{"a": "1"}]
     with pytest.raises(UserError, match="'a' twice"):
         read("a,b,a\n1,2,3\n")
 
