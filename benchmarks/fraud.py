@@ -7,8 +7,13 @@ judged on every payment of `--split`; `--score LATER.parquet` also judges them o
 The peer is LightGBM, on the handbook's fifteen features and on all that the model's table holds; its settings and
 number of trees were chosen on an earlier week. No step is chosen: the figures are those of the last checkpoint's
 averaged weights, and the scores of all seeds are averaged as the peer's are. The JSON is written after the peers and
-after each training; `--resume` takes what has finished in `--workdir` as it is. Words after `--` are overrides of
-train.py.
+after each training; `--resume` takes what has finished in `--workdir` as it is, so that processes side by side on one
+GPU can each train one of the `--seeds`, and a last one joins them:
+
+    for s in 0 1 2; do python benchmarks/fraud.py --data DIR --seeds $s --output $s.json & done; wait
+    python benchmarks/fraud.py --data DIR --resume --output benchmarks/results/fraud.json
+
+(with XLA_PYTHON_CLIENT_MEM_FRACTION=.2). Words after `--` are overrides of train.py.
 """
 
 import argparse
