@@ -45,10 +45,10 @@ class Way(NamedTuple):
 
 
 class Running:
-    """A process that has predicted its first case."""
+    """A process that has predicted its first case; by default one of edge_child.py."""
 
-    def __init__(self, way: Way, inputs: Path, core: int) -> None:
-        words = [way.python, str(CHILD), way.kind, str(way.folder), str(inputs), str(core)]
+    def __init__(self, way: Way, inputs: Path, core: int, child: Path | None = None) -> None:
+        words = [way.python, str(child or CHILD), way.kind, str(way.folder), str(inputs), str(core)]
         began, pipe = time.perf_counter(), subprocess.PIPE
         environment = ONE_THREAD | {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
         self.process = subprocess.Popen(words, stdin=pipe, stdout=pipe, text=True, env=environment)

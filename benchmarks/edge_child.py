@@ -77,11 +77,12 @@ def installed_bytes(names: list[str]) -> int:
     return total
 
 
-def main() -> None:
+def main(ways: dict[str, Callable[[str, str], tuple[Predict, list[str]]]] | None = None) -> None:
     """Predicts once, says so, then as often as each line asks; at the end says what it took."""
     way, folder, inputs, core = sys.argv[1:]
     os.sched_setaffinity(0, {int(core)})
-    predict, packages = {"litert": litert, "exported": exported, "checkpoint": checkpoint}[way](folder, inputs)
+    ways = ways or {"litert": litert, "exported": exported, "checkpoint": checkpoint}
+    predict, packages = ways[way](folder, inputs)
     predict()
     print("ready", flush=True)
     for line in sys.stdin:

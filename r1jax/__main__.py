@@ -32,6 +32,7 @@ COMMANDS = {
     "quantize": Command("r1jax.serve.quantize_command", "quantize_checkpoint", "checkpoint -> few bits, and a report"),
     "runs list": Command("r1jax.serve.runs_command", "list_runs", "all runs below a folder, and how they stand"),
     "runs compare": Command("r1jax.serve.runs_command", "compare_runs", "where runs differ, and their curves"),
+    "score": Command("r1jax.serve.score_command", "score", "payments row by row -> their risk, as they come in"),
 }
 
 

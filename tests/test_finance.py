@@ -1,13 +1,17 @@
 """Payments from a file to a trained checkpoint, its evaluation, a later period with history, and the drift of that."""
 
+import io
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import scipy.stats
 from jax.sharding import AxisType
 from sklearn.metrics import average_precision_score
 
@@ -21,6 +25,8 @@ from r1jax.data.transactions import DAY
 from r1jax.errors import UserError
 from r1jax.serve.evaluate import scoring_task
 from r1jax.serve.risk_reports import from_tree, read_xml
+from r1jax.tasks.finance.task import Finance
+from r1jax.train.checkpoints import find_checkpoint
 from tests.serve.structure import Structure
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -163,6 +169,45 @@ def test_a_later_file_is_scored_with_the_earlier_one_as_history(run, later, file
     assert found["policy"] == metrics(run / "eval")["policy"]
 
 
+def answers(run, files, rows, monkeypatch, capsys, *words):
+    """What `r1jax score` says to rows, as it were on standard input, and its exit code."""
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO("".join(rows).encode())))
+    words = ["score", str(run), "--history", str(files / "earlier.parquet"), *map(str, words)]
+    capsys.readouterr()
+    code = dispatch(words)
+    return code, [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_payments_are_scored_as_they_come_in_as_eval_scores_them(run, later, files, tmp_path, monkeypatch, capsys):
+    columns = pq.read_table(files / "later.parquet").drop_columns(["TX_FRAUD_SCENARIO"]).slice(0, 300)
+    rows = [json.dumps(row, default=str) + "\n" for row in columns.to_pylist()]
+    told = ("--state", tmp_path / "state", "--batch", 8)
+    code, first = answers(run, files, rows[:100], monkeypatch, capsys, *told, "--reasons", "alerts")
+    assert code == 0 and [row["row"] for row in first] == list(range(1, 101))
+    wrong = [rows[99], rows[100].replace("TX_TEXT", "TEXT"), '{"TRANSACTION_ID": "nobody", "TX_FRAUD": 1}\n']
+    wrong.append(json.dumps({"TRANSACTION_ID": first[0]["id"], "TX_FRAUD": ""}) + "\n")
+    code, rest = answers(run, files, [*wrong, *rows[100:]], monkeypatch, capsys, *told)
+    assert code == 2 and "came before" in rest[0]["error"] and "did you mean 'TX_TEXT'" in rest[1]["error"]
+    assert rest[2] == {"row": 3, "id": "nobody", "fraud": True, "held": False}
+    assert "TX_DATETIME is missing" in rest[3]["error"]
+    found, wanted = [*first, *rest[4:]], pq.read_table(later / "scores.parquet").slice(0, 300).to_pydict()
+    for name, column in (("id", "id"), ("band", "band"), ("action", "action")):
+        assert [row[name] for row in found] == wanted[column]
+    for name, column in (("score", "score.both"), ("probability", "probability")):
+        np.testing.assert_allclose([row[name] for row in found], wanted[column], atol=1e-6)
+    explained = [row for row in first if "reasons" in row]
+    assert [row["id"] for row in explained] == [row["id"] for row in first if row["action"] in ("review", "block")]
+    assert all(row["complete"] for row in explained) and any(row["reasons"] for row in explained)
+
+
+def test_what_a_stream_cannot_be_scored_with_is_refused(run, files, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"")))
+    assert dispatch(["score", str(run)]) == 0
+    assert "have no past" in capsys.readouterr().err
+    with pytest.raises(UserError, match="--reasons alerts needs a typical payment"):
+        dispatch(["score", str(run), "--reasons", "alerts"])
+
+
 def test_a_budget_can_be_given(run, files, tmp_path, capsys):
     words = ("--data.path", files / "later.parquet", "--reasons", 0, "--output", tmp_path / "out")
     assert score(run, *words, "--alerts-per-day", 1.5) == 0
@@ -214,6 +259,19 @@ def test_drift_of_a_later_period_is_found(run, later, files, tmp_path, capsys):
         next(x for x in found["columns"] if x["name"] == "amount")[key] for key in ("median_before", "median_after")
     )
     assert after == pytest.approx(4 * before, rel=0.01)
+
+
+def test_a_checkpoint_says_what_its_validation_looked_like(run, later, tmp_path):
+    told = tmp_path / "drift.json"
+    assert dispatch(["monitor", str(run), str(later), "--output", str(told)]) == 3  # its dozen alerts and few days
+    found, validation = json.loads(told.read_text()), Finance(find_checkpoint(run).config()).source("val")
+    amounts = validation.table.amount[validation.rows]
+    amount = next(x for x in found["columns"] if x["name"] == "amount")
+    assert amount["median_before"] == pytest.approx(np.median(amounts), rel=1e-3)
+    later_amounts = pq.read_table(later / "scores.parquet")["feature.amount"].to_numpy()
+    assert amount["ks"] == pytest.approx(scipy.stats.ks_2samp(amounts, later_amounts).statistic, abs=0.02)
+    days = np.ptp(validation.table.seconds[validation.rows] // DAY) + 1
+    assert found["threshold"]["alert_share_before"] == pytest.approx(3 * days / len(amounts))
 
 
 def test_results_that_cannot_be_compared_are_refused(run, later, tmp_path):

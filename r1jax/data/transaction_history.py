@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float32, Int8, Int64
 
 from r1jax.data.transaction_index import Index, ends, index_by, last_rows
 from r1jax.data.transaction_summaries import SUMMARIES, summaries
-from r1jax.data.transactions import DAY, UNITS, Transactions
+from r1jax.data.transactions import DAY, HORIZON, UNITS, Transactions
 from r1jax.errors import UserError
 
 WINDOWS = (1, 7, 30)
@@ -118,7 +118,7 @@ class History:
         ordered = self.seconds[index.order]
         gap = np.append(NO_GAP, np.diff(ordered)).astype(np.float32)
         gap[index.first] = NO_GAP
-        return gap[index.place]
+        return np.where(gap > HORIZON, np.float32(NO_GAP), gap)[index.place]
 
     def streams(self, rows: Int64[np.ndarray, " B"]) -> Streams:
         """What is known of the last events.
@@ -127,7 +127,7 @@ class History:
           rows: Of the payments.
 
         Returns:
-          Both streams, in the order of time, the payment itself last.
+          Both streams, in the order of time, the payment itself last; no event is older than `HORIZON`.
         """
         shape = (len(rows), 2, self.events)
         found = Streams(np.zeros((*shape, len(CHANNELS)), np.float32), np.zeros(shape, np.int8), np.zeros(shape, bool))
@@ -135,6 +135,7 @@ class History:
         for i, (index, gap) in enumerate(zip(self._indices, self._gaps, strict=True)):
             events, valid = last_rows(index, rows, self.events)
             then = self.seconds[events]
+            valid &= now - then <= HORIZON
             found.numbers[:, i, :, :-2] = self._own[events]
             found.numbers[:, i, :, -2] = gap[events]
             found.numbers[:, i, :, -1] = now - then

@@ -2,13 +2,17 @@
 
 The state of a customer or terminal is its last K events (64 where K is less) and those that the longest window still
 needs, 30 days and the label delay before them (37 days by default). As events are dropped when they are half of what is
-held, that is at most twice as many, and it does not grow with the age of the stream. A payment takes time in proportion
-to the events of its customer and terminal within that time, so it is dearer at a busy terminal. No customer or terminal
-is ever forgotten: their last events belong to what `History` gives however old they are, so memory grows with the
-number of names.
+held, that is at most twice as many, and it does not grow with the age of the stream. Fewer would not do: windows end at
+the second, so two pasts that differ in the time of one event of the window give different counts at some later second.
+A payment takes time in proportion to the events of its customer and terminal within that time, so it is dearer at a
+busy terminal.
+
+Who has been silent for longer than `HORIZON` and the longest window is forgotten, as `History` shows nothing of them
+either. So memory is bounded by the names of that time and the events of the window, not by all names that ever came.
 """
 
 import math
+from collections import OrderedDict
 from typing import NamedTuple
 
 import numpy as np
@@ -27,15 +31,13 @@ from r1jax.data.transaction_history import (
     check_delay,
 )
 from r1jax.data.transaction_summaries import HABIT, LOOK, Held, customer_now, terminal_now
-from r1jax.data.transactions import DAY, LONGEST, SPAN, UNITS
+from r1jax.data.transactions import DAY, HORIZON, LONGEST, SPAN, UNITS
 from r1jax.errors import UserError
 
 OWN = len(CHANNELS) - 1
 """Numbers of an event that never change: all but its age."""
-
-
 COLUMNS = ("seconds", "money", "state", "own", "large")
-"""Of an event, as `_Ring` holds them."""
+"""Of an event, as `Ring` holds them."""
 
 
 class Payment(NamedTuple):
@@ -48,7 +50,7 @@ class Payment(NamedTuple):
     amount: float
 
 
-class _Ring:
+class Ring:
     """The last events of one customer or terminal, in the order of time."""
 
     def __init__(self) -> None:
@@ -80,14 +82,25 @@ class _Ring:
     def forget(self, before: int, events: int) -> list[str]:
         """Drops what is neither among the last events nor late enough, where that is half of it; returns the ids."""
         old = min(int(np.searchsorted(self.seconds[: self.count], before)), self.count - events)
-        if old < max(8, self.count // 2):
-            return []
+        return self.drop(old) if old >= max(8, self.count // 2) else []
+
+    def drop(self, old: int) -> list[str]:
+        """Drops so many of the oldest events; returns their ids."""
         for name in COLUMNS:
             held = getattr(self, name)
             held[: self.count - old] = held[old : self.count].copy()
         gone, self.ids = self.ids[:old], self.ids[old:]
         self.count, self.dropped = self.count - old, self.dropped + old
         return gone
+
+
+def _touched(rings: OrderedDict[str, Ring], name: str) -> Ring:
+    """The ring of a name, a new one where there is none; it is now the last to have been silent."""
+    ring = rings.get(name)
+    if ring is None:
+        ring = rings[name] = Ring()
+    rings.move_to_end(name)
+    return ring
 
 
 class LiveHistory:
@@ -105,21 +118,26 @@ class LiveHistory:
         """
         check_delay(delay)
         self.delay, self.events = delay, events
-        self._last = -math.inf
-        self._customers: dict[str, _Ring] = {}
-        self._terminals: dict[str, _Ring] = {}
-        self._places: dict[str, list[tuple[_Ring, int]]] = {}
+        self.last = -math.inf
+        # By name; who has been silent for longest comes first.
+        self.customers: OrderedDict[str, Ring] = OrderedDict()
+        self.terminals: OrderedDict[str, Ring] = OrderedDict()
+        self._places: dict[str, list[tuple[Ring, int]]] = {}
 
-    def label(self, payment: str, fraud: bool) -> None:
+    def label(self, payment: str, fraud: bool) -> bool:
         """Takes the outcome of an earlier payment; one that nothing depends on any more is passed over.
 
         Args:
           payment: Its id.
           fraud: What it was.
+
+        Returns:
+          Whether the payment is still held.
         """
-        for ring, number in self._places.get(payment, ()):
-            if number >= ring.dropped:
-                ring.state[number - ring.dropped] = FRAUD if fraud else GENUINE
+        held = [(ring, number) for ring, number in self._places.get(payment, ()) if number >= ring.dropped]
+        for ring, number in held:
+            ring.state[number - ring.dropped] = FRAUD if fraud else GENUINE
+        return bool(held)
 
     def observe(self, payment: Payment) -> tuple[Float32[np.ndarray, "1 F"], Streams]:
         """Takes the next payment.
@@ -134,13 +152,11 @@ class LiveHistory:
           UserError: The payment cannot be one.
         """
         self._refuse(payment)
-        self._last = payment.seconds
+        self.last = payment.seconds
+        self._forget_silent(payment.seconds)
         amount = np.float32(payment.amount)
         money = int(np.rint(np.float64(amount) * UNITS))
-        rings = (
-            self._customers.setdefault(payment.customer, _Ring()),
-            self._terminals.setdefault(payment.terminal, _Ring()),
-        )
+        rings = _touched(self.customers, payment.customer), _touched(self.terminals, payment.terminal)
         features, large = self._features(payment.seconds, amount, money, *rings)
         day, second = divmod(payment.seconds, DAY)
         usual, risk = (features[0, FEATURES.index(name)] for name in ("customer_usual", "terminal_risk_30d"))
@@ -148,18 +164,39 @@ class LiveHistory:
         places = []
         for ring in rings:
             gap = payment.seconds - ring.seconds[ring.count - 1] if ring.count else NO_GAP
+            gap = NO_GAP if gap > HORIZON else gap
             places.append((ring, ring.add(payment, money, np.array([*own, gap], np.float32), large)))
         self._places[payment.id] = places
         streams = self._streams(payment.seconds, rings)
         before = payment.seconds - self.delay - max(*WINDOWS, LOOK) * DAY
         for ring in rings:
-            for gone in ring.forget(before, max(self.events, HABIT)):
-                left = [(r, n) for r, n in self._places.get(gone, ()) if n >= r.dropped]
-                if left:
-                    self._places[gone] = left
-                else:
-                    self._places.pop(gone, None)
+            self._release(ring.forget(before, max(self.events, HABIT)))
         return features, streams
+
+    def _forget_silent(self, now: int) -> None:
+        """Drops customers and terminals none of whose events can be seen any more."""
+        before = now - max(HORIZON, self.delay + max(*WINDOWS, LOOK) * DAY)
+        for rings in (self.customers, self.terminals):
+            while rings and (ring := next(iter(rings.values()))).seconds[ring.count - 1] < before:
+                rings.popitem(last=False)
+                self._release(ring.drop(ring.count))
+
+    def _release(self, gone: list[str]) -> None:
+        """Forgets where payments lie that a ring has dropped."""
+        for name in gone:
+            left = [(ring, number) for ring, number in self._places.get(name, ()) if number >= ring.dropped]
+            if left:
+                self._places[name] = left
+            else:
+                self._places.pop(name, None)
+
+    def index(self) -> None:
+        """Notes anew where every payment lies, after the rings were filled by somebody else."""
+        self._places = {}
+        for rings in (self.customers, self.terminals):
+            for ring in rings.values():
+                for number, name in enumerate(ring.ids, ring.dropped):
+                    self._places.setdefault(name, []).append((ring, number))
 
     def _refuse(self, payment: Payment) -> None:
         """Raises UserError where the payment cannot be one."""
@@ -175,12 +212,12 @@ class LiveHistory:
             )
         if not SPAN[0] <= payment.seconds < SPAN[1]:
             raise UserError(f"{told}: the time is {payment.seconds!r}: give seconds since 1970, from 1900 to 2199")
-        if payment.seconds < self._last:
-            late, last = (np.datetime64(int(x), "s") for x in (payment.seconds, self._last))
+        if payment.seconds < self.last:
+            late, last = (np.datetime64(int(x), "s") for x in (payment.seconds, self.last))
             raise UserError(f"{told} is at {late}, before {last} of the one that came last: the clock goes backwards")
 
     def _features(
-        self, now: int, amount: np.float32, money: int, customer: _Ring, terminal: _Ring
+        self, now: int, amount: np.float32, money: int, customer: Ring, terminal: Ring
     ) -> tuple[Float32[np.ndarray, "1 F"], bool]:
         """`FEATURES`, and whether the amount is large; the payment itself is not in the rings yet."""
         found = np.zeros((1, len(FEATURES)), np.float32)
@@ -202,12 +239,13 @@ class LiveHistory:
         found[0, len(HANDBOOK) :] = [*summed, *terminal_now(terminal.held(), now, self.delay)]
         return found, large
 
-    def _streams(self, now: int, rings: tuple[_Ring, _Ring]) -> Streams:
+    def _streams(self, now: int, rings: tuple[Ring, Ring]) -> Streams:
         """Streams of the payment that was added last."""
         shape = (1, 2, self.events)
         found = Streams(np.zeros((*shape, len(CHANNELS)), np.float32), np.zeros(shape, np.int8), np.zeros(shape, bool))
         for i, ring in enumerate(rings):
-            held = slice(max(0, ring.count - self.events), ring.count)
+            oldest = int(np.searchsorted(ring.seconds[: ring.count], now - HORIZON))
+            held = slice(max(oldest, ring.count - self.events), ring.count)
             age = now - ring.seconds[held]
             at = slice(self.events - len(age), None)
             found.numbers[0, i, at, :OWN] = ring.own[held]

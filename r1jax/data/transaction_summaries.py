@@ -11,10 +11,10 @@ import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int64
 
 from r1jax.data.transaction_index import Index, ends, index_by, last_rows
-from r1jax.data.transactions import DAY, Transactions
+from r1jax.data.transactions import DAY, HORIZON, Transactions
 
 HABIT = 64
-"""Earlier payments of a customer that tell what is usual."""
+"""Earlier payments of a customer that tell what is usual, where they are not older than `HORIZON`."""
 LARGE = 2.5
 LARGE_DAYS = (3, 7, 14)
 LOOK = 30
@@ -70,7 +70,7 @@ def _marks(marked: Bool[np.ndarray, " N"]) -> Marks:
 
 
 def habits(table: Transactions, index: Index) -> Float32[np.ndarray, "N 2"]:
-    """Median and 90 % quantile of the last `HABIT` earlier amounts of each payment's customer.
+    """Median and 90 % quantile of the last `HABIT` earlier amounts of each payment's customer, within `HORIZON`.
 
     Args:
       table: The payments.
@@ -83,6 +83,7 @@ def habits(table: Transactions, index: Index) -> Float32[np.ndarray, "N 2"]:
     for start in range(0, len(table), 1 << 16):  # so that the amounts of few rows are held at a time
         rows = np.arange(start, min(len(table), start + (1 << 16)))
         earlier, valid = last_rows(index, rows, HABIT + 1)
+        valid &= table.seconds[rows][:, None] - table.seconds[earlier] <= HORIZON
         amounts = np.sort(np.where(valid, table.amount[earlier], np.float32(np.inf))[:, :-1], axis=1)
         count = valid[:, :-1].sum(axis=1)
         for i, place in enumerate((count // 2, count * 9 // 10)):
@@ -188,7 +189,8 @@ def customer_now(held: Held, now: int, amount: np.float32, delay: int) -> tuple[
     Returns:
       The summaries, and whether the payment is large.
     """
-    earlier = np.sort(held.amount[-HABIT:])
+    oldest = max(len(held.seconds) - HABIT, int(np.searchsorted(held.seconds, now - HORIZON)))
+    earlier = np.sort(held.amount[oldest:])
     n = len(earlier)
     usual, high = (earlier[n // 2], earlier[n * 9 // 10]) if n else (amount, amount)
     ratio = amount / np.maximum(usual, CENT)

@@ -18,6 +18,8 @@ LONGEST = 2**31
 """Amounts from here on cannot be counted in parts of a cent over many rows."""
 SPAN = (-2_208_988_800, 7_258_118_400)
 """Seconds from 1900 to before 2200, in which times must lie: milliseconds since 1970 do not."""
+HORIZON = 180 * DAY
+"""Payments that are older are not looked back at, so that nobody has to remember who has been silent for longer."""
 UNITS = 10_000
 """Parts of a unit of money that sums are counted in: whole numbers add up to the same in any order."""
 

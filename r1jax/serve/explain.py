@@ -4,6 +4,7 @@ The way begins at a typical transaction: the mean features of some that the mode
 states have no gradient themselves; their features have (`r1jax/models/features.py`).
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -31,6 +32,62 @@ TYPICAL = 256
 BATCH = 32
 
 
+class Explainer:
+    """Compiles what one model needs for its reasons, once."""
+
+    def __init__(self, model: R1, task: Finance, params: Any, steps: int) -> None:
+        """Compiles nothing yet.
+
+        Args:
+          model: The model.
+          task: Prepares batches.
+          params: Weights to serve.
+          steps: Points on the way.
+        """
+        self.params, self.steps = params, steps
+        self.sums = jax.jit(lambda p, batch: _reference_sums(model, task, p, batch))
+        self.contributions = jax.jit(
+            lambda p, batch, start, offset: _contributions(model, task, p, batch, start, offset, steps)
+        )
+
+    def typical(self, batches: Iterable[dict[str, Any]]) -> dict[str, Array]:
+        """Mean features: by event of each stream, over all tokens of the texts, by column of the table.
+
+        Args:
+          batches: Collated, of one size.
+
+        Returns:
+          Where ways begin.
+        """
+        total = None
+        for batch in batches:
+            here = self.sums(self.params, batch)
+            total = here if total is None else jax.tree.map(jnp.add, total, here)
+        means = {}
+        for name, (values, count) in total.items():
+            everywhere = values.sum(axis=0, keepdims=True) / jnp.maximum(count.sum(axis=0, keepdims=True), 1)
+            means[name] = jnp.where(count > 0, values / jnp.maximum(count, 1), everywhere)
+        return means
+
+    def explain(self, batch: dict[str, Any], start: dict[str, Any], offsets: int = 1) -> Contributions:
+        """What each input adds.
+
+        Args:
+          batch: Collated.
+          start: From `typical`.
+          offsets: Shifts of the points; the mean over them is that of so many times the steps.
+
+        Returns:
+          Of every case of the batch.
+        """
+        total = None
+        for i in range(offsets):
+            shift = np.float32((i + 0.5) / offsets)
+            part = jax.device_get(self.contributions(self.params, batch, start, shift))
+            total = part if total is None else [x + y for x, y in zip(total, part, strict=True)]
+        return Contributions(*(np.asarray(x).astype(np.float64) / offsets for x in total))
+
+
 def explain(
     model: R1, task: Finance, mesh: Mesh, params: Any, source: Source, indices: np.ndarray, typical: np.ndarray
 ) -> Contributions:
@@ -48,30 +105,24 @@ def explain(
     Returns:
       What each input adds, in the order of `indices`.
     """
-    params = jax.device_put(params, shard_tree(mesh, params))
+    explainer = Explainer(model, task, jax.device_put(params, shard_tree(mesh, params)), STEPS)
     size = -(-BATCH // mesh.size) * mesh.size
 
     def read(chosen: np.ndarray) -> dict[str, Array]:
         filled = np.append(chosen, np.repeat(chosen[-1:], size - len(chosen)))
         return jax.device_put(task.collate(source.read_batch(filled)), batch_sharding(mesh))
 
-    start = _typical(jax.jit(lambda p, batch: _reference_sums(model, task, p, batch)), params, read, typical, size)
-    compiled = jax.jit(lambda p, batch, start, offset: _contributions(model, task, p, batch, start, offset))
-
-    def answer(chosen: np.ndarray, offsets: int) -> Contributions:
-        """The mean over shifted points, which is that of so many times the steps."""
-        batch, total = read(chosen), None
-        for i in range(offsets):
-            part = jax.device_get(compiled(params, batch, start, (i + 0.5) / offsets))
-            total = part if total is None else [x + y for x, y in zip(total, part, strict=True)]
-        return Contributions(*(np.asarray(x)[: len(chosen)].astype(np.float64) / offsets for x in total))
+    whole = typical[: max(len(typical) // size * size, min(len(typical), size))]  # a filled-up batch repeats its last
+    start = explainer.typical(read(whole[first : first + size]) for first in range(0, len(whole), size))
 
     def all_of(chosen: np.ndarray, offsets: int, name: str) -> Contributions:
         parts = []
         with progress(name, len(chosen)) as steps:
             for first in range(0, len(chosen), size):
-                parts.append(answer(chosen[first : first + size], offsets))
-                steps.advance(len(parts[-1].output))
+                here = chosen[first : first + size]
+                found = explainer.explain(read(here), start, offsets)
+                parts.append(Contributions(*(x[: len(here)] for x in found)))
+                steps.advance(len(here))
         return Contributions(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
     found = all_of(indices, 1, "reasons")
@@ -81,20 +132,6 @@ def explain(
         for whole, part in zip(found, finer, strict=True):
             whole[rough] = part
     return found
-
-
-def _typical(sums: Any, params: Any, read: Any, typical: np.ndarray, size: int) -> dict[str, Array]:
-    """Mean features: by event of each stream, over all tokens of the texts, by column of the table."""
-    total = None
-    whole = typical[: max(len(typical) // size * size, min(len(typical), size))]  # a filled-up batch repeats its last
-    for first in range(0, len(whole), size):
-        here = sums(params, read(whole[first : first + size]))
-        total = here if total is None else jax.tree.map(jnp.add, total, here)
-    means = {}
-    for name, (values, count) in total.items():
-        everywhere = values.sum(axis=0, keepdims=True) / jnp.maximum(count.sum(axis=0, keepdims=True), 1)
-        means[name] = jnp.where(count > 0, values / jnp.maximum(count, 1), everywhere)
-    return means
 
 
 def _reference_sums(model: R1, task: Finance, params: Any, batch: dict[str, Array]) -> dict[str, tuple[Array, Array]]:
@@ -124,6 +161,7 @@ def _contributions(
     batch: dict[str, Array],
     start: dict[str, Array],
     offset: Float[Array, ""],
+    steps: int,
 ) -> tuple[Float[Array, "B F"], Float[Array, "B S K C"], Float[Array, "B T"], Float[Array, " B"], Float[Array, " B"]]:
     """The fields of `Contributions` for a batch."""
     inputs, _ = task.prepare(batch)
@@ -138,7 +176,7 @@ def _contributions(
         shown = inputs if inputs.table is None else inputs._replace(table=x["table"])
         return read_from(model, params, shown, x).heads["fraud"][:, 0] + task.correction  # as the score has it
 
-    found = integrated_gradients(output, begin, end, STEPS, offset)
+    found = integrated_gradients(output, begin, end, steps, offset)
     cases, parts = len(batch["target.fraud"]), found.contributions
     nothing = jnp.zeros((cases, 0), jnp.float32)
     channels = inputs.series.shape[-1]

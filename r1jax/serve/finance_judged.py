@@ -3,11 +3,25 @@
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float32, Int
 
 from r1jax.data.transaction_cases import TransactionCases
 from r1jax.tasks.finance.alerts import ALERT, Policy
 from r1jax.tasks.finance.scored import ScoredTransactions
+
+
+def typical(score: Float32[np.ndarray, "N"], count: int) -> Int[np.ndarray, "C"]:
+    """Transactions of the less suspicious half, at most so many, spread evenly over its scores.
+
+    Args:
+      score: Of each.
+      count: At most.
+
+    Returns:
+      Which.
+    """
+    quiet = np.argsort(score, kind="stable")[: len(score) // 2 + 1]
+    return quiet[np.linspace(0, len(quiet) - 1, min(count, len(quiet))).astype(int)]
 
 
 class Judged(NamedTuple):
@@ -32,6 +46,5 @@ class Judged(NamedTuple):
         return self.alerts[np.argsort(-self.scored.score[self.alerts], kind="stable")][:count]
 
     def typical(self, count: int) -> Int[np.ndarray, "C"]:
-        """Transactions of the less suspicious half, at most so many, spread evenly over its scores."""
-        quiet = np.argsort(self.scored.score, kind="stable")[: len(self.scored.ids) // 2 + 1]
-        return quiet[np.linspace(0, len(quiet) - 1, min(count, len(quiet))).astype(int)]
+        """As `typical` of the scores."""
+        return typical(self.scored.score, count)

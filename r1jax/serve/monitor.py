@@ -16,15 +16,19 @@ from r1jax.config import Positive
 from r1jax.data.transactions import DAY
 from r1jax.errors import UserError
 from r1jax.tasks.drift import Drift, drifts, follow
+from r1jax.tasks.finance.alerts import make_policy
+from r1jax.tasks.finance.operating import stored_curve
+from r1jax.train.checkpoints import find_checkpoint
 
 HELP = """\
-Compares a later period with the one that it is held against, both scored by eval.py: PSI and KS of every feature and of
-the score, and what the frozen threshold and one that follows the scores do there.
+Compares a later period, scored by eval.py, with the one that it is held against: another that eval.py has scored, or
+the validation of the run, of which the checkpoint has a snapshot. PSI and KS of every feature and of the score, and
+what the frozen threshold and one that follows the scores do there. The data of the training is not needed.
 
 Leaves with code 0 if nothing has drifted, 3 if something has, 2 for bad input.
 
 Examples:
-  r1jax monitor runs/finance/eval later
+  r1jax monitor runs/finance later
   r1jax monitor runs/finance/eval later --psi 0.1 --output drift.json
 """
 DRIFTED = 3
@@ -36,7 +40,7 @@ class MonitorArguments:
     """What `r1jax monitor` is told."""
 
     reference: str
-    """Results of eval.py on the period that is held to be normal."""
+    """Results of eval.py on the period that is held to be normal; or a run or checkpoint, for its validation."""
     later: str
     """Results of eval.py on a later period, by the same checkpoint."""
     psi: Positive = 0.2
@@ -69,7 +73,7 @@ def monitor(words: list[str]) -> int:
     """
     asked = load_arguments(MonitorArguments, words, "r1jax monitor", HELP, ("reference", "later"))
     reference, later = read_reference(Path(asked.reference)), read_later(Path(asked.later))
-    _check_same_model(asked)
+    _check_same_model(asked, reference)
     unknown = sorted(reference["columns"].keys() ^ later.columns.keys())
     if unknown:
         raise UserError(
@@ -94,8 +98,36 @@ def monitor(words: list[str]) -> int:
 
 
 def read_reference(folder: Path) -> dict[str, Any]:
-    """The snapshot that eval.py left in a folder."""
-    return _json(folder, "snapshot.json")
+    """What a later period is held against.
+
+    Args:
+      folder: Results of eval.py, or what `find_checkpoint` takes.
+
+    Returns:
+      "period", "columns", "threshold", "alert_share", and "sha256" of the checkpoint.
+
+    Raises:
+      UserError: It is neither, or the checkpoint has no snapshot.
+    """
+    if (folder / "metrics.json").is_file():
+        made = _json(folder, "metrics.json")["provenance"]["checkpoint"]
+        return _json(folder, "snapshot.json") | {"sha256": made["sha256"]}
+    try:
+        checkpoint = find_checkpoint(folder)
+    except UserError:
+        raise UserError(_missing(folder, "snapshot.json")) from None
+    checkpoint.verify("meta.json")
+    config, validated = checkpoint.config(), checkpoint.meta()["validation"] or {}
+    stored = validated.get("operating_points", {}).get("both", {})
+    if config.task.name != "finance" or "reference" not in stored:
+        raise UserError(
+            f"{checkpoint.path} has no snapshot of a validation of payments: name the results of eval.py on the period "
+            "that is held to be normal"
+        )
+    curve, period = stored_curve(stored["curve"]), stored["reference"]["period"]
+    threshold = make_policy(curve, config.task.finance.alerts).review
+    share = curve.alerts_at(threshold) * period["days"] / period["transactions"]
+    return stored["reference"] | {"threshold": threshold, "alert_share": share, "sha256": checkpoint.digest()}
 
 
 def read_later(folder: Path) -> Later:
@@ -149,16 +181,13 @@ def _alerts(threshold: float, alert: Bool[np.ndarray, "N"], later: Later) -> dic
     }
 
 
-def _check_same_model(asked: MonitorArguments) -> None:
+def _check_same_model(asked: MonitorArguments, reference: dict[str, Any]) -> None:
     """Refuses scores of two checkpoints, whose difference says nothing of the data."""
-    sums = [
-        _json(Path(folder), "metrics.json")["provenance"]["checkpoint"]["sha256"]
-        for folder in (asked.reference, asked.later)
-    ]
-    if sums[0] != sums[1]:
+    one, other = reference["sha256"], _json(Path(asked.later), "metrics.json")["provenance"]["checkpoint"]["sha256"]
+    if one != other:
         raise UserError(
-            f"{asked.reference} and {asked.later} were scored by different checkpoints ({sums[0][:12]} and "
-            f"{sums[1][:12]}): score both periods by one"
+            f"{asked.reference} and {asked.later} are of different checkpoints ({one[:12]} and {other[:12]}): score "
+            "both periods by one"
         )
 
 

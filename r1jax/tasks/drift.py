@@ -17,25 +17,26 @@ STEP = 0.1
 """Log-odds that a followed threshold moves by at most, for one transaction."""
 
 
-def snapshot(columns: dict[str, Shaped[np.ndarray, "n"]]) -> dict[str, Any]:
+def snapshot(columns: dict[str, Shaped[np.ndarray, "n"]], sketch: int = SKETCH) -> dict[str, Any]:
     """Describes columns of numbers.
 
     Args:
       columns: By name; NaN is missing.
+      sketch: Quantiles kept of each.
 
     Returns:
-      For each: how many rows, how many of them are missing, `SKETCH` quantiles, and the edges and shares of at most
-      `BINS` bins of about equally many rows.
+      For each: how many rows, how many of them are missing, its quantiles, and the edges and shares of at most `BINS`
+      bins of about equally many rows.
     """
     described = {}
     for name, column in columns.items():
         known = column[~np.isnan(column)].astype(np.float64)
-        sketch = np.quantile(known, np.linspace(0, 1, SKETCH)) if len(known) else np.zeros(0)
+        quantiles = np.quantile(known, np.linspace(0, 1, sketch)) if len(known) else np.zeros(0)
         edges = np.unique(np.quantile(known, np.linspace(0, 1, BINS + 1)[1:-1])) if len(known) else np.zeros(0)
         described[name] = {
             "rows": len(column),
             "missing": len(column) - len(known),
-            "quantiles": sketch.tolist(),
+            "quantiles": quantiles.tolist(),
             "edges": edges.tolist(),
             "counts": _counts(column, edges).tolist(),
         }

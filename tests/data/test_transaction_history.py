@@ -19,7 +19,7 @@ from r1jax.data.transaction_history import (
     window_features,
 )
 from r1jax.data.transaction_live import LiveHistory, Payment
-from r1jax.data.transactions import DAY, check
+from r1jax.data.transactions import DAY, HORIZON, check
 from r1jax.errors import UserError
 from tests.data.streams import draw_table
 
@@ -114,22 +114,47 @@ def test_a_label_shows_from_the_delay_on():
             assert features[1, FEATURES.index(name)] == (state == FRAUD)
 
 
-@settings(max_examples=8, deadline=None)
-@given(seed=st.integers(0, 2**16), entities=st.integers(1, 4))
-def test_the_live_form_equals_the_batch_form_bit_for_bit(seed, entities):
-    table = spread(draw_table(seed, rows=150, entities=entities, days=120))
-    features, *streams = all_of(table)
-    live, told = LiveHistory(DELAY, EVENTS), 0
+def lived_through(table, delay=DELAY):
+    """The live form of everything, payment by payment; labels come just in time."""
+    live, told = LiveHistory(delay, EVENTS), 0
     for row in range(len(table)):
-        while told < row and table.seconds[told] + DELAY <= table.seconds[row]:  # labels come just in time
+        while told < row and table.seconds[told] + delay <= table.seconds[row]:
             if not np.isnan(table.fraud[told]):
                 live.label(f"t{told}", bool(table.fraud[told]))
             told += 1
         own = (str(table.customer[row]), str(table.terminal[row]), float(table.amount[row]))
-        found, found_streams = live.observe(Payment(f"t{row}", int(table.seconds[row]), *own))
-        np.testing.assert_array_equal(found[0], features[row])
-        for ours, theirs in zip(found_streams, streams, strict=True):
+        features, streams = live.observe(Payment(f"t{row}", int(table.seconds[row]), *own))
+        yield live, (features, *streams)
+
+
+# Over 3,000 days most names are silent for longer than the horizon between some of their payments.
+@settings(max_examples=12, deadline=None)
+@given(seed=st.integers(0, 2**16), entities=st.integers(1, 12), days=st.sampled_from([120, 3000]))
+def test_the_live_form_equals_the_batch_form_bit_for_bit(seed, entities, days):
+    table = spread(draw_table(seed, rows=150, entities=entities, days=days))
+    wanted = all_of(table)
+    for row, (_, found) in enumerate(lived_through(table)):
+        for ours, theirs in zip(found, wanted, strict=True):
             np.testing.assert_array_equal(ours[0], theirs[row])
+
+
+def test_a_label_that_takes_longer_than_the_horizon_still_counts():
+    table, delay = draw_table(rows=150, entities=4, days=1000), HORIZON + 20 * DAY
+    wanted = all_of(table, delay)
+    assert wanted[0][:, FEATURES.index("terminal_risk_30d")].any()
+    for row, (_, found) in enumerate(lived_through(table, delay)):
+        for ours, theirs in zip(found, wanted, strict=True):
+            np.testing.assert_array_equal(ours[0], theirs[row])
+
+
+def test_names_that_have_been_silent_for_longer_than_the_horizon_are_forgotten():
+    live = LiveHistory(DELAY, EVENTS)
+    for day in range(1000):
+        live.observe(Payment(str(day), day * DAY, f"c{day}", f"m{day // 2}", 1.0))
+    days = HORIZON // DAY + 1
+    assert len(live.customers) == days and len(live.terminals) == days // 2 + 1
+    assert len(live._places) == days + 1  # the one terminal's first payment is older
+    assert live.label("999", True) and not live.label("700", True)
 
 
 @pytest.mark.parametrize("history", [lambda: all_of(draw_table(), 0), lambda: LiveHistory(0, EVENTS)])
@@ -142,7 +167,7 @@ def test_the_live_state_does_not_grow_with_the_stream():
     live = LiveHistory(DELAY, EVENTS)
     for day in range(1000):
         live.observe(Payment(str(day), day * DAY, "c", "m", 1.0))
-    assert len(live._places) < 120 and live._customers["c"].count < 120
+    assert len(live._places) < 120 and live.customers["c"].count < 120
 
 
 @pytest.mark.parametrize(

@@ -27,9 +27,10 @@ def collate(raw: dict[str, Any], modalities: tuple[str, ...], text_tokens: int) 
       text_tokens: Longest note, in tokens.
 
     Returns:
-      Arrays with a leading batch axis; numbers as they are, notes as tokens, `target.fraud`, `target.day`.
+      Arrays with a leading batch axis; numbers as they are, notes as tokens, `target.fraud`, `target.day`, and all
+      features as `target.features`, which validation describes (`reference`).
     """
-    batch = {name: raw[name] for name in ("target.fraud", "target.day")}
+    batch = {name: raw[name] for name in ("target.fraud", "target.day")} | {"target.features": raw["table"]}
     if "series" in modalities:
         batch |= {name: raw[name] for name in ("series", "series_state", "series_valid")}
     if "table" in modalities:

@@ -3,17 +3,23 @@
 Both are plain numbers that travel with the checkpoint, in its `validation`, as every task's operating points do.
 """
 
+from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Float32, Int, Shaped
 
+from r1jax.data.transaction_history import FEATURES
+from r1jax.data.transactions import DAY
 from r1jax.errors import UserError
 from r1jax.tasks import calibration
+from r1jax.tasks.drift import snapshot
 from r1jax.tasks.metrics import checked
 
 POINTS = 200
 """Thresholds kept, evenly spread over the logarithm of the number of alerts."""
+QUANTILES = 101
+"""Of each column of the reference, which every checkpoint carries: KS distances to it are exact to a hundredth."""
 NEVER = float(np.nextafter(np.float32(1), np.float32(2)))
 """A threshold that no probability reaches."""
 
@@ -45,6 +51,12 @@ class OperatingCurve(NamedTuple):
         rising = [-x for x in self.threshold]
         recall, rate = (float(np.interp(-threshold, rising, y)) for y in (self.recall, self.false_positive_rate))
         return recall, rate
+
+    def alerts_at(self, threshold: float) -> float:
+        """Alerts a day of a threshold."""
+        if threshold >= NEVER:
+            return 0.0
+        return float(np.interp(-threshold, [-x for x in self.threshold], self.alerts_per_day))
 
 
 def operating_curve(fraud: Shaped[np.ndarray, "n"], score: Float[np.ndarray, "n"], days: int) -> OperatingCurve:
@@ -111,3 +123,23 @@ def operating_points(
 def stored_curve(stored: dict[str, Any]) -> OperatingCurve:
     """The curve that `operating_points` stored."""
     return OperatingCurve(**{name: tuple(x) if isinstance(x, list) else x for name, x in stored.items()})
+
+
+def reference(
+    features: Float32[np.ndarray, "n F"], score: Float32[np.ndarray, "n"], day: Int[np.ndarray, "n"]
+) -> dict[str, Any]:
+    """What validation looked like, for later periods to be held against (`r1jax monitor`).
+
+    Args:
+      features: `FEATURES` of each transaction.
+      score: Before calibration.
+      day: Since the epoch.
+
+    Returns:
+      "period" and "columns" as in an evaluation's snapshot, with fewer quantiles; JSON.
+    """
+    columns = {name: features[:, i] for i, name in enumerate(FEATURES)} | {"score": score}
+    first, last = int(day.min()), int(day.max())
+    named = (datetime.fromtimestamp(DAY * x, UTC).strftime("%Y-%m-%d") for x in (first, last))
+    period = {"transactions": len(score)} | dict(zip(("first_day", "last_day"), named, strict=True))
+    return {"period": period | {"days": last - first + 1}, "columns": snapshot(columns, QUANTILES)}

@@ -24,7 +24,7 @@ from r1jax.models.r1 import Inputs, Output
 from r1jax.ops.losses import binary_cross_entropy, weighted_mean
 from r1jax.tasks.finance import batch as b
 from r1jax.tasks.finance.figures import RATE, fraud_figures, validation_table
-from r1jax.tasks.finance.operating import operating_points
+from r1jax.tasks.finance.operating import operating_points, reference
 from r1jax.tasks.finance.periods import period_rows
 from r1jax.tasks.task import Figures
 
@@ -221,9 +221,19 @@ class Finance:
     def operating_points(
         self, found: dict[str, np.ndarray], targets: dict[str, np.ndarray]
     ) -> dict[str, dict[str, Any]]:
-        """What thresholds yield here, and the calibration (see `operating_points`); empty without both kinds."""
+        """What thresholds yield here, the calibration, and what later periods are held against.
+
+        Args:
+          found: From `outcomes`.
+          targets: From `collate`.
+
+        Returns:
+          As `operating_points`, and "reference"; empty without both kinds.
+        """
         days = int(np.ptp(targets["day"])) + 1
-        return operating_points(targets["fraud"], found["fraud"], days, self.config.task.finance.alerts.calibration)
+        kind = self.config.task.finance.alerts.calibration
+        points = operating_points(targets["fraud"], found["fraud"], days, kind)
+        return points and points | {"reference": reference(targets["features"], found["fraud"], targets["day"])}
 
     def score(self, figures: Figures) -> float | None:
         """Area under the precision-recall curve; None where nothing can be judged."""
