@@ -1,0 +1,50 @@
+"""Summary of a text by its words and pieces of words, each with numbers of its own (Joulin et al. 2017)."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from r1jax.models.layers import Dropout, Linear
+from r1jax.models.quantized import parameter, scheme_for
+from r1jax.ops.embedding import embed
+from r1jax.ops.ngrams import hashed_ngrams
+
+RANK = 16
+"""Numbers of each bucket."""
+
+
+class NgramSummary(nn.Module):
+    """Sum of what the n-grams of a text say, over the root of their number.
+
+    Buckets begin at zero, so that what training has never seen says nothing.
+    """
+
+    buckets: int
+    features: int
+    dtype: DTypeLike = jnp.float32
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(
+        self, tokens: Int[Array, "B T"], valid: Bool[Array, "B T"], *, cases: Int[Array, " B"] | None = None
+    ) -> Float[Array, "B F"]:
+        """Encodes a batch.
+
+        Args:
+          tokens: Of the byte-level tokenizer.
+          valid: Which of them exist.
+          cases: Index of each case in the batch, for dropout of whole n-grams; None leaves it out.
+
+        Returns:
+          One summary of `features` numbers a text, 0 without any n-gram.
+        """
+        table = parameter(self, "embed_tokens", nn.initializers.zeros, (self.buckets, RANK))
+        ids, exist = hashed_ngrams(tokens, valid, self.buckets)
+        ids, exist = ids.reshape(len(ids), -1), exist.reshape(len(ids), -1)
+        path = (*self.path, "embed_tokens")
+        said = embed(table, ids, self.dtype, path, scheme_for(path, "embedding", (self.buckets, RANK)))
+        kept = Dropout(self.dropout)(exist.astype(self.dtype), cases)
+        count = jnp.sum(exist, axis=1, keepdims=True).astype(jnp.float32)
+        total = jnp.einsum("BT,BTR->BR", kept, said) / jnp.sqrt(jnp.maximum(count, 1)).astype(self.dtype)
+        return Linear(self.features, self.dtype, name="summary")(total)
