@@ -1,6 +1,6 @@
 """Risk and sentiment from tables, histories and texts of finance; the public sets are read from where you keep them.
 
-    python train.py --config configs/records.py:credit --data.path uci_default.parquet
+    python train.py --config configs/records.py --data.path uci_default.parquet
     python train.py --config configs/records.py:sentiment --data.path Sentences_50Agree.txt
     python train.py --config configs/records.py:stocks --data.path stocknet
 
@@ -20,11 +20,11 @@ from r1jax.config import (
 from r1jax.errors import UserError
 
 
-def get_config(*, credit: bool = False, sentiment: bool = False, stocks: bool = False) -> Config:
-    """Returns the experiment; exactly one variant must be chosen."""
-    if credit + sentiment + stocks != 1:
-        raise UserError("configs/records.py: choose one of :credit, :sentiment and :stocks.")
-    return _credit() if credit else _sentiment() if sentiment else _stocks()
+def get_config(*, sentiment: bool = False, stocks: bool = False) -> Config:
+    """Returns the experiment, credit by default; at most one variant can be chosen."""
+    if sentiment and stocks:
+        raise UserError("configs/records.py: sentiment and stocks exclude each other; choose one.")
+    return _sentiment() if sentiment else _stocks() if stocks else _credit()
 
 
 def _decoder(width: int, *, layers: int) -> DecoderConfig:
