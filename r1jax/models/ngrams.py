@@ -15,9 +15,10 @@ RANK = 16
 
 
 class NgramSummary(nn.Module):
-    """Sum of what the n-grams of a text say, over the root of their number.
+    """Sum of what the different n-grams of a text say, over the root of their number.
 
-    Buckets begin at zero, so that what training has never seen says nothing.
+    One that comes again counts once: repeated pieces of common words would drown the rest. Buckets begin at zero, so
+    that what training has never seen says nothing.
     """
 
     buckets: int
@@ -41,9 +42,11 @@ class NgramSummary(nn.Module):
         """
         table = parameter(self, "embed_tokens", nn.initializers.zeros, (self.buckets, RANK))
         ids, exist = hashed_ngrams(tokens, valid, self.buckets)
-        ids, exist = ids.reshape(len(ids), -1), exist.reshape(len(ids), -1)
+        ids = jnp.sort(jnp.where(exist, ids, self.buckets).reshape(len(ids), -1), axis=1)
+        exist = (ids < self.buckets) & (ids != jnp.pad(ids[:, :-1], ((0, 0), (1, 0)), constant_values=-1))
         path = (*self.path, "embed_tokens")
-        said = embed(table, ids, self.dtype, path, scheme_for(path, "embedding", (self.buckets, RANK)))
+        scheme = scheme_for(path, "embedding", (self.buckets, RANK))
+        said = embed(table, jnp.where(exist, ids, 0), self.dtype, path, scheme)
         kept = Dropout(self.dropout)(exist.astype(self.dtype), cases)
         count = jnp.sum(exist, axis=1, keepdims=True).astype(jnp.float32)
         total = jnp.einsum("BT,BTR->BR", kept, said) / jnp.sqrt(jnp.maximum(count, 1)).astype(self.dtype)
