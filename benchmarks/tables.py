@@ -31,6 +31,7 @@ from benchmarks import (  # noqa: E402
     memory,
     overhead,
     pipeline,
+    records,
     scaling,
 )
 from r1jax.errors import UserError, run_main  # noqa: E402
@@ -61,6 +62,9 @@ SECTIONS = (
         {"lidc_baselines": lambda report: lidc_baselines.table(report["results"]), "lidc": lidc.table},
     ),
     Section("fraud_handbook: is a payment fraud, in the week after what was learned from", {"fraud": fraud.table}),
+    Section(
+        "Credit, sentiment and stocks beside simple models", {"records": records.table, "records_fpb": records.table}
+    ),
     Section("Hit rates of the cache", {"cache": cache.table}),
     Section("Reading shuffled cases", {"data": data.table}),
     Section("Decoding with the DeepSeek-V3 decoder", {"decode": decode.table}),
