@@ -102,7 +102,7 @@ def _stocks() -> Config:
             decoder=_decoder(48, layers=2),
             series=SeriesConfig(layers=1, bins=8, tokens=2),
             table=TableConfig(layers=0, frequencies=1),
-            text_tokens=384,
+            text_tokens=160,
             text_ngrams=2**15,
             dropout=0.3,
         ),
@@ -110,7 +110,7 @@ def _stocks() -> Config:
         data=DataConfig(path="data/stocknet", split="val"),
         train=TrainConfig(
             steps=500,
-            batch_size=128,
+            batch_size=96,
             learning_rate=1e-3,
             warmup_steps=50,
             weight_decay=0.3,

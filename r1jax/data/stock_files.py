@@ -6,6 +6,7 @@ The public set of StockNet (Xu and Cohen 2018) and folders with its two tables.
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
 from jaxtyping import Float64
 
 from r1jax.data.record_files import numbers, read_file, times
@@ -169,7 +170,7 @@ def _tweets(path: str, market: Market) -> dict[tuple[int, int], str]:
     """By stock and day, what was written in the five trading days before, the newest first."""
     table = read_file(path, ("ticker", "created_at", "text"))
     number = {name: i for i, name in enumerate(market.tickers)}
-    written, said = times(table, "created_at", path), table["text"].to_pylist()
+    written, said = times(table, "created_at", path), table["text"].cast(pa.string()).to_pylist()
     tickers = table["ticker"].to_pylist()
     days = market.days.astype("datetime64[us]")
     found: dict[tuple[int, int], list[str]] = {}
