@@ -16,6 +16,7 @@ from tests.data.record_sets import write_stocks
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = [
+    "--model.modalities=series,table,text",
     "--model.series.layers=0",
     "--model.series.bins=2",
     "--model.text_tokens=16",
