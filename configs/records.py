@@ -101,7 +101,7 @@ def _stocks() -> Config:
         model=ModelConfig(
             modalities=("table", "text"),  # with the stream of days too, one training ranked worse (docs/records.md)
             decoder=_decoder(48, layers=1),
-            table=TableConfig(layers=0),
+            table=TableConfig(layers=0, frequencies=1),
             text_tokens=160,
             text_ngrams=2**15,
             dropout=0.3,
