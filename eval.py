@@ -14,12 +14,13 @@ from r1jax.serve.evaluate import Evaluation, restore_served, scoring_config
 from r1jax.serve.finance import score_transactions
 from r1jax.serve.language import score_text
 from r1jax.serve.medical import score_cases
+from r1jax.serve.records import score_records
 from r1jax.serve.result_folder import result_folder
 from r1jax.tasks.catalog import TASKS
 from r1jax.train.checkpoints import find_checkpoint
 from r1jax.train.evaluation import Evaluator
 
-RESULTS = {"medical": score_cases, "language": score_text, "finance": score_transactions}
+RESULTS = {"medical": score_cases, "language": score_text, "finance": score_transactions, "records": score_records}
 """What scores a source and writes its results, by the name of the task."""
 HELP = """\
 Scores a checkpoint: metrics.json, one HTML page and a structured report of every case.

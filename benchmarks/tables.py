@@ -32,6 +32,7 @@ from benchmarks import (  # noqa: E402
     memory,
     overhead,
     pipeline,
+    records,
     scaling,
 )
 from r1jax.errors import UserError, run_main  # noqa: E402
@@ -63,6 +64,9 @@ SECTIONS = (
     ),
     Section("fraud_handbook: is a payment fraud, in the week after what was learned from", {"fraud": fraud.table}),
     Section("Time from a payment to its score", {"latency": latency.table, "latency_gpu": latency.table}),
+    Section(
+        "Credit, sentiment and stocks beside simple models", {"records": records.table, "records_fpb": records.table}
+    ),
     Section("Hit rates of the cache", {"cache": cache.table}),
     Section("Reading shuffled cases", {"data": data.table}),
     Section("Decoding with the DeepSeek-V3 decoder", {"decode": decode.table}),

@@ -122,6 +122,8 @@ class ModelConfig:
     series: SeriesConfig = field(default_factory=SeriesConfig)
     text_tokens: Count = 96
     """Longest text in tokens; longer text is cut."""
+    text_ngrams: Natural = 0
+    """Buckets of hashed words, pairs and pieces of words that are read beside a text's bytes; 0 leaves them out."""
     dropout: Share = 0.1
     lora_rank: Natural = 0
     """Rank of adapters on the decoder's attention, dense and shared feed-forward; above 0, nothing else is trained."""
@@ -190,7 +192,9 @@ class FinanceConfig:
 class TaskConfig:
     """What is learned from a case, and with which weights."""
 
-    name: Literal["medical", "language", "finance"] = "medical"
+    name: Literal["medical", "language", "finance", "records"] = "medical"
+    records: Literal["credit", "sentiment", "stocks"] = "credit"
+    """What `data.path` holds for the records task (docs/records.md)."""
     fields: tuple[str, ...] = ()
     """Findings to learn; empty means every field of the task's schema."""
     label_smoothing: Share = 0.02

@@ -301,10 +301,21 @@ def _task_relations(config: Config) -> Iterator[tuple[bool, str, str]]:
         alerts = config.task.finance.alerts
         rule = f"at least task.finance.alerts.per_day ({alerts.per_day:g})"
         yield alerts.step_up_per_day >= alerts.per_day, "task.finance.alerts.step_up_per_day", rule
+    elif config.task.name == "records":
+        yield config.data.path is not None, "data.path", "a file or folder of that kind (docs/records.md)"
+        yield set(kinds) <= {"series", "table", "text"}, "model.modalities", "of series, table and text for that task"
+        yield bool(kinds), "model.modalities", "at least one modality"
+        yield config.data.tokenizer is None, "data.tokenizer", "None: the records task reads text as bytes"
+        yield not config.data.mix, "data.mix", "empty for the records task: put the cases into one file"
     else:
         yield not config.data.mix, "data.mix", "empty for the language task: put the files into one folder"
         yield kinds == ("text",), "model.modalities", "text alone for the language task"
         yield config.model.text_tokens > 2, "model.text_tokens", "at least 3: MTP predicts the token after next"
+        yield (
+            not config.model.text_ngrams,
+            "model.text_ngrams",
+            "0 for the language task, which summarises no text",
+        )
 
 
 def _encoder_relations(model: ModelConfig) -> Iterator[tuple[bool, str, str]]:

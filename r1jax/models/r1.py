@@ -12,6 +12,7 @@ from r1jax.models.initial import normal
 from r1jax.models.layers import Linear
 from r1jax.models.lora import Lora
 from r1jax.models.moe import RouterStats
+from r1jax.models.ngrams import NgramSummary
 from r1jax.models.precision import PRECISIONS
 from r1jax.models.quantized import added, parameter, rounding_by
 from r1jax.models.series import SeriesEncoder
@@ -98,6 +99,8 @@ class R1(nn.Module):
             return
         if "text" in c.modalities:
             self.text = TextSummary(width, self.dtype, c.dropout)
+            if c.text_ngrams:
+                self.ngrams = NgramSummary(c.text_ngrams, width, self.dtype, c.dropout)
         self.queries = parameter(self, "queries", normal(0.02), (len(self.heads), width))
         self.head = {name: Linear(size, jnp.float32, bias=True) for name, size in self.heads}
 
@@ -152,6 +155,8 @@ class R1(nn.Module):
             tokens, exist = [*tokens, text], [*exist, inputs.text_valid]
             if self.heads:
                 read = self.text(text, inputs.text_valid, cases=cases)
+                if self.config.text_ngrams:
+                    read = read + self.ngrams(inputs.text, inputs.text_valid, cases=cases)
                 summary = summary + jnp.where(jnp.any(inputs.text_valid, axis=1)[:, None], read, 0)
         if self.heads:
             # Queries start from the summaries: a direct way for gradients, which attention over many tokens dilutes.

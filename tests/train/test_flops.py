@@ -68,7 +68,7 @@ def finance():
     kinds, series = ("series", "table", "text"), SeriesConfig(layers=2, bins=12, tokens=3)
     few = FinanceConfig(events=24, simulated_customers=60, simulated_days=60)
     return Config(
-        model=ModelConfig(kinds, DECODER, series=series, text_tokens=40, dropout=0.0),
+        model=ModelConfig(kinds, DECODER, series=series, text_tokens=40, text_ngrams=64, dropout=0.0),
         task=TaskConfig(name="finance", finance=few),
     )
 

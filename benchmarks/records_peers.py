@@ -1,0 +1,109 @@
+"""The simple models that `records.py` sets beside the records task; scikit-learn and LightGBM, not commands."""
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from r1jax.data.records import RecordCases
+
+BOOSTING = {
+    "objective": "binary",
+    "learning_rate": 0.02,
+    "num_leaves": 15,
+    "min_child_samples": 60,
+    "lambda_l2": 10.0,
+    "bagging_fraction": 0.8,
+    "bagging_freq": 1,
+    "feature_fraction": 0.6,
+    "verbose": -1,
+}
+TREES = 450
+SEEDS = 3
+
+
+def boosted(train: RecordCases, judged: RecordCases) -> dict[str, np.ndarray]:
+    """LightGBM on all 23 columns of the file, sex and marital status too, and six summaries of them.
+
+    Args:
+      train: Records to learn from.
+      judged: Records to score, of the same file.
+
+    Returns:
+      By name, the probability of each class, the mean of `SEEDS` models.
+    """
+    import lightgbm
+
+    cells = pq.read_table(train.name.rpartition(",")[0])
+    raw = np.stack([cells[f"X{i}"].to_numpy().astype(np.float64) for i in range(1, 24)], axis=1)
+    limit, status, bill, paid = raw[:, :1], raw[:, 5:11], raw[:, 11:17], raw[:, 17:23]
+    summaries = [
+        status.max(axis=1),
+        status.mean(axis=1),
+        (status > 0).sum(axis=1),
+        bill[:, 0] / limit[:, 0],
+        (bill / limit).mean(axis=1),
+        paid.sum(axis=1) / np.maximum(bill.sum(axis=1), 1),
+    ]
+    told, label = np.column_stack([raw, *summaries]), train.records.label
+    data = lightgbm.Dataset(told[train.rows], label[train.rows])
+    models = [lightgbm.train(BOOSTING | {"seed": seed}, data, TREES) for seed in range(SEEDS)]
+    risk = np.mean([model.predict(told[judged.rows]) for model in models], axis=0)
+    return {"LightGBM, 23 columns and 6 summaries": np.stack([1 - risk, risk], axis=1)}
+
+
+def svm(train: RecordCases, judged: RecordCases) -> dict[str, np.ndarray]:
+    """TF-IDF of words, pairs and pieces of words, and a linear SVM.
+
+    Args:
+      train: Sentences to learn from.
+      judged: Sentences to score.
+
+    Returns:
+      By name, 1 for the class that is called and 0 for the others.
+    """
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.pipeline import make_pipeline, make_union
+    from sklearn.svm import LinearSVC
+
+    model = make_pipeline(
+        make_union(
+            TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True),
+            TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), min_df=3, sublinear_tf=True),
+        ),
+        LinearSVC(C=0.5),
+    )
+    model.fit(_texts(train), train.records.label[train.rows])
+    return {"TF-IDF, linear SVM": np.eye(3)[model.predict(_texts(judged))]}
+
+
+def logistic(train: RecordCases, judged: RecordCases) -> dict[str, np.ndarray]:
+    """Logistic regression of the numbers, of the TF-IDF of the tweets, and of both.
+
+    Args:
+      train: Days of stocks to learn from.
+      judged: Days to score.
+
+    Returns:
+      By name, the probability of each class.
+    """
+    from scipy import sparse
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+
+    words, scale = TfidfVectorizer(min_df=20, max_features=20000, sublinear_tf=True), StandardScaler()
+    texts = sparse.csr_matrix(words.fit_transform(_texts(train))), sparse.csr_matrix(words.transform(_texts(judged)))
+    prices = scale.fit_transform(train.records.table[train.rows]), scale.transform(judged.records.table[judged.rows])
+    forms = {
+        "prices": tuple(map(sparse.csr_matrix, prices)),
+        "tweets": texts,
+        "both": tuple(sparse.csr_matrix(sparse.hstack(pair)) for pair in zip(prices, texts, strict=True)),
+    }
+    label = train.records.label[train.rows]
+    return {
+        f"logistic regression, {name}": LogisticRegression(C=0.1, max_iter=500).fit(own, label).predict_proba(other)
+        for name, (own, other) in forms.items()
+    }
+
+
+def _texts(cases: RecordCases) -> list[str]:
+    return [cases.records.text[row] for row in cases.rows]

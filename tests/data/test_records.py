@@ -1,0 +1,190 @@
+"""Records as cases, their parts, and the loaders of the three formats."""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from r1jax.data.credit_files import read_credit
+from r1jax.data.phrase_files import read_phrases
+from r1jax.data.records import RecordCases, Records, held_out, in_periods, known
+from r1jax.data.source import Source
+from r1jax.data.stock_files import ENDS, EVENTS, HISTORY, LOSS, read_stocks
+from r1jax.errors import UserError
+from tests.data.record_sets import credit_columns, write_credit, write_phrases, write_stocks
+
+
+def test_records_are_a_source():
+    records = Records(["a", "b", "c"], np.array([0, 1, -1], np.int32), np.eye(3, dtype=np.float32), text=["x", "", "z"])
+    cases = RecordCases("three", records, np.array([2, 0]))
+    assert isinstance(cases, Source) and len(cases) == 2 and cases.schema.modalities == {"table", "text"}
+    batch = cases.read_batch(np.array([1, 0, 1]))
+    assert batch["case_id"] == ["a", "c", "a"] and batch["text"] == ["x", "z", "x"]
+    np.testing.assert_array_equal(batch["target.class"], [0, -1, 0])
+    np.testing.assert_array_equal(batch["table"], np.eye(3)[[0, 2, 0]])
+    other = Records(["a", "b", "c"], records.label, records.table, text=["x", "y", "z"])
+    prints = {RecordCases("n", r, rows).fingerprint for r in (records, other) for rows in (cases.rows, np.arange(3))}
+    assert len(prints) == 4
+
+
+def test_folds_part_all_cases_and_keep_the_shares_of_the_classes():
+    label = np.random.default_rng(0).choice(3, 103, p=[0.6, 0.3, 0.1]).astype(np.int32)
+    folds = np.stack([held_out(label, 5, fold, 7) for fold in range(5)])
+    assert (folds.sum(axis=0) == 1).all() and np.ptp(folds.sum(axis=1)) <= 1
+    for k in range(3):
+        assert np.ptp(folds[:, label == k].sum(axis=1)) <= 1
+    assert (held_out(label, 5, 0, 8) != folds[0]).any()
+
+
+def test_periods_follow_each_other():
+    day = np.array([np.datetime64(d).astype(int) for d in ("2015-07-31", "2015-08-01", "2015-09-30", "2015-10-01")])
+    found = {split: in_periods(day.astype(np.int32), split, ENDS).tolist() for split in ("train", "val", "test")}
+    assert found == {"train": [1, 0, 0, 0], "val": [0, 1, 1, 0], "test": [0, 0, 0, 1]}
+
+
+def test_nothing_can_be_learned_from_one_class():
+    records = Records(["a", "b"], np.array([1, -1], np.int32))
+    with pytest.raises(UserError, match="part has 1 cases with a known label, of fewer than two classes"):
+        known(np.arange(2), records, "part")
+
+
+def test_clients_are_read_under_both_names_of_their_columns(tmp_path):
+    read = read_credit(str(write_credit(tmp_path / "x.parquet")))
+    columns = credit_columns()
+    np.testing.assert_array_equal(read.label, columns["Y"])
+    np.testing.assert_array_equal(read.series[:, 0, :, 0], np.stack([columns[f"X{11 - m}"] for m in range(6)], axis=1))
+    owed = np.clip(columns["X12"] / columns["X1"], -1, 2)
+    np.testing.assert_allclose(read.series[:, 0, -1, 1], 3 * owed - 1.5, rtol=1e-5)
+    np.testing.assert_allclose(read.table[:, 12], owed, rtol=1e-5)
+    assert np.isfinite(read.table).all() and np.isfinite(read.series).all()
+    names = {"X1": "LIMIT_BAL", "X2": "SEX", "X3": "EDUCATION", "X4": "MARRIAGE", "X5": "AGE", "X6": "PAY_0"}
+    names |= {f"X{6 + m}": f"PAY_{m + 1}" for m in range(1, 6)} | {f"X{12 + m}": f"BILL_AMT{m + 1}" for m in range(6)}
+    names |= {f"X{18 + m}": f"PAY_AMT{m + 1}" for m in range(6)} | {"Y": "default payment next month"}
+    text = pa.table({names.get(name, name): column for name, column in columns.items()})
+    pa.csv.write_csv(text, tmp_path / "x.csv")
+    again = read_credit(str(tmp_path / "x.csv"))
+    assert again.digest() == read.digest()
+
+
+def test_sex_and_marital_status_are_no_inputs(tmp_path):
+    other = write_credit(tmp_path / "x.parquet", X2=np.full(80, 7), X4=np.full(80, 9))
+    assert read_credit(str(other)).digest() == read_credit(str(write_credit(tmp_path / "y.parquet"))).digest()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"X14": None}, "has no column 'X14': it needs X1, X3 and X5 to X23"),
+        ({"X1": np.where(np.arange(80) == 4, 0.0, 9.0)}, "row 5: X1 is 0.0, but it must be a number of at least 1"),
+        ({"X20": np.where(np.arange(80) == 7, -1.0, 9.0)}, "row 8: X20 is -1.0, but it must be a number of at least 0"),
+        ({"X13": np.where(np.arange(80) == 2, np.nan, 9.0)}, "row 3: X13 is nan, but it must be a finite number"),
+        ({"X7": np.array(["late"] * 80)}, "column 'X7' is not numbers"),
+        ({"Y": np.arange(80)}, "row 3: Y is 2, but it must be 0 or 1"),
+        ({"ID": np.full(80, 3)}, "rows 1 and 2 both have the ID '3'"),
+    ],
+)
+def test_wrong_clients_are_refused(tmp_path, changes, message):
+    path = write_credit(tmp_path / "x.parquet", **changes)
+    with pytest.raises(UserError, match=message):
+        read_credit(str(path))
+
+
+def test_clients_without_labels_can_be_scored(tmp_path):
+    read = read_credit(str(write_credit(tmp_path / "x.parquet", Y=None, ID=None)))
+    assert (read.label == -1).all() and read.ids[:2] == ["1", "2"]
+
+
+def test_sentences_are_divided_at_the_last_at_and_kept_once(tmp_path):
+    read = read_phrases(str(write_phrases(tmp_path / "x.txt")))
+    assert len(read.ids) == 60 and all(text.endswith("mn @home") for text in read.text)
+    rose = np.array(["rose" in text for text in read.text])
+    np.testing.assert_array_equal(read.label == 2, rose)
+    (tmp_path / "latin.txt").write_bytes("Umsätze stiegen@positive\nNobody knows@\n".encode("latin-1"))
+    read = read_phrases(str(tmp_path / "latin.txt"))
+    assert read.text == ["Umsätze stiegen", "Nobody knows"] and read.label.tolist() == [2, -1]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("fine@positive\nsales@up\n", "line 2 is 'sales@up', but it must end in @negative"),
+        ("no label\n", "line 1 is 'no label'"),
+        ("\n", "has no sentence"),
+    ],
+)
+def test_wrong_sentences_are_refused(tmp_path, text, message):
+    (tmp_path / "x.txt").write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_phrases(str(tmp_path / "x.txt"))
+    with pytest.raises(UserError, match="cannot be read"):
+        read_phrases(str(tmp_path / "absent.txt"))
+
+
+@pytest.fixture(scope="module")
+def stocks(tmp_path_factory):
+    return write_stocks(tmp_path_factory.mktemp("stocks") / "set")
+
+
+def test_a_stock_has_a_case_a_day_behind_its_history(stocks):
+    read, prices = read_stocks(str(stocks)), pq.read_table(stocks / "prices_raw.parquet").to_pandas()
+    own = prices[prices.ticker == "AA"].reset_index(drop=True)
+    returns = own["Adj Close"].pct_change().to_numpy()
+    rows = np.flatnonzero(np.char.startswith(np.array(read.ids), "AA-"))
+    assert len(rows) == len(own) - HISTORY - 1 and read.ids[rows[0]] == f"AA-{own.Date[HISTORY + 1]:%Y-%m-%d}"
+    np.testing.assert_array_equal(read.label[rows], returns[HISTORY + 1 :] <= LOSS)
+    for at in (0, 57):
+        day = HISTORY + 1 + at
+        past = np.clip(40 * returns[day - EVENTS : day], -4, 4)
+        np.testing.assert_allclose(read.series[rows[at], 0, :, 0], past, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(read.table[rows[at], :5], 40 * returns[day - 5 : day][::-1], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(read.table[rows[at], 17], 40 * returns[day - HISTORY : day].min(), rtol=1e-5)
+    gap = np.flatnonzero(np.char.startswith(np.array(read.ids), "CC-"))
+    assert len(gap) == len(rows) - HISTORY - 2  # neither the day that lacks, nor one that looks back at it
+
+
+def test_no_input_of_a_day_sees_that_day_or_a_later_one(stocks, tmp_path):
+    day = np.datetime64("2015-03-02")
+    for name, column in (("prices_raw", "Date"), ("tweets", "created_at")):
+        table = pq.read_table(stocks / f"{name}.parquet").to_pandas()
+        later = table[column].dt.tz_localize(None) >= day
+        for changed in ("High", "Low", "Close", "Adj Close", "Volume"):
+            if changed in table:
+                table.loc[later, changed] *= np.random.default_rng(1).uniform(0.5, 2, later.sum())
+        if name == "tweets":
+            table.loc[later, "text"] = "changed"
+        pq.write_table(pa.Table.from_pandas(table, preserve_index=False), tmp_path / f"{name}.parquet")
+    before, after = read_stocks(str(stocks)), read_stocks(str(tmp_path))
+    seen = before.day <= day.astype(int)
+    assert before.ids == after.ids and 400 < seen.sum() < len(seen)
+    np.testing.assert_array_equal(before.table[seen], after.table[seen])
+    np.testing.assert_array_equal(before.series[seen], after.series[seen])
+    assert [t for t, s in zip(before.text, seen, strict=True) if s] == [
+        t for t, s in zip(after.text, seen, strict=True) if s
+    ]
+    assert any(before.text[row] != after.text[row] for row in np.flatnonzero(~seen))
+
+
+def test_tweets_of_five_trading_days_are_read_the_newest_first(stocks):
+    read, tweets = read_stocks(str(stocks)), pq.read_table(stocks / "tweets.parquet").to_pandas()
+    calendar = np.unique(pq.read_table(stocks / "prices_raw.parquet")["Date"].to_numpy().astype("datetime64[D]"))
+    for row in range(40, 300, 13):
+        ticker, _, date = read.ids[row].partition("-")
+        day = np.datetime64(date)
+        first = calendar[np.searchsorted(calendar, day) - 5]
+        written = tweets.created_at.dt.tz_localize(None)
+        own = tweets[(tweets.ticker == ticker) & (written >= first) & (written < day)]
+        assert read.text[row] == " / ".join(own.sort_values("created_at", ascending=False).text)
+
+
+def test_wrong_stocks_are_refused(stocks, tmp_path):
+    with pytest.raises(UserError, match=r"prices_raw\.parquet is no \.csv or \.parquet file"):
+        read_stocks(str(tmp_path))
+    prices = pq.read_table(stocks / "prices_raw.parquet")
+    for table, message in (
+        (prices.drop_columns("Close"), "has no column 'Close'"),
+        (pa.concat_tables([prices, prices.slice(3, 1)]), r"row 1260: AA has 2014-04-04 twice"),
+        (prices.slice(0, 50), "has 50 trading days, but 62 are needed"),
+    ):
+        pq.write_table(table, tmp_path / "prices_raw.parquet")
+        with pytest.raises(UserError, match=message):
+            read_stocks(str(tmp_path))

@@ -1,0 +1,79 @@
+"""The n-gram summary of a text: its sum, its dropout, and its place in the model."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from r1jax.data.tokenizer import encode_batch
+from r1jax.models.ngrams import RANK, NgramSummary
+from r1jax.models.r1 import R1, Inputs
+from r1jax.ops.ngrams import ngrams_of
+from tests.models.test_r1 import CONFIG
+
+TEXTS = ("profit rose", "Profit fell , fell 3 %", "")
+BUCKETS = 512
+
+
+def make(length=24):
+    tokens, valid = map(jnp.asarray, encode_batch(TEXTS, length))
+    module = NgramSummary(BUCKETS, 5, dropout=0.5)
+    rng = np.random.default_rng(0)
+    params = {
+        "embed_tokens": jnp.asarray(rng.standard_normal((BUCKETS, RANK)), jnp.float32),
+        "summary": {"weight": jnp.asarray(rng.standard_normal((5, RANK)), jnp.float32)},
+    }
+    return jax.jit(lambda tokens, valid: module.apply({"params": params}, tokens, valid)), params, tokens, valid
+
+
+def test_it_sums_what_different_ngrams_say_over_the_root_of_their_number():
+    apply, params, tokens, valid = make()
+    found = apply(tokens, valid)
+    for row, text in enumerate(TEXTS):
+        counted = ngrams_of(text, BUCKETS)
+        total = sum((np.asarray(params["embed_tokens"][i], float) for i in counted), np.zeros(RANK))
+        expected = np.asarray(params["summary"]["weight"]) @ total / max(len(counted), 1) ** 0.5
+        np.testing.assert_allclose(found[row], expected, atol=1e-5)
+    assert max(ngrams_of(TEXTS[1], BUCKETS).values()) > 1
+    longer, more = make(40)[2:]
+    np.testing.assert_allclose(apply(longer, more), found, atol=1e-5)
+
+
+def test_dropout_leaves_whole_ngrams_out():
+    _, params, tokens, valid = make()
+    params = params | {"embed_tokens": jnp.ones((BUCKETS, RANK))}
+    module = NgramSummary(BUCKETS, 5, dropout=0.5)
+
+    @jax.jit
+    def drawn(key):
+        cases, rngs = (None, None) if key is None else (jnp.arange(len(TEXTS)), {"dropout": key})
+        return module.apply({"params": params}, tokens, valid, cases=cases, rngs=rngs)
+
+    whole, one, two = (np.asarray(drawn(key)) for key in (None, jax.random.key(0), jax.random.key(1)))
+    assert np.abs(one - two)[:2].max() > 1e-3
+    for some in (one, two):  # all numbers of an n-gram stay or go together, so that the direction remains
+        np.testing.assert_allclose(some[0] / some[0, 0], whole[0] / whole[0, 0], rtol=1e-4)
+
+
+def test_the_model_reads_them_where_the_config_has_buckets():
+    config = replace(CONFIG, modalities=("text",), text_ngrams=BUCKETS, dropout=0.0)
+    decoder = replace(
+        config.decoder, vocab_size=264, num_hidden_layers=1, num_nextn_predict_layers=0, first_k_dense_replace=1
+    )
+    config = replace(config, decoder=decoder)
+    tokens, valid = map(jnp.asarray, encode_batch(TEXTS[:2], 6))
+    heads, inputs = (("class", 3),), Inputs(text=tokens, text_valid=valid)
+    model, rng = R1(config, heads), np.random.default_rng(0)
+
+    def shapes(module):
+        return jax.eval_shape(lambda: module.init(jax.random.key(0), inputs))["params"]
+
+    assert set(shapes(model)) - set(shapes(R1(replace(config, text_ngrams=0), heads))) == {"ngrams"}
+    params = jax.tree.map(lambda s: jnp.asarray(rng.standard_normal(s.shape), jnp.float32), shapes(model))
+    silent = params | {"ngrams": jax.tree.map(jnp.zeros_like, params["ngrams"])}
+    apply = jax.jit(lambda params, valid: model.apply({"params": params}, inputs._replace(text_valid=valid)).heads)
+    heard, unheard = (np.asarray(apply(tree, valid)["class"]) for tree in (params, silent))
+    assert np.abs(heard - unheard).max() > 1e-3
+    nothing = jnp.zeros_like(valid)
+    np.testing.assert_array_equal(apply(params, nothing)["class"], apply(silent, nothing)["class"])

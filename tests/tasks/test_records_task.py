@@ -1,0 +1,144 @@
+"""The records task: parts, what each mode shows, loss, and figures against scikit-learn."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from sklearn.metrics import accuracy_score, average_precision_score, f1_score, log_loss, roc_auc_score, roc_curve
+
+from r1jax.config import Config, DataConfig, ModelConfig, TaskConfig
+from r1jax.errors import UserError
+from r1jax.models.r1 import Inputs, Output
+from r1jax.tasks.records.figures import record_figures, statistics
+from r1jax.tasks.records.task import MODES, RecordsTask
+from r1jax.tasks.task import Task
+from r1jax.validation import validate
+from tests.data.record_sets import write_credit, write_phrases, write_stocks
+
+
+def made(kind, path, *modalities, **task):
+    return RecordsTask(
+        Config(
+            model=ModelConfig(modalities=modalities, text_tokens=24),
+            task=TaskConfig(name="records", records=kind, label_smoothing=0.0, **task),
+            data=DataConfig(path=str(path)),
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def stocks(tmp_path_factory):
+    return made("stocks", write_stocks(tmp_path_factory.mktemp("stocks") / "set"), "series", "table", "text")
+
+
+@pytest.fixture(scope="module")
+def credit(tmp_path_factory):
+    return made("credit", write_credit(tmp_path_factory.mktemp("credit") / "x.parquet"), "series", "table")
+
+
+def test_it_is_a_task(stocks, credit):
+    assert isinstance(stocks, Task) and tuple(stocks.modes()) == ("both", "numbers", "text")
+    assert tuple(credit.modes()) == ("both",) and credit.heads == (("class", 2),)
+
+
+def test_parts_are_folds_or_periods(stocks, credit):
+    rows = {split: set(credit.source(split).rows) for split in ("train", "val", "all")}
+    assert rows["train"] | rows["val"] == rows["all"] and not rows["train"] & rows["val"] and len(rows["val"]) == 16
+    other = RecordsTask(replace(credit.config, data=replace(credit.config.data, fold=1)))
+    assert not rows["val"] & set(other.source("val").rows)
+    with pytest.raises(UserError, match="has no test part, only folds"):
+        credit.source("test")
+    days = {split: stocks.source(split).records.day[stocks.source(split).rows] for split in ("train", "val", "test")}
+    assert days["train"].max() < days["val"].min() and days["val"].max() < days["test"].min()
+    assert sum(map(len, days.values())) == len(stocks.source("all"))
+
+
+def test_what_the_records_lack_is_refused(tmp_path):
+    path = write_phrases(tmp_path / "x.txt")
+    with pytest.raises(UserError, match="model.modalities has 'table', which sentiment records lack: they have text"):
+        made("sentiment", path, "table", "text").source("train")
+    with pytest.raises(UserError, match="data.path is None, but it must be a file or folder"):
+        validate(Config(model=ModelConfig(modalities=("table",)), task=TaskConfig(name="records")))
+    with pytest.raises(UserError, match="model.text_ngrams is 8, but it must be 0 for the language task"):
+        validate(Config(model=ModelConfig(modalities=("text",), text_ngrams=8), task=TaskConfig(name="language")))
+    with pytest.raises(UserError, match="data.mix"):
+        mixed = DataConfig(path="a", mix=("b",), weights=(1, 1))
+        validate(Config(model=ModelConfig(modalities=("table",)), task=TaskConfig(name="records"), data=mixed))
+
+
+def test_cut_texts_and_classes_are_told(tmp_path):
+    task = made("sentiment", write_phrases(tmp_path / "x.txt"), "text")
+    counts, cut = task.remarks(task.source("train"))
+    assert "negative" in counts and "neutral" in counts and cut.startswith("warning: 48 of 48 texts are longer than 22")
+
+
+def test_modes_hide_numbers_or_text(stocks):
+    batch = jax.tree.map(jnp.asarray, stocks.collate(stocks.source("val").read_batch(np.arange(6))))
+    seen = {}
+    for name, mode in MODES.items():
+
+        def read(inputs, name=name):
+            seen[name] = inputs
+            return Output({"class": jnp.zeros((6, 2))}, (), None, None, None, None)
+
+        found = stocks.outcomes(read, batch, jax.tree.map(jnp.asarray, mode))
+        np.testing.assert_allclose(found["class"], 0.5)
+    assert seen["both"].has_table.all() and seen["numbers"].has_series.all() and not seen["text"].has_table.any()
+    assert not seen["text"].has_series.any() and not seen["numbers"].text_valid.any()
+    np.testing.assert_array_equal(seen["text"].text_valid, seen["both"].text_valid)
+    assert seen["both"].series.shape == (6, 1, 20, 4) and seen["both"].series_valid.all()
+
+
+def test_training_hides_each_kind_of_some_cases(stocks):
+    batch = jax.tree.map(jnp.asarray, stocks.collate(stocks.source("train").read_batch(np.arange(200))))
+    inputs, _ = stocks.prepare(batch, jax.random.split(jax.random.key(0), 200))
+    hidden, had = ~np.asarray(inputs.has_table), np.asarray(batch["text_valid"]).any(axis=1)
+    silenced = had & ~np.asarray(inputs.text_valid).any(axis=1)
+    assert 30 < hidden.sum() < 70 and silenced.sum() > 0.1 * had.sum() and not (hidden & silenced).any()
+
+
+def test_loss_is_the_cross_entropy_of_known_labels_and_parts_add_up(credit):
+    logits = jnp.asarray(np.random.default_rng(0).standard_normal((6, 2)), jnp.float32)
+    label = jnp.asarray([0, 1, -1, 1, 0, -1], jnp.int32)
+
+    def loss(rows, weights=None):
+        output = Output({"class": logits[rows]}, (), None, None, None, None)
+        return credit.loss(output, Inputs(), {"class": label[rows]}, jnp.float32(0), weights)[0]
+
+    known = np.array([0, 1, 3, 4])
+    expected = log_loss(np.asarray(label)[known], jax.nn.softmax(logits)[known])
+    np.testing.assert_allclose(loss(slice(0, 6)), expected, rtol=1e-6)
+    weights = credit.weights(Inputs(), {"class": label})
+    np.testing.assert_allclose(loss(slice(0, 2), weights) + loss(slice(2, 6), weights), expected, rtol=1e-6)
+
+
+def test_figures_of_two_classes_are_scikit_learns():
+    rng = np.random.default_rng(0)
+    label = rng.integers(0, 2, 60)
+    risk = np.round(np.clip(0.3 * label + 0.7 * rng.random(60), 0, 1), 1)
+    p = np.stack([1 - risk, risk], axis=1)
+    found = record_figures(np.append(label, -1), np.append(p, [[0.1, 0.9]], axis=0))
+    called = p.argmax(axis=1)
+    assert found["accuracy"] == pytest.approx(accuracy_score(label, called))
+    assert found["macro_f1"] == pytest.approx(f1_score(label, called, average="macro"))
+    assert found["auroc"] == pytest.approx(roc_auc_score(label, risk))
+    assert found["auprc"] == pytest.approx(average_precision_score(label, risk))
+    fpr, tpr, _ = roc_curve(label, risk, drop_intermediate=False)
+    assert found["ks"] == pytest.approx((tpr - fpr).max())
+    assert found["brier"] == pytest.approx(((risk - label) ** 2).mean())
+
+
+def test_figures_of_three_classes_and_of_weighted_cases():
+    rng = np.random.default_rng(1)
+    label = rng.integers(0, 3, 50)
+    p = rng.dirichlet(np.ones(3), 50)
+    weights = rng.integers(0, 3, (2, 50)).astype(float)
+    found = statistics(label, p)(weights)
+    for row, weight in enumerate(weights):
+        f1 = f1_score(label, p.argmax(axis=1), average="macro", sample_weight=weight)
+        assert found["macro_f1"][row] == pytest.approx(f1)
+        assert found["cross_entropy"][row] == pytest.approx(log_loss(label, p, sample_weight=weight))
+    assert set(found) == {"accuracy", "macro_f1", "cross_entropy"}
+    assert record_figures(np.full(3, -1), p[:3]) == {}
