@@ -24,7 +24,7 @@ FLOOR = 2.0**-100
 
 
 class Quantized(NamedTuple):
-    """Narrow numbers and what they stand for: values * scale (+ zero), row by row or block by block."""
+    """Narrow numbers and what they stand for: values * scale (+ zero) / balance, row by row or block by block."""
 
     values: Array
     """Of the shape of the original, int8, int4, uint8 or fp8."""
@@ -32,6 +32,10 @@ class Quantized(NamedTuple):
     """One block is the whole row; otherwise all blocks but the last are equally long."""
     zero: Float[Array, "*rows blocks"] | None = None
     """What 0 stands for, of affine kinds."""
+    balance: Float[Array, "1 I"] | None = None
+    """Powers of two by which each column of a weight was multiplied before it was rounded, and its input is divided."""
+    span: Float[Array, "1 1"] | None = None
+    """Largest magnitude of the inputs of a weight, divided by their balance; None takes that of each row."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -46,6 +50,7 @@ def quantize(
     block: int | None = None,
     scale_dtype: DTypeLike = jnp.float32,
     bits: UInt32[Array, "*rows I"] | None = None,
+    span: Float[Array, "1 1"] | None = None,
 ) -> Quantized:
     """Rounds to the nearest number of a kind (ties to even), or at random to one of the two neighbours.
 
@@ -55,6 +60,7 @@ def quantize(
       block: Numbers that share a scale; None is the whole row.
       scale_dtype: What the scale is rounded to before it is used.
       bits: Random; with them rounding is stochastic, and right on average. Integers only.
+      span: Largest magnitude that counts, for all rows; what is beyond it is clipped. Symmetric kinds only.
 
     Returns:
       Numbers and scales.
@@ -68,7 +74,8 @@ def quantize(
         q = jnp.clip(jnp.round((wide - _column(zero)) / _column(scale)), 0, 255)
         return Quantized(_row(q, x.shape[-1]).astype(jnp.uint8), scale, zero)
     # Multiplied, not divided: of x / 127 compilers make either, and they differ in the last bit.
-    scale = jnp.maximum(jnp.max(jnp.abs(wide), axis=-1) * np.float32(1 / BOUND[kind]), FLOOR).astype(scale_dtype)
+    largest = jnp.max(jnp.abs(wide), axis=-1) if span is None else jnp.full(wide.shape[:-1], span[0, 0])
+    scale = jnp.maximum(largest * np.float32(1 / BOUND[kind]), FLOOR).astype(scale_dtype)
     q = wide / _column(scale)
     if kind != "fp8":
         unit = None if bits is None else _blocks((bits >> 8).astype(jnp.float32) * np.float32(2**-24), block)
@@ -91,7 +98,8 @@ def dequantize(q: Quantized, dtype: DTypeLike = jnp.float32) -> Float[Array, "*r
     wide = _blocks(q.values.astype(jnp.float32), block_of(q)) * _column(q.scale)
     if q.zero is not None:
         wide = wide + _column(q.zero)
-    return _row(wide, length).astype(dtype)
+    plain = _row(wide, length)
+    return (plain if q.balance is None else plain / q.balance.astype(jnp.float32)).astype(dtype)
 
 
 def block_of(q: Quantized) -> int | None:

@@ -60,6 +60,23 @@ def weight_codes(weight: Float[Array, "*E O I"] | Quantized, scheme: Scheme) -> 
     return quantize(jax.lax.stop_gradient(weight), scheme.weights, block=scheme.block, scale_dtype=jnp.bfloat16)
 
 
+def input_codes(x: Float[Array, "*B I"], kind: Literal["int8", "fp8"], weight: Quantized) -> Quantized:
+    """Inputs in the numbers that meet a weight's codes.
+
+    Args:
+      x: Rows.
+      kind: What they become.
+      weight: Its blocks, balance and span count; without a span each row has a scale of its own.
+
+    Returns:
+      Codes.
+    """
+    if weight.balance is not None:
+        # By powers of two, so that nothing is lost in floats.
+        x = x.astype(jnp.float32) / jnp.broadcast_to(weight.balance[0].astype(jnp.float32), x.shape)
+    return quantize(x, kind, block=block_of(weight), span=weight.span)
+
+
 def rounded(weight: Float[Array, "*O I"] | Quantized, scheme: Scheme, dtype: DTypeLike) -> Float[Array, "*O I"]:
     """What the codes of a weight stand for; its gradient goes straight through.
 
@@ -199,7 +216,7 @@ def _product(scheme: Scheme, x: Array, weight: Array | None, codes: Quantized, k
 def _forward(
     scheme: Scheme, x: Array, weight: Array | None, codes: Quantized, key: Array | None
 ) -> tuple[Array, tuple[Quantized, Any, Quantized, Any, Array | None]]:
-    narrow = quantize(x, scheme.activations, block=block_of(codes))
+    narrow = input_codes(x, scheme.activations, codes)
     like = None if weight is None else jnp.zeros((), weight.dtype)
     return multiply(narrow, codes).astype(x.dtype), (narrow, jnp.zeros((), x.dtype), codes, like, key)
 
@@ -210,7 +227,7 @@ def _backward(
     x, x_like, codes, w_like, key = saved
     g = gradient.reshape(-1, gradient.shape[-1]).astype(jnp.float32)
     flat = jax.tree.map(lambda part: part.reshape(-1, part.shape[-1]), x)
-    if scheme.gradients is None or key is None:  # a gradient by inputs alone, of a served model, needs no key
+    if scheme.gradients is None or key is None or codes.balance is not None:  # a served model needs no key
         kept = gradient.dtype  # of the activations, as in a product of floats
         to_x = jnp.einsum("RO,OI->RI", g.astype(kept), dequantize(codes, kept))
         to_w = None if w_like is None else jnp.einsum("RO,RI->OI", g.astype(kept), dequantize(flat, kept))

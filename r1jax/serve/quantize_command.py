@@ -9,16 +9,17 @@ from typing import Any, Literal
 import jax
 
 from r1jax.cli import load_arguments
-from r1jax.config import Config, Count, EvalArguments, EvalData, MeshConfig, Platform
+from r1jax.config import Config, Count, EvalArguments, EvalData, MeshConfig, Platform, Share
 from r1jax.data.tokenizer_files import read_files
 from r1jax.errors import UserError
-from r1jax.models.quantized import check_rules, rounding_by
+from r1jax.models.quantized import Use, check_rules, rounding_by
 from r1jax.models.r1 import R1
 from r1jax.parallel.mesh import make_mesh
 from r1jax.parallel.platform import start_platform
 from r1jax.serve.evaluate import restore_served, scoring_config
+from r1jax.serve.quantize_budget import budget_table, options, rules_of, within_budget
 from r1jax.serve.quantize_report import Effect, effect, layer_errors, score_of, sizes, table, verdict, write_report
-from r1jax.serve.quantize_weights import SHARED, calibration_batch, choose_codes, input_squares
+from r1jax.serve.quantize_weights import calibration_batch, choose_codes, inputs_seen
 from r1jax.tasks.catalog import TASKS
 from r1jax.tasks.task import Task
 from r1jax.train.checkpoints import Checkpoint, find_checkpoint, write_sealed
@@ -33,6 +34,8 @@ where --to says so. DIR is a checkpoint that eval.py reads; DIR/report/ says wha
 Examples:
   r1jax quantize runs/medical --to int8 --output runs/medical-int8
   r1jax quantize runs/medical --to int4 --output runs/medical-int4
+  r1jax quantize runs/medical --to int8 --activations static --output runs/medical-static
+  r1jax quantize runs/medical --budget 0.2 --output runs/medical-mixed    # bits by what each weight does to outputs
   r1jax quantize runs/medical-qat --output runs/medical-qat-int8      # as it was trained, by its own model.quant
 """
 
@@ -47,10 +50,15 @@ class QuantizeArguments:
     """Folder of the quantized checkpoint; it must not exist."""
     to: Literal["int8", "int4", "fp8", "int8_weights"] | None = None
     """int8, fp8: weights and activations; int4, int8_weights: weights alone; none takes the checkpoint's own
-    model.quant."""
+    model.quant, or what --budget chooses."""
+    budget: Share | None = None
+    """Share of the size in fp32 that the weights may take: each weight stays a float or becomes int8 or int4, weights
+    alone, by how much rounding it changes the model's outputs for the calibration cases."""
+    activations: Literal["token", "static"] = "token"
+    """Scale of rounded inputs: each token's own, or one for all, from the calibration cases; with --to int8 or fp8."""
     data: EvalData = dataclasses.field(default_factory=EvalData)
     calibration: Count = 32
-    """Cases of the training part by whose inputs 4-bit weights are rounded and errors measured."""
+    """Cases of the training part by whose inputs weights are rounded and balanced, and errors measured."""
     batch_size: Count = 64
     resamples: Count = 200
     """Bootstrap resamples of the change of the score."""
@@ -78,27 +86,47 @@ def quantize_checkpoint(words: list[str]) -> int:
     print(f"{checkpoint.path}: {start_platform(asked.platform)}", file=sys.stderr)
     mesh, task = make_mesh(MeshConfig()), TASKS[config.task.name](config)
     task.pipeline.restore(checkpoint.meta().get("preprocess", {"steps": [], "statistics": {}}))
-    floats, narrow = (R1(dataclasses.replace(config.model, quant=q), task.heads) for q in ((), config.model.quant))
+    floats = R1(dataclasses.replace(config.model, quant=()), task.heads)
     train, validation = task.source("train"), task.source("val")
     batch = calibration_batch(task.collate, train, asked.calibration)
     params = restore_served(checkpoint, config, floats, task, mesh, train)
-    uses = weights_of(narrow, task, batch)
+    uses = weights_of(floats, task, batch)
+    budget: dict[str, Any] = {}
+    if asked.budget is not None:
+        quant, budget = _rules_by_budget(floats, task, params, uses, batch, asked.budget)
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, quant=quant))
+    narrow = R1(config.model, task.heads)
     check_rules(config.model.quant, [use.name for use in uses], jax.devices()[0])
     with rounding_by(config.model.quant):
         chosen = schemes_of(uses)
-        asks = any(s.weights == "int4" and use.role in SHARED for use, s in chosen.values())
-        codes = choose_codes(params, uses, input_squares(floats, task, params, batch) if asks and asked.to else {})
+        # A checkpoint that was trained with its own rules is stored as it was trained.
+        seen = {} if asked.to is None and not budget else inputs_seen(floats, task, params, batch)
+        codes = choose_codes(params, uses, seen, static=asked.activations == "static", balance=not budget)
     rounded = with_codes(params, codes)
     kinds = {name: scheme.weights for name, (_, scheme) in chosen.items()}
     _write(output, rounded, kinds, checkpoint, dataclasses.replace(checkpoint.config(), model=config.model))
     layers = layer_errors(floats, task, params, batch, chosen, codes)
     found = sizes(output, params, layers, chosen, narrow, task, batch)
-    called = verdict(asked.to or ", ".join(config.model.quant), found)
+    called = verdict("mixed" if budget else asked.to or ", ".join(config.model.quant), found)
     measured = _effect(task, mesh, (floats, params), (narrow, rounded), validation, asked)
-    write_report(output / "report", layers, found, called, measured)
+    write_report(output / "report", layers, found, called, measured, budget)
     print(table(layers, found, called, measured))
     print(f"report    {output / 'report'}")
     return 0
+
+
+def _rules_by_budget(
+    floats: R1, task: Task, params: Any, uses: list[Use], batch: dict[str, Any], share: float
+) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """The rules by which the model fits a share of its size, and how they were found, for the report; prints both."""
+    found = options(floats, task, params, uses, batch)
+    chosen = within_budget(found, sum(x.size for x in jax.tree.leaves(params)), share)
+    print(budget_table(found, chosen) + "\n")
+    weights = {
+        name: {"chosen": option.rule, "options": [other._asdict() for other in found[name]]}
+        for name, option in chosen.items()
+    }
+    return rules_of(chosen), {"share": share, "weights": weights}
 
 
 def quantized_config(checkpoint: Checkpoint, asked: QuantizeArguments) -> Config:
@@ -112,14 +140,18 @@ def quantized_config(checkpoint: Checkpoint, asked: QuantizeArguments) -> Config
       The checkpoint's own config with the rules, and the data that is named.
 
     Raises:
-      UserError: It is quantized already, or nothing says to what.
+      UserError: It is quantized already, or nothing says to what, or two things do.
     """
+    if asked.to and asked.budget is not None:
+        raise UserError(f"--budget chooses the types of weights, and --to {asked.to} says them: give one of the two")
+    if asked.activations == "static" and asked.to not in ("int8", "fp8"):
+        raise UserError("--activations static is for inputs that are rounded: add --to int8 or --to fp8")
     if checkpoint.quantized:
         raise UserError(f"{checkpoint.path} is quantized already: give the checkpoint that it was made from")
     data = dataclasses.replace(asked.data, split=asked.data.split or "val")
     config = scoring_config(checkpoint, EvalArguments(checkpoint=asked.checkpoint, data=data))
     quant = config.model.quant if asked.to is None else (asked.to,)
-    if not quant:
+    if not quant and asked.budget is None:
         raise UserError(f"{checkpoint.path} was trained with floats: say by --to what it shall be, for example int8")
     return dataclasses.replace(config, model=dataclasses.replace(config.model, quant=quant, scan_layers=False))
 

@@ -17,13 +17,11 @@ from r1jax.models.quantized import Use, observing
 from r1jax.models.r1 import R1
 from r1jax.ops.quantize import Quantized, dequantize
 from r1jax.ops.quantized_dot import Scheme, quantized_dot
-from r1jax.serve.quantize_weights import SHARED, contracted
+from r1jax.serve.quantize_weights import ROWS, SHARED, contracted
 from r1jax.tasks.task import Task
 from r1jax.train.flops import work_of
 from r1jax.train.quantized import path_of, rows_of
 
-ROWS = 512
-"""Rows of inputs by which the error of an output is measured."""
 MOST = 0.5
 """Share of bytes, and of FLOPs where products are meant, above which a model may bear the name of a type."""
 
@@ -37,6 +35,8 @@ class Layer(NamedTuple):
     numbers: int
     bytes: int
     """Of codes and scales, before they are deflated."""
+    inputs: str
+    """"balanced" where they are divided by powers of two, "static" where one range holds for all."""
     error: float
     """Of the weight: norm of the change over norm of the weight."""
     snr_db: float | None
@@ -103,7 +103,8 @@ def layer_errors(
         def note(use: Use) -> None:
             if use.name not in codes or use.inputs is None or use.role not in SHARED:
                 return
-            x, weight = contracted(use)[:ROWS], rows_of(flat[use.name], use)
+            x, weight = contracted(use), rows_of(flat[use.name], use)
+            x = x[:: -(-len(x) // ROWS)]
             exact = jnp.einsum("RI,OI->RO", x, weight.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
             change = quantized_dot(x, codes[use.name], chosen[use.name][1]) - exact
             found[use.name] = jnp.sum(exact**2), jnp.sum(change**2)
@@ -121,14 +122,18 @@ def layer_errors(
         if name in powers:
             signal, noise = (max(float(x), 1e-30) for x in powers[name])
             snr = 10 * float(np.log10(signal / noise))
-        rows.append(Layer(name, use.role, name_of(scheme), weight.size, code_bytes(q, scheme), float(error), snr))
+        told = {"balanced": q.balance, "static": q.span}
+        inputs = " ".join(word for word, part in told.items() if part is not None)
+        size = code_bytes(q, scheme)
+        rows.append(Layer(name, use.role, name_of(scheme), weight.size, size, inputs, float(error), snr))
     return rows
 
 
 def code_bytes(q: Quantized, scheme: Scheme) -> int:
-    """Bytes of codes and scales; of int4 half a byte each."""
+    """Bytes of codes, of int4 half a byte each, of scales, and of what goes with them."""
     values = -(-q.values.size // 2) if scheme.weights == "int4" else q.values.size
-    return values + 2 * q.scale.size * (1 if q.zero is None else 2)
+    more = (0 if q.balance is None else q.balance.size) + (0 if q.span is None else 4)
+    return values + 2 * q.scale.size * (1 if q.zero is None else 2) + more
 
 
 def sizes(
@@ -253,10 +258,11 @@ def table(layers: list[Layer], found: Sizes, called: str, measured: Effect | Non
       Lines.
     """
     width = max(len(layer.name) for layer in layers)
-    lines = [f"{'weight':{width}}  {'scheme':12} {'bytes':>10} {'error':>8} {'output SNR':>11}"]
+    lines = [f"{'weight':{width}}  {'scheme':12} {'bytes':>10} {'error':>8} {'output SNR':>11}  inputs"]
     for layer in layers:
         snr = "" if layer.snr_db is None else f"{layer.snr_db:8.1f} dB"
-        lines.append(f"{layer.name:{width}}  {layer.scheme:12} {layer.bytes:>10,} {layer.error:8.2%} {snr:>11}")
+        line = f"{layer.name:{width}}  {layer.scheme:12} {layer.bytes:>10,} {layer.error:8.2%} {snr:>11}"
+        lines.append(f"{line}  {layer.inputs}".rstrip())
     lines += [
         "",
         f"size      {found.file_bytes:,} bytes, {found.fp32_bytes / found.file_bytes:.2f} times smaller than fp32",
@@ -273,14 +279,26 @@ def table(layers: list[Layer], found: Sizes, called: str, measured: Effect | Non
     )
 
 
-def write_report(folder: Path, layers: list[Layer], found: Sizes, called: str, measured: Effect | None) -> None:
-    """Writes report.json and layers.svg; arguments as in `table`, after the folder, which is made."""
+def write_report(
+    folder: Path, layers: list[Layer], found: Sizes, called: str, measured: Effect | None, budget: dict[str, Any]
+) -> None:
+    """Writes report.json and layers.svg; arguments as in `table`, after the folder, which is made.
+
+    Args:
+      folder: The report's.
+      layers: As in `table`, like the next three.
+      found: Sizes.
+      called: What the model is.
+      measured: The score before and after.
+      budget: What each weight could have become, {} where nothing was chosen by size.
+    """
     folder.mkdir(exist_ok=True)
     content = {
         "model": called,
         "sizes": found._asdict(),
         "score": None if measured is None else measured._asdict(),
         "layers": [layer._asdict() for layer in layers],
+        **({"budget": budget} if budget else {}),
     }
     (folder / "report.json").write_text(json.dumps(content, indent=1) + "\n")
     (folder / "layers.svg").write_bytes(_chart(layers))

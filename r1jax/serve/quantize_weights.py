@@ -1,10 +1,10 @@
-"""Codes of a trained checkpoint's weights: to nearest, or where 4 bits are few by what the rounding does to outputs.
+"""Codes of a trained checkpoint's weights: to nearest, or by what the rounding does to outputs on calibration cases.
 
 GPTQ (Frantar et al. 2022): the columns of a weight are rounded one after another, and what one loses the later ones
 make good, as far as the inputs of a calibration set say that they can.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +18,17 @@ from r1jax.models.quantized import Use, observing
 from r1jax.models.r1 import R1
 from r1jax.models.vision import neighbours
 from r1jax.ops.quantize import BOUND, FLOOR, Quantized, block_length, dequantize
+from r1jax.ops.quantized_dot import Scheme
+from r1jax.serve.quantize_balance import better_balanced, powers_by_both, powers_by_inputs, served_error, with_span
 from r1jax.tasks.task import Task
-from r1jax.train.quantized import nearest_codes, rows_of, schemes_of
+from r1jax.train.quantized import encode, nearest_codes, rows_of, schemes_of
 
 DAMPING = 0.01
 """Added to the diagonal of the inputs' squares, as a share of their mean (section 3.3 of the paper)."""
 SHARED = ("linear", "head", "convolution")
 """Roles whose rows all meet the same inputs."""
+ROWS = 512
+"""Rows of inputs, at most, on which roundings of inputs are compared."""
 
 
 def calibration_batch(collate: Collate, source: Source, cases: int) -> dict[str, Any]:
@@ -52,8 +56,19 @@ def contracted(use: Use) -> Float[Array, "R I"]:
     return x.reshape(-1, x.shape[-1]).astype(jnp.float32)
 
 
-def input_squares(model: R1, task: Task, params: Any, batch: dict[str, Any]) -> dict[str, np.ndarray]:
-    """X^T X of the inputs of each weight whose rows share them.
+class Seen(NamedTuple):
+    """What a weight whose rows share their inputs meets in the calibration cases."""
+
+    square: Float[np.ndarray, "I I"]
+    """X^T X of all rows."""
+    largest: Float[np.ndarray, " I"]
+    """Largest magnitude of each input in all rows."""
+    rows: Float[np.ndarray, "R I"]
+    """Rows at even distances."""
+
+
+def inputs_seen(model: R1, task: Task, params: Any, batch: dict[str, Any]) -> dict[str, Seen]:
+    """The inputs of each weight whose rows share them.
 
     Args:
       model: Of floats.
@@ -62,16 +77,20 @@ def input_squares(model: R1, task: Task, params: Any, batch: dict[str, Any]) -> 
       batch: A collated batch.
 
     Returns:
-      fp32 [I, I] by the weight's name.
+      fp32 by the weight's name.
     """
 
-    def run(params: Any, batch: dict[str, Any]) -> dict[str, Array]:
-        found: dict[str, Array] = {}
+    def run(params: Any, batch: dict[str, Any]) -> dict[str, Seen]:
+        found: dict[str, Seen] = {}
 
         def note(use: Use) -> None:
             if use.inputs is not None and use.role in SHARED:
                 x = contracted(use)
-                found[use.name] = found.get(use.name, 0.0) + x.T @ x
+                seen = Seen(x.T @ x, jnp.max(jnp.abs(x), axis=0), x[:: -(-len(x) // ROWS)])
+                if use.name in found:  # a weight that is used twice
+                    before = found[use.name]
+                    seen = Seen(before.square + seen.square, jnp.maximum(before.largest, seen.largest), before.rows)
+                found[use.name] = seen
 
         with observing(note):
             model.apply({"params": params}, task.prepare(batch)[0], language=task.language)
@@ -80,26 +99,70 @@ def input_squares(model: R1, task: Task, params: Any, batch: dict[str, Any]) -> 
     return jax.device_get(jax.jit(run)(params, batch))
 
 
-def choose_codes(params: Any, uses: list[Use], squares: dict[str, np.ndarray]) -> dict[str, Quantized]:
+def choose_codes(
+    params: Any, uses: list[Use], seen: dict[str, Seen], *, static: bool = False, balance: bool = True
+) -> dict[str, Quantized]:
     """Codes of every ruled weight; within `rounding_by`.
 
     Args:
       params: Weights.
       uses: What they are.
-      squares: From `input_squares`; weights of 4 bits that are not in it are rounded to nearest.
+      seen: From `inputs_seen`; weights that are not in it are rounded to nearest.
+      static: Whether inputs that are rounded have one scale for all rows, as far as their weight is in `seen`.
+      balance: Whether inputs may be balanced, which takes a byte a column.
 
     Returns:
-      Codes by name; for each weight those of the two roundings that change outputs less.
+      Codes by name; for each weight those of the roundings that change outputs least.
     """
     codes = nearest_codes(params, uses)
     for name, (use, scheme) in schemes_of(uses).items():
-        if scheme.weights != "int4" or name not in squares:
+        if name not in seen or scheme.weights == "affine8" or (scheme.weights != "int4" and not scheme.activations):
             continue
         weight = np.asarray(rows_of(_leaf(params, name), use), np.float64)
-        better = gptq(weight, squares[name], codes[name])
-        if output_error(weight, better, squares[name]) < output_error(weight, codes[name], squares[name]):
-            codes[name] = better
+        # The loss multiplies the language head in parts, with neither balance nor span.
+        fit = use.role != "head"
+        codes[name] = best_codes(weight, seen[name], scheme, static=static and fit, balance=balance and fit)
     return codes
+
+
+def best_codes(
+    weight: np.ndarray, seen: Seen, scheme: Scheme, *, static: bool = False, balance: bool = True
+) -> Quantized:
+    """The codes that change a weight's outputs least: to nearest and by GPTQ, with and without balance.
+
+    Args:
+      weight: [O, I].
+      seen: Its inputs.
+      scheme: How both are rounded.
+      static: As in `choose_codes`.
+      balance: As there.
+
+    Returns:
+      Codes.
+    """
+    rows = jnp.asarray(seen.rows)
+    exact = jnp.asarray(np.asarray(seen.rows, np.float64) @ weight.T, jnp.float32)
+
+    def error(codes: Quantized) -> float:
+        if scheme.activations is None:
+            return output_error(weight, codes, seen.square)
+        return float(served_error(scheme, rows, codes, exact))
+
+    def made(power: np.ndarray | None) -> Quantized:
+        wide = weight if power is None else weight * power
+        found = [encode(jnp.asarray(wide, jnp.float32), scheme)]
+        if scheme.weights == "int4":
+            square = seen.square if power is None else seen.square / np.outer(power, power)
+            found.append(gptq(wide, square, found[0]))
+        if power is not None:
+            found = [codes._replace(balance=jnp.asarray(power[None], jnp.bfloat16)) for codes in found]
+        if static and scheme.activations:
+            found = [with_span(codes, seen.largest, error) for codes in found]
+        return min(found, key=error)
+
+    rms = np.sqrt(np.diag(seen.square))
+    choices = powers_by_inputs(rms) if scheme.activations is None else powers_by_both(seen.largest, weight)
+    return better_balanced(made(None), [made(power) for power in choices] if balance else [], error)
 
 
 def output_error(weight: np.ndarray, codes: Quantized, square: np.ndarray) -> float:

@@ -1,8 +1,9 @@
 """Quantized weights on disk: one file of bytes and one index, in a format of our own with a version.
 
 DIR/quantized/{index.json, weights.bin}, sealed like every checkpoint. Codes take 8 or 4 bits each, their scales bf16,
-and whatever no rule names is fp32 as it was: what is served is then what was trained, bit for bit. Each part is
-deflated where that makes it smaller: codes of few bits are not evenly used, and small models win back their scales.
+and whatever no rule names is fp32 as it was: what is served is then what was trained, bit for bit. A balance, which
+version 1 did not have, is a byte a column. Each part is deflated where that makes it smaller: codes of few bits are not
+evenly used, and small models win back their scales.
 """
 
 import json
@@ -22,7 +23,7 @@ from r1jax.ops.quantize import Quantized, pack_int4, unpack_int4
 from r1jax.ops.quantized_dot import Scheme, weight_codes
 
 FOLDER = "quantized"
-VERSION = 1
+VERSION = 2
 HELD = {
     "int8": np.dtype(np.int8),
     "int4": np.dtype(np.int8),
@@ -30,8 +31,11 @@ HELD = {
     "fp8": np.dtype(ml_dtypes.float8_e4m3fn),
     "bf16": np.dtype(ml_dtypes.bfloat16),
     "fp32": np.dtype(np.float32),
+    "power": np.dtype(np.int8),
 }
-"""Type in memory of each kind of part; int4 is two numbers a byte on disk."""
+"""Type of each kind of part: of "power" the exponent of 2 on disk, of all others in memory; int4 is two a byte."""
+PARTS = {"bf16": "zero", "power": "balance", "fp32": "span"}
+"""What follows codes and scales, by its kind."""
 
 
 def path_of(path: tuple[Any, ...]) -> str:
@@ -49,21 +53,29 @@ def rows_of(weight: Any, use: Use) -> Any:
     return kernel_rows(jnp.asarray(weight)) if use.role == "convolution" else weight
 
 
+def weight_of(rows: Any, use: Use) -> Any:
+    """Undoes `rows_of`."""
+    return rows.reshape(use.shape[-1], *use.shape[:-1]).transpose(1, 2, 3, 0) if use.role == "convolution" else rows
+
+
 def schemes_of(uses: list[Use]) -> dict[str, tuple[Use, Scheme]]:
     """The ruled weights by name, and how each is rounded; to be called within `rounding_by`."""
     found = {use.name: (use, scheme_for(tuple(use.name.split("/")), use.role, use.shape)) for use in uses}
     return {name: (use, scheme) for name, (use, scheme) in found.items() if scheme is not None}
 
 
-def with_codes(params: Any, codes: dict[str, Quantized]) -> Any:
-    """The parameter tree with codes in the place of the weights that they were made from."""
+def with_codes(params: Any, codes: dict[str, Any]) -> Any:
+    """The parameter tree with codes, or what they stand for, in the place of the weights that they were made from."""
     return jax.tree_util.tree_map_with_path(lambda path, x: codes.get(path_of(path), x), params)
+
+
+encode = jax.jit(weight_codes, static_argnums=1)
+"""Codes of one weight to nearest."""
 
 
 def nearest_codes(params: Any, uses: list[Use]) -> dict[str, Quantized]:
     """Codes of every ruled weight, rounded to nearest as training rounds them; within `rounding_by`."""
     held = {path_of(path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
-    encode = jax.jit(weight_codes, static_argnums=1)
     return {
         name: encode(jnp.asarray(rows_of(held[name], use)), scheme) for name, (use, scheme) in schemes_of(uses).items()
     }
@@ -84,14 +96,15 @@ def write_codes(folder: Path, params: Any, kinds: dict[str, str]) -> None:
             name = path_of(path)
             parts = [(leaf, "fp32")]
             if is_codes(leaf):
-                extra = [] if leaf.zero is None else [(leaf.zero, "bf16")]
-                parts = [(leaf.values, kinds[name]), (leaf.scale, "bf16"), *extra]
+                extra = [(getattr(leaf, part), kind) for kind, part in PARTS.items()]
+                parts = [(leaf.values, kinds[name]), (leaf.scale, "bf16"), *(p for p in extra if p[0] is not None)]
             arrays[name] = [_write(file, np.asarray(part), kind) for part, kind in parts]
     index = {"version": VERSION, "part": ["kind", "shape", "bytes", "deflated"], "arrays": arrays}
     (folder / "index.json").write_text(json.dumps(index, separators=(",", ":")))
 
 
 def _write(file: Any, x: np.ndarray, kind: str) -> list[Any]:
+    x = np.frexp(x.astype(np.float32))[1] - 1 if kind == "power" else x
     plain = (pack_int4(x) if kind == "int4" else x.astype(HELD[kind])).tobytes()
     packed = zlib.compress(plain, 9)
     smaller = len(packed) < len(plain)
@@ -112,7 +125,7 @@ def read_codes(folder: Path) -> tuple[Any, dict[str, str]]:
       UserError: The format is of another version.
     """
     index = json.loads((folder / "index.json").read_text())
-    if index["version"] != VERSION:
+    if index["version"] not in (1, VERSION):
         raise UserError(
             f"{folder} has version {index['version']} of the quantized format and this r1jax reads {VERSION}: quantize "
             "the checkpoint again"
@@ -128,7 +141,8 @@ def read_codes(folder: Path) -> tuple[Any, dict[str, str]]:
             inner = tree
             for group in groups:
                 inner = inner.setdefault(group, {})
-            inner[last] = Quantized(*read) if len(read) > 1 else read[0]
+            more = {PARTS[part[0]]: x for part, x in zip(parts[2:], read[2:], strict=True)}
+            inner[last] = Quantized(*read[:2], **more) if len(read) > 1 else read[0]
     return tree, kinds
 
 
@@ -137,4 +151,5 @@ def _read(file: Any, kind: str, shape: list[int], size: int, deflated: int) -> n
     plain = zlib.decompress(plain) if deflated else plain
     if kind == "int4":
         return unpack_int4(np.frombuffer(plain, np.uint8), tuple(shape))
-    return np.frombuffer(plain, HELD[kind]).reshape(shape)
+    x = np.frombuffer(plain, HELD[kind]).reshape(shape)
+    return np.ldexp(np.float32(1), x).astype(HELD["bf16"]) if kind == "power" else x

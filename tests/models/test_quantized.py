@@ -150,6 +150,22 @@ def test_stored_codes_serve_what_was_trained(quant, found, params, inputs):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=atol), trained, served)
 
 
+def test_modules_divide_inputs_by_the_balance_of_a_weight(found, params, inputs):
+    """Weights that are all multiplied by a power of two, and their inputs divided by it, serve the same numbers."""
+    rng, model = np.random.default_rng(2), model_of("int8")
+    with rounding_by(model.config.quant):
+        plain = nearest_codes(params, found)
+    balanced = dict(plain)
+    for use in found:
+        if use.role in ("linear", "convolution"):
+            codes, power = plain[use.name], 2.0 ** rng.choice([-3, -1, 2, 4])
+            balance = jnp.full((1, codes.shape[-1]), power, jnp.bfloat16)
+            balanced[use.name] = codes._replace(scale=codes.scale * jnp.bfloat16(power), balance=balance)
+    forward = jax.jit(lambda p, x: run(model, p, x))
+    before, after = (forward(with_codes(params, codes), inputs) for codes in (plain, balanced))
+    jax.tree.map(np.testing.assert_array_equal, before, after)
+
+
 def test_the_first_rule_that_matches_counts():
     path = ("decoder", "layers_0", "self_attn", "o_proj", "weight")
     with rounding_by(("o_proj=int4/32:int8", "embed=fp8:fp8", "int8")):

@@ -97,3 +97,21 @@ def test_codes_are_qwixs_where_the_grids_are_the_same():
     ours = jax.jit(lambda x: quantize(x, "int8"))(x)
     np.testing.assert_array_equal(ours.values, theirs.qvalue)
     np.testing.assert_allclose(ours.scale, theirs.scale, rtol=1e-6)
+
+
+def test_a_span_is_the_scale_of_all_rows_and_clips_what_is_beyond_it():
+    x = normal(6, 12)
+    for kind, block in (("int8", None), ("int8", 4), ("int4", 5)):
+        q = quantize(x, kind, block=block, span=jnp.full((1, 1), 1.5))
+        step = 1.5 / BOUND[kind]
+        np.testing.assert_allclose(q.scale, np.full(q.scale.shape, step), rtol=3e-7)
+        exact = np.clip(np.round(np.asarray(x, np.float64) / step), -BOUND[kind], BOUND[kind])
+        np.testing.assert_array_equal(q.values, exact)
+        assert np.abs(exact).max() == BOUND[kind]  # some are beyond it
+
+
+def test_balanced_codes_stand_for_the_weight_that_was_balanced():
+    w, power = normal(5, 8), jnp.asarray(2.0 ** RNG.integers(-3, 4, (1, 8)), jnp.float32)
+    q = quantize(w * jnp.broadcast_to(power, w.shape), "int8")
+    stands = dequantize(q._replace(balance=power.astype(jnp.bfloat16)))
+    np.testing.assert_array_equal(stands * jnp.broadcast_to(power, w.shape), dequantize(q))

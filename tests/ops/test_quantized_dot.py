@@ -189,3 +189,20 @@ def test_the_value_is_qwixs_where_the_grids_are_the_same():
 def test_codes_with_an_offset_are_multiplied_as_floats():
     assert isinstance(weight_codes(normal(4, 8), Scheme("affine8")), Quantized)
     assert dots(functools.partial(quantized_dot, scheme=Scheme("affine8")), normal(3, 8), normal(4, 8)) == ["f32"]
+
+
+@pytest.mark.parametrize("scheme", [INT8, Scheme("int4", "int8", block=7), Scheme("int8", "int8", "int8")], ids=str)
+def test_balance_and_span_of_a_weight_reach_its_inputs(scheme):
+    x, w, power = normal(2, 3, 20), normal(9, 20), 2.0 ** RNG.integers(-3, 4, (1, 20))
+    codes = weight_codes(w * jnp.asarray(np.broadcast_to(power, w.shape), jnp.float32), scheme)
+    codes = codes._replace(balance=jnp.asarray(power, jnp.bfloat16), span=jnp.full((1, 1), 4.0))
+    step = 4.0 / 127
+    rows = np.clip(np.round(np.asarray(x, np.float64).reshape(6, 20) / power / step), -127, 127)
+    scale = np.full((6, codes.scale.shape[-1]), step)
+    exact = quantized_dot_reference((rows, scale), (np.asarray(codes.values), np.asarray(codes.scale, np.float64)))
+    key = jax.random.key(0)
+    y, pull = jax.vjp(lambda x: quantized_dot(x, codes, scheme, key=key), x)
+    np.testing.assert_allclose(y.reshape(6, 9), exact, rtol=0, atol=3e-6 * np.abs(exact).max())
+    slope = pull(jnp.ones_like(y))[0]
+    stands = np.asarray(dequantize(codes), np.float64).sum(axis=0)
+    np.testing.assert_allclose(slope, np.broadcast_to(stands, slope.shape), rtol=0, atol=1e-5 * np.abs(stands).max())

@@ -7,6 +7,7 @@ from pathlib import Path
 from unittest import mock
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -16,6 +17,7 @@ from r1jax.models.r1 import R1
 from r1jax.ops.quantize import Quantized
 from r1jax.serve import quantize_command
 from r1jax.serve.evaluate import restore_served
+from r1jax.serve.quantize_weights import calibration_batch
 from r1jax.tasks.catalog import TASKS
 from r1jax.train.checkpoints import Checkpoint, CheckpointFolder
 from r1jax.train.plan import example_batch
@@ -71,10 +73,70 @@ def test_the_report_lies_beside_them(quantized):
     assert "int4 weights alone" in content["model"]
 
 
+@pytest.fixture(scope="module")
+def mixed(trained, tmp_path_factory) -> Path:
+    """Bits under two fifths of the size; embeddings of 16 numbers take much for their scales."""
+    output = tmp_path_factory.mktemp("out") / "mixed"
+    words = ["--budget", "0.4", "--output", str(output), "--calibration", "4", "--batch_size", "8", "--resamples", "2"]
+    with mock.patch.object(quantize_command, "make_mesh", lambda _: one_device()):
+        assert dispatch(["quantize", str(trained), *words]) == 0
+    return output
+
+
+def test_a_budget_chooses_the_bits_of_each_weight_and_the_report_says_why(mixed):
+    content = json.loads((mixed / "report" / "report.json").read_text())
+    weights, whole = content["budget"]["weights"], content["sizes"]["fp32_bytes"]
+    assert {layer["name"]: layer["scheme"] for layer in content["layers"]} == {
+        name: weight["chosen"] for name, weight in weights.items() if weight["chosen"] != "float"
+    }
+    spent = sum(o["bytes"] for w in weights.values() for o in w["options"] if o["rule"] == w["chosen"])
+    stored = {layer["name"]: layer["bytes"] for layer in content["layers"]}
+    assert all(
+        o["bytes"] == stored.get(n, o["bytes"])
+        for n, w in weights.items()
+        for o in w["options"]
+        if o["rule"] == w["chosen"]
+    )
+    norms = whole - sum(weight["options"][0]["bytes"] for weight in weights.values())
+    assert 0.36 * whole < spent + norms <= 0.4 * whole
+    assert Checkpoint(mixed).config().model.quant[0].startswith("^(") and content["model"].startswith("mixed")
+
+
+def test_what_a_weight_changes_is_the_change_of_the_outputs_over_their_variance(trained, mixed):
+    config, checkpoint = get_config(), CheckpointFolder(trained / "checkpoints").best()
+    task = TASKS[config.task.name](config)
+    model, source = R1(config.model, task.heads), task.source("train")
+    params = restore_served(checkpoint, config, model, task, one_device(), source)
+    inputs, _ = task.prepare(jax.tree.map(jnp.asarray, calibration_batch(task.collate, source, 4)))
+    name = "decoder/layers_0/self_attn/o_proj/weight"
+    weight = np.asarray(params["decoder"]["layers_0"]["self_attn"]["o_proj"]["weight"], np.float64)
+    scale = np.asarray(jnp.asarray(np.abs(weight).max(axis=1, keepdims=True) / 127, jnp.bfloat16), np.float64)
+    rounded = np.clip(np.round(weight / scale), -127, 127) * scale
+
+    @jax.jit
+    def chances(weight):
+        layers = params["decoder"]["layers_0"]
+        layer = layers | {"self_attn": layers["self_attn"] | {"o_proj": {"weight": weight}}}
+        output = model.apply(
+            {"params": {**params, "decoder": params["decoder"] | {"layers_0": layer}}}, inputs, language=True
+        )
+        return [jax.nn.log_softmax(logits) for logits in (output.text_logits, output.mtp_logits)]
+
+    before, after = (jax.device_get(chances(jnp.asarray(w, jnp.float32))) for w in (weight, rounded))
+    pairs = [(a.astype(np.float64), b.astype(np.float64)) for a, b in zip(before, after, strict=True)]
+    change = sum(np.mean((b - a) ** 2) / np.var(a) for a, b in pairs)
+    told = json.loads((mixed / "report" / "report.json").read_text())["budget"]["weights"][name]["options"]
+    assert [option["rule"] for option in told] == ["float", "int8", "int4/128"] and told[0]["change"] == 0
+    # 128 positions at most are in the batch, so that all of them are compared.
+    assert told[1]["change"] == pytest.approx(change, rel=0.02)
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
         ([], "trained with floats: say by --to"),
+        (["--to", "int4", "--budget", "0.2"], "give one of the two"),
+        (["--to", "int4", "--activations", "static"], "add --to int8 or --to fp8"),
         (["--to", "int4"], "exists already"),
     ],
 )

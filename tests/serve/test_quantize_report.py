@@ -11,8 +11,8 @@ from r1jax.ops.quantized_dot import Scheme
 from r1jax.serve.quantize_report import Effect, Layer, Sizes, code_bytes, effect, table, verdict, write_report
 
 LAYERS = [
-    Layer("decoder/embed_tokens", "embedding", "int8", 100, 120, 0.004, None),
-    Layer("head/weight", "linear", "int8:int8", 10, 12, 0.005, 41.5),
+    Layer("decoder/embed_tokens", "embedding", "int8", 100, 120, "", 0.004, None),
+    Layer("head/weight", "linear", "int8:int8", 10, 12, "balanced static", 0.005, 41.5),
 ]
 
 
@@ -37,6 +37,8 @@ def test_bytes_are_those_of_codes_and_scales():
     assert code_bytes(quantize(x, "int8"), Scheme("int8")) == 6 * 40 + 6 * 2
     assert code_bytes(quantize(x, "int4", block=20), Scheme("int4")) == 6 * 20 + 12 * 2
     assert code_bytes(quantize(x, "affine8"), Scheme("affine8")) == 6 * 40 + 6 * 4
+    served = quantize(x, "int8")._replace(balance=jnp.ones((1, 40)), span=jnp.ones((1, 1)))
+    assert code_bytes(served, Scheme("int8", "int8")) == 6 * 40 + 6 * 2 + 40 + 4
 
 
 def test_the_interval_of_a_change_is_that_of_pairs():
@@ -60,9 +62,9 @@ def test_the_same_outcomes_change_nothing():
 def test_the_report_says_all_of_it_as_text_json_and_picture(tmp_path):
     sizes, measured = Sizes(440, 120, 0.9, 0.8), Effect(0.9, 0.89, -0.01, -0.02, 0.001, 50)
     text = table(LAYERS, sizes, "int8", measured)
-    assert "3.67 times smaller" in text and "41.5 dB" in text
+    assert "3.67 times smaller" in text and "41.5 dB  balanced static" in text
     assert "0.9000 -> 0.8900 on 50 validation cases, change -0.0100 (95 % interval -0.0200 to +0.0010, paired)" in text
-    write_report(tmp_path / "report", LAYERS, sizes, "int8", measured)
+    write_report(tmp_path / "report", LAYERS, sizes, "int8", measured, {})
     content = json.loads((tmp_path / "report" / "report.json").read_text())
     assert content["score"]["change"] == -0.01 and [x["name"] for x in content["layers"]] == [x.name for x in LAYERS]
     picture = (tmp_path / "report" / "layers.svg").read_text()

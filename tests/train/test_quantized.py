@@ -26,9 +26,12 @@ def tree():
         x = jnp.asarray(RNG.standard_normal(shape), jnp.float32)
         return quantize(x, kind, block=block, scale_dtype=jnp.bfloat16)
 
+    power = jnp.asarray(2.0 ** RNG.integers(-12, 13, (1, 40)), jnp.bfloat16)
     return {
         "decoder": {
             "embed_tokens": codes("int8", 32, 48),
+            "balanced": codes("int8", 8, 40)._replace(balance=power),
+            "static": codes("int4", 8, 40)._replace(balance=power, span=jnp.full((1, 1), 1.7)),
             "mlp": {"up": {"weight": codes("int4", 3, 5, 7, block=3)}, "experts": codes("fp8", 4, 6, 64)},
             "norm": {"weight": jnp.asarray(RNG.standard_normal(48), jnp.float32)},
         },
@@ -38,6 +41,8 @@ def tree():
 
 KINDS = {
     "decoder/embed_tokens": "int8",
+    "decoder/balanced": "int8",
+    "decoder/static": "int4",
     "decoder/mlp/up/weight": "int4",
     "decoder/mlp/experts": "fp8",
     "table/weight": "affine8",
@@ -63,9 +68,11 @@ def test_four_bits_take_half_a_byte_and_scales_two(tmp_path):
 def test_another_version_is_refused(tree, tmp_path):
     write_codes(tmp_path / "q", tree, KINDS)
     index = tmp_path / "q" / "index.json"
-    index.write_text(json.dumps(json.loads(index.read_text()) | {"version": 2}))
-    with pytest.raises(UserError, match="version 2 .*reads 1: quantize the checkpoint again"):
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"version": 3}))
+    with pytest.raises(UserError, match="version 3 .*reads 2: quantize the checkpoint again"):
         read_codes(tmp_path / "q")
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"version": 1}))
+    assert read_codes(tmp_path / "q")[1] == KINDS  # every file of version 1 is one of version 2
     assert not is_codes(tree["decoder"]["norm"]["weight"])
 
 
