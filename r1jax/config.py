@@ -482,6 +482,9 @@ class GenerationSettings:
     """Let MTP draft every second token and the decoder verify two at a time; greedy only, and the same tokens."""
     page_size: Count = 64
     """Tokens in a page of the cache."""
+    cache: Literal["float", "int8", "fp8"] = "float"
+    """How the cache holds latents: in the dtype of the products, or as codes of 8 bits with a scale a token; rotary
+    keys stay as they are."""
 
 
 def from_dict(values: Any, source: str = "config", *, stored: bool = False) -> Config:

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from r1jax.config import GenerationSettings
 from r1jax.models.decoder import Decoder, LatentCache
+from r1jax.ops.latent_attention import empty_pages
 from r1jax.serve.prompts import Batch
 from r1jax.serve.sampling import draw, process_logits
 
@@ -85,8 +86,8 @@ def read_prompt(
     run = partial(model.apply, {"params": params})
     config, (size, length) = model.config, batch.tokens.shape
     layers = config.num_hidden_layers + settings.speculate
-    width = config.kv_lora_rank + config.qk_rope_head_dim
-    pools = tuple(jnp.zeros((pages, settings.page_size, width), model.dtype) for _ in range(layers))
+    pool = partial(empty_pages, settings.cache, pages, settings.page_size)
+    pools = tuple(pool(config.kv_lora_rank, config.qk_rope_head_dim, model.dtype) for _ in range(layers))
     positions = jnp.broadcast_to(jnp.arange(length)[None], batch.tokens.shape)
     valid = positions < batch.lengths[:, None]
     every = jnp.arange(size)
