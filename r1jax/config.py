@@ -124,7 +124,8 @@ class ModelConfig:
     """Longest text in tokens; longer text is cut."""
     dropout: Share = 0.1
     lora_rank: Natural = 0
-    """Rank of adapters on the decoder's attention, dense and shared feed-forward; above 0, nothing else is trained."""
+    """Rank of adapters on the decoder's attention, dense and shared feed-forward; above 0, nothing else is trained, and
+    with model.quant the rest is held as codes."""
     lora_alpha: Positive = 16.0
     """Strength of the adapters: their product is scaled by lora_alpha / lora_rank."""
     precision: Literal["fp32", "bf16", "fp16", "bf16_pure"] = "fp32"
