@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from r1jax.config import GenerationSettings
 from r1jax.models.decoder import Decoder, LatentCache
 from r1jax.ops.latent_attention import empty_pages
+from r1jax.ops.quantize import Quantized
 from r1jax.serve.prompts import Batch
 from r1jax.serve.sampling import draw, process_logits
 
@@ -62,9 +63,17 @@ def run_rounds(
         return (carry[0] < most) & ~jnp.all(carry[1].done)
 
     def body(carry: tuple[Int[Array, ""], State]) -> tuple[Int[Array, ""], State]:
-        return carry[0] + 1, _round(model, settings, params, carry[1])
+        return carry[0] + 1, _round(model, settings, _narrow_until(carry[0], params), carry[1])
 
     return jax.lax.while_loop(goes_on, body, (jnp.int32(0), state))[1]
+
+
+def _narrow_until(now: Int[Array, ""], params: Params) -> Params:
+    """The weights as a round has them: codes seem to change with it, or a compiler would widen them before the loop."""
+    leaves, tree = jax.tree.flatten(params, is_leaf=lambda x: isinstance(x, Quantized))
+    codes = [x for x in leaves if isinstance(x, Quantized)]
+    held = iter(jax.lax.optimization_barrier((codes, now))[0])
+    return tree.unflatten([next(held) if isinstance(x, Quantized) else x for x in leaves])
 
 
 def read_prompt(
