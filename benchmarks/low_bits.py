@@ -35,6 +35,7 @@ from r1jax.ops.latent_attention import empty_pages  # noqa: E402
 from r1jax.ops.quantize import Quantized, quantize  # noqa: E402
 from r1jax.ops.quantized_dot import Scheme, quantized_dot  # noqa: E402
 from r1jax.ops.weight_only import weight_only_dot  # noqa: E402
+from r1jax.ops.weight_only_kernel import Tile, row_times_codes  # noqa: E402
 from r1jax.serve.rounds import State, run_rounds  # noqa: E402
 from r1jax.train.quantized import nearest_codes, with_codes  # noqa: E402
 
@@ -249,36 +250,9 @@ def summed(x: jax.Array, w: jax.Array) -> jax.Array:
     return jnp.sum(x.astype(jnp.float32)[:, None, :] * w.astype(jnp.float32)[None], axis=-1).astype(x.dtype)
 
 
-def triton_dot(x: jax.Array, w: Quantized, rows: int = 4, depth: int = 1024, warps: int = 4) -> jax.Array:
-    """A kernel of Pallas for Triton, to see what is left."""
-    from jax.experimental import pallas as pl
-    from jax.experimental.pallas import triton
-
-    wide, deep = w.shape
-    depth = min(depth, deep)
-
-    def kernel(x_ref: Any, w_ref: Any, s_ref: Any, o_ref: Any) -> None:
-        def step(k: jax.Array, acc: jax.Array) -> jax.Array:
-            at = pl.ds(k * depth, depth)
-            return acc + w_ref[:, at].astype(jnp.float32) * x_ref[at].astype(jnp.float32)[None, :]
-
-        acc = jax.lax.fori_loop(0, deep // depth, step, jnp.zeros((rows, depth), jnp.float32))
-        o_ref[...] = (jnp.sum(acc, axis=1) * s_ref[...].astype(jnp.float32)).astype(o_ref.dtype)
-
-    call = pl.pallas_call(
-        kernel,
-        out_shape=jax.ShapeDtypeStruct((wide,), x.dtype),
-        grid=(wide // rows,),
-        in_specs=[
-            pl.BlockSpec((deep,), lambda i: (0,)),
-            pl.BlockSpec((rows, deep), lambda i: (i, 0)),
-            pl.BlockSpec((rows,), lambda i: (i,)),
-        ],
-        out_specs=pl.BlockSpec((rows,), lambda i: (i,)),
-        compiler_params=triton.CompilerParams(num_warps=warps, num_stages=2),
-        interpret=jax.default_backend() == "cpu",
-    )
-    return call(x[0], w.values, w.scale[:, 0])[None]
+def kernel_dot(x: jax.Array, w: Quantized, tile: Tile) -> jax.Array:
+    """The kernel that `weight_only_dot` takes, with any tile."""
+    return row_times_codes(x[0], w, tile=tile, interpret=jax.default_backend() == "cpu")[None]
 
 
 def products_of(text: str) -> list[str]:
@@ -306,14 +280,13 @@ def cases(s: Sizes, samples: int) -> Iterator[tuple[str, str, Callable[[], dict[
         "int8 library": (library_dot, "int8"),
         "fp8 ours": (weight_only_dot, "fp8"),
     }
-    for rows, depth, warps in ((4, 1024, 4), (2, 2048, 4), (8, 1024, 8), (1, 2048, 2)):
-        ways[f"int8 Triton {rows} {depth} {warps}"] = (
-            functools.partial(triton_dot, rows=rows, depth=depth, warps=warps),
-            "int8",
-        )
-    for name, (way, kind) in ways.items():
-        run = functools.partial(vector_case, way, kind, shapes[0], samples)
-        yield "vector", f"vector {name} {shapes[0][0]}x{shapes[0][1]}", run
+    for wide, deep in shapes[:2]:
+        for tile in (Tile(4, 1024, 4), Tile(2, 1024, 2), Tile(1, 2048, 2), Tile(4, 2048, 8), Tile(8, 512, 4)):
+            fitted = tile._replace(depth=min(tile.depth, deep))
+            ways[f"int8 kernel {'/'.join(map(str, tile))}"] = functools.partial(kernel_dot, tile=fitted), "int8"
+        for name, (way, kind) in ways.items():
+            run = functools.partial(vector_case, way, kind, (wide, deep), samples)
+            yield "vector", f"vector {name} {wide}x{deep}", run
     for name, quant, cache in (
         ("bf16", (), "float"),
         ("int8_weights", ("int8_weights",), "float"),

@@ -4,12 +4,15 @@ A token a step reads every weight once and does little with it, so that fewer by
 exact in bf16, and a scale a row is applied to the sum: no float copy of the weight is ever needed.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from r1jax.ops.quantize import Quantized, block_of, dequantize
-from r1jax.ops.self_test import target
+from r1jax.ops.self_test import agrees, target
 
 FEW = 2
 """Rows up to which a GPU sums products instead of calling a library, which would have the codes widened in memory."""
@@ -25,6 +28,8 @@ def weight_only_dot(x: Float[Array, "*B I"], codes: Quantized) -> Float[Array, "
     Returns:
       Array of x's dtype, summed in fp32.
     """
+    if x.size == x.shape[-1] and _on_kernel(codes) and _kernel_agrees():
+        return _kernel(x.reshape(-1), codes).reshape(*x.shape[:-1], -1)
     w, scale = _factors(codes, x)
     if x.size <= FEW * x.shape[-1] and target().platform == "gpu":
         wide = w.astype(jnp.float32).reshape(*[1] * (x.ndim - 1), *w.shape)
@@ -32,6 +37,50 @@ def weight_only_dot(x: Float[Array, "*B I"], codes: Quantized) -> Float[Array, "
     else:
         y = jnp.einsum("...I,OI->...O", x, w, preferred_element_type=jnp.float32)
     return (y if scale is None else y * jnp.broadcast_to(scale[:, 0], y.shape)).astype(x.dtype)
+
+
+def _on_kernel(codes: Quantized) -> bool:
+    """Whether the kernel takes such a weight, and no compiler would have to divide it among devices."""
+    if target().platform != "gpu" or jax.device_count() > 1 or not (0, 11) <= jax.__version_info__ < (0, 12):
+        return False  # JAX 0.12 gives up Triton
+    from r1jax.ops import weight_only_kernel
+
+    return codes.values.dtype == jnp.int8 and weight_only_kernel.fits(codes)
+
+
+@jax.custom_vjp
+def _kernel(x: Float[Array, " I"], codes: Quantized) -> Float[Array, " O"]:
+    from r1jax.ops import weight_only_kernel
+
+    return weight_only_kernel.row_times_codes(x, codes)
+
+
+def _kernel_backward(codes: Quantized, gradient: Float[Array, " O"]) -> tuple[Float[Array, " I"], None]:
+    return jnp.einsum("O,OI->I", gradient, dequantize(codes, gradient.dtype)), None
+
+
+_kernel.defvjp(lambda x, codes: (_kernel(x, codes), codes), _kernel_backward)
+
+
+@functools.cache
+def _kernel_agrees() -> bool:
+    """Tries the kernel on this device."""
+    rng = np.random.default_rng(0)
+    # NumPy's: JAX's own would become part of the program that is being traced.
+    codes = Quantized(
+        rng.integers(-127, 128, (64, 2048)).astype(np.int8), rng.uniform(0.5, 2, (64, 1)).astype(jnp.bfloat16)
+    )
+
+    exact = codes.values * codes.scale.astype(np.float32)
+
+    def fast(x: Array) -> Array:
+        return _kernel(x, jax.tree.map(jnp.asarray, codes))
+
+    def slow(x: Array) -> Array:
+        return jnp.einsum("I,OI->O", x, exact)
+
+    x = rng.standard_normal(2048).astype(jnp.bfloat16)
+    return agrees("the kernel of a row and a weight of codes", fast, slow, (x,))
 
 
 def grouped_weight_only_dot(

@@ -63,13 +63,21 @@ def run_rounds(
         return (carry[0] < most) & ~jnp.all(carry[1].done)
 
     def body(carry: tuple[Int[Array, ""], State]) -> tuple[Int[Array, ""], State]:
-        return carry[0] + 1, _round(model, settings, _narrow_until(carry[0], params), carry[1])
+        return carry[0] + 1, _round(model, settings, narrow_until(carry[0], params), carry[1])
 
     return jax.lax.while_loop(goes_on, body, (jnp.int32(0), state))[1]
 
 
-def _narrow_until(now: Int[Array, ""], params: Params) -> Params:
-    """The weights as a round has them: codes seem to change with it, or a compiler would widen them before the loop."""
+def narrow_until(now: Int[Array, ""], params: Params) -> Params:
+    """The weights as a round has them: codes seem to change with it, or a compiler would widen them before the loop.
+
+    Args:
+      now: What does change from round to round.
+      params: Floats and codes.
+
+    Returns:
+      The same tree.
+    """
     leaves, tree = jax.tree.flatten(params, is_leaf=lambda x: isinstance(x, Quantized))
     codes = [x for x in leaves if isinstance(x, Quantized)]
     held = iter(jax.lax.optimization_barrier((codes, now))[0])

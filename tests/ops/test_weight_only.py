@@ -1,5 +1,6 @@
 """Products with weights of codes against float64, in either of their forms, and what is not read."""
 
+import functools
 from types import SimpleNamespace
 
 import jax
@@ -7,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from r1jax.ops import weight_only
+from r1jax.ops import weight_only, weight_only_kernel
 from r1jax.ops.quantize import dequantize, quantize
 from r1jax.ops.weight_only import grouped_weight_only_dot, weight_only_dot
+from r1jax.ops.weight_only_kernel import Tile, fits, row_times_codes
 
 RNG = np.random.default_rng(0)
 
@@ -65,3 +67,28 @@ def test_gradient_by_rows_needs_no_float_copy_of_the_weight():
     found = jax.vjp(lambda x: weight_only_dot(x, codes), x)[1](pull)[0]
     exact = np.asarray(pull, np.float64) @ np.asarray(dequantize(codes), np.float64)
     np.testing.assert_allclose(found, exact, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("tile", [Tile(2, 8, 1), Tile(4, 16, 2)])
+def test_the_kernel_sums_every_tile_of_each_row(tile):
+    codes = quantize(normal(8, 32), "int8", scale_dtype=jnp.bfloat16)
+    assert fits(codes, tile)
+    x = normal(32)
+    found = row_times_codes(x, codes, tile=tile, interpret=True)
+    exact = np.asarray(dequantize(codes), np.float64) @ np.asarray(x, np.float64)
+    np.testing.assert_allclose(found, exact, rtol=0, atol=2e-5)
+
+
+def test_the_kernel_leaves_what_is_not_whole_tiles_with_a_scale_a_row():
+    tile = Tile(4, 16, 2)
+    for shape, kind, block in (((6, 32), "int8", None), ((8, 24), "int8", None), ((8, 32), "int4", 16)):
+        assert not fits(quantize(normal(*shape), kind, block=block), tile)
+    assert not fits(quantize(normal(8, 32), "affine8"), tile)
+
+
+def test_the_kernel_is_tried_while_a_program_is_traced(monkeypatch):
+    interpreted = functools.partial(weight_only_kernel.row_times_codes, interpret=True)
+    monkeypatch.setattr(weight_only_kernel, "row_times_codes", interpreted)
+    found = []
+    jax.make_jaxpr(lambda x: found.append(weight_only._kernel_agrees.__wrapped__()) or x)(1.0)
+    assert found == [True]
