@@ -393,7 +393,8 @@ def main() -> None:
 
     began, rows = time.monotonic(), []
     args.end = began + args.limit
-    result = environment() | {"command": " ".join(["python benchmarks/low_bits.py", *sys.argv[1:]])}
+    words = [re.sub(r".*/", "", word) for word in sys.argv[1:]]  # without the paths of this machine
+    result = environment() | {"command": " ".join(["python benchmarks/low_bits.py", *words])}
     result |= {"sizes": SCALES[args.scale]._asdict(), "goals": GOALS, "results": rows}
 
     def note(row: dict) -> None:
