@@ -95,8 +95,7 @@ class Generator:
         """What a token takes in the cache of all layers."""
         config, layers = self.model.config, self.model.config.num_hidden_layers + settings.speculate
         width = (config.kv_lora_rank, config.qk_rope_head_dim)
-        pool = jax.eval_shape(lambda: empty_pages(settings.cache, 1, 1, *width, self.model.dtype))
-        return layers * bytes_a_token(pool)
+        return layers * bytes_a_token(empty_pages(settings.cache, 1, 1, *width, self.model.dtype))
 
     def generate(
         self,

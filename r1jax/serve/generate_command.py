@@ -44,7 +44,8 @@ class GenerateArguments(GenerationSettings):
     seed: Seed = 0
     """Of the draws; the same seed, prompt and settings give the same answer."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Of weights, products and cache; None keeps what is stored (block fp8 becomes bfloat16)."""
+    """Of weights, products and cache; None keeps what is stored (block fp8 becomes bfloat16). Codes stay codes, and are
+    multiplied as model.precision of their run says."""
     platform: Platform = "auto"
     """cuda refuses to start without a GPU instead of falling back to the CPU."""
 
