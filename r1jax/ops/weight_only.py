@@ -42,7 +42,7 @@ def weight_only_dot(x: Float[Array, "*B I"], codes: Quantized) -> Float[Array, "
 def _on_kernel(codes: Quantized) -> bool:
     """Whether the kernel takes such a weight, and no compiler would have to divide it among devices."""
     if target().platform != "gpu" or jax.device_count() > 1 or not (0, 11) <= jax.__version_info__ < (0, 12):
-        return False  # JAX 0.12 gives up Triton
+        return False  # JAX 0.12 has deprecated its Triton
     from r1jax.ops import weight_only_kernel
 
     return codes.values.dtype == jnp.int8 and weight_only_kernel.fits(codes)

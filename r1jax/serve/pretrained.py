@@ -68,10 +68,9 @@ class Pretrained:
             return params if self.checkpoint.adapts_codes else merge_lora(params, self.checkpoint.config().model)
         self.checkpoint.verify()
         params, kinds = read_codes(self.checkpoint.path / FOLDER)
-        narrow = {name: params[name] for name in ("decoder",) if name in params}
-        if not narrow:
+        if "decoder" not in params:
             raise UserError(f"checkpoint {self.checkpoint.path} holds no decoder: give one of a language model")
-        decoder = in_four_bits(narrow, kinds)["decoder"]
+        decoder = in_four_bits(params, kinds)["decoder"]
         return jax.device_put(decoder, shard_tree(mesh, decoder))
 
     @property
@@ -83,7 +82,7 @@ class Pretrained:
     @property
     def lora(self) -> Lora:
         """Adapters that are not merged, because they adapt codes."""
-        if self.checkpoint is None or not self.checkpoint.adapts_codes:
+        if not self.quant:
             return Lora()
         model = self.checkpoint.config().model
         return Lora(model.lora_rank, model.lora_alpha)
