@@ -126,7 +126,8 @@ class ModelConfig:
     """Buckets of hashed words, pairs and pieces of words that are read beside a text's bytes; 0 leaves them out."""
     dropout: Share = 0.1
     lora_rank: Natural = 0
-    """Rank of adapters on the decoder's attention, dense and shared feed-forward; above 0, nothing else is trained."""
+    """Rank of adapters on the decoder's attention, dense and shared feed-forward; above 0, nothing else is trained, and
+    with model.quant the rest is held as codes."""
     lora_alpha: Positive = 16.0
     """Strength of the adapters: their product is scaled by lora_alpha / lora_rank."""
     precision: Literal["fp32", "bf16", "fp16", "bf16_pure"] = "fp32"
@@ -486,6 +487,9 @@ class GenerationSettings:
     """Let MTP draft every second token and the decoder verify two at a time; greedy only, and the same tokens."""
     page_size: Count = 64
     """Tokens in a page of the cache."""
+    cache: Literal["float", "int8", "fp8"] = "float"
+    """How the cache holds latents: in the dtype of the products, or as codes of 8 bits with a scale a token; rotary
+    keys stay as they are."""
 
 
 def from_dict(values: Any, source: str = "config", *, stored: bool = False) -> Config:

@@ -72,6 +72,10 @@ def _relations(config: Config) -> Iterator[tuple[bool, str, str]]:
     yield not (quant and config.model.scan_layers), "model.scan_layers", "False with model.quant, which names layers"
     yield not quant or config.mesh.pipe == 1, "mesh.pipe", "1 with model.quant, which names layers"
     yield bool(quant) or not train.quant_start, "train.quant_start", "0 without model.quant"
+    codes, mesh = quant and config.model.lora_rank and not train.quant_start, config.mesh
+    for axis in ("fsdp", "tensor", "expert", "sequence"):
+        rule = "1 with model.quant and model.lora_rank, whose codes are whole on every device; take mesh.data"
+        yield not codes or getattr(mesh, axis) == 1, f"mesh.{axis}", rule
     yield from _mesh_relations(config.mesh)
     known = "auto" not in (size, parts) or config.mesh.microbatches is None
     yield known, "mesh.microbatches", "None where train.batch_size or train.accumulation is auto"

@@ -58,3 +58,13 @@ def test_a_start_without_rules_and_layers_that_lose_their_names_are_refused():
         validate(replace(config, train=replace(config.train, quant_start=0.5)))
     with pytest.raises(UserError, match=r"model\.scan_layers is True"):
         validate(replace(config, model=replace(config.model, quant=("int8",), scan_layers=True)))
+
+
+def test_codes_beside_adapters_are_divided_over_no_devices():
+    config = Config()
+    config = replace(config, mesh=replace(config.mesh, fsdp=2), model=replace(config.model, quant=("int8",)))
+    validate(config)
+    adapted = replace(config, model=replace(config.model, lora_rank=2))
+    with pytest.raises(UserError, match=r"mesh\.fsdp is 2, but it must be 1 with model\.quant and model\.lora_rank"):
+        validate(adapted)
+    validate(replace(adapted, train=replace(config.train, quant_start=0.5)))  # which keeps floats

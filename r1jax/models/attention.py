@@ -79,7 +79,7 @@ class MLA(nn.Module):
         cache = write_latents(cache, jnp.concatenate([latent, k_rope], axis=-1), positions, valid)
         if fresh:
             return self._expanded(q_nope, q_rope, latent, k_rope, None), cache
-        kv_b = self.kv_b_proj.matrix()
+        kv_b = self.kv_b_proj.factor()
         mixed = latent_attention(q_nope, q_rope, kv_b, cache, positions, valid, scale=self.scale)
         return self.o_proj(mixed.reshape(*x.shape[:2], -1)), cache
 

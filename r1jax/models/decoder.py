@@ -18,7 +18,7 @@ from r1jax.models.quantized import parameter, scheme_for
 from r1jax.models.remat import Remat, block
 from r1jax.ops.axes import constrain, placement
 from r1jax.ops.embedding import embed
-from r1jax.ops.latent_attention import PagedLatents
+from r1jax.ops.latent_attention import PagedLatents, Pages
 from r1jax.ops.pipeline import STACKED, Stage, Stages, join, pipeline, stages_of
 from r1jax.ops.quantized_dot import Ruled, quantized_dot
 
@@ -115,7 +115,7 @@ class MTP(nn.Module):
 class LatentCache(NamedTuple):
     """What decoding remembers of each row, kv_lora_rank + qk_rope_head_dim numbers a token and layer."""
 
-    pages: tuple[Float[Array, "P page C"], ...]
+    pages: tuple[Pages, ...]
     """Pool of each layer; the last one is MTP's where it decodes too."""
     table: Int[Array, "B n"]
     """Pages of each row, the same in every layer."""

@@ -12,6 +12,7 @@ from r1jax.models.quantized import parameter, rounded_product, scheme_for
 from r1jax.models.remat import Remat, attention, kept
 from r1jax.ops.axes import constrain, gathered
 from r1jax.ops.hashed_bits import hashed_bits
+from r1jax.ops.quantize import Quantized
 from r1jax.ops.quantized_dot import rounded
 
 
@@ -46,6 +47,13 @@ class Linear(nn.Module):
             offset = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
             y = y + jnp.broadcast_to(offset.astype(self.dtype), y.shape)
         return y
+
+    def factor(self) -> Float[Array, "O I"] | Quantized:
+        """The weight for a product in another order that can take codes: those, where nothing is added to them."""
+        weight = self.get_variable("params", "weight")
+        if isinstance(weight, Quantized) and not self.lora.rank:
+            return weight
+        return self.matrix()
 
     def matrix(self) -> Float[Array, "O I"]:
         """The weight in the product's dtype, for a product in another order; `__call__` makes it."""

@@ -25,6 +25,10 @@ from r1jax.ops.expert_exchange import exchange
 from r1jax.ops.grouped_matmul import grouped_matmul, plan_dispatch, scatter_choices, scatter_rows, sum_rows
 from r1jax.ops.quantize import Quantized
 from r1jax.ops.quantized_dot import Ruled, grouped_quantized_dot, rounded
+from r1jax.ops.weight_only import grouped_weight_only_dot
+
+ROWS = 128
+"""Rows of a block; blocks of fewer are those of decoding."""
 
 
 class RouterStats(NamedTuple):
@@ -147,7 +151,7 @@ def mix_experts(
       Output and choices.
     """
     experts, weights = select_experts(scores, bias, config)
-    block = min(128, -(-experts.size // config.n_routed_experts)) if few else 128
+    block = min(ROWS, -(-experts.size // config.n_routed_experts)) if few else ROWS
     plan = plan_dispatch(experts, config.n_routed_experts, block=block)
     rows = _feed_forward(scatter_rows(x, plan), scatter_choices(weights, plan), plan.block_expert, gate_up, down)
     return Mixed(sum_rows(rows, plan), experts)
@@ -240,6 +244,8 @@ def _grouped(
     if not isinstance(weight, Ruled):
         return grouped_matmul(rows, weight, block_expert)
     if weight.scheme.activations is None:
+        if isinstance(weight.weight, Quantized) and len(rows) < ROWS * len(block_expert):
+            return grouped_weight_only_dot(rows, weight.weight, block_expert)
         return grouped_matmul(rows, rounded(weight.weight, weight.scheme, rows.dtype), block_expert)
     return grouped_quantized_dot(rows, weight.weight, block_expert, weight.scheme, key=weight.key)
 

@@ -39,17 +39,27 @@ class Use(NamedTuple):
 
 
 _RULES: ContextVar[tuple[QuantRule, ...]] = ContextVar("rules", default=())
+_WITHIN: ContextVar[tuple[str, ...]] = ContextVar("within", default=())
 _OBSERVER: ContextVar[Callable[[Use], None] | None] = ContextVar("observer", default=None)
 
 
 @contextlib.contextmanager
-def rounding_by(rules: tuple[str, ...]) -> Iterator[None]:
-    """Has the rules of `model.quant` hold while a model is traced."""
-    token = _RULES.set(quant_rules(rules))
+def rounding_by(rules: tuple[str, ...], within: tuple[str, ...] = ()) -> Iterator[None]:
+    """Has the rules of `model.quant` hold while a model is traced.
+
+    Args:
+      rules: As in the config.
+      within: Where in R1 the traced module lies, for rules name weights by their paths in R1.
+
+    Yields:
+      Nothing.
+    """
+    tokens = _RULES.set(quant_rules(rules)), _WITHIN.set(within)
     try:
         yield
     finally:
-        _RULES.reset(token)
+        _RULES.reset(tokens[0])
+        _WITHIN.reset(tokens[1])
 
 
 @contextlib.contextmanager
@@ -74,7 +84,7 @@ def scheme_for(path: tuple[str, ...], role: Role, shape: tuple[int, ...], inputs
     Returns:
       What the first rule says that matches the path; None is a product of floats.
     """
-    name = "/".join(path)
+    name = "/".join((*_WITHIN.get(), *path))
     observer = _OBSERVER.get()
     if observer is not None:
         observer(Use(name, role, shape, inputs))
@@ -192,9 +202,23 @@ def check_rules(rules: tuple[str, ...], names: list[str], device: Any) -> None:
                 f"model.quant: no weight follows the pattern {rule.pattern!r}, or earlier rules take all that it "
                 f"matches{meant}; weights are called {', '.join(names[:3])}, ..."
             )
+    if any(rule.activations == "fp8" for rule in read):
+        check_fp8("model.quant asks for products of fp8", device)
+
+
+def check_fp8(asked: str, device: Any) -> None:
+    """Refuses fp8 on a GPU that has none.
+
+    Args:
+      asked: What asks for it, as the message begins.
+      device: A JAX device.
+
+    Raises:
+      UserError: The GPU is older than Ada and Hopper.
+    """
     capability = getattr(device, "compute_capability", None)
-    if any(rule.activations == "fp8" for rule in read) and device.platform == "gpu" and float(capability) < 8.9:
+    if device.platform == "gpu" and float(capability) < 8.9:
         raise UserError(
-            f"model.quant asks for products of fp8, but {device.device_kind} has none (it takes compute capability "
-            f"8.9, this is {capability}): use int8"
+            f"{asked}, but {device.device_kind} has none (it takes compute capability 8.9, this is {capability}): "
+            "use int8"
         )

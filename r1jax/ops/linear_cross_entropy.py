@@ -96,7 +96,7 @@ def linear_cross_entropy(
     Args:
       hidden: States, fp32 or bf16; products are formed in this type and summed in fp32.
       weight: Language head, [out, in]; where it is ruled, logits are products of rounded numbers, and the gradients
-        those of what these stand for, straight through.
+        those of what these stand for, straight through. Stored codes are not trained and take no gradient.
       labels: Tokens to predict; where the weight is 0, any valid index.
       weights: Of each token, not negative; no gradient flows to them. About 1 at most in fp16, whose gradients are
         formed with these weights: a mean is a sum that is divided afterwards.
@@ -151,8 +151,10 @@ def _forward(
     smoothing: float,
     z_loss: float,
     chunk: int | None,
-) -> tuple[Float[Array, ""], tuple[Array, Array | Ruled]]:
-    settings, (narrow, scheme), where = (smoothing, z_loss, chunk), _narrow(weight, hidden.dtype), placement()
+) -> tuple[Float[Array, ""], tuple[Array, Array | Ruled | None]]:
+    (narrow, scheme), where = _narrow(weight, hidden.dtype), placement()
+    trained = not isinstance(narrow, Quantized)
+    settings = smoothing, z_loss, chunk, trained
     if where is None:
         total, to_hidden, to_weight = _slopes(
             hidden, _codes(narrow, scheme, hidden.dtype), labels, weights, *settings, Part(weight.shape[0])
@@ -163,15 +165,18 @@ def _forward(
         def local(hidden: Array, weight: Array, labels: Array, weights: Array) -> tuple[Array, Array, Array]:
             weight = _codes(_gathered(weight, lies.apart), scheme, hidden.dtype)
             total, to_hidden, to_weight = _slopes(hidden, weight, labels, weights, *settings, lies.part)
-            return lies.sum_over_tokens(total), to_hidden, lies.sum_where_kept(to_weight)
+            to_weight = lies.sum_where_kept(to_weight) if trained else to_weight
+            return lies.sum_over_tokens(total), to_hidden, to_weight
 
         in_specs, out_specs = (
             (lies.states, lies.weight, lies.tokens, lies.tokens),
-            (PartitionSpec(), lies.states, lies.weight),
+            (PartitionSpec(), lies.states, lies.weight if trained else PartitionSpec()),
         )
         total, to_hidden, to_weight = spread(local, in_specs, out_specs)(hidden, narrow, labels, weights)
     if scheme is None:
         return total, (to_hidden, to_weight.astype(weight.dtype))
+    if not trained:
+        return total, (to_hidden, None)
     return total, (to_hidden, Ruled(to_weight.astype(weight.weight.dtype), scheme))
 
 
@@ -183,9 +188,10 @@ def _slopes(
     smoothing: float,
     z_loss: float,
     chunk: int | None,
+    trained: bool,
     part: Part,
-) -> tuple[Float[Array, ""], Float[Array, "B T D"], Float[Array, "v D"]]:
-    """Loss of the tokens of a device, its gradient by them, and by the device's part of the vocabulary."""
+) -> tuple[Float[Array, ""], Float[Array, "B T D"], Float[Array, "*v"]]:
+    """Loss of the tokens of a device, its gradient by them, and by its part of the vocabulary; 0 if not trained."""
     size, floats = weight.shape[0], dequantize(weight, hidden.dtype) if isinstance(weight, Quantized) else weight
 
     def one(carry: tuple[Array, Array], tokens: tuple[Array, ...]) -> tuple[tuple[Array, Array], Array]:
@@ -198,20 +204,25 @@ def _slopes(
         slope = jnp.exp(scores.logits - normaliser) * (1 + 2 * z_loss * normaliser) - target
         slope = (slope * w[..., None]).astype(x.dtype)
         to_hidden = part.sum(jnp.einsum("btV,VD->btD", slope, floats, preferred_element_type=jnp.float32))
-        seen = dequantize(_rows(x, weight), x.dtype) if isinstance(weight, Quantized) else x
-        to_weight = to_weight + jnp.einsum("btV,btD->VD", slope, seen, preferred_element_type=jnp.float32)
+        if trained:
+            seen = dequantize(_rows(x, weight), x.dtype) if isinstance(weight, Quantized) else x
+            to_weight = to_weight + jnp.einsum("btV,btD->VD", slope, seen, preferred_element_type=jnp.float32)
         total = total + jnp.sum(_losses(scores, y, smoothing, z_loss, part) * w)
         return (total, to_weight), to_hidden.astype(x.dtype)
 
     chunks = tuple(_chunks(x, chunk) for x in (hidden, labels, weights))
-    start = (jnp.zeros((), jnp.float32), jnp.zeros(weight.shape, jnp.float32))
+    start = (jnp.zeros((), jnp.float32), jnp.zeros(weight.shape if trained else (), jnp.float32))
     (total, to_weight), to_hidden = jax.lax.scan(one, start, chunks)
     return total, _whole(to_hidden, hidden.shape[1]), to_weight
 
 
 def _backward(
-    smoothing: float, z_loss: float, chunk: int | None, saved: tuple[Array, Array | Ruled], scale: Float[Array, ""]
-) -> tuple[Array, Array | Ruled, None, None]:
+    smoothing: float,
+    z_loss: float,
+    chunk: int | None,
+    saved: tuple[Array, Array | Ruled | None],
+    scale: Float[Array, ""],
+) -> tuple[Array, Array | Ruled | None, None, None]:
     del smoothing, z_loss, chunk
     return (*jax.tree.map(lambda x: (x.astype(jnp.float32) * scale).astype(x.dtype), saved), None, None)
 

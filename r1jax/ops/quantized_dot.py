@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from r1jax.ops.hashed_bits import hashed_bits
 from r1jax.ops.quantize import Kind, Quantized, block_length, block_of, dequantize, quantize
+from r1jax.ops.weight_only import weight_only_dot
 
 LONGEST = 2**17
 """Products of int8 that are summed in one int32: 127^2 times as many stay below 2^31."""
@@ -125,9 +126,30 @@ def quantized_dot(
     codes = weight_codes(weight, scheme) if codes is None else codes
     trained = None if isinstance(weight, Quantized) else weight
     if scheme.activations is None:
-        w = dequantize(codes) if trained is None else straight_through(trained, codes)
-        return jnp.einsum("...I,OI->...O", x, w.astype(x.dtype))
+        return _weight_only(x, trained, codes)
     return _product(scheme, x, trained, codes, key)
+
+
+@jax.custom_vjp
+def _weight_only(x: Array, weight: Array | None, codes: Quantized) -> Array:
+    """The product of floats with codes; the weight that they were made from takes its gradient."""
+    return weight_only_dot(x, codes)
+
+
+def _weight_only_forward(
+    x: Array, weight: Array | None, codes: Quantized
+) -> tuple[Array, tuple[Array, Array | None, Quantized]]:
+    return weight_only_dot(x, codes), (x, None if weight is None else jnp.zeros((), weight.dtype), codes)
+
+
+def _weight_only_backward(saved: tuple[Array, Array | None, Quantized], g: Array) -> tuple[Array, Array | None, None]:
+    x, like, codes = saved
+    rows = tuple(range(g.ndim - 1))
+    to_w = None if like is None else jnp.tensordot(g, x, (rows, rows)).astype(like.dtype)
+    return jnp.einsum("...O,OI->...I", g, dequantize(codes, g.dtype)), to_w, None
+
+
+_weight_only.defvjp(_weight_only_forward, _weight_only_backward)
 
 
 def grouped_quantized_dot(

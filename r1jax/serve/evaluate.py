@@ -26,7 +26,7 @@ from r1jax.tasks.task import Task
 from r1jax.train.checkpoints import Checkpoint, abstract_like
 from r1jax.train.loop import served
 from r1jax.train.plan import example_batch
-from r1jax.train.quantized import FOLDER, read_codes
+from r1jax.train.quantized import FOLDER, is_codes, read_codes
 from r1jax.train.run import describe, trained_fingerprints
 from r1jax.train.step import init_state
 
@@ -221,7 +221,7 @@ def _check_arrays(checkpoint: Checkpoint, wanted: dict[str, Any]) -> None:
 
 def _shapes(tree: Any) -> dict[str, list[int]]:
     """Shape of each array by its place; fields of tuples are named as they are stored."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda leaf: hasattr(leaf, "shape"))
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape") and not is_codes(x))
     keys = ("key", "name", "idx")
     return {
         ".".join(str(next(getattr(part, key) for key in keys if hasattr(part, key))) for part in path): list(leaf.shape)

@@ -133,7 +133,8 @@ def open_checkpoint(checkpoint: Checkpoint, asked: ExportArguments) -> Opened:
     """
     checkpoint.verify()
     if checkpoint.quantized:
-        raise UserError(f"{checkpoint.path} is quantized, for eval.py alone: export what it was made from")
+        raise UserError(f"{checkpoint.path} is quantized: export what it was made from")
+    checkpoint.refuse_codes()
     config = scoring_config(checkpoint, EvalArguments(checkpoint=asked.checkpoint, data=asked.data))
     if config.task.name != "medical":
         raise UserError(f"{checkpoint.path} is of the {config.task.name} task: only medical checkpoints are exported")

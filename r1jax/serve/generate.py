@@ -13,11 +13,17 @@ from jaxtyping import Array, Float, Int, Key
 from r1jax.config import DecoderConfig, GenerationSettings
 from r1jax.errors import UserError
 from r1jax.models.decoder import Decoder
-from r1jax.models.lora import split_adapters
+from r1jax.models.lora import Lora, split_adapters
+from r1jax.models.quantized import check_fp8, rounding_by
+from r1jax.ops.latent_attention import bytes_a_token, empty_pages
 from r1jax.ops.precision import exact_products
+from r1jax.ops.quantize import Quantized
 from r1jax.serve.prompts import Batch, lay_out
 from r1jax.serve.rounds import Params, State, read_prompt, run_rounds
+from r1jax.train.quantized import is_codes
+from r1jax.validation import quant_rules
 
+NO_ADAPTERS = Lora()
 Prompts = Sequence[Sequence[int]] | Int[np.ndarray, "B T"]
 
 
@@ -55,21 +61,41 @@ class Piece(NamedTuple):
 class Generator:
     """A decoder with its weights, ready to answer; answers depend on nothing but the arguments."""
 
-    def __init__(self, config: DecoderConfig, params: Params, *, dtype: DTypeLike = jnp.float32) -> None:
-        """Takes the weights as they are placed; matrices are kept in `dtype`.
+    def __init__(
+        self,
+        config: DecoderConfig,
+        params: Params,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        quant: tuple[str, ...] = (),
+        lora: Lora = NO_ADAPTERS,
+    ) -> None:
+        """Takes the weights as they are placed; matrices are kept in `dtype`, and codes as codes.
 
         Args:
           config: The decoder.
           params: Its parameter tree.
           dtype: Of products and cache; fp32 means 24 bits, also on a GPU.
+          quant: Rules by which codes in the tree were made and are multiplied, those of `model.quant`.
+          lora: Of adapters that cannot be merged, because what they adapt is codes.
 
         Raises:
-          UserError: The tree holds LoRA adapters, which the decoder would ignore.
+          UserError: The tree holds LoRA adapters, which the decoder would ignore, or the device cannot multiply as the
+            rules say.
         """
-        if split_adapters(params)[0]:
+        if split_adapters(params)[0] and not lora.rank:
             raise UserError("params hold LoRA adapters: merge them first with r1jax.models.lora.merge_lora.")
-        self.model = Decoder(config, dtype)
+        if any(rule.activations == "fp8" for rule in quant_rules(quant)):
+            check_fp8("model.quant asks for products of fp8", jax.devices()[0])
+        self.model = Decoder(config, dtype, lora=lora)
+        self.quant = quant
         self.params = cast_matrices(params, dtype)
+
+    def cache_bytes(self, settings: GenerationSettings) -> int:
+        """What a token takes in the cache of all layers."""
+        config, layers = self.model.config, self.model.config.num_hidden_layers + settings.speculate
+        width = (config.kv_lora_rank, config.qk_rope_head_dim)
+        return layers * bytes_a_token(empty_pages(settings.cache, 1, 1, *width, self.model.dtype))
 
     def generate(
         self,
@@ -95,9 +121,9 @@ class Generator:
         Raises:
           UserError: A prompt is empty or holds an unknown token, or the settings do not fit the model.
         """
-        batch, pages = lay_out(prompts, attention_mask, rows, self.model.config, settings)
+        batch, pages = self._lay_out(prompts, attention_mask, rows, settings)
         with exact_products(self.model.dtype):
-            answers = _generate(self.model, settings, pages, self.params, batch, jax.random.key(seed))
+            answers = _generate(self.model, self.quant, settings, pages, self.params, batch, jax.random.key(seed))
         return Generated(*map(np.asarray, answers))
 
     def stream(
@@ -126,9 +152,9 @@ class Generator:
         Raises:
           UserError: As in `generate`.
         """
-        batch, pages = lay_out(prompts, attention_mask, rows, self.model.config, settings)
+        batch, pages = self._lay_out(prompts, attention_mask, rows, settings)
         with exact_products(self.model.dtype):
-            state = _start(self.model, settings, pages, self.params, batch, jax.random.key(seed))
+            state = _start(self.model, self.quant, settings, pages, self.params, batch, jax.random.key(seed))
         told = np.zeros(len(batch.lengths), np.int32)
         while True:
             # Copies: the next rounds write into the state's own memory.
@@ -140,11 +166,23 @@ class Generator:
                 return
             told = count
             with exact_products(self.model.dtype):
-                state = _advance(self.model, settings, self.params, state, rounds)
+                state = _advance(self.model, self.quant, settings, self.params, state, rounds)
+
+    def _lay_out(
+        self,
+        prompts: Prompts,
+        attention_mask: np.ndarray | None,
+        rows: Sequence[int] | None,
+        settings: GenerationSettings,
+    ) -> tuple[Batch, int]:
+        """`lay_out`, for a device that can hold the cache as the settings say."""
+        if settings.cache == "fp8":
+            check_fp8("cache is 'fp8'", jax.devices()[0])
+        return lay_out(prompts, attention_mask, rows, self.model.config, settings)
 
 
 def cast_matrices(params: Params, dtype: DTypeLike) -> Params:
-    """Casts what `dtype` products read, once instead of in every round; router and norms stay fp32.
+    """Casts what `dtype` products read, once instead of in every round; router and norms stay fp32, codes are codes.
 
     Args:
       params: Parameter tree of the decoder.
@@ -154,34 +192,59 @@ def cast_matrices(params: Params, dtype: DTypeLike) -> Params:
       The tree; leaves that keep their dtype are not copied.
     """
 
-    def cast(path: tuple[Any, ...], leaf: Array) -> Array:
+    def cast(path: tuple[Any, ...], leaf: Array | Quantized) -> Array | Quantized:
         router = any(getattr(part, "key", None) == "gate" for part in path)
-        return leaf if router or leaf.ndim < 2 else jnp.asarray(leaf, dtype)
+        kept = router or isinstance(leaf, Quantized) or leaf.ndim < 2
+        return leaf if kept else jnp.asarray(leaf, dtype)
 
-    return jax.tree_util.tree_map_with_path(cast, params)
+    return jax.tree_util.tree_map_with_path(cast, params, is_leaf=is_codes)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
+WITHIN = ("decoder",)
+"""Where in R1 the decoder lies: rules name weights by their paths in R1."""
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _generate(
-    model: Decoder, settings: GenerationSettings, pages: int, params: Params, batch: Batch, key: Key[Array, ""]
+    model: Decoder,
+    quant: tuple[str, ...],
+    settings: GenerationSettings,
+    pages: int,
+    params: Params,
+    batch: Batch,
+    key: Key[Array, ""],
 ) -> tuple[Array, ...]:
     """Prompt and all rounds, one program; the cache does not outlive it."""
-    state = read_prompt(model, settings, pages, params, batch, key)
-    state = run_rounds(model, settings, params, state, settings.max_new_tokens)
+    with rounding_by(quant, WITHIN):
+        state = read_prompt(model, settings, pages, params, batch, key)
+        state = run_rounds(model, settings, params, state, settings.max_new_tokens)
     return state.tokens, state.count, state.logprobs, state.drafted, state.accepted
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _start(
-    model: Decoder, settings: GenerationSettings, pages: int, params: Params, batch: Batch, key: Key[Array, ""]
+    model: Decoder,
+    quant: tuple[str, ...],
+    settings: GenerationSettings,
+    pages: int,
+    params: Params,
+    batch: Batch,
+    key: Key[Array, ""],
 ) -> State:
     """Prompt and first token."""
-    return read_prompt(model, settings, pages, params, batch, key)
+    with rounding_by(quant, WITHIN):
+        return read_prompt(model, settings, pages, params, batch, key)
 
 
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
 def _advance(
-    model: Decoder, settings: GenerationSettings, params: Params, state: State, rounds: int | Int[Array, ""]
+    model: Decoder,
+    quant: tuple[str, ...],
+    settings: GenerationSettings,
+    params: Params,
+    state: State,
+    rounds: int | Int[Array, ""],
 ) -> State:
     """A few rounds, in the state's own memory."""
-    return run_rounds(model, settings, params, state, rounds)
+    with rounding_by(quant, WITHIN):
+        return run_rounds(model, settings, params, state, rounds)

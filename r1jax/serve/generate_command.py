@@ -6,8 +6,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
-import jax
-
 from r1jax.cli import load_arguments
 from r1jax.config import GenerationSettings, Platform, Seed
 from r1jax.data.chat import Message, check_template
@@ -19,13 +17,15 @@ from r1jax.serve.prompts import check_settings
 
 HELP = """\
 r1jax generate FOLDER: goes on from a prompt with a Hugging Face checkpoint (DeepSeek-V2, V3, R1), with what
-`r1jax hf import` made of one, or with the language model that a run has trained; each with its own tokenizer.
+`r1jax hf import` made of one, or with the language model that a run has trained or `r1jax quantize` has made of one;
+each with its own tokenizer.
 The answer goes to standard output as it comes; devices, speed and acceptance go to standard error.
 
 Examples:
   r1jax generate DeepSeek-R1 --chat --prompt "Is 97 prime?" --temperature 0.6 --top_p 0.95
   r1jax generate DeepSeek-V3 --prompt_file question.txt --speculate --max_new_tokens 500
   r1jax generate runs/language --prompt "The old "
+  r1jax generate runs/language-int8 --prompt "The old " --cache int8
 """
 
 
@@ -44,7 +44,8 @@ class GenerateArguments(GenerationSettings):
     seed: Seed = 0
     """Of the draws; the same seed, prompt and settings give the same answer."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Of weights, products and cache; None keeps what is stored (block fp8 becomes bfloat16)."""
+    """Of weights, products and cache; None keeps what is stored (block fp8 becomes bfloat16). Codes stay codes, and are
+    multiplied as model.precision of their run says."""
     platform: Platform = "auto"
     """cuda refuses to start without a GPU instead of falling back to the CPU."""
 
@@ -76,8 +77,9 @@ def generate(words: list[str]) -> int:
     else:
         prompt = tokenizer.encode(text)
     params = source.load(asked.platform, asked.dtype)
-    dtype = asked.dtype or jax.tree.leaves(params["embed_tokens"])[0].dtype
-    _answer(Generator(source.decoder, params, dtype=dtype), prompt, settings, asked.seed, tokenizer)
+    dtype = asked.dtype or source.computes_in or params["embed_tokens"].dtype
+    generator = Generator(source.decoder, params, dtype=dtype, quant=source.quant, lora=source.lora)
+    _answer(generator, prompt, settings, asked.seed, tokenizer)
     return 0
 
 
@@ -111,4 +113,5 @@ def _answer(
         told += f", {(count[-1] - count[2]) / (times[-1] - times[1]):.1f} a second"
     if settings.speculate and piece.drafted.sum():
         told += f"; {piece.accepted.sum() / piece.drafted.sum():.0%} of MTP's guesses were right"
+    told += f"; the cache takes {generator.cache_bytes(settings):,} bytes a token"
     print(told, file=sys.stderr)

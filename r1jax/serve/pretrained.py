@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from r1jax.config import DecoderConfig, MeshConfig, Platform
@@ -14,11 +16,13 @@ from r1jax.errors import UserError
 from r1jax.hf.config import CONFIG_FILE, read_json
 from r1jax.hf.load import load_params, read_config
 from r1jax.hf.save import GENERATION_FILE
-from r1jax.models.lora import merge_lora
-from r1jax.parallel.mesh import make_mesh
+from r1jax.models.lora import Lora, merge_lora
+from r1jax.models.precision import PRECISIONS
+from r1jax.parallel.mesh import make_mesh, shard_tree
 from r1jax.parallel.platform import start_platform
 from r1jax.serve.progress import percent
 from r1jax.train.checkpoints import MANIFEST, Checkpoint, CheckpointFolder, find_checkpoint
+from r1jax.train.quantized import FOLDER, in_four_bits, read_codes
 
 
 @dataclass(frozen=True)
@@ -36,11 +40,11 @@ class Pretrained:
     """None is a Hugging Face folder."""
 
     def load(self, platform: Platform, dtype: DTypeLike | None = None) -> dict[str, Any]:
-        """Loads the weights onto all devices, the adapters merged; says which devices, and how far it is.
+        """Loads the weights onto all devices, adapters of floats merged; says which devices, and how far it is.
 
         Args:
           platform: Where to compute.
-          dtype: Of the weights; None keeps what is stored.
+          dtype: Of the weights; None keeps what is stored, and codes are kept always.
 
         Returns:
           Parameters of the decoder.
@@ -53,9 +57,40 @@ class Pretrained:
         with percent(f"loading {self.path}") as told:
             if self.checkpoint is None:
                 return load_params(self.path, self.decoder, mesh=mesh, dtype=dtype, progress=told)
-            params = merge_lora(self.checkpoint.restore_decoder(mesh, dtype), self.checkpoint.config().model)
+            params = self._restore(mesh, dtype)
             told(1, 1)
             return params
+
+    def _restore(self, mesh: Mesh, dtype: DTypeLike | None) -> dict[str, Any]:
+        """The decoder of an r1jax checkpoint; codes stay codes, and adapters of codes apart."""
+        if not self.checkpoint.quantized:
+            params = self.checkpoint.restore_decoder(mesh, dtype)
+            return params if self.checkpoint.adapts_codes else merge_lora(params, self.checkpoint.config().model)
+        self.checkpoint.verify()
+        params, kinds = read_codes(self.checkpoint.path / FOLDER)
+        if "decoder" not in params:
+            raise UserError(f"checkpoint {self.checkpoint.path} holds no decoder: give one of a language model")
+        decoder = in_four_bits(params, kinds)["decoder"]
+        return jax.device_put(decoder, shard_tree(mesh, decoder))
+
+    @property
+    def quant(self) -> tuple[str, ...]:
+        """Rules by which its weights are codes; none where they are floats."""
+        held = self.checkpoint is not None and (self.checkpoint.quantized or self.checkpoint.adapts_codes)
+        return self.checkpoint.config().model.quant if held else ()
+
+    @property
+    def lora(self) -> Lora:
+        """Adapters that are not merged, because they adapt codes."""
+        if not self.quant:
+            return Lora()
+        model = self.checkpoint.config().model
+        return Lora(model.lora_rank, model.lora_alpha)
+
+    @property
+    def computes_in(self) -> DTypeLike | None:
+        """Type of the products of a checkpoint of codes, whose arrays do not say it; None where they do."""
+        return PRECISIONS[self.checkpoint.config().model.precision].compute if self.quant else None
 
     def tokenizer(self) -> Tokenizer:
         """Opens its tokenizer.

@@ -148,6 +148,7 @@ def quantized_config(checkpoint: Checkpoint, asked: QuantizeArguments) -> Config
         raise UserError("--activations static is for inputs that are rounded: add --to int8 or --to fp8")
     if checkpoint.quantized:
         raise UserError(f"{checkpoint.path} is quantized already: give the checkpoint that it was made from")
+    checkpoint.refuse_codes()
     data = dataclasses.replace(asked.data, split=asked.data.split or "val")
     config = scoring_config(checkpoint, EvalArguments(checkpoint=asked.checkpoint, data=data))
     quant = config.model.quant if asked.to is None else (asked.to,)

@@ -14,6 +14,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from r1jax.config import GenerationSettings
 from r1jax.models.decoder import Decoder, LatentCache
+from r1jax.ops.latent_attention import empty_pages
+from r1jax.ops.quantize import Quantized
 from r1jax.serve.prompts import Batch
 from r1jax.serve.sampling import draw, process_logits
 
@@ -61,9 +63,25 @@ def run_rounds(
         return (carry[0] < most) & ~jnp.all(carry[1].done)
 
     def body(carry: tuple[Int[Array, ""], State]) -> tuple[Int[Array, ""], State]:
-        return carry[0] + 1, _round(model, settings, params, carry[1])
+        return carry[0] + 1, _round(model, settings, narrow_until(carry[0], params), carry[1])
 
     return jax.lax.while_loop(goes_on, body, (jnp.int32(0), state))[1]
+
+
+def narrow_until(now: Int[Array, ""], params: Params) -> Params:
+    """The weights as a round has them: codes seem to change with it, or a compiler would widen them before the loop.
+
+    Args:
+      now: What does change from round to round.
+      params: Floats and codes.
+
+    Returns:
+      The same tree.
+    """
+    leaves, tree = jax.tree.flatten(params, is_leaf=lambda x: isinstance(x, Quantized))
+    codes = [x for x in leaves if isinstance(x, Quantized)]
+    held = iter(jax.lax.optimization_barrier((codes, now))[0])
+    return tree.unflatten([next(held) if isinstance(x, Quantized) else x for x in leaves])
 
 
 def read_prompt(
@@ -85,8 +103,8 @@ def read_prompt(
     run = partial(model.apply, {"params": params})
     config, (size, length) = model.config, batch.tokens.shape
     layers = config.num_hidden_layers + settings.speculate
-    width = config.kv_lora_rank + config.qk_rope_head_dim
-    pools = tuple(jnp.zeros((pages, settings.page_size, width), model.dtype) for _ in range(layers))
+    pool = partial(empty_pages, settings.cache, pages, settings.page_size)
+    pools = tuple(pool(config.kv_lora_rank, config.qk_rope_head_dim, model.dtype) for _ in range(layers))
     positions = jnp.broadcast_to(jnp.arange(length)[None], batch.tokens.shape)
     valid = positions < batch.lengths[:, None]
     every = jnp.arange(size)

@@ -28,6 +28,7 @@ from r1jax.errors import UserError
 from r1jax.fields import to_json
 from r1jax.parallel.agree import from_first, is_first
 from r1jax.parallel.mesh import shard_tree
+from r1jax.train.quantized import coded, holds_codes
 
 MANIFEST = "manifest.json"
 MARGIN = 1.02
@@ -86,6 +87,24 @@ class Checkpoint:
     def quantized(self) -> bool:
         """Whether it holds the codes of a quantized model in the place of a state; only such a model reads them."""
         return (self.path / "quantized").is_dir()
+
+    @property
+    def adapts_codes(self) -> bool:
+        """Whether it holds codes beside adapters of them, in a state that training goes on from."""
+        return not self.quantized and holds_codes(self.config())
+
+    def refuse_codes(self) -> None:
+        """Refuses what would need the adapters merged.
+
+        Raises:
+          UserError: They adapt codes.
+        """
+        if self.adapts_codes:
+            raise UserError(
+                f"{self.path} holds adapters on codes (model.quant {' '.join(self.config().model.quant)}), and the sum "
+                "would have to be rounded anew: eval.py and `r1jax generate` take it as it is; for anything else train "
+                "the adapters without model.quant"
+            )
 
     def config(self) -> Config:
         """The config it was trained with; fields that came after it was written have their defaults."""
@@ -173,7 +192,10 @@ class Checkpoint:
           UserError: It is quantized, so that there is no state to go on from.
         """
         if self.quantized:
-            raise UserError(f"{self.path} is quantized, for eval.py alone: give the checkpoint that it was made from")
+            raise UserError(
+                f"{self.path} is quantized: eval.py, `r1jax generate` and adapters (--train.init with model.lora_rank) "
+                "take it; for anything else give the checkpoint that it was made from"
+            )
         with ocp.PyTreeCheckpointer() as checkpointer:
             return checkpointer.metadata((self.path / "state").absolute()).item_metadata.tree
 
@@ -216,7 +238,7 @@ class Checkpoint:
 
         Args:
           mesh: Devices to spread it over; None gives NumPy arrays.
-          dtype: What to read arrays as on a mesh; None keeps what is stored, and a router in fp32 stays so.
+          dtype: What to read arrays as on a mesh; None keeps what is stored, and a router in fp32 and codes stay so.
 
         Returns:
           Parameters of the decoder.
@@ -228,9 +250,10 @@ class Checkpoint:
 
         def shape(path: tuple[Any, ...], x: Any) -> jax.ShapeDtypeStruct:
             router = any(getattr(part, "key", None) == "gate" for part in path) and x.dtype == np.float32
-            return jax.ShapeDtypeStruct(x.shape, x.dtype if dtype is None or router else dtype)
+            codes = isinstance(path[-1], jax.tree_util.GetAttrKey)
+            return jax.ShapeDtypeStruct(x.shape, x.dtype if dtype is None or router or codes else dtype)
 
-        wanted = jax.tree_util.tree_map_with_path(shape, described)
+        wanted = jax.tree_util.tree_map_with_path(shape, coded(described))
         if mesh is not None:
             wanted = abstract_like(wanted, shard_tree(mesh, wanted))
         return self.read({group: {"decoder": wanted}})[group]["decoder"]

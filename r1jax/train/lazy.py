@@ -42,8 +42,9 @@ def lazy_decoder(checkpoint: Checkpoint) -> dict[str, Any]:
       Parameters of the decoder as a tree of `LazyArray`, in their stored dtypes; nothing is read yet.
 
     Raises:
-      UserError: The checkpoint is damaged or holds no decoder.
+      UserError: The checkpoint is damaged, holds no decoder, or has codes that adapters cannot be added to.
     """
+    checkpoint.refuse_codes()
     group, described = checkpoint.find_decoder()
     decoder = _lazy(checkpoint, (group, "decoder"), described)
     return merge_lora(decoder, checkpoint.config().model, _merge_later)

@@ -35,12 +35,13 @@ from r1jax.train.memory import out_of_memory
 from r1jax.train.peak import peak_flops
 from r1jax.train.plan import example_batch
 from r1jax.train.profile import Profiler
+from r1jax.train.quantized import without_codes
 from r1jax.train.run import Run, describe
 from r1jax.train.start import start_record
 from r1jax.train.step import TrainState
 from r1jax.train.wandb_run import WandbRun
 
-NORM = jax.jit(optax.tree.norm)
+NORM = jax.jit(lambda params: optax.tree.norm(without_codes(params)))
 
 
 class Unread(NamedTuple):
@@ -59,7 +60,8 @@ class Unread(NamedTuple):
 
 def in_one(params: Any, metrics: dict[str, jax.Array]) -> Float[Array, " numbers"]:
     """Metrics in the order of their names, and the norm of the weights: one copy to the host instead of a hundred."""
-    return jnp.stack([*(metrics[name].astype(jnp.float32) for name in sorted(metrics)), optax.tree.norm(params)])
+    numbers = (metrics[name].astype(jnp.float32) for name in sorted(metrics))
+    return jnp.stack([*numbers, optax.tree.norm(without_codes(params))])
 
 
 def served(state: TrainState, config: Config) -> Any:

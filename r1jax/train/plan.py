@@ -1,5 +1,6 @@
 """What a run would take, from the compiled program, before it starts (`train.py --dry-run`)."""
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,6 +21,7 @@ from r1jax.parallel.show import bytes_a_device, show, stage_lines
 from r1jax.parallel.stages import apart, schedule_on, stages_on
 from r1jax.tasks.task import Task
 from r1jax.train.flops import work_of
+from r1jax.train.quantized import is_codes
 from r1jax.train.roofline import MEMORY, roofline_rows
 from r1jax.train.step import Batch, abstract_state, compile_step
 
@@ -82,9 +84,9 @@ def plan(config: Config, model: R1, task: Task, mesh: Mesh, batch: Batch) -> str
     cost = compiled.cost_analysis()
     held, working = device_need(config, model, task, mesh, batch, compiled)
     parts: dict[str, int] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state.params, is_leaf=is_codes):
         name = path[0].key
-        parts[name] = parts.get(name, 0) + leaf.size
+        parts[name] = parts.get(name, 0) + math.prod(leaf.shape)
     total = sum(parts.values())
     d = config.model.decoder
     idle = (d.n_routed_experts - d.num_experts_per_tok) * 3 * d.hidden_size * d.moe_intermediate_size

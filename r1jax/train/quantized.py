@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from r1jax.config import Config
 from r1jax.errors import UserError
 from r1jax.models.quantized import Use, scheme_for
 from r1jax.models.vision import kernel_rows
@@ -67,6 +68,27 @@ def schemes_of(uses: list[Use]) -> dict[str, tuple[Use, Scheme]]:
 def with_codes(params: Any, codes: dict[str, Any]) -> Any:
     """The parameter tree with codes, or what they stand for, in the place of the weights that they were made from."""
     return jax.tree_util.tree_map_with_path(lambda path, x: codes.get(path_of(path), x), params)
+
+
+def holds_codes(config: Config) -> bool:
+    """Whether a run keeps the weights that its adapters adapt as codes (QLoRA, Dettmers et al. 2023).
+
+    They never change and are rounded in every product, so that their floats would be of no use; only a run whose first
+    part is of floats needs those.
+    """
+    return bool(config.model.quant and config.model.lora_rank and not config.train.quant_start)
+
+
+def coded(tree: Any) -> Any:
+    """Codes in a tree that Orbax describes or reads, where they are dicts of their fields."""
+    if not isinstance(tree, dict):
+        return tree
+    return Quantized(**tree) if {"values", "scale"} <= tree.keys() else {k: coded(x) for k, x in tree.items()}
+
+
+def without_codes(params: Any) -> Any:
+    """The floats alone: what can change, and has a norm."""
+    return jax.tree.map(lambda x: None if is_codes(x) else x, params, is_leaf=is_codes)
 
 
 encode = jax.jit(weight_codes, static_argnums=1)
@@ -144,6 +166,23 @@ def read_codes(folder: Path) -> tuple[Any, dict[str, str]]:
             more = {PARTS[part[0]]: x for part, x in zip(parts[2:], read[2:], strict=True)}
             inner[last] = Quantized(*read[:2], **more) if len(read) > 1 else read[0]
     return tree, kinds
+
+
+def in_four_bits(tree: Any, kinds: dict[str, str]) -> Any:
+    """Codes of 4 bits as JAX's own type of them, two of which a device may keep in a byte.
+
+    Args:
+      tree: From `read_codes`, or any part of it with its names from the root.
+      kinds: From there too.
+
+    Returns:
+      The tree for products in which codes are widened before they are multiplied.
+    """
+
+    def narrow(path: tuple[Any, ...], x: Any) -> Any:
+        return x._replace(values=x.values.astype(jnp.int4)) if kinds.get(path_of(path)) == "int4" else x
+
+    return jax.tree_util.tree_map_with_path(narrow, tree, is_leaf=is_codes)
 
 
 def _read(file: Any, kind: str, shape: list[int], size: int, deflated: int) -> np.ndarray:

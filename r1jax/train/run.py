@@ -5,6 +5,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -28,9 +29,10 @@ from r1jax.train.goodput import Clock
 from r1jax.train.guard import JUMPS
 from r1jax.train.history import History
 from r1jax.train.provenance import environment, provenance
+from r1jax.train.quantized import holds_codes
 from r1jax.train.saver import Saver
-from r1jax.train.start import RECORD, start_from
-from r1jax.train.step import Batch, TrainState, init_state
+from r1jax.train.start import RECORD, made_of_codes, start_from
+from r1jax.train.step import Batch, TrainState, encode_frozen, init_state
 from r1jax.train.wandb_run import import_wandb
 from r1jax.train.watch import Watch
 
@@ -194,9 +196,15 @@ def restore_or_init(
     stored.write_text(to_json(config))
     (run.workdir / RECORD).unlink(missing_ok=True)
     _begin(config, run, source, task.pipeline, 0, None)
-    fresh = jax.jit(lambda: init_state(config, model, task, batch), out_shardings=where)()
+    # Floats that a run starts from are rounded by its rules; codes, and fresh weights, are taken as they come.
+    rounds = config.train.init is not None and holds_codes(config) and not made_of_codes(config.train.init)
+    made = replace(config, model=replace(config.model, quant=())) if rounds else config
+    place = shard_tree(mesh, jax.eval_shape(lambda: init_state(made, model, task, batch))) if rounds else where
+    fresh = jax.jit(lambda: init_state(made, model, task, batch), out_shardings=place)()
     if config.train.init:
         fresh, said = start_from(config.train.init, fresh, config.model, run.workdir)
+    if rounds:
+        fresh = jax.jit(lambda state: encode_frozen(state, model, task, batch), out_shardings=where)(fresh)
     return into_stages(fresh, mesh, stages), said
 
 

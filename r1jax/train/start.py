@@ -12,6 +12,7 @@ from r1jax.config import Config, ModelConfig
 from r1jax.data.tokenizer_files import check_bytes, check_same
 from r1jax.errors import UserError
 from r1jax.train.checkpoints import Checkpoint, CheckpointFolder, find_checkpoint
+from r1jax.train.quantized import FOLDER, is_codes, read_codes
 from r1jax.train.step import TrainState
 
 RECORD = "init.json"
@@ -90,6 +91,7 @@ def start_from(path: str, state: TrainState, model: ModelConfig, workdir: Path) 
             f"{made_with.lora_alpha:g}): set both alike, or merge them by `r1jax hf export` and `r1jax hf import`"
         )
     group, stored = _stored(checkpoint)
+    _check_codes(path, checkpoint, state.params, model)
     wanted = _flat(state.params)
     taken = [name for name, x in wanted.items() if name in stored and tuple(stored[name].shape) == x.shape]
     left = [name for name in wanted if name not in set(taken)]
@@ -99,8 +101,11 @@ def start_from(path: str, state: TrainState, model: ModelConfig, workdir: Path) 
             f"--train.init {path}: none of the {len(stored)} arrays of {checkpoint.path} fits this model (the first is "
             f"{next(iter(stored), 'absent')}): take model.decoder from its config.json"
         )
-    asked = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in wanted.items()}
-    read = _flat(checkpoint.read({group: _nested({name: asked[name] for name in taken})})[group])
+    if checkpoint.quantized:
+        read = {name: jax.device_put(stored[name], wanted[name].sharding) for name in taken}
+    else:
+        asked = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in wanted.items()}
+        read = _flat(checkpoint.read({group: _nested({name: asked[name] for name in taken})})[group])
     params = jax.tree_util.tree_map_with_path(lambda p, x: read.get(_name(p), x), state.params)
     record = {
         "path": path,
@@ -134,12 +139,37 @@ def start_record(workdir: Path) -> dict[str, Any]:
 
 
 def _stored(checkpoint: Checkpoint) -> tuple[str, dict[str, Any]]:
-    """The group of arrays to take, and what it holds by dotted name."""
+    """The group of arrays to take, and what it holds by dotted name: arrays of a quantized one, else descriptions."""
+    if checkpoint.quantized:
+        return "params", _flat(read_codes(checkpoint.path / FOLDER)[0])
     tree = checkpoint.stored()
     group = next((name for name in ("ema", "params") if tree.get(name)), None)
     if group is None:
         raise UserError(f"--train.init: checkpoint {checkpoint.path} holds no weights: give another one")
     return group, _flat(tree[group])
+
+
+def made_of_codes(path: str) -> bool:
+    """Whether the checkpoint that a run starts from holds codes, and not floats."""
+    checkpoint = find_checkpoint(Path(path), "--train.init")
+    return checkpoint.quantized or checkpoint.adapts_codes
+
+
+def _check_codes(path: str, checkpoint: Checkpoint, params: Any, model: ModelConfig) -> None:
+    """Refuses codes that the run would not hold, or would read by other rules than they were made by.
+
+    Raises:
+      UserError: Says what to set.
+    """
+    if not (checkpoint.quantized or checkpoint.adapts_codes):
+        return
+    held = any(map(is_codes, jax.tree.leaves(params, is_leaf=is_codes)))
+    made = checkpoint.config().model.quant
+    if not held or made != model.quant:
+        raise UserError(
+            f"--train.init {path} holds codes, which do not change: train adapters on them, by --quant "
+            f"{' '.join(made)} (as they were made), a --model.lora_rank above 0, and no --train.quant_start"
+        )
 
 
 def _nested(flat: dict[str, Any]) -> dict[str, Any]:

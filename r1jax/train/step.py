@@ -15,7 +15,7 @@ from r1jax.config import Config, DecoderConfig
 from r1jax.errors import UserError
 from r1jax.models.lora import join_trees, split_adapters
 from r1jax.models.precision import PRECISIONS, stored
-from r1jax.models.quantized import Use, check_rules, uses
+from r1jax.models.quantized import Use, check_rules, rounding_by, uses
 from r1jax.models.r1 import R1, Inputs
 from r1jax.ops.pipeline import STACKED, Stages
 from r1jax.ops.rounding import round_like
@@ -25,6 +25,7 @@ from r1jax.tasks.task import Task
 from r1jax.train.accumulate import divide, sum_over
 from r1jax.train.layer_metrics import layer_metrics
 from r1jax.train.optimizer import BALANCE_BIAS, make_optimizer, schedule, updates_done
+from r1jax.train.quantized import holds_codes, nearest_codes, with_codes
 from r1jax.train.scaling import LossScale, ScaledState, first_scale, next_scale
 
 Batch = dict[str, Any]
@@ -65,15 +66,33 @@ def init_state(config: Config, model: R1, task: Task, batch: Batch) -> TrainStat
     key = jax.random.key(config.seed, impl=BITS)
     params = model.init({"params": key}, inputs, language=task.language)["params"]
     precision = PRECISIONS[config.model.precision]
+    averaged = jax.tree.map(jnp.copy, params) if config.train.ema else {}
+    state = TrainState(jnp.zeros((), jnp.int32), jax.random.key_data(key), stored(params, precision), None, averaged)
+    if holds_codes(config):
+        state = encode_frozen(state, model, task, batch)
     optimizer = make_optimizer(config.train).init(_divide(params, config)[0])
     kept_in = precision.moments or config.train.moments
     optimizer = jax.tree.map(lambda x: x.astype(kept_in) if jnp.issubdtype(x.dtype, jnp.floating) else x, optimizer)
-    return TrainState(
-        jnp.zeros((), jnp.int32),
-        jax.random.key_data(key),
-        stored(params, precision),
-        ScaledState(optimizer, first_scale()) if precision.scaled else optimizer,
-        jax.tree.map(jnp.copy, params) if config.train.ema else {},
+    return state._replace(optimizer=ScaledState(optimizer, first_scale()) if precision.scaled else optimizer)
+
+
+def encode_frozen(state: TrainState, model: R1, task: Task, batch: Batch) -> TrainState:
+    """Puts codes in the place of the weights that adapters adapt, and of their averages, which are the same.
+
+    Args:
+      state: Of floats.
+      model: The model, which says by what rules.
+      task: The task.
+      batch: Any collated batch (shapes).
+
+    Returns:
+      The state of a run that `holds_codes`.
+    """
+    with rounding_by(model.config.quant):
+        codes = nearest_codes(state.params, weights_of(model, task, batch))
+    return state._replace(
+        params=with_codes(state.params, codes),
+        ema=with_codes(state.ema, jax.tree.map(jnp.copy, codes)) if state.ema else {},
     )
 
 

@@ -9,7 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from r1jax.ops import latent_attention as ops
-from r1jax.ops.latent_attention import PagedLatents, latent_attention, latent_attention_reference, write_latents
+from r1jax.ops.latent_attention import (
+    Coded,
+    PagedLatents,
+    bytes_a_token,
+    empty_pages,
+    latent_attention,
+    latent_attention_reference,
+    write_latents,
+)
+from r1jax.ops.quantize import dequantize, quantize
 
 HEADS, NOPE, ROPE, VALUE, RANK = 3, 6, 4, 5, 7
 LONGEST = 13  # columns of every table, so that few programs are compiled
@@ -120,3 +129,46 @@ def test_bfloat16_stays_near_fp32():
     result = latent_attention(*half, scale=0.3)
     assert result.dtype == jnp.bfloat16
     np.testing.assert_allclose(result.astype(jnp.float32), want, rtol=0, atol=0.05)
+
+
+def coded(cache, kind):
+    """The same pool with its latents in codes."""
+    pages = cache.pages
+    return cache._replace(pages=Coded(quantize(pages[..., :RANK], kind), pages[..., RANK:]))
+
+
+@pytest.mark.parametrize(("kind", "bound"), [("int8", 0.02), ("fp8", 0.1)])
+@pytest.mark.parametrize("step", [4, 1024])
+def test_codes_are_attended_to_as_what_they_stand_for(monkeypatch, kind, bound, step):
+    monkeypatch.setattr(ops, "TOKENS_A_STEP", step)
+    (q_nope, q_rope, kv_b, cache, *rest), _ = problem([9, 2, 17, 4], 2, page=4)
+    arguments = (q_nope, q_rope, kv_b, coded(cache, kind), *rest)
+    found = latent_attention(*arguments, scale=0.3)
+    np.testing.assert_allclose(found, latent_attention_reference(*arguments, scale=0.3), rtol=0, atol=1e-5)
+    exact = latent_attention(q_nope, q_rope, kv_b, cache, *rest, scale=0.3)
+    error = np.linalg.norm(found - exact) / np.linalg.norm(exact)
+    assert 1e-4 < error < bound
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+def test_codes_of_the_weight_join_queries_and_outputs(balanced):
+    (q_nope, q_rope, kv_b, *rest), _ = problem([9, 2, 17, 4], 2, page=4)
+    codes = quantize(kv_b, "int8", scale_dtype=jnp.bfloat16)
+    if balanced:
+        codes = codes._replace(balance=2.0 ** (jnp.arange(RANK) % 3 - 1).astype(jnp.bfloat16)[None])
+    found = latent_attention(q_nope, q_rope, codes, *rest, scale=0.3)
+    want = latent_attention(q_nope, q_rope, dequantize(codes), *rest, scale=0.3)
+    np.testing.assert_allclose(found, want, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "taken"), [("float", 4 * (RANK + ROPE)), ("int8", RANK + 4 + 4 * ROPE)])
+def test_tokens_are_written_as_the_pool_holds_them(kind, taken):
+    entries, table = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3, RANK + ROPE)), jnp.float32), [[1], [0]]
+    empty = PagedLatents(empty_pages(kind, 2, 4, RANK, ROPE, jnp.float32), jnp.asarray(table))
+    places = jnp.broadcast_to(jnp.arange(3)[None], (2, 3))
+    pages = write_latents(empty, entries, places, places < jnp.asarray([[3], [2]])).pages
+    assert bytes_a_token(pages) == taken
+    rows = pages if kind == "float" else jnp.concatenate([dequantize(pages.latent), pages.rope], axis=-1)
+    np.testing.assert_allclose(rows[1, :3], entries[0], rtol=0, atol=0 if kind == "float" else 0.02)
+    np.testing.assert_allclose(rows[0, :2], entries[1, :2], rtol=0, atol=0 if kind == "float" else 0.02)
+    assert not np.any(rows[0, 2:]) and not np.any(rows[1, 3:])

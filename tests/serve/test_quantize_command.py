@@ -12,15 +12,19 @@ import numpy as np
 import pytest
 
 from r1jax.__main__ import dispatch
+from r1jax.config import GenerationSettings
 from r1jax.errors import UserError
 from r1jax.models.r1 import R1
-from r1jax.ops.quantize import Quantized
+from r1jax.ops.quantize import Quantized, dequantize
 from r1jax.serve import quantize_command
 from r1jax.serve.evaluate import restore_served
+from r1jax.serve.generate import Generated, Generator
+from r1jax.serve.pretrained import from_checkpoint
 from r1jax.serve.quantize_weights import calibration_batch
 from r1jax.tasks.catalog import TASKS
 from r1jax.train.checkpoints import Checkpoint, CheckpointFolder
 from r1jax.train.plan import example_batch
+from r1jax.train.quantized import is_codes
 from r1jax.train.run import describe
 from r1jax.train.step import init_state
 from tests.train.experiment import one_device
@@ -145,10 +149,55 @@ def test_what_cannot_be_done_is_said(trained, quantized, words, told):
         dispatch(["quantize", str(trained), *words, "--output", str(quantized)])
 
 
+PROMPTS, GREEDY = [[1, 40, 7], [9]], GenerationSettings(max_new_tokens=8, page_size=8)
+
+
+@pytest.fixture(scope="module")
+def codes(quantized) -> tuple[Generator, Generated]:
+    """The language model of codes, and what it answers."""
+    source = from_checkpoint(quantized)
+    generator = Generator(source.decoder, source.load("cpu"), dtype=source.computes_in, quant=source.quant)
+    return generator, generator.generate(PROMPTS, GREEDY)
+
+
+def test_answers_are_those_of_the_dequantized_weights(codes):
+    generator, answer = codes
+    floats = jax.tree.map(lambda x: dequantize(x) if is_codes(x) else x, generator.params, is_leaf=is_codes)
+    expected = Generator(generator.model.config, floats).generate(PROMPTS, GREEDY)
+    np.testing.assert_array_equal(answer.tokens, expected.tokens)
+    np.testing.assert_allclose(answer.logprobs, expected.logprobs, rtol=0, atol=1e-5)
+
+
+def test_weights_stay_codes_in_memory(codes):
+    generator, _ = codes
+    leaves = jax.tree.leaves(generator.params, is_leaf=is_codes)
+    held = [x for x in leaves if is_codes(x)]
+    assert {str(x.values.dtype) for x in held} == {"int8", "int4"}
+    numbers, taken = (sum(getattr(x.values, name) for x in held) for name in ("size", "nbytes"))
+    assert taken <= numbers  # JAX counts a byte for four bits; what a device takes depends on its version
+    assert numbers > 0.9 * sum(x.size for x in leaves if not is_codes(x))
+
+
+def test_the_cache_may_be_of_codes_too(codes):
+    generator, exact = codes
+    for cache, bound in (("int8", 0.02), ("fp8", 0.1)):
+        narrow = replace(GREEDY, cache=cache)
+        answer = generator.generate(PROMPTS, narrow)
+        assert 0 < np.abs(answer.logprobs[:, :2] - exact.logprobs[:, :2]).max() < bound
+        assert generator.cache_bytes(narrow) == 8 + 4 + 4 * 4 and generator.cache_bytes(GREEDY) == 4 * (8 + 4)
+
+
+def test_the_command_answers_from_codes(codes, quantized, capsys):
+    words = ["--prompt", "ab", "--max_new_tokens", "4", "--page_size", "8", "--cache", "int8", "--platform", "cpu"]
+    assert dispatch(["generate", str(quantized), *words]) == 0
+    shown = capsys.readouterr()
+    assert shown.out and "3 tokens read, " in shown.err and "the cache takes 28 bytes a token" in shown.err
+
+
 def test_codes_are_not_quantized_again_nor_trained_on(quantized, tmp_path):
     with pytest.raises(UserError, match="quantized already"):
         dispatch(["quantize", str(quantized), "--to", "int8", "--output", str(tmp_path / "again")])
-    with pytest.raises(UserError, match=r"for eval\.py alone"):
+    with pytest.raises(UserError, match="is quantized: eval.py, .*give the checkpoint that it was made from"):
         Checkpoint(quantized).stored()
 
 
