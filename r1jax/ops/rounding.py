@@ -54,7 +54,10 @@ def _rounded(x: Float32[Array, "*shape"], words: UInt32[Array, " 2"]) -> BFloat1
     # Sums of indices, not one index reshaped: then every device computes the places of its part alone.
     strides = [math.prod(x.shape[axis + 1 :]) for axis in range(x.ndim)]
     place = sum(
-        (jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride) for axis, stride in enumerate(strides)),
+        (
+            jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride)
+            for axis, stride in enumerate(strides)
+        ),
         start=jnp.zeros(x.shape, jnp.uint32),
     )
     return stochastic_round(x, mix_bits(mix_bits(place ^ words[0]) + words[1]))
