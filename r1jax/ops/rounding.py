@@ -29,13 +29,13 @@ def stochastic_round(x: Float32[Array, "*shape"], bits: UInt32[Array, "*shape"])
 def round_like(key: PRNGKeyArray, wide: Any, narrow: Any) -> Any:
     """Rounds a tree to the types of another, each array with random numbers of its own.
 
-    A number's bits are a hash of its place in the array and of two words of that array. Those of all arrays are drawn in
-    one call: a key for each would be a hundred operations on single numbers for each of some hundred arrays, and
-    compiling a step took four times as long.
+    A number's bits are a hash of its place in the array and of two words of that array. The words of all arrays are
+    drawn in one call: a key for each would be a hundred operations on single numbers, for each of some hundred arrays,
+    with which a step took more than twice as long to compile.
 
     Args:
       key: One key.
-      wide: Arrays in fp32, or of any type that shall stay; fewer than 2^32 numbers each.
+      wide: Arrays in fp32, or of any type that shall stay; in one, numbers 2^32 places apart draw alike.
       narrow: Arrays of the same shapes, in the types that are wanted.
 
     Returns:
@@ -51,13 +51,9 @@ def round_like(key: PRNGKeyArray, wide: Any, narrow: Any) -> Any:
 
 @jax.jit  # traced once for each shape, not once for each array
 def _rounded(x: Float32[Array, "*shape"], words: UInt32[Array, " 2"]) -> BFloat16[Array, "*shape"]:
-    # Sums of indices, not one index reshaped: then every device computes the places of its part alone.
-    strides = [math.prod(x.shape[axis + 1 :]) for axis in range(x.ndim)]
-    place = sum(
-        (
-            jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride)
-            for axis, stride in enumerate(strides)
-        ),
-        start=jnp.zeros(x.shape, jnp.uint32),
-    )
+    # A sum of indices, not one index reshaped: then every device computes the places of its part alone.
+    place = jnp.zeros(x.shape, jnp.uint32)
+    for axis in range(x.ndim):
+        stride = jnp.uint32(math.prod(x.shape[axis + 1 :]) % 2**32)
+        place += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * stride
     return stochastic_round(x, mix_bits(mix_bits(place ^ words[0]) + words[1]))

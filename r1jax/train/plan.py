@@ -81,6 +81,7 @@ def plan(config: Config, model: R1, task: Task, mesh: Mesh, batch: Batch) -> str
     compiled = compile_step(config, model, task, mesh, batch)
     cost = compiled.cost_analysis()
     held, working = device_need(config, model, task, mesh, batch, compiled)
+    copied = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
     parts: dict[str, int] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
         name = path[0].key
@@ -97,10 +98,7 @@ def plan(config: Config, model: R1, task: Task, mesh: Mesh, batch: Batch) -> str
         ("state a device", f"{held / 2**20:,.1f} MiB"),
         ("batch, temporaries a device", f"{working / 2**20:,.1f} MiB"),
         ("memory of a device", _verdict(held + working, mesh)),
-        (
-            "host's memory for a save",
-            f"{sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)) / 2**20:,.1f} MiB",
-        ),
+        ("host's memory for a save", f"{copied / 2**20:,.1f} MiB"),
         ("FLOPs a step and device", f"{cost.get('flops', float('nan')):,.0f}"),
         ("FLOPs an example", f"{cost.get('flops', float('nan')) * mesh.size / config.train.batch_size:,.0f}"),
         ("", "(XLA's count: the body of a loop counts once, a call of another library not at all)"),
