@@ -37,7 +37,7 @@ from r1jax.models.r1 import R1  # noqa: E402
 from r1jax.parallel.mesh import batch_sharding, make_mesh, shard_tree  # noqa: E402
 from r1jax.parallel.platform import start_platform  # noqa: E402
 from r1jax.tasks.catalog import TASKS  # noqa: E402
-from r1jax.train.step import NO_LIMIT, compile_step, init_state  # noqa: E402
+from r1jax.train.step import NO_LIMIT, compile_step, init_state, state_shardings  # noqa: E402
 
 GIB = 2**30
 TAIL = 30
@@ -51,6 +51,7 @@ CHANGES: dict[str, dict[str, dict[str, Any]]] = {
     "full": {"model": {"precision": "bf16", "remat": "full"}},
     "offload": {"model": {"precision": "bf16", "remat": "offload"}},
     "accumulation": {"model": {"precision": "bf16"}, "train": {"accumulation": 4}},
+    "moments": {"model": {"precision": "bf16"}, "train": {"moments_on": "host"}},
     "pure": {"model": {"precision": "bf16_pure"}},
     "pure full": {"model": {"precision": "bf16_pure", "remat": "full"}},
     "scan full": {"model": {"precision": "bf16", "remat": "full", "scan_layers": True}},
@@ -180,7 +181,8 @@ def child(variant: str, tiny: bool, stage: str, steps: int) -> None:
         tell(compiled)
         return
     wait_for_turn()
-    state, where = jax.block_until_ready(init()), batch_sharding(mesh)
+    state = jax.block_until_ready(jax.device_put(init(), state_shardings(config, mesh, abstract)))
+    where = batch_sharding(mesh)
     told: dict[str, Any] = {"peak_before": peak()}
     if variant.startswith("curve/"):
         told |= compiled  # it has no stage of its own for that: its time is not compared

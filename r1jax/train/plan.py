@@ -21,7 +21,7 @@ from r1jax.parallel.stages import apart, schedule_on, stages_on
 from r1jax.tasks.task import Task
 from r1jax.train.flops import work_of
 from r1jax.train.roofline import MEMORY, roofline_rows
-from r1jax.train.step import Batch, abstract_state, compile_step
+from r1jax.train.step import HOST, Batch, abstract_state, compile_step, state_shardings
 
 
 def example_batch(source: Source, task: Task, batch_size: int) -> Batch:
@@ -150,13 +150,15 @@ def device_need(config: Config, model: R1, task: Task, mesh: Mesh, batch: Batch,
       compiled: The step.
 
     Returns:
-      Of the state, and of the batch and what the program needs besides.
+      Of the state, less what waits in the host's memory, and of the batch and what the program needs besides.
     """
     state, stages = abstract_state(config, model, task, mesh, batch), stages_on(mesh, config.mesh, config.model.decoder)
     working = compiled.memory_analysis().temp_size_in_bytes + sum(x.nbytes for x in batch.values()) // shares(mesh)
     if stages is not None:
         working = max(working, sum(bytes_a_device(mesh, jax.eval_shape(lambda tree: apart(tree, mesh, stages), state))))
-    return sum(bytes_a_device(mesh, state)), working
+    places = jax.tree.leaves(state_shardings(config, mesh, state))
+    held = zip(bytes_a_device(mesh, state), places, strict=True)
+    return sum(size for size, where in held if where.memory_kind != HOST), working
 
 
 def device_limit(mesh: Mesh) -> float | None:

@@ -11,6 +11,7 @@ import numpy as np
 from r1jax.config import Config
 from r1jax.train.checkpoints import CheckpointFolder
 from r1jax.train.memory import out_of_memory
+from r1jax.train.step import HOST
 from r1jax.train.watch import Watch
 
 
@@ -78,12 +79,12 @@ class Saver:
             self.watch.enter(f"writing the checkpoint of step {step}")
             write(state)
             return
-        locked = locked_copy(state)
-        if locked is None:
-            self._pending = self._pool.submit(write, host_copy(state))
-            return
-        self._locked = max(self._locked, size)
-        self._pending = self._pool.submit(lambda copy: write(jax.tree.map(np.asarray, copy)), locked)
+        copy = locked_copy(state)
+        if copy is None:
+            copy = host_copy(state)
+        locked = sum(x.nbytes for x in jax.tree.leaves(copy) if isinstance(x, jax.Array))
+        self._locked = max(self._locked, locked)
+        self._pending = self._pool.submit(lambda copy: write(jax.tree.map(np.asarray, copy)), copy)
 
     def check(self) -> None:
         """Raises what a finished save has failed with; costs nothing.
@@ -138,18 +139,20 @@ def locked_copy(state: Any) -> Any:
       state: Tree of `jax.Array`.
 
     Returns:
-      The same tree in memory "pinned_host"; None where an array lies in the host's memory already, or there is no room.
+      The same tree in memory "pinned_host", but NumPy arrays of what lies in the host's memory already; None where
+      there is no room to lock.
     """
-    if any(map(_on_host, jax.tree.leaves(state))):
-        return None
+    leaves, structure = jax.tree.flatten(state)
+    away = [x for x in leaves if not _on_host(x)]
     try:
-        where = jax.tree.map(lambda x: x.sharding.with_memory_kind("pinned_host"), state)
         # Waited for here: the next step, which overwrites the state, would wait as well, and a failure shows in time.
-        return jax.block_until_ready(jax.device_put(state, where))
+        there = jax.block_until_ready(jax.device_put(away, [x.sharding.with_memory_kind(HOST) for x in away]))
     except jax.errors.JaxRuntimeError as error:
         if not out_of_memory(error):
             raise
         return None
+    copies = iter(there)
+    return structure.unflatten([np.array(x) if _on_host(x) else next(copies) for x in leaves])
 
 
 def host_copy(state: Any) -> Any:

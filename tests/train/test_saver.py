@@ -143,5 +143,11 @@ def test_where_no_memory_can_be_locked_the_copy_goes_to_ordinary_memory(saver, a
     assert np.array_equal(saver.checkpoints.saved[1][0]["a"], np.arange(4.0))
 
 
-def test_what_lies_in_host_memory_is_not_locked_too():
-    assert locked_copy({"a": jnp.arange(4.0)}) is None
+def test_what_lies_in_host_memory_is_copied_within_it(accelerator):
+    """As moments that wait there do, beside weights on the device."""
+    x = jnp.arange(4.0)
+    there = jax.device_put(x, x.sharding.with_memory_kind("pinned_host"))
+    copy = locked_copy({"moment": there, "weight": x})
+    assert isinstance(copy["moment"], np.ndarray) and not np.shares_memory(copy["moment"], np.asarray(there))
+    assert copy["weight"].sharding.memory_kind == "pinned_host"
+    assert np.array_equal(copy["moment"], x) and np.array_equal(copy["weight"], x)
