@@ -267,7 +267,7 @@ def decoder(**changes) -> Config:
             "mesh.pipe is 2, but it must be 1 with model.quant, which names layers",
         ),
         *(
-            (dataclasses.replace(elsewhere, train=TrainConfig(moments_on="host")), "it must be device with mesh.pipe or")
+            (dataclasses.replace(elsewhere, train=TrainConfig(moments_on="host")), "must be device with mesh.pipe or")
             for elsewhere in (Config(mesh=MeshConfig(pipe=2)), Config(debug=DebugConfig(eager=True)))
         ),
         (Config(workdir=""), "workdir is ''"),
