@@ -30,7 +30,7 @@ from r1jax.train.history import History
 from r1jax.train.provenance import environment, provenance
 from r1jax.train.saver import Saver
 from r1jax.train.start import RECORD, start_from
-from r1jax.train.step import Batch, TrainState, init_state, state_shardings
+from r1jax.train.step import Batch, TrainState, check_offload, init_state, state_shardings
 from r1jax.train.wandb_run import import_wandb
 from r1jax.train.watch import Watch
 
@@ -202,8 +202,10 @@ def restore_or_init(
 
 def _settled(state: TrainState, config: Config, mesh: Mesh) -> TrainState:
     """The state where the run keeps it."""
-    moved = config.train.moments_on == "host"
-    return jax.device_put(state, state_shardings(config, mesh, state)) if moved else state
+    if config.train.moments_on == "device":
+        return state
+    check_offload(config, mesh.local_devices[0])
+    return jax.device_put(state, state_shardings(config, mesh, state))
 
 
 def _choose(config: Config, run: Run, source: Source, pipeline: Pipeline) -> tuple[int | None, list[str]]:
