@@ -88,12 +88,9 @@ def _literal(atom: Any) -> bool:
     return isinstance(atom, core.Literal)
 
 
-def op_by_op(function: Callable[..., Any], *arguments: Any) -> Callable[[], list[Any]]:
-    """Traces a function, and returns a call that dispatches its operations."""
-    program = jax.make_jaxpr(function)(*arguments)
+def op_by_op(program: Any, *arguments: Any) -> Callable[[], list[Any]]:
+    """A call that dispatches the operations of a traced function."""
     leaves = jax.tree.leaves(arguments)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # XLA compiles them side by side
-        list(pool.map(_run_on_zeros, _distinct(program.jaxpr).values()))
 
     def run() -> list[Any]:
         with mock.patch.object(eager, "run", dispatch):  # by which the programs inside of operations are walked through
@@ -174,22 +171,21 @@ def step_case(tiny: bool) -> tuple[Callable[..., Any], tuple[Any, ...]]:
 def child(case: str, tiny: bool, repeats: int) -> None:
     """Measures one case in every way."""
     start_platform("auto")
-    make = functools.partial(step_case, tiny) if case == CASES[2] else lambda: block_case(tiny, case == CASES[1])
-    runs: dict[str, Callable[[], Any]] = {}
+    function, arguments = step_case(tiny) if case == CASES[2] else block_case(tiny, case == CASES[1])
     with references():
-        function, arguments = make()
-        runs["op by op"] = op_by_op(function, *arguments)
-        plain = jax.jit(function).lower(*arguments).compile()
-        runs["jit"] = functools.partial(plain, *arguments)
-    function, _ = make()  # a new function, that what was traced of the other is not found again
-    fast = jax.jit(function).lower(*arguments).compile()
-    runs["fast paths"] = functools.partial(fast, *arguments)
-    outputs = {name: jax.block_until_ready(run()) for name, run in runs.items()}  # compiles each operation
+        program, plain = jax.make_jaxpr(function)(*arguments), jax.jit(function).lower(*arguments)
+    fast = jax.jit(lambda *x: function(*x)).lower(*arguments)  # a new function, or the first would be found again
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # XLA compiles side by side: the large ones begin
+        compiled = {way: pool.submit(lowered.compile) for way, lowered in zip(WAYS[1:], (plain, fast), strict=True)}
+        list(pool.map(_run_on_zeros, _distinct(program.jaxpr).values()))
+    runs: dict[str, Callable[[], Any]] = {WAYS[0]: op_by_op(program, *arguments)}
+    runs |= {way: functools.partial(found.result(), *arguments) for way, found in compiled.items()}
+    outputs = {name: jax.block_until_ready(run()) for name, run in runs.items()}  # compiles those on random keys
     wait_for_turn()
     times = _in_rounds(runs, repeats)
     tell(
         {
-            "operations": operations(jax.make_jaxpr(function)(*arguments).jaxpr),
+            "operations": operations(program.jaxpr),
             "milliseconds": {name: 1e3 * float(np.median(found)) for name, found in times.items()},
             "quartiles": {name: (1e3 * np.quantile(found, [0.25, 0.75])).tolist() for name, found in times.items()},
             "apart": {name: _apart(outputs["op by op"], outputs[name]) for name in WAYS[1:]},

@@ -3,13 +3,15 @@
     python benchmarks/memory.py --output benchmarks/results/memory.json               on a GPU of 80 GB, minutes
     python benchmarks/memory.py --output memory.json --scale tiny                     on a CPU
     python benchmarks/memory.py --output memory.json --variants medical curve/fp32    some of it
+    python benchmarks/memory.py --output memory.json --resume                         what memory.json still lacks
 
 `medical` is configs/medical.py with wide encoders of 64^3 voxels, `language` a dense DeepSeek-V3 decoder of 1.03 B
-weights on sequences of 2048; `curve/...` trains that decoder for 300 steps on the same small batches. Each variant runs
-in a process of its own; those that fail are told with their error. Activations are the temporaries of the compiled step
-less one fp32 gradient for each weight: whatever else the step needs besides state and batch (casts, the optimizer's
-numbers, work space) counts as activations, and where activations make the peak, not all gradients are there yet, so
-that too much is subtracted from the largest: savings are rather understated.
+weights on sequences of 2048; `curve/...` trains that decoder for 300 steps on the same small batches, and comes first:
+while one trains, the others compile. Each variant runs in a process of its own; those that fail are told with their
+error. Activations are the temporaries of the compiled step less one fp32 gradient for each weight: whatever else the
+step needs besides state and batch (casts, the optimizer's numbers, work space) counts as activations, and where
+activations make the peak, not all gradients are there yet, so that too much is subtracted from the largest: savings are
+rather understated.
 """
 
 import argparse
@@ -35,7 +37,7 @@ from r1jax.models.r1 import R1  # noqa: E402
 from r1jax.parallel.mesh import batch_sharding, make_mesh, shard_tree  # noqa: E402
 from r1jax.parallel.platform import start_platform  # noqa: E402
 from r1jax.tasks.catalog import TASKS  # noqa: E402
-from r1jax.train.step import NO_LIMIT, compile_step, init_state  # noqa: E402
+from r1jax.train.step import NO_LIMIT, compile_step, init_state, state_shardings  # noqa: E402
 
 GIB = 2**30
 TAIL = 30
@@ -49,6 +51,7 @@ CHANGES: dict[str, dict[str, dict[str, Any]]] = {
     "full": {"model": {"precision": "bf16", "remat": "full"}},
     "offload": {"model": {"precision": "bf16", "remat": "offload"}},
     "accumulation": {"model": {"precision": "bf16"}, "train": {"accumulation": 4}},
+    "moments": {"model": {"precision": "bf16"}, "train": {"moments_on": "host"}},
     "pure": {"model": {"precision": "bf16_pure"}},
     "pure full": {"model": {"precision": "bf16_pure", "remat": "full"}},
     "scan full": {"model": {"precision": "bf16", "remat": "full", "scan_layers": True}},
@@ -168,16 +171,21 @@ def child(variant: str, tiny: bool, stage: str, steps: int) -> None:
     abstract = jax.eval_shape(lambda: init_state(config, model, task, batch))
     began = time.perf_counter()
     step = compile_step(config, model, task, mesh, batch)
-    seconds = time.perf_counter() - began
+    compiled = compiled_figures(step, abstract) | {
+        "batch_size": size,
+        "compile_seconds": time.perf_counter() - began,
+    }
     init = jax.jit(lambda: init_state(config, model, task, batch), out_shardings=shard_tree(mesh, abstract))
     init = init.lower().compile()
     if stage == "compile":
-        tell(compiled_figures(step, abstract) | {"batch_size": size, "compile_seconds": seconds})
+        tell(compiled)
         return
     wait_for_turn()
-    state, where = jax.block_until_ready(init()), batch_sharding(mesh)
+    state = jax.block_until_ready(jax.device_put(init(), state_shardings(config, mesh, abstract)))
+    where = batch_sharding(mesh)
     told: dict[str, Any] = {"peak_before": peak()}
     if variant.startswith("curve/"):
+        told |= compiled  # it has no stage of its own for that: its time is not compared
         began, losses = time.perf_counter(), []
         for i in range(config.train.steps):
             state, metrics = step(state, jax.device_put(read(i), where), NO_LIMIT)
@@ -194,6 +202,11 @@ def child(variant: str, tiny: bool, stage: str, steps: int) -> None:
         told |= {"step_seconds": float(np.median(times)), "slowest": max(times), "fastest": min(times)}
         told["loss"] = float(metrics["loss"])
     tell(told | {"peak": peak()})
+
+
+def finished(row: dict[str, Any]) -> bool:
+    """Whether a variant was measured, and not only compiled or begun."""
+    return "error" not in row and ("step_seconds" in row or "losses" in row)
 
 
 def peak() -> int | None:
@@ -277,6 +290,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--jobs", type=int, default=6, help="processes that compile at once")
     parser.add_argument("--ahead", type=int, default=2, help="processes that get ready while one is measured")
     parser.add_argument("--timeout", type=float, default=240.0, help="seconds that a process may take")
+    parser.add_argument("--resume", action="store_true", help="keep the variants that --output holds measured")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--stage", choices=["compile", "measure"], help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
@@ -285,27 +299,40 @@ def main(arguments: list[str]) -> None:
         return
     chosen = [name for name in VARIANTS if not args.variants or name.startswith(tuple(args.variants))]
     os.environ |= SETTINGS | os.environ  # this process asks for the device's name, and shall not take its memory
-    began, results = time.perf_counter(), dict.fromkeys(chosen, {})
+    began, before = time.perf_counter(), 0.0
     told = argparse.Namespace(**{k: v for k, v in vars(args).items() if k not in ("child", "stage")}, overrides=[])
-    about = jax_environment(told)
+    about, results = jax_environment(told), dict[str, Any]()
+    if args.resume and args.output.is_file():
+        found = json.loads(args.output.read_text())
+        if found["hardware"] != about["hardware"]:
+            parser.error(f"{args.output} was measured on {found['hardware']}: choose another --output")
+        results, before = found["variants"], found["seconds"]
+        about["command"] = f"{found['command']}; {about['command']}"
+    chosen = [name for name in chosen if not finished(results.get(name, {}))]
+    results |= dict.fromkeys(chosen, {})
 
     def save(name: str, told: dict[str, Any], stage: str) -> None:
         results[name] = results[name] | told
-        report = about | {"variants": {k: v for k, v in results.items() if v}, "seconds": time.perf_counter() - began}
+        measured = {name: results[name] for name in VARIANTS if results.get(name)}
+        report = about | {"variants": measured, "seconds": before + time.perf_counter() - began}
         args.output.write_text(json.dumps(report, indent=1) + "\n")
+        if "losses" in told:
+            plot(report, args.output.with_suffix(".svg"))
         print(f"{report['seconds']:5.0f} s  {stage} {name}: {told.get('error', 'done')[-200:]}", file=sys.stderr)
 
-    def words(stage: str) -> dict[str, list[str]]:
+    def words(names: list[str], stage: str) -> dict[str, list[str]]:
         same = [__file__, "--output", str(args.output), "--scale", args.scale, "--steps", str(args.steps)]
-        fine = [name for name in chosen if "error" not in results[name]]
-        return {name: [*same, "--child", name, "--stage", stage] for name in fine}
+        return {name: [*same, "--child", name, "--stage", stage] for name in names if "error" not in results[name]}
 
-    for name, found in run_at_once(words("compile"), jobs=args.jobs, timeout=args.timeout):
+    curves = [name for name in chosen if name.startswith("curve/")]
+    timed = [name for name in chosen if name not in curves]
+    for name, found in run_in_turn(words(curves, "measure"), ahead=args.jobs, timeout=args.timeout):
+        save(name, found, "train")
+    for name, found in run_at_once(words(timed, "compile"), jobs=args.jobs, timeout=args.timeout):
         save(name, found, "compile")
-    for name, found in run_in_turn(words("measure"), ahead=args.ahead, timeout=args.timeout):
+    for name, found in run_in_turn(words(timed, "measure"), ahead=args.ahead, timeout=args.timeout):
         save(name, found, "measure")
     report = json.loads(args.output.read_text())
-    plot(report, args.output.with_suffix(".svg"))
     print(f"{table(report)}\n\n{report['seconds']:.0f} s")
 
 

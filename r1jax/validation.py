@@ -66,6 +66,8 @@ def _relations(config: Config) -> Iterator[tuple[bool, str, str]]:
     rule = f"after the warmup ({train.warmup_steps} of {train.steps} steps)"
     yield train.schedule != "step" or late, "train.milestones", rule
     yield all(map(_is_rule, train.rules)), "train.rules", "a list of PATTERN=RATE or PATTERN=RATE:DECAY"
+    kept = train.moments_on == "device" or (config.mesh.pipe == 1 and not config.debug.eager)
+    yield kept, "train.moments_on", "device with mesh.pipe or debug.eager"
     quant, presets = config.model.quant, ", ".join(QUANT_PRESETS)
     form = "PATTERN=WEIGHTS[/BLOCK][:ACTIVATIONS[:GRADIENTS]]"
     yield all(map(_is_quant_rule, quant)), "model.quant", f"a list of {presets} or {form} (docs/quantization.md)"

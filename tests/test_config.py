@@ -13,6 +13,7 @@ from r1jax.config import (
     CacheConfig,
     Config,
     DataConfig,
+    DebugConfig,
     DecoderConfig,
     EvalArguments,
     MeshConfig,
@@ -264,6 +265,10 @@ def decoder(**changes) -> Config:
         (
             Config(model=ModelConfig(quant=("decoder=int8",)), mesh=MeshConfig(pipe=2)),
             "mesh.pipe is 2, but it must be 1 with model.quant, which names layers",
+        ),
+        *(
+            (dataclasses.replace(elsewhere, train=TrainConfig(moments_on="host")), "must be device with mesh.pipe or")
+            for elsewhere in (Config(mesh=MeshConfig(pipe=2)), Config(debug=DebugConfig(eager=True)))
         ),
         (Config(workdir=""), "workdir is ''"),
     ],

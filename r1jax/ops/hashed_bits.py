@@ -25,14 +25,14 @@ def hashed_bits(key: PRNGKeyArray, rows: Int[Array, " B"], shape: tuple[int, ...
     """
     words = jax.random.key_data(key)
     # Two seeds a row: with one, the bits of two rows would be the same sequence, shifted or permuted.
-    first = _mix(_mix(rows.astype(jnp.uint32) + words[0]) ^ words[1])
-    second = _mix(first + jnp.uint32(0x9E3779B9))
+    first = mix_bits(mix_bits(rows.astype(jnp.uint32) + words[0]) ^ words[1])
+    second = mix_bits(first + jnp.uint32(0x9E3779B9))
     place = jax.lax.iota(jnp.uint32, math.prod(shape))[None, :]
-    bits = _mix(_mix(place ^ first[:, None]) + second[:, None])
+    bits = mix_bits(mix_bits(place ^ first[:, None]) + second[:, None])
     return bits.reshape(rows.shape[0], *shape)
 
 
-def _mix(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
+def mix_bits(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
     """A bijection of 32-bit words in which every input bit flips each output bit about half the time (MurmurHash3)."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)

@@ -44,6 +44,7 @@ FREE_TO_CHANGE = (
     "train.wandb",
     "train.accumulation",
     "train.memory_share",
+    "train.moments_on",
     "train.hang_timeout",
     "train.spike_factor",
     "profile.",

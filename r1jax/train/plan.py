@@ -23,7 +23,7 @@ from r1jax.tasks.task import Task
 from r1jax.train.flops import work_of
 from r1jax.train.quantized import is_codes
 from r1jax.train.roofline import MEMORY, roofline_rows
-from r1jax.train.step import Batch, abstract_state, compile_step
+from r1jax.train.step import HOST, Batch, abstract_state, compile_step, state_shardings
 
 
 def example_batch(source: Source, task: Task, batch_size: int) -> Batch:
@@ -83,6 +83,7 @@ def plan(config: Config, model: R1, task: Task, mesh: Mesh, batch: Batch) -> str
     compiled = compile_step(config, model, task, mesh, batch)
     cost = compiled.cost_analysis()
     held, working = device_need(config, model, task, mesh, batch, compiled)
+    copied = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
     parts: dict[str, int] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(state.params, is_leaf=is_codes):
         name = path[0].key
@@ -99,6 +100,7 @@ def plan(config: Config, model: R1, task: Task, mesh: Mesh, batch: Batch) -> str
         ("state a device", f"{held / 2**20:,.1f} MiB"),
         ("batch, temporaries a device", f"{working / 2**20:,.1f} MiB"),
         ("memory of a device", _verdict(held + working, mesh)),
+        ("host's memory for a save", f"{copied / 2**20:,.1f} MiB"),
         ("FLOPs a step and device", f"{cost.get('flops', float('nan')):,.0f}"),
         ("FLOPs an example", f"{cost.get('flops', float('nan')) * mesh.size / config.train.batch_size:,.0f}"),
         ("", "(XLA's count: the body of a loop counts once, a call of another library not at all)"),
@@ -150,13 +152,15 @@ def device_need(config: Config, model: R1, task: Task, mesh: Mesh, batch: Batch,
       compiled: The step.
 
     Returns:
-      Of the state, and of the batch and what the program needs besides.
+      Of the state, less what waits in the host's memory, and of the batch and what the program needs besides.
     """
     state, stages = abstract_state(config, model, task, mesh, batch), stages_on(mesh, config.mesh, config.model.decoder)
     working = compiled.memory_analysis().temp_size_in_bytes + sum(x.nbytes for x in batch.values()) // shares(mesh)
     if stages is not None:
         working = max(working, sum(bytes_a_device(mesh, jax.eval_shape(lambda tree: apart(tree, mesh, stages), state))))
-    return sum(bytes_a_device(mesh, state)), working
+    places = jax.tree.leaves(state_shardings(config, mesh, state))
+    held = zip(bytes_a_device(mesh, state), places, strict=True)
+    return sum(size for size, where in held if where.memory_kind != HOST), working
 
 
 def device_limit(mesh: Mesh) -> float | None:

@@ -32,7 +32,7 @@ from r1jax.train.provenance import environment, provenance
 from r1jax.train.quantized import holds_codes
 from r1jax.train.saver import Saver
 from r1jax.train.start import RECORD, made_of_codes, start_from
-from r1jax.train.step import Batch, TrainState, encode_frozen, init_state
+from r1jax.train.step import Batch, TrainState, check_offload, encode_frozen, init_state, state_shardings
 from r1jax.train.wandb_run import import_wandb
 from r1jax.train.watch import Watch
 
@@ -189,7 +189,7 @@ def restore_or_init(
         state = newest.load(abstract_like(abstract, where))
         if step < config.train.steps:  # else there is nothing to be done, and the folder stays as it is
             _begin(config, run, source, task.pipeline, step, str(newest.path))
-        return into_stages(state, mesh, stages), said
+        return _settled(into_stages(state, mesh, stages), config, mesh), said
     stored = run.workdir / "config.json"
     if not stored.exists() or stored.read_text() != to_json(config):  # else it went back to its very start
         (run.workdir / JUMPS).unlink(missing_ok=True)
@@ -205,7 +205,15 @@ def restore_or_init(
         fresh, said = start_from(config.train.init, fresh, config.model, run.workdir)
     if rounds:
         fresh = jax.jit(lambda state: encode_frozen(state, model, task, batch), out_shardings=where)(fresh)
-    return into_stages(fresh, mesh, stages), said
+    return _settled(into_stages(fresh, mesh, stages), config, mesh), said
+
+
+def _settled(state: TrainState, config: Config, mesh: Mesh) -> TrainState:
+    """The state where the run keeps it."""
+    if config.train.moments_on == "device":
+        return state
+    check_offload(config, mesh.local_devices[0])
+    return jax.device_put(state, state_shardings(config, mesh, state))
 
 
 def _choose(config: Config, run: Run, source: Source, pipeline: Pipeline) -> tuple[int | None, list[str]]:

@@ -31,8 +31,8 @@ from r1jax.train.scaling import LossScale, ScaledState, first_scale, next_scale
 Batch = dict[str, Any]
 BITS = "rbg"
 """Generator of the initial weights: one XLA instruction. Its keys are two keys of threefry, side by side."""
-
-
+HOST = "pinned_host"
+"""The host's memory as devices reach it, by the name that JAX has for it."""
 NO_LIMIT = np.float32(np.inf)
 """Limit that every finite loss stays below."""
 
@@ -105,6 +105,25 @@ def abstract_state(config: Config, model: R1, task: Task, mesh: Mesh | AbstractM
     """Shapes and dtypes of the state as a step on the mesh takes it; the other arguments are those of `init_state`."""
     stages = stages_on(mesh, config.mesh, config.model.decoder)
     return jax.eval_shape(lambda: stacked(init_state(config, model, task, batch), mesh, stages))
+
+
+def state_shardings(config: Config, mesh: Mesh, state: TrainState) -> TrainState:
+    """Where a run keeps each array of its state between two steps.
+
+    Args:
+      config: Whether the moments are in the host's memory.
+      mesh: Devices.
+      state: Arrays or their shapes.
+
+    Returns:
+      A tree of `NamedSharding`, some with the memory of the host.
+    """
+    where = shard_tree(mesh, state)
+    if config.train.moments_on == "device":
+        return where
+    # Counts and scales stay: what is one number is not worth a way.
+    away = lambda x, there: there.with_memory_kind(HOST) if x.ndim else there  # noqa: E731
+    return where._replace(optimizer=jax.tree.map(away, state.optimizer, where.optimizer))
 
 
 def balance_routers(
@@ -309,20 +328,24 @@ def _if_sound(
     return state._replace(step=done.step, optimizer=ScaledState(state.optimizer, following)), shown
 
 
-def check_offload(remat: str, device: Any) -> None:
-    """Refuses to keep activations in the host's memory where a device cannot reach it.
+def check_offload(config: Config, device: Any) -> None:
+    """Refuses to keep activations or moments in the host's memory where a device cannot reach it.
 
     Args:
-      remat: Policy.
+      config: What is kept where.
       device: A JAX device.
 
     Raises:
       UserError: It cannot.
     """
-    if remat == "offload" and "pinned_host" not in {memory.kind for memory in device.addressable_memories()}:
-        raise UserError(
-            f"model.remat is 'offload', but {device.device_kind} cannot reach the host's memory: use 'full'"
-        )
+    for field, value, wish, instead in (
+        ("model.remat", config.model.remat, "offload", "full"),
+        ("train.moments_on", config.train.moments_on, "host", "device"),
+    ):
+        if value == wish and HOST not in {memory.kind for memory in device.addressable_memories()}:
+            raise UserError(
+                f"{field} is {wish!r}, but {device.device_kind} cannot reach the host's memory: use {instead!r}"
+            )
 
 
 def check_quant(model: R1, task: Task, batch: Batch, device: Any) -> None:
@@ -365,16 +388,21 @@ def compile_step(config: Config, model: R1, task: Task, mesh: Mesh, batch: Batch
       The compiled executable; `memory_analysis()` and `cost_analysis()` say what it takes.
 
     Raises:
-      UserError: Activations shall wait in the host's memory, and the devices cannot reach it.
+      UserError: Activations or moments shall wait in the host's memory, and the devices cannot reach it.
     """
-    check_offload(config.model.remat, mesh.local_devices[0])
+    check_offload(config, mesh.local_devices[0])
     check_quant(model, task, batch, mesh.local_devices[0])
     abstract = abstract_state(config, model, task, mesh, batch)
-    where, cases = shard_tree(mesh, abstract), batch_sharding(mesh)
+    where, cases = state_shardings(config, mesh, abstract), batch_sharding(mesh)
     stages = stages_on(mesh, config.mesh, config.model.decoder)
-    whole = NamedSharding(mesh, PartitionSpec())
+    whole, step_of = NamedSharding(mesh, PartitionSpec()), make_step(config, model, task, stages)
+    on_devices = shard_tree(mesh, abstract.optimizer)
+
+    def fetching(state: TrainState, batch: Batch, limit: Float[Array, ""]) -> tuple[TrainState, dict[str, Array]]:
+        return step_of(state._replace(optimizer=jax.device_put(state.optimizer, on_devices)), batch, limit)
+
     step = jax.jit(
-        traced_for(mesh, config.mesh, make_step(config, model, task, stages)),
+        traced_for(mesh, config.mesh, fetching if config.train.moments_on == "host" else step_of),
         in_shardings=(where, cases, whole),
         out_shardings=(where, whole),
         donate_argnums=0,

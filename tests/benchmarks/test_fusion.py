@@ -22,8 +22,8 @@ def mixed(x, n):
 def test_op_by_op_gives_what_the_program_gives():
     x, n = jnp.linspace(-1.0, 1.0, 4), jnp.asarray(0)
     gradient = jax.grad(lambda x: jnp.sum(jax.checkpoint(lambda x: jax.nn.relu(x) ** 2)(x)))
-    np.testing.assert_allclose(op_by_op(mixed, x, n)()[0], mixed(x, n), rtol=1e-6)
-    np.testing.assert_allclose(op_by_op(gradient, x)()[0], gradient(x), rtol=1e-6)
+    np.testing.assert_allclose(op_by_op(jax.make_jaxpr(mixed)(x, n), x, n)()[0], mixed(x, n), rtol=1e-6)
+    np.testing.assert_allclose(op_by_op(jax.make_jaxpr(gradient)(x), x)()[0], gradient(x), rtol=1e-6)
 
 
 def test_every_operation_is_dispatched_by_itself():

@@ -73,6 +73,7 @@ def test_table_names_share_and_saves():
     }
     saves = {
         "state_bytes": 2.1e9,
+        "stands_still_first_seconds": 1.25,
         "stands_still_seconds": 0.5,
         "published_after_seconds": 4.0,
         "step_meanwhile_ms": 101.0,
@@ -82,3 +83,4 @@ def test_table_names_share_and_saves():
     told = table({"step": row, "no computation": row, "saves": saves})
     assert "| step | 100.000 | 100.500 | 0.500 | 0.50% | 1.000 | 0.900 |" in told
     assert "A save of 2.10 GB holds up the steps for 0.500 s, 5.0% of 100 steps" in told
+    assert "The first one holds them up for 1.250 s." in told

@@ -14,6 +14,7 @@ from r1jax.errors import UserError
 from r1jax.telemetry import Telemetry
 from r1jax.train.checkpoints import CheckpointFolder
 from r1jax.train.loop import NORM, check_finite, served
+from r1jax.train.plan import device_need
 from r1jax.train.run import open_run
 from tests.train.experiment import CLOCK, Interrupted, make_experiment
 
@@ -101,6 +102,21 @@ def test_falls_back_to_the_sound_checkpoint(tiny, undisturbed, stopped, tmp_path
     assert "00000015 is damaged" in said[0] and said[1].endswith("00000012")
     assert same(state, undisturbed[1]) and rows(workdir) == rows(undisturbed[0])
     assert steps(workdir) == steps(undisturbed[0])
+
+
+def test_moments_may_wait_in_the_hosts_memory_from_any_start_on(tiny, undisturbed, stopped, tmp_path):
+    """A run that began with them on the device goes on, saves and ends with the numbers of one that kept them there."""
+    away, workdir = make_experiment("--train.moments_on", "host"), shutil.copytree(stopped, tmp_path / "run")
+    state, said, _ = away.train(workdir)
+    assert said[-1].endswith("00000015") and steps(workdir)[-1] == 24
+    for x in jax.tree.leaves(state):
+        moment = any(x is leaf for leaf in jax.tree.leaves(state.optimizer)) and x.ndim
+        assert x.sharding.memory_kind == ("pinned_host" if moment else "device")
+    for x, expected in zip(jax.tree.leaves(jax.device_get(state)), jax.tree.leaves(undisturbed[1]), strict=True):
+        np.testing.assert_allclose(x, expected, rtol=1e-5, atol=1e-7)
+    parts = (away.model, away.task, away.mesh, away.batch)
+    there, here = (device_need(e.config, *parts, e.step)[0] for e in (away, tiny))
+    assert here - there == sum(x.nbytes for x in jax.tree.leaves(state.optimizer) if x.ndim)
 
 
 def test_damaged_best_does_not_stop_the_run(tiny, undisturbed, stopped, tmp_path):

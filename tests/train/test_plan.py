@@ -38,6 +38,7 @@ def test_parameters_are_those_of_the_tree(tiny, rows):
 def test_memory_and_work(tiny, rows):
     held = sum(x.nbytes for x in jax.tree.leaves(tiny.fresh)) / 2**20
     assert number(rows["state a device"]) == pytest.approx(held, abs=0.06)
+    assert number(rows["host's memory for a save"]) == pytest.approx(held, abs=0.06)
     working = number(rows["batch, temporaries a device"])
     assert working > 0
     limit, verdict = rows["memory of a device"].split(" MiB: ")

@@ -13,7 +13,7 @@ from r1jax.errors import UserError
 from r1jax.train import saver as module
 from r1jax.train.checkpoints import CheckpointFolder
 from r1jax.train.history import History
-from r1jax.train.saver import Saver, host_copy
+from r1jax.train.saver import Saver, host_copy, locked_copy
 from r1jax.train.watch import Watch
 
 
@@ -109,3 +109,45 @@ def test_copies_share_no_memory(saver):
     state = {"a": jax.device_put(jnp.arange(3.0), jax.devices()[1])}
     copy = host_copy(state)
     assert not np.shares_memory(copy["a"], np.asarray(state["a"]))
+
+
+@pytest.fixture
+def accelerator(monkeypatch):
+    """Arrays of the CPU pass for those of a device that has a memory of its own."""
+    monkeypatch.setattr(module, "_on_host", lambda x: x.sharding.memory_kind == "pinned_host")
+
+
+def test_from_an_accelerator_page_locked_memory_is_filled_and_taken_again(saver, accelerator, monkeypatch):
+    devices = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spread = jax.sharding.NamedSharding(devices, jax.sharding.PartitionSpec("data"))
+    state = {"a": jax.device_put(jnp.arange(16.0), spread), "b": jnp.asarray([1, 2], jnp.bfloat16)}
+    donate = jax.jit(lambda tree: jax.tree.map(lambda x: x + jnp.ones((), x.dtype), tree), donate_argnums=0)
+    for step in (1, 2, 3):
+        said = []
+        save(saver, step, state, said)
+        state = donate(state)
+        saver.wait()
+        written, _, _, thread = saver.checkpoints.saved[step]
+        assert np.array_equal(written["a"], np.arange(16.0) + step - 1) and written["b"].dtype == ml_dtypes.bfloat16
+        assert thread.startswith("save") and not said
+        monkeypatch.setattr(module, "_available", lambda: 0.0)  # but for what the first copy has taken
+
+
+def test_where_no_memory_can_be_locked_the_copy_goes_to_ordinary_memory(saver, accelerator, monkeypatch):
+    def full(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate in pinned_host")
+
+    monkeypatch.setattr(jax, "device_put", full)
+    save(saver, 1, {"a": jnp.arange(4.0)})
+    saver.wait()
+    assert np.array_equal(saver.checkpoints.saved[1][0]["a"], np.arange(4.0))
+
+
+def test_what_lies_in_host_memory_is_copied_within_it(accelerator):
+    """As moments that wait there do, beside weights on the device."""
+    x = jnp.arange(4.0)
+    there = jax.device_put(x, x.sharding.with_memory_kind("pinned_host"))
+    copy = locked_copy({"moment": there, "weight": x})
+    assert isinstance(copy["moment"], np.ndarray) and not np.shares_memory(copy["moment"], np.asarray(there))
+    assert copy["weight"].sharding.memory_kind == "pinned_host"
+    assert np.array_equal(copy["moment"], x) and np.array_equal(copy["weight"], x)

@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from r1jax.config import DecoderConfig
+from r1jax.config import Config, DecoderConfig, ModelConfig, TrainConfig
 from r1jax.errors import UserError
 from r1jax.models.r1 import R1
 from r1jax.tasks.medical.task import Medical
@@ -147,8 +147,12 @@ def test_the_step_takes_over_the_memory_of_the_state(tiny):
 
 def test_offloading_needs_a_device_that_reaches_the_host():
     device = SimpleNamespace(device_kind="toy", addressable_memories=lambda: [SimpleNamespace(kind="device")])
+    offload, host = Config(model=ModelConfig(remat="offload")), Config(train=TrainConfig(moments_on="host"))
     with pytest.raises(UserError, match="model.remat is 'offload', but toy cannot reach the host's memory: use 'full'"):
-        check_offload("offload", device)
-    check_offload("full", device)
+        check_offload(offload, device)
+    with pytest.raises(UserError, match="train.moments_on is 'host', but toy cannot .* memory: use 'device'"):
+        check_offload(host, device)
+    check_offload(Config(), device)
     device.addressable_memories = lambda: [SimpleNamespace(kind="pinned_host")]
-    check_offload("offload", device)
+    check_offload(host, device)
+    check_offload(offload, device)
