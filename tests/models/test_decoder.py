@@ -13,9 +13,12 @@ from r1jax.config import DecoderConfig, YarnConfig
 from r1jax.models.decoder import Decoder
 from r1jax.models.moe import Router, select_experts
 from r1jax.ops.losses import cross_entropy
+from tests.processes import FAST
 
 AS_USERS_COMPILE = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
 """Other tests compile without LLVM's optimisations, whose order of additions is not that of a user's program."""
+if "fusion_emitters" in FAST:
+    AS_USERS_COMPILE["xla_cpu_use_fusion_emitters"] = True
 FIXTURE = Path(__file__).with_name("deepseek_v3_tiny.npz")
 TINY = DecoderConfig(
     vocab_size=40,
