@@ -4,13 +4,14 @@
     python benchmarks/one_device.py --output one_device.json --scale tiny --platform cpu                 small
 
 Three programs of one step: `plain` is `jax.jit` without a word about devices; `mesh` is what `train.py --mesh.fsdp 1`
-compiles, whose arguments and results lie on a mesh; in `spread`, all is besides done as on many devices: activations are
-constrained, and attention, experts, embedding and loss run under `shard_map`. They take turns in blocks of steps within
-one run, `plain` twice in each round: the ratio of the two says how much of a ratio is noise.
+compiles, whose arguments and results lie on a mesh; `spread` is besides traced as for many devices: activations are
+constrained, and attention, experts, embedding and loss are those that run under `shard_map`. They take turns in blocks
+of steps within one run, `plain` twice in each round: the ratio of the two says how much of a ratio is noise.
 """
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -156,6 +157,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--rounds", type=int, default=16, help="counted rounds of four blocks")
     args = parser.parse_args(arguments)
     began = time.perf_counter()
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
     start_platform(args.platform)
     report = jax_environment(argparse.Namespace(**vars(args), overrides=[])) | {"configs": {}}
     for name in args.configs:
