@@ -52,7 +52,7 @@ WARMUP = 2
 
 def config_of(scale: str, mesh: MeshConfig, factor: int) -> Config:
     """The experiment on a mesh, with `factor` times the cases of one device."""
-    config = language_config(V2_LITE, scale, remat="minimal")
+    config = language_config(V2_LITE, scale, remat="minimal", ema=0.0)
     # One dense layer and eight with experts, which are one program: it is compiled in the time of a layer.
     decoder = replace(config.model.decoder, num_hidden_layers=9, first_k_dense_replace=1)
     config = replace(config, model=replace(config.model, decoder=replace(decoder, n_routed_experts=16)))
@@ -200,7 +200,13 @@ def main(arguments: list[str]) -> None:
         parser.error(f"--devices is {args.devices}, and JAX finds {len(devices)}")
     report = jax_environment(argparse.Namespace(**vars(args), overrides=[]))
     report |= {"devices": args.devices, "simulated": devices[0].platform == "cpu", "steps": {}}
+
+    def save() -> None:
+        report["seconds"] = time.perf_counter() - began
+        args.output.write_text(json.dumps(report, indent=1) + "\n")
+
     report["collectives"] = collectives(devices, 2**18 if args.scale == "tiny" else 2**30, args.steps)
+    save()
     meshes = {axis: replace(MeshConfig(data=1), **{axis: args.devices}) for axis in args.axes}
     pool = ThreadPoolExecutor(args.jobs)
     one = pool.submit(compiled, config_of(args.scale, MeshConfig(data=1), 1), devices[:1])
@@ -215,8 +221,7 @@ def main(arguments: list[str]) -> None:
     for name, ready in waiting.items():
         report["steps"][name] = found = measured(ready, args.steps, began + args.limit - time.perf_counter())
         print(f"{name}: {found}", file=sys.stderr)
-        report["seconds"] = time.perf_counter() - began
-        args.output.write_text(json.dumps(report, indent=1) + "\n")
+        save()
     print(table(report))
 
 
