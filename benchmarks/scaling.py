@@ -58,8 +58,8 @@ def config_of(scale: str, mesh: MeshConfig, factor: int) -> Config:
     config = replace(config, model=replace(config.model, decoder=replace(decoder, n_routed_experts=16)))
     config = replace(config, model=replace(config.model, scan_layers=True))
     if scale == "tiny":  # heads and cases that eight devices can divide
-        decoder = replace(config.model.decoder, num_attention_heads=8)
-        config = replace(config, model=replace(config.model, decoder=decoder, precision="fp32"))
+        decoder = replace(config.model.decoder, num_attention_heads=8, vocab_size=264)
+        config = replace(config, model=replace(config.model, decoder=decoder, text_tokens=32, precision="fp32"))
         config = replace(config, train=replace(config.train, batch_size=8))
     return replace(config, mesh=mesh, train=replace(config.train, batch_size=factor * config.train.batch_size))
 

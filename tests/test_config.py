@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configs.language import DEEPSEEK_V3
+from configs import language
 from r1jax.config import (
     CacheConfig,
     Config,
@@ -262,7 +262,11 @@ def test_rules_that_do_not_apply_are_not_enforced():
 
 
 def test_deepseek_v3_itself_is_valid():
-    validate(Config(model=ModelConfig(decoder=DEEPSEEK_V3)))
+    config = language.get_config(deepseek_v3=True)
+    validate(config)
+    assert config.model.decoder == language.DEEPSEEK_V3 and config.model.scan_layers
+    with pytest.raises(UserError, match="deepseek_v3 goes with neither smoke nor init"):
+        language.get_config(deepseek_v3=True, smoke=True)
 
 
 @pytest.mark.parametrize(

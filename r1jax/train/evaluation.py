@@ -56,20 +56,21 @@ class Evaluator:
         params = jax.device_put(params, shard_tree(self.mesh, params))
         predicted: dict[str, list[dict[str, np.ndarray]]] = {mode: [] for mode in modes}
         switches = self.task.modes()
-        read: list[dict[str, np.ndarray]] = []
+        targets: list[dict[str, np.ndarray]] = []
+        ids: list[str] = []
         for indices, batch, raw in padded_batches(source, self.task.collate, batch_size=batch_size, share=share):
-            told = {k: v for k, v in batch.items() if k.startswith("target.")}
-            read.append(told | {"case_id": np.asarray(raw["case_id"], str)})
+            ids += list(raw["case_id"])
+            targets.append({k.removeprefix("target."): v for k, v in batch.items() if k.startswith("target.")})
             placed = jax.tree.map(lambda x: place_share(self.mesh, x, batch_size), batch)
             for mode in modes:
                 found = jax.device_get(self.forward(params, placed, switches[mode]))
                 predicted[mode].append({k: np.asarray(v)[: len(indices)] for k, v in found.items()})
             if self.after_batch is not None:
                 self.after_batch()
-        rows = {k: whole_rows(self.mesh, v, batch_size)[: len(source)] for k, v in _join(read).items()}
-        ids = rows.pop("case_id").tolist()
-        targets = {k.removeprefix("target."): v for k, v in rows.items()}
-        return {mode: _join(parts) for mode, parts in predicted.items()}, targets, ids
+        whole = {k: whole_rows(self.mesh, v, batch_size)[: len(source)] for k, v in _join(targets).items()}
+        if share.count > 1:
+            ids = whole_rows(self.mesh, np.asarray(ids), batch_size).tolist()
+        return {mode: _join(parts) for mode, parts in predicted.items()}, whole, ids[: len(source)]
 
 
 def _join(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
