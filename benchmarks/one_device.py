@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
@@ -99,11 +100,10 @@ def measure(setting: Setting, block: int, rounds: int) -> dict[str, Any]:
     with ThreadPoolExecutor(len(traced)) as pool:
         compiled = dict(zip(traced, pool.map(lambda one: one.compile(), traced.values()), strict=True))
     compiled["plain again"] = compiled["plain"]
-    losses = {}
-    for program in PROGRAMS:
-        _, metrics = compiled[program](fresh(setting), setting.batch, NO_LIMIT)
-        losses[program] = float(metrics["loss"])
-    state, times = fresh(setting), {turn: [] for turn in TURNS}
+    state, losses, times = fresh(setting), {}, {turn: [] for turn in TURNS}
+    copied = jax.jit(lambda state: jax.tree.map(jnp.copy, state))
+    for program in PROGRAMS:  # each from the same state, whose memory it would take over
+        losses[program] = float(compiled[program](copied(state), setting.batch, NO_LIMIT)[1]["loss"])
     for number in range(WARMUP + rounds):
         for turn in np.roll(TURNS, number).tolist():  # so that none is always the one after the other
             jax.block_until_ready(state)
