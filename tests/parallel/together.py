@@ -95,7 +95,7 @@ def main(arguments: Arguments) -> None:
     whole = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))
     found["batch"] = np.asarray(whole(place_share(mesh, rows[own], 16))).tolist()
     two = np.arange(32).reshape(2, 16)[:, own].reshape(-1)  # of two batches
-    large, texts = 2**40 + np.stack([two, -two], axis=1), np.array(["long" * (i == 31) + str(i) for i in two])
+    large, texts = 2**40 + np.stack([two, -two], axis=1), np.array([f"long{i}" if i == 31 else str(i) for i in two])
     found["gathered"] = [whole_rows(mesh, x, 16).tolist() for x in (large, texts)]
     found["rows read"] = 16 // parts
     like = numbers()
