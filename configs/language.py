@@ -110,7 +110,7 @@ def _smoke(config: Config) -> Config:
 
 
 def _deepseek_v3(config: Config) -> Config:
-    """671 B parameters in sequences of 4096, moments in bf16 and no average, as published (section 3.3.2)."""
+    """671 B parameters in sequences of 4096, moments in bf16 (DeepSeek-V3, section 3.3.3); without an average."""
     return replace(
         config,
         name="deepseek-v3",
