@@ -17,7 +17,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -186,12 +186,12 @@ def endless(config: Config, workdir: str) -> Config:
     return replace(config, workdir=workdir, train=train)
 
 
-def setting_of(config: Config) -> Setting:
-    """Task, model, mesh, source and example batch of a config."""
+def setting_of(config: Config, devices: Sequence[jax.Device] | None = None) -> Setting:
+    """Task, model, mesh, source and example batch of a config, on all devices or on these."""
     task = TASKS[config.task.name](config)
-    source = Repeated(task.source("train"), config.train.batch_size)
-    batch = example_batch(source, task, config.train.batch_size)
-    return Setting(config, task, R1(config.model, task.heads), make_mesh(config.mesh), source, batch)
+    source = task.source("train")
+    batch, repeated = example_batch(source, task, config.train.batch_size), Repeated(source, config.train.batch_size)
+    return Setting(config, task, R1(config.model, task.heads), make_mesh(config.mesh, devices), repeated, batch)
 
 
 def compiled(setting: Setting) -> Any:

@@ -30,6 +30,7 @@ from benchmarks import (  # noqa: E402
     lidc_baselines,
     luna16_peers,
     memory,
+    one_device,
     overhead,
     pipeline,
     records,
@@ -76,7 +77,7 @@ SECTIONS = (
     Section("One compiled program instead of many operations", {"fusion": fusion.table, "fusion_cpu": fusion.table}),
     Section("The loop around the step", {"overhead": overhead.table, "overhead_cpu": overhead.table}),
     Section("A medical checkpoint on one CPU core", {"edge": edge.table}),
-    Section("Several devices", {"pipeline": pipeline.table, "scaling": scaling.table}),
+    Section("Several devices", {"pipeline": pipeline.table, "scaling": scaling.table, "one_device": one_device.table}),
 )
 
 

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from configs import language
 from r1jax.config import (
     CacheConfig,
     Config,
@@ -30,25 +31,6 @@ from r1jax.fields import Bounds, leaves, to_dict, to_json
 from r1jax.validation import check_cache_url, validate
 
 LEAVES = leaves(Config)
-DEEPSEEK_V3 = DecoderConfig(
-    vocab_size=129280,
-    hidden_size=7168,
-    num_hidden_layers=61,
-    num_attention_heads=128,
-    q_lora_rank=1536,
-    kv_lora_rank=512,
-    qk_nope_head_dim=128,
-    qk_rope_head_dim=64,
-    v_head_dim=128,
-    intermediate_size=18432,
-    moe_intermediate_size=2048,
-    n_routed_experts=256,
-    num_experts_per_tok=8,
-    n_group=8,
-    topk_group=4,
-    first_k_dense_replace=3,
-)
-"""As its published config.json has it."""
 
 
 def values(hint) -> st.SearchStrategy:
@@ -285,7 +267,11 @@ def test_rules_that_do_not_apply_are_not_enforced():
 
 
 def test_deepseek_v3_itself_is_valid():
-    validate(Config(model=ModelConfig(decoder=DEEPSEEK_V3)))
+    config = language.get_config(deepseek_v3=True)
+    validate(config)
+    assert config.model.decoder == language.DEEPSEEK_V3 and config.model.scan_layers
+    with pytest.raises(UserError, match="deepseek_v3 goes with neither smoke nor init"):
+        language.get_config(deepseek_v3=True, smoke=True)
 
 
 @pytest.mark.parametrize(

@@ -30,12 +30,12 @@ def server(tmp_path_factory):
 
 
 def train(
-    server: Server, folder: Path, workdir: Path, processes: int, devices: int, *, before: dict[int, str]
+    server: Server, folder: Path, workdir: Path, processes: int, devices: int, *flags: object, before: dict[int, str]
 ) -> list[Forked]:
     """Starts all; some run Python of their own first."""
     folder.mkdir()
     first = f"import jax; jax.config.update('jax_num_cpu_devices', {devices})\n"
-    words = (*FLAGS, "--workdir", workdir)
+    words = (*FLAGS, *flags, "--workdir", workdir)
     return [
         server.start(folder / f"out.{i}", folder / f"err.{i}", *words, *place, before=first + before.get(i, ""))
         for i, place in enumerate(places(processes))
@@ -47,6 +47,24 @@ def at_row(number: int, row: int) -> str:
     return signal_at("r1jax.telemetry:Telemetry.log", number, call=row, delay=0.0)
 
 
+PIPELINE = ("--mesh.pipe", 2, "--model.decoder.num_hidden_layers", 2)
+"""Two stages, each on the devices of a process where there are two."""
+READS = """
+import sys
+from r1jax.train import evaluation
+batches = evaluation.padded_batches
+
+def counted(*given, **how):
+    read = 0
+    for item in batches(*given, **how):
+        read += len(item[2]["case_id"])
+        yield item
+    print("validation read", read, file=sys.stderr)
+
+evaluation.padded_batches = counted
+"""
+"""Has a process say how many cases it has read in a validation."""
+SCORED = "validation.text.loss"
 REFUSED = """
 from r1jax.train.guard import PATIENCE, Guard
 settle, calls = Guard.settle, []
@@ -61,12 +79,12 @@ Guard.settle = refuse
 """Has the guard of a process find that the steps before step 8 were refused, once."""
 
 
-def rows(workdir: Path) -> dict[int, dict]:
-    """Rows of metrics.jsonl that have a loss, by step."""
+def rows(workdir: Path, having: str = "loss") -> dict[int, dict]:
+    """Rows of metrics.jsonl that have such a figure, by step."""
     file = workdir / "metrics.jsonl"
     lines = file.read_text().splitlines() if file.exists() else []
     read = [json.loads(line) for line in lines if line.endswith("}")]
-    return {row["step"]: row for row in read if "loss" in row}
+    return {row["step"]: row for row in read if having in row}
 
 
 def last_state(workdir: Path) -> dict[str, np.ndarray]:
@@ -123,18 +141,24 @@ def test_stopped_killed_and_gone_on_with_fewer_processes(server, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_all_go_back_together(server, tmp_path):
-    """Many refused steps send a run back; in two processes it goes the way that it goes in one."""
-    found = {}
+    """Many refused steps send a pipeline back; in two processes it goes the way that it goes in one."""
+    found, scored = {}, {}
     for processes, devices in ((1, 4), (2, 2)):
         here, workdir = tmp_path / f"{processes}", tmp_path / f"{processes}" / "run"
-        codes, errors = finish(
-            train(server, here, workdir, processes, devices, before=dict.fromkeys(range(2), REFUSED)), here
-        )
+        before = dict.fromkeys(range(2), REFUSED + READS)
+        codes, errors = finish(train(server, here, workdir, processes, devices, *PIPELINE, before=before), here)
         assert codes == [0] * processes, "\n".join(errors)
         assert "back to step 6, without the 2 batches since" in errors[0]
-        assert not any(line.startswith("process ") for line in errors[-1].splitlines())
+        # Fifteen cases in batches of eight: each process reads its part of both, the last of which is filled.
+        told = f"validation read {16 // processes}"
+        assert all(text.count(f"{told}\n") == 2 for text in errors)
+        assert not any(line.startswith("process ") and told not in line for line in errors[-1].splitlines())
         (jump,) = json.loads((workdir / "jumps.json").read_text())
         assert (jump["step"], jump["batches"]) == (6, 2)
-        found[processes] = rows(workdir)
-    assert found[1].keys() == found[2].keys() == set(range(1, 25))
+        found[processes], scored[processes] = rows(workdir), rows(workdir, SCORED)
+    assert found[1].keys() == found[2].keys() == set(range(1, 25)) and scored[1].keys() == scored[2].keys() == {12, 24}
     np.testing.assert_allclose(*([row["loss"] for row in found[n].values()] for n in (1, 2)), rtol=1e-5)
+    for step, row in scored[1].items():
+        for name, value in row.items():
+            if name.startswith("validation."):
+                assert scored[2][step][name] == pytest.approx(value, rel=1e-5), name

@@ -126,7 +126,11 @@ def training_batches(
 
 
 def padded_batches(
-    source: Source, collate: Collate, *, batch_size: int
+    source: Source,
+    collate: Collate,
+    *,
+    batch_size: int,
+    share: Share = Share(),  # noqa: B008
 ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray], dict[str, Any]]]:
     """Every case once and in order; the last batch repeats its last case, so that all batches have one shape.
 
@@ -134,12 +138,15 @@ def padded_batches(
       source: The cases.
       collate: Turns a raw batch into arrays.
       batch_size: Cases a batch.
+      share: Part of every batch that is read here; the parts in order are the batch.
 
     Yields:
-      Indices of the cases (without the repeats), the collated batch, the raw batch.
+      Indices of the cases of the whole batch (without the repeats), and of this part with its repeats the collated
+      batch and the raw one.
     """
+    part = batch_size // share.count
     for first in range(0, len(source), batch_size):
         indices = np.arange(first, min(first + batch_size, len(source)))
         filled = np.concatenate([indices, np.full(batch_size - len(indices), indices[-1])])
-        raw = source.read_batch(filled)
+        raw = source.read_batch(filled[share.index * part : (share.index + 1) * part])
         yield indices, collate(raw), raw

@@ -8,10 +8,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from r1jax.data.loader import padded_batches
+from r1jax.data.loader import Share, padded_batches
 from r1jax.data.source import Source
 from r1jax.models.r1 import R1
-from r1jax.parallel.agree import place_whole
+from r1jax.parallel.agree import place_share, share_of, whole_rows
 from r1jax.parallel.mesh import shard_tree, shares, traced_for
 from r1jax.tasks.task import Task
 
@@ -40,7 +40,7 @@ class Evaluator:
     def predict(
         self, params: Any, source: Source, *, batch_size: int, modes: tuple[str, ...]
     ) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, np.ndarray], list[str]]:
-        """Runs over a source in order.
+        """Runs over a source in order; of several processes each reads its part, and all get everything.
 
         Args:
           params: Weights to serve.
@@ -52,22 +52,25 @@ class Evaluator:
           Outcomes of each mode (cases first), targets, case ids.
         """
         batch_size = -(-batch_size // shares(self.mesh)) * shares(self.mesh)
+        share = Share(*share_of(self.mesh, batch_size))
         params = jax.device_put(params, shard_tree(self.mesh, params))
         predicted: dict[str, list[dict[str, np.ndarray]]] = {mode: [] for mode in modes}
         switches = self.task.modes()
         targets: list[dict[str, np.ndarray]] = []
         ids: list[str] = []
-        for indices, batch, raw in padded_batches(source, self.task.collate, batch_size=batch_size):
-            n = len(indices)
-            ids += list(raw["case_id"][:n])
-            targets.append({k.removeprefix("target."): v[:n] for k, v in batch.items() if k.startswith("target.")})
-            placed = jax.tree.map(lambda x: place_whole(self.mesh, x), batch)
+        for indices, batch, raw in padded_batches(source, self.task.collate, batch_size=batch_size, share=share):
+            ids += list(raw["case_id"])
+            targets.append({k.removeprefix("target."): v for k, v in batch.items() if k.startswith("target.")})
+            placed = jax.tree.map(lambda x: place_share(self.mesh, x, batch_size), batch)
             for mode in modes:
                 found = jax.device_get(self.forward(params, placed, switches[mode]))
-                predicted[mode].append({k: np.asarray(v)[:n] for k, v in found.items()})
+                predicted[mode].append({k: np.asarray(v)[: len(indices)] for k, v in found.items()})
             if self.after_batch is not None:
                 self.after_batch()
-        return {mode: _join(parts) for mode, parts in predicted.items()}, _join(targets), ids
+        whole = {k: whole_rows(self.mesh, v, batch_size)[: len(source)] for k, v in _join(targets).items()}
+        if share.count > 1:
+            ids = whole_rows(self.mesh, np.asarray(ids), batch_size).tolist()
+        return {mode: _join(parts) for mode, parts in predicted.items()}, whole, ids[: len(source)]
 
 
 def _join(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:

@@ -25,6 +25,9 @@ from r1jax.train.quantized import is_codes
 from r1jax.train.roofline import MEMORY, roofline_rows
 from r1jax.train.step import HOST, Batch, abstract_state, compile_step, state_shardings
 
+UNTUNED = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+"""Options of a program for CPUs that is read and never run: its instructions, bytes and exchanges are the same."""
+
 
 def example_batch(source: Source, task: Task, batch_size: int) -> Batch:
     """A collated batch of the run's shapes, made of the first case alone.
@@ -80,7 +83,8 @@ def plan(config: Config, model: R1, task: Task, mesh: Mesh, batch: Batch) -> str
       H100s need for it all at least.
     """
     state = abstract_state(config, model, task, mesh, batch)
-    compiled = compile_step(config, model, task, mesh, batch)
+    simulated = mesh.devices.flat[0].platform == "cpu"
+    compiled = compile_step(config, model, task, mesh, batch, UNTUNED if simulated else None)
     cost = compiled.cost_analysis()
     held, working = device_need(config, model, task, mesh, batch, compiled)
     copied = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))

@@ -374,7 +374,9 @@ def weights_of(model: R1, task: Task, batch: Batch) -> list[Use]:
     return uses(init, batch)
 
 
-def compile_step(config: Config, model: R1, task: Task, mesh: Mesh, batch: Batch) -> Any:
+def compile_step(
+    config: Config, model: R1, task: Task, mesh: Mesh, batch: Batch, options: dict[str, Any] | None = None
+) -> Any:
     """Compiles the step ahead of time for the mesh, with the state donated.
 
     Args:
@@ -383,6 +385,7 @@ def compile_step(config: Config, model: R1, task: Task, mesh: Mesh, batch: Batch
       task: The task.
       mesh: Devices.
       batch: Any collated batch (shapes).
+      options: Of the compiler, where they are not its own.
 
     Returns:
       The compiled executable; `memory_analysis()` and `cost_analysis()` say what it takes.
@@ -408,4 +411,4 @@ def compile_step(config: Config, model: R1, task: Task, mesh: Mesh, batch: Batch
         donate_argnums=0,
     )
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
-    return step.lower(abstract, like, NO_LIMIT).compile()
+    return step.lower(abstract, like, NO_LIMIT).compile(options)

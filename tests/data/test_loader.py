@@ -286,3 +286,12 @@ def test_padded_batches_cover_every_case_once(count, size):
         assert (batch["index"][len(indices) :] == indices[-1]).all()
         seen += indices.tolist()
     assert seen == list(range(count))
+
+
+def test_parts_of_padded_batches_are_the_batches():
+    whole = [batch["index"] for _, batch, _ in padded_batches(Numbers(10), collate, batch_size=4)]
+    parts = []
+    for index in range(2):
+        share = Share(index, 2)
+        parts.append([b["index"] for _, b, _ in padded_batches(Numbers(10), collate, batch_size=4, share=share)])
+    assert [np.concatenate(pair).tolist() for pair in zip(*parts, strict=True)] == [x.tolist() for x in whole]

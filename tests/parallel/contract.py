@@ -10,13 +10,13 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 
+from configs.language import DEEPSEEK_V3
 from r1jax.config import Config, MeshConfig, ModelConfig, TaskConfig, TrainConfig
 from r1jax.models.r1 import R1
 from r1jax.parallel.collectives import collectives
 from r1jax.parallel.mesh import batch_sharding, make_mesh, shard_tree, shares, traced_for
 from r1jax.tasks.language.task import Language
 from r1jax.train.step import batch_gradients, init_state
-from tests.test_config import DEEPSEEK_V3
 
 LENGTH = 256
 

@@ -1,5 +1,6 @@
 """A model with everything in it, and its training by plain gradient descent on any mesh."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +21,7 @@ from r1jax.config import (
 )
 from r1jax.models.r1 import R1
 from r1jax.parallel.mesh import batch_sharding, make_mesh, shard_tree, traced_for
+from r1jax.parallel.rules import AXES
 from r1jax.parallel.stages import into_stages, out_of_stages, stages_on
 from r1jax.tasks.medical.task import Medical
 from r1jax.train.step import batch_gradients, init_state
@@ -99,8 +101,8 @@ def batch_of(task: Medical, step: int) -> dict[str, jax.Array]:
 
 @jax.numpy_dtype_promotion("standard")
 def course(mesh_config: MeshConfig | None, params: Any, config: Config = CONFIG, steps: int = STEPS) -> Course:
-    """Trains on a mesh of all devices, or on the first device alone."""
-    mesh = one_device() if mesh_config is None else make_mesh(mesh_config)
+    """Trains on a mesh of as many devices as its sizes multiply to, or on the first device alone."""
+    mesh = one_device() if mesh_config is None else make_mesh(mesh_config, jax.devices()[: size_of(mesh_config)])
     config = replace(config, mesh=mesh_config or MeshConfig())
     task = Medical(config)
     model, key = R1(config.model, task.heads), jax.random.key(3)
@@ -137,6 +139,11 @@ def assert_same(course: Course, alone: Course) -> None:
     for step, (one, other) in enumerate(zip(course.gradients, alone.gradients, strict=True)):
         assert furthest(one, other) < 1e-5, f"gradients of step {step}"
     assert furthest(course.params, alone.params) < 1e-5
+
+
+def size_of(mesh_config: MeshConfig) -> int:
+    """Product of the sizes of a mesh."""
+    return math.prod(getattr(mesh_config, axis) for axis in AXES)
 
 
 def one_device() -> Mesh:

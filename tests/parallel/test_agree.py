@@ -5,7 +5,7 @@ import pytest
 
 from r1jax.config import MeshConfig
 from r1jax.errors import UserError
-from r1jax.parallel.agree import Vote, from_first, place_share, place_whole, share_of
+from r1jax.parallel.agree import Vote, from_first, place_share, share_of, whole_rows
 from r1jax.parallel.mesh import batch_sharding, make_mesh
 
 
@@ -24,9 +24,10 @@ def test_one_process_decides_at_once():
 def test_one_process_reads_all():
     mesh, rows = make_mesh(MeshConfig(data=2, fsdp=4)), np.arange(32, dtype=np.float32).reshape(16, 2)
     assert share_of(mesh, 16) == (0, 1)
-    for placed in (place_share(mesh, rows, 16), place_whole(mesh, rows)):
-        assert placed.sharding == batch_sharding(mesh) and placed.addressable_data(3).shape == (2, 2)
-        np.testing.assert_array_equal(placed, rows)
+    placed = place_share(mesh, rows, 16)
+    assert placed.sharding == batch_sharding(mesh) and placed.addressable_data(3).shape == (2, 2)
+    np.testing.assert_array_equal(placed, rows)
+    assert whole_rows(mesh, rows, 16) is rows
 
 
 class Places:

@@ -23,6 +23,11 @@ def alone(weights):
     return course(None, weights)
 
 
+@pytest.fixture(scope="module")
+def alone_and_still(weights):
+    return course(None, weights, STILL)
+
+
 @pytest.fixture(autouse=True)
 def tiny_arrays_are_split(monkeypatch):
     monkeypatch.setattr(mesh_module, "SMALLEST_SHARDED", 64)
@@ -32,23 +37,24 @@ def mesh(**sizes):
     return MeshConfig(**{"data": 1, **sizes})
 
 
+EACH_AXIS = [{"data": 8}, {"fsdp": 8}, {"tensor": 4}, {"expert": 8}, {"sequence": 8}]
+"""Alone; tests/parallel/test_pipeline.py has `pipe`."""
+MIXED = [
+    {"data": 2, "expert": 4},
+    {"expert": 4, "tensor": 2},
+    {"expert": 2, "sequence": 4},
+    {"fsdp": 2, "sequence": 2, "tensor": 2},
+]
+IN_ALL = {"fsdp": 2, "expert": 2, "tensor": 2}
+"""The mesh of which the quick run of the tests has the training with dropout."""
+
+
+def named(sizes):
+    return ", ".join(f"{name} {size}" for name, size in sizes.items())
+
+
 @pytest.mark.parametrize(
-    "sizes",
-    [
-        pytest.param({"data": 8}, marks=slow),
-        pytest.param({"fsdp": 8}, marks=slow),
-        pytest.param({"tensor": 4, "data": 2}, marks=slow),
-        pytest.param({"expert": 8}, marks=slow),
-        pytest.param({"sequence": 8}, marks=slow),
-        pytest.param({"data": 2, "fsdp": 2, "tensor": 2}, marks=slow),
-        pytest.param({"data": 2, "expert": 4}, marks=slow),
-        pytest.param({"expert": 4, "tensor": 2}, marks=slow),
-        pytest.param({"fsdp": 4, "expert": 2}, marks=slow),
-        pytest.param({"expert": 2, "sequence": 4}, marks=slow),
-        pytest.param({"fsdp": 2, "sequence": 2, "tensor": 2}, marks=slow),
-        {"fsdp": 2, "expert": 2, "tensor": 2},
-    ],
-    ids=lambda sizes: ", ".join(f"{name} {size}" for name, size in sizes.items()),
+    "sizes", [*(pytest.param(sizes, marks=slow) for sizes in (*EACH_AXIS, *MIXED)), IN_ALL], ids=named
 )
 def test_a_mesh_computes_what_one_device_does(sizes, weights, alone):
     found = course(mesh(**sizes), weights)
@@ -57,9 +63,9 @@ def test_a_mesh_computes_what_one_device_does(sizes, weights, alone):
 
 
 @slow
-@pytest.mark.parametrize("sizes", [{"fsdp": 2, "expert": 2, "tensor": 2}, {"expert": 8}])
-def test_without_dropout_too(sizes, weights):
-    assert_same(course(mesh(**sizes), weights, STILL), course(None, weights, STILL))
+@pytest.mark.parametrize("sizes", [*EACH_AXIS, *MIXED, IN_ALL], ids=named)
+def test_without_dropout_too(sizes, weights, alone_and_still):
+    assert_same(course(mesh(**sizes), weights, STILL), alone_and_still)
 
 
 def test_what_finds_no_place_among_the_experts_waits_and_is_not_dropped(weights, alone):

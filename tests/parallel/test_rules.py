@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from configs.language import DEEPSEEK_V3
 from r1jax.config import DecoderConfig, MeshConfig
 from r1jax.hf.names import layout
 from r1jax.parallel.mesh import abstract_mesh, shard_tree
 from r1jax.parallel.rules import WEIGHTS, weight_spec
 from r1jax.parallel.show import show
-from tests.test_config import DEEPSEEK_V3
 
 SIZES = {"data": 2, "fsdp": 4, "expert": 2, "tensor": 2}
 

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from configs.language import DEEPSEEK_V3
 from r1jax.config import DecoderConfig, MeshConfig
 from r1jax.hf.names import layout
 from r1jax.parallel import mesh as mesh_module
 from r1jax.parallel.mesh import abstract_mesh, make_mesh, shard_tree
 from r1jax.parallel.show import bytes_a_device, show
 from r1jax.parallel.stages import into_stages, out_of_stages, stacked, stages_on
-from tests.test_config import DEEPSEEK_V3
 
 LAYER = {"mlp": {"up_proj": {"weight": (24, 16)}}, "norm": {"weight": (16,)}}
 DECODER = DecoderConfig(num_hidden_layers=6, first_k_dense_replace=1)

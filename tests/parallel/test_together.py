@@ -73,7 +73,14 @@ def test_a_kernel_that_fails_in_one_process_is_used_in_none(two, four):
 def test_each_reads_its_share(two, four):
     for found, rows in ((two, 8), (four, 4)):
         for of in found:
-            assert of["batches"] == [list(range(16)), list(range(16))] and of["rows read"] == rows
+            assert of["batch"] == list(range(16)) and of["rows read"] == rows
+
+
+@pytest.mark.slow
+def test_what_each_has_read_comes_together_bit_for_bit(two, four):
+    numbers = [[2**40 + i, 2**40 - i] for i in range(32)]
+    texts = [*map(str, range(31)), "long31"]
+    assert all(of["gathered"] == [numbers, texts] for of in (*two, *four))
 
 
 @pytest.mark.slow

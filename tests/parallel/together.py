@@ -17,7 +17,7 @@ from r1jax.cli import load_arguments
 from r1jax.config import Config, LaunchConfig, MeshConfig
 from r1jax.errors import UserError
 from r1jax.ops.self_test import agrees
-from r1jax.parallel.agree import Vote, from_first, place_share, place_whole, share_of
+from r1jax.parallel.agree import Vote, from_first, place_share, share_of, whole_rows
 from r1jax.parallel.launch import launched
 from r1jax.parallel.mesh import make_mesh, shard_tree
 from r1jax.train.checkpoints import CheckpointFolder, abstract_like
@@ -91,10 +91,12 @@ def main(arguments: Arguments) -> None:
     vote = Vote(mesh)
     found["votes"] = [vote.cast(15 if (step, index) == (1, count - 1) else 0) for step in range(6)]
     part, parts = share_of(mesh, 16)
-    rows = np.arange(16, dtype=np.float32)
+    rows, own = np.arange(16, dtype=np.float32), slice(part * 16 // parts, (part + 1) * 16 // parts)
     whole = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))
-    mine = place_share(mesh, rows[part * 16 // parts : (part + 1) * 16 // parts], 16)
-    found["batches"] = [np.asarray(whole(x)).tolist() for x in (mine, place_whole(mesh, rows))]
+    found["batch"] = np.asarray(whole(place_share(mesh, rows[own], 16))).tolist()
+    two = np.arange(32).reshape(2, 16)[:, own].reshape(-1)  # of two batches
+    large, texts = 2**40 + np.stack([two, -two], axis=1), np.array([f"long{i}" if i == 31 else str(i) for i in two])
+    found["gathered"] = [whole_rows(mesh, x, 16).tolist() for x in (large, texts)]
     found["rows read"] = 16 // parts
     like = numbers()
     where = shard_tree(mesh, like)

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs.language import DEEPSEEK_V3
 from r1jax.config import (
     Config,
     DecoderConfig,
@@ -24,7 +25,6 @@ from r1jax.tasks.medical.schema import RECORD_FIELDS
 from r1jax.train.flops import work_of
 from r1jax.train.peak import peak_flops
 from r1jax.train.plan import example_batch
-from tests.test_config import DEEPSEEK_V3
 
 DECODER = DecoderConfig(
     vocab_size=512,
