@@ -133,6 +133,16 @@ def test_from_an_accelerator_page_locked_memory_is_filled_and_taken_again(saver,
         monkeypatch.setattr(module, "_available", lambda: 0.0)  # but for what the first copy has taken
 
 
+@pytest.mark.parametrize(("axes", "parts"), [((), 1), (("fsdp",), 4), ((None, "data"), 2), ((("data", "fsdp"),), 8)])
+def test_page_locked_memory_has_what_devices_hold_alike_once(accelerator, axes, parts):
+    devices = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    where = jax.sharding.NamedSharding(devices, jax.sharding.PartitionSpec(*axes))
+    x = jax.device_put(jnp.arange(64.0).reshape(8, 8), where)
+    (copy,) = locked_copy([x])
+    assert len(copy.addressable_shards) == parts and copy.sharding.memory_kind == "pinned_host"
+    assert np.array_equal(copy, x)
+
+
 def test_where_no_memory_can_be_locked_the_copy_goes_to_ordinary_memory(saver, accelerator, monkeypatch):
     def full(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate in pinned_host")
