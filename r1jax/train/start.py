@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from r1jax.config import Config, ModelConfig
 from r1jax.data.tokenizer_files import check_bytes, check_same
@@ -102,7 +103,9 @@ def start_from(path: str, state: TrainState, model: ModelConfig, workdir: Path) 
             f"{next(iter(stored), 'absent')}): take model.decoder from its config.json"
         )
     if checkpoint.quantized:
-        read = {name: jax.device_put(stored[name], wanted[name].sharding) for name in taken}
+        # What is no code lies there in fp32, whatever the run keeps its weights in.
+        fit = lambda x, like: x.astype(like.dtype) if x.dtype == np.float32 else x  # noqa: E731
+        read = {name: jax.device_put(fit(stored[name], wanted[name]), wanted[name].sharding) for name in taken}
     else:
         asked = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in wanted.items()}
         read = _flat(checkpoint.read({group: _nested({name: asked[name] for name in taken})})[group])
