@@ -72,8 +72,10 @@ class Saver:
             self.checkpoints.save(step, copy, config, meta, tokenizer)
             then()
 
-        together, size = jax.process_count() > 1, sum(x.nbytes for x in jax.tree.leaves(state))
-        if together or _available() + self._locked < size:
+        # What is divided between devices is put together for the disk, and so is in memory twice.
+        room = sum(x.nbytes * (1 if x.is_fully_replicated else 2) for x in jax.tree.leaves(state))
+        together = jax.process_count() > 1
+        if together or _available() + self._locked < room:
             if not together:
                 text = "host memory has no room for a copy of the state: training waits for each save"
                 self._once("narrow", text, say)
