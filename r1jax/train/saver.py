@@ -146,7 +146,7 @@ def locked_copy(state: Any) -> Any:
       there is no room to lock.
     """
     leaves, structure = jax.tree.flatten(state)
-    away = [_once(x) for x in leaves if not _on_host(x)]
+    away = [_each_part_once(x) for x in leaves if not _on_host(x)]
     try:
         # Waited for here: the next step, which overwrites the state, would wait as well, and a failure shows in time.
         there = jax.block_until_ready(jax.device_put(away, [x.sharding.with_memory_kind(HOST) for x in away]))
@@ -158,7 +158,7 @@ def locked_copy(state: Any) -> Any:
     return structure.unflatten([np.array(x) if _on_host(x) else next(copies) for x in leaves])
 
 
-def _once(x: jax.Array) -> jax.Array:
+def _each_part_once(x: jax.Array) -> jax.Array:
     """The array on as few devices as hold every part of it."""
     if not isinstance(x.sharding, NamedSharding):
         return x
