@@ -19,6 +19,8 @@ RECORD = "init.json"
 """File of a run folder that says where its first weights came from."""
 PASSED_ON = ("hugging_face",)
 """Entries of meta.json that belong to the weights: the published config.json, from which an export starts."""
+INPUTS = {"balance": "balanced inputs", "span": "static inputs"}
+"""Parts of codes that say how the inputs of a weight are rounded."""
 NAMED = 6
 """Arrays that are named on the screen; the record has all."""
 
@@ -92,6 +94,7 @@ def start_from(path: str, state: TrainState, model: ModelConfig, workdir: Path) 
         )
     group, stored = _stored(checkpoint)
     _check_codes(path, checkpoint, state.params, model)
+    _check_inputs(path, stored)
     wanted = _flat(state.params)
     taken = [name for name, x in wanted.items() if name in stored and tuple(stored[name].shape) == x.shape]
     left = [name for name in wanted if name not in set(taken)]
@@ -170,6 +173,21 @@ def _check_codes(path: str, checkpoint: Checkpoint, params: Any, model: ModelCon
             f"--train.init {path} holds codes, which do not change: train adapters on them, by --quant "
             f"{' '.join(made)} (as they were made), a --model.lora_rank above 0, and no --train.quant_start"
         )
+
+
+def _check_inputs(path: str, stored: dict[str, Any]) -> None:
+    """Refuses codes whose inputs are balanced or have one range: a run keeps neither, and products would be others.
+
+    Raises:
+      UserError: Names a weight and says how to quantize.
+    """
+    for name in stored:
+        weight, _, part = name.rpartition(".")
+        if part in INPUTS:
+            raise UserError(
+                f"--train.init {path} holds codes with {INPUTS[part]} ({weight}), which no run keeps: quantize that "
+                "checkpoint again with --balance False and --activations token"
+            )
 
 
 def _nested(flat: dict[str, Any]) -> dict[str, Any]:
