@@ -1,6 +1,7 @@
 """A fresh run that starts from the weights of a checkpoint: what fits is taken, the rest is freshly initialised."""
 
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,7 @@ def start_from(path: str, state: TrainState, model: ModelConfig, workdir: Path) 
             f"{next(iter(stored), 'absent')}): take model.decoder from its config.json"
         )
     if checkpoint.quantized:
-        read = {name: jax.device_put(stored[name], wanted[name].sharding) for name in taken}
+        read = {name: jax.device_put(stored[name].astype(wanted[name].dtype), wanted[name].sharding) for name in taken}
     else:
         asked = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in wanted.items()}
         read = _flat(checkpoint.read({group: _nested({name: asked[name] for name in taken})})[group])
@@ -171,7 +172,7 @@ def _check_codes(path: str, checkpoint: Checkpoint, params: Any, model: ModelCon
     if not held or made != model.quant:
         raise UserError(
             f"--train.init {path} holds codes, which do not change: train adapters on them, by --quant "
-            f"{' '.join(made)} (as they were made), a --model.lora_rank above 0, and no --train.quant_start"
+            f"{shlex.join(made)} (as they were made), a --model.lora_rank above 0, and no --train.quant_start"
         )
 
 

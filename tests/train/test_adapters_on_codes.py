@@ -126,6 +126,11 @@ def test_a_run_starts_from_what_the_command_made(experiment, trained, tmp_path):
     state, _ = start_from(str(tmp_path / "made"), fresh, experiment.config.model, tmp_path)
     assert_same(frozen(state.params), base)
     assert_same(split_adapters(state.params)[0], split_adapters(fresh.params)[0])
+    half = fresh._replace(
+        params=jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x, fresh.params)
+    )
+    taken, _ = start_from(str(tmp_path / "made"), half, experiment.config.model, tmp_path)
+    assert [x.dtype for x in jax.tree.leaves(taken.params)] == [x.dtype for x in jax.tree.leaves(half.params)]
     floats = make_state_of_floats(experiment)
     with pytest.raises(UserError, match="holds codes, which do not change"):
         start_from(str(tmp_path / "made"), floats, made.model, tmp_path)
