@@ -94,16 +94,15 @@ def seen_in_training(run: Evaluation, cases: RecordCases) -> tuple[int | None, l
     """
     scored, trained, made = run.config.data, run.checkpoint.config().data, run.checkpoint.meta()["data"]
     parts = {path: _training_part(run, path) for path in dict.fromkeys((scored.path, trained.path))}
-    same = [path for path, part in parts.items() if part is not None and part.fingerprint == made["fingerprint"]]
+    same = {path: part for path, part in parts.items() if part and part.fingerprint == made["fingerprint"]}
     if not same:
         told = f"the records of training ({made['name']}) are not here as they were: whether they are scored is unknown"
         return None, [told]
-    learned, here = original(parts[same[0]]), scored.path in same
-    assert isinstance(learned, RecordCases)
+    (where, learned), here = next(iter(same.items())), scored.path in same
     if here:
         seen, where = int(np.isin(cases.rows, learned.rows).sum()), ""
     else:
-        known, where = set(learned.identities()), f", as {same[0]} has them too"
+        known, where = set(learned.identities()), f", as {where} has them too"
         seen = sum(one in known for one in cases.identities())
     if seen:
         return seen, [f"{seen} of these {len(cases)} records were learned from{where}: figures are optimistic"]
@@ -112,12 +111,15 @@ def seen_in_training(run: Evaluation, cases: RecordCases) -> tuple[int | None, l
     return 0, []
 
 
-def _training_part(run: Evaluation, path: str | None) -> Source | None:
-    """The training part of a file; None where it has none or is gone."""
+def _training_part(run: Evaluation, path: str | None) -> RecordCases | None:
+    """The training part of a file before any preprocessing; None where it has none or is gone."""
+    data = replace(run.config.data, path=path, preprocess="")
     try:
-        return RecordsTask(replace(run.config, data=replace(run.config.data, path=path))).source("train")
+        found = RecordsTask(replace(run.config, data=data)).source("train")
     except UserError:
         return None
+    assert isinstance(found, RecordCases)
+    return found
 
 
 def _unlabelled(known: np.ndarray) -> list[str]:

@@ -8,28 +8,31 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from r1jax.config import Config, DataConfig, ModelConfig, TaskConfig
+from r1jax.data.pipeline import original
 from r1jax.serve.evaluate import Evaluation
 from r1jax.serve.records import seen_in_training
 from r1jax.tasks.records.task import RecordsTask
 from tests.data.record_sets import write_credit, write_phrases, write_stocks
 
 
-def seen(kind, trained, path, split):
+def seen(kind, trained, path, split, preprocess=""):
     """What is said of a part of a file after training on another."""
     modalities = ("text",) if kind == "sentiment" else ("table",)
     config = Config(
         model=ModelConfig(modalities=modalities),
         task=TaskConfig(name="records", records=kind),
-        data=DataConfig(path=str(trained)),
+        data=DataConfig(path=str(trained), preprocess=preprocess),
     )
     source = RecordsTask(config).source("train")
-    meta = {"data": {"name": source.name, "fingerprint": source.fingerprint}}
+    meta = {"data": {"name": source.name, "fingerprint": original(source).fingerprint}}
     checkpoint = SimpleNamespace(meta=lambda: meta, config=lambda: config)
 
     def ask():
         scored = replace(config, data=replace(config.data, path=str(path), split=split))
         task = RecordsTask(scored)
-        return seen_in_training(Evaluation(None, checkpoint, scored, task, None, None, 0.0), task.source(split))
+        return seen_in_training(
+            Evaluation(None, checkpoint, scored, task, None, None, 0.0), original(task.source(split))
+        )
 
     return ask
 
@@ -65,6 +68,7 @@ def test_a_copy_and_a_file_that_shares_records_are_recognised(tmp_path):
     assert seen("sentiment", file, tmp_path / "new.txt", "all")() == (0, [])
     moved = seen("sentiment", file, shutil.copy(file, copy), "all")
     assert moved()[0] == len(rows)
+    assert seen("sentiment", file, file, "train", "text_clean")()[0] == len(rows)
     file.unlink()
     assert moved()[0] == len(rows)
     count, told = part()
