@@ -60,8 +60,4 @@ def test_stocks_are_learned_and_scored_in_every_mode(tmp_path, capsys):
         assert figure["value"] == pytest.approx(roc_auc_score(label, p[1])) and figure["low"] <= figure["value"]
     assert found["counts"] == {"other": int((~label).sum()), "loss": int(label.sum()), "unknown": 0}
     assert found["provenance"]["data"]["seen_in_training"] == 0 and "chose the checkpoint" in found["warnings"][0]
-    words = ["--data.split", "train", "--output", str(tmp_path / "seen"), "--resamples", "2"]
-    assert command.main(["--checkpoint", str(run), *words]) == 0
-    seen = json.loads((tmp_path / "seen/metrics.json").read_text())
-    assert seen["provenance"]["data"]["seen_in_training"] == seen["provenance"]["data"]["cases"]
-    assert "were learned from: figures are optimistic" in capsys.readouterr().out
+    assert f"warning: {found['warnings'][0]}" in capsys.readouterr().out

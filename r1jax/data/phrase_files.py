@@ -44,7 +44,9 @@ def read_phrases(path: str) -> Records:
                 f"{path}: line {number} is {line.strip()[-60:]!r}, but it must end in @negative, @neutral or @positive "
                 "after a sentence (docs/records.md)"
             )
-        found.setdefault(sentence, (str(number), CLASSES.index(label) if label else UNKNOWN))
+        case = (str(number), CLASSES.index(label) if label else UNKNOWN)
+        if found.setdefault(sentence, case)[1] == UNKNOWN:
+            found[sentence] = case
     if not found:
         raise UserError(f"{path} has no sentence: name a file of `sentence@label` lines by --data.path")
     ids, labels = zip(*found.values(), strict=True)

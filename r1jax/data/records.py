@@ -1,7 +1,7 @@
 """Labelled cases that fit into memory: numbers, a history and a text of each, and the class to predict."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -13,7 +13,6 @@ from r1jax.errors import UserError
 
 UNKNOWN = -1
 """Label of a case whose class nobody knows."""
-DAY_S = 86400
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +77,15 @@ class RecordCases:
     def __len__(self) -> int:
         """Number of cases."""
         return len(self.rows)
+
+    def identities(self) -> list[Hashable]:
+        """What tells each case from others, in whatever file: its stock and day, or else all that is read of it."""
+        records = self.records
+        if records.day is not None:
+            return [records.ids[row] for row in self.rows]
+        arrays = [x for x in (records.table, records.series) if x is not None]
+        text = [""] * len(records.ids) if records.text is None else records.text
+        return [(text[row], *(x[row].tobytes() for x in arrays)) for row in self.rows]
 
     def read_batch(self, indices: Int[np.ndarray, " B"]) -> dict[str, Any]:
         """Reads cases as `Source.read_batch` says.

@@ -9,7 +9,8 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float64
 
-from r1jax.data.record_files import numbers, read_file, times
+from r1jax.data.filesystem import is_remote
+from r1jax.data.record_files import is_file, numbers, read_file, times, words
 from r1jax.data.records import Records
 from r1jax.errors import UserError
 
@@ -59,14 +60,15 @@ def read_stocks(path: str) -> Records:
     Raises:
       UserError: A file or column is missing, a cell is wrong, or there are not enough days.
     """
-    market = _market(f"{path.rstrip('/')}/{PRICES}")
+    prices, tweets = _files(path)
+    market = _market(prices)
     if len(market.days) <= HISTORY + 1:
         raise UserError(f"{path} has {len(market.days)} trading days, but {HISTORY + 2} are needed for the history")
     features, events = _features(market), _events(market)
     whole = _whole_history(market)
     whole &= market.days[None] >= np.datetime64(FIRST)
     stock, day = np.nonzero(whole)
-    written = _tweets(f"{path.rstrip('/')}/{TWEETS}", market)
+    written = _tweets(tweets, market)
     return Records(
         ids=[f"{market.tickers[s]}-{market.days[d]}" for s, d in zip(stock, day, strict=True)],
         label=(market.returns[stock, day] <= LOSS).astype(np.int32),
@@ -77,9 +79,19 @@ def read_stocks(path: str) -> Records:
     )
 
 
+def _files(path: str) -> tuple[str, str]:
+    """Where the prices and the tweets lie; a URL's options stay behind."""
+    folder, mark, options = path.partition("?") if is_remote(path) else (path, "", "")
+    prices, tweets = (f"{folder.rstrip('/')}/{name}{mark}{options}" for name in (PRICES, TWEETS))
+    for file, name in ((prices, PRICES), (tweets, TWEETS)):
+        if not is_file(file):
+            raise UserError(f"{path} has no file {name}: name a folder of {PRICES} and {TWEETS} by --data.path")
+    return prices, tweets
+
+
 def _market(path: str) -> Market:
     table = read_file(path, ("ticker", "Date", "High", "Low", "Close", "Adj Close", "Volume"))
-    names, stock = np.unique(np.array(table["ticker"].to_pylist(), str), return_inverse=True)
+    names, stock = np.unique(np.array(words(table, "ticker", path), str), return_inverse=True)
     days, day = np.unique(times(table, "Date", path).astype("datetime64[D]"), return_inverse=True)
     place = stock * len(days) + day
     if len(np.unique(place)) < len(place):
@@ -171,7 +183,7 @@ def _tweets(path: str, market: Market) -> dict[tuple[int, int], str]:
     table = read_file(path, ("ticker", "created_at", "text"))
     number = {name: i for i, name in enumerate(market.tickers)}
     written, said = times(table, "created_at", path), table["text"].cast(pa.string()).to_pylist()
-    tickers = table["ticker"].to_pylist()
+    tickers = words(table, "ticker", path)
     days = market.days.astype("datetime64[us]")
     found: dict[tuple[int, int], list[str]] = {}
     for row in np.argsort(written, kind="stable")[::-1]:

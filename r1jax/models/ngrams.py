@@ -42,7 +42,7 @@ class NgramSummary(nn.Module):
         """
         table = parameter(self, "embed_tokens", nn.initializers.zeros, (self.buckets, RANK))
         ids, exist = hashed_ngrams(tokens, valid, self.buckets)
-        ids = jnp.sort(jnp.where(exist, ids, self.buckets).reshape(len(ids), -1), axis=1)
+        ids = jnp.sort(jnp.where(exist, ids, self.buckets).reshape(ids.shape[0], -1), axis=1)
         exist = (ids < self.buckets) & (ids != jnp.pad(ids[:, :-1], ((0, 0), (1, 0)), constant_values=-1))
         path = (*self.path, "embed_tokens")
         scheme = scheme_for(path, "embedding", (self.buckets, RANK))

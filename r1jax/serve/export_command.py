@@ -129,7 +129,7 @@ def open_checkpoint(checkpoint: Checkpoint, asked: ExportArguments) -> Opened:
       All of it, in memory.
 
     Raises:
-      UserError: It is damaged, of another task, or preprocesses cases by plug-ins.
+      UserError: It is damaged, of another task, preprocesses cases by plug-ins, or does what the target cannot.
     """
     checkpoint.verify()
     if checkpoint.quantized:
@@ -142,6 +142,12 @@ def open_checkpoint(checkpoint: Checkpoint, asked: ExportArguments) -> Opened:
         raise UserError(
             f"{checkpoint.path} reads cases through data.preprocess {config.data.preprocess!r}, which runs on the host "
             "and would be missing in the exported model: train without it to export"
+        )
+    buckets = config.model.text_ngrams if "text" in config.model.modalities else 0
+    if buckets and asked.to == "litert":
+        raise UserError(
+            f"{checkpoint.path} has model.text_ngrams {buckets}, whose hashes LiteRT's converter refuses: export it by "
+            "--to jax, or train without it"
         )
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="none"))
     print(f"{checkpoint.path}: {start_platform('cpu')}", file=sys.stderr)

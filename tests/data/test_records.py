@@ -1,5 +1,7 @@
 """Records as cases, their parts, and the loaders of the three formats."""
 
+import shutil
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -89,6 +91,12 @@ def test_wrong_clients_are_refused(tmp_path, changes, message):
         read_credit(str(path))
 
 
+def test_columns_of_one_name_are_refused(tmp_path):
+    (tmp_path / "x.csv").write_text("X1,X3,X1\n1,2,3\n")
+    with pytest.raises(UserError, match="has several columns 'X1': leave one of them"):
+        read_credit(str(tmp_path / "x.csv"))
+
+
 def test_clients_without_labels_can_be_scored(tmp_path):
     read = read_credit(str(write_credit(tmp_path / "x.parquet", Y=None, ID=None)))
     assert (read.label == -1).all() and read.ids[:2] == ["1", "2"]
@@ -102,6 +110,12 @@ def test_sentences_are_divided_at_the_last_at_and_kept_once(tmp_path):
     (tmp_path / "latin.txt").write_bytes("Umsätze stiegen@positive\nNobody knows@\n".encode("latin-1"))
     read = read_phrases(str(tmp_path / "latin.txt"))
     assert read.text == ["Umsätze stiegen", "Nobody knows"] and read.label.tolist() == [2, -1]
+
+
+def test_a_sentence_that_comes_again_with_a_label_has_it(tmp_path):
+    (tmp_path / "x.txt").write_text("Sales fell@\nSales rose@positive\nSales fell@negative\nSales rose@\n")
+    read = read_phrases(str(tmp_path / "x.txt"))
+    assert read.text == ["Sales fell", "Sales rose"] and read.label.tolist() == [0, 2] and read.ids == ["3", "2"]
 
 
 @pytest.mark.parametrize(
@@ -177,14 +191,32 @@ def test_tweets_of_five_trading_days_are_read_the_newest_first(stocks):
 
 
 def test_wrong_stocks_are_refused(stocks, tmp_path):
-    with pytest.raises(UserError, match=r"prices_raw\.parquet is no \.csv or \.parquet file"):
+    with pytest.raises(UserError, match=r"has no file prices_raw\.parquet: name a folder of prices_raw\.parquet and"):
         read_stocks(str(tmp_path))
+    shutil.copy(stocks / "tweets.parquet", tmp_path)
     prices = pq.read_table(stocks / "prices_raw.parquet")
+    count = len(prices)
     for table, message in (
         (prices.drop_columns("Close"), "has no column 'Close'"),
         (pa.concat_tables([prices, prices.slice(3, 1)]), r"row 1260: AA has 2014-04-04 twice"),
         (prices.slice(0, 50), "has 50 trading days, but 62 are needed"),
+        (changed(prices, "ticker", pa.array([None, *["AA"] * (count - 1)])), "row 1: ticker is empty"),
+        (changed(prices, "Date", pa.array(np.arange(count) + 20140401)), "column 'Date' is numbers, but must be dates"),
     ):
         pq.write_table(table, tmp_path / "prices_raw.parquet")
         with pytest.raises(UserError, match=message):
             read_stocks(str(tmp_path))
+
+
+def test_stocks_that_are_named_by_numbers_keep_their_tweets(stocks, tmp_path):
+    for name in ("prices_raw", "tweets"):
+        table = pq.read_table(stocks / f"{name}.parquet")
+        numbers = pa.array([{"AA": 1, "BB": 2, "CC": 3}[x] for x in table["ticker"].to_pylist()])
+        numbers = numbers if name == "tweets" else numbers.cast(pa.string())
+        pq.write_table(changed(table, "ticker", numbers), tmp_path / f"{name}.parquet")
+    assert read_stocks(str(tmp_path)).text == read_stocks(str(stocks)).text
+
+
+def changed(table: pa.Table, name: str, column: pa.Array) -> pa.Table:
+    """The table with another column in the place of one."""
+    return table.set_column(table.column_names.index(name), name, column)

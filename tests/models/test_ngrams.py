@@ -5,6 +5,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import export
 
 from r1jax.data.tokenizer import encode_batch
 from r1jax.models.ngrams import RANK, NgramSummary
@@ -38,6 +39,14 @@ def test_it_sums_what_different_ngrams_say_over_the_root_of_their_number():
     assert max(ngrams_of(TEXTS[1], BUCKETS).values()) > 1
     longer, more = make(40)[2:]
     np.testing.assert_allclose(apply(longer, more), found, atol=1e-5)
+
+
+def test_it_is_exported_for_any_number_of_texts():
+    apply, _, tokens, valid = make()
+    (count,) = export.symbolic_shape("b")
+    shape = (count, tokens.shape[1])
+    program = export.export(apply)(jax.ShapeDtypeStruct(shape, tokens.dtype), jax.ShapeDtypeStruct(shape, bool))
+    np.testing.assert_allclose(program.call(tokens[:2], valid[:2]), apply(tokens, valid)[:2], rtol=1e-5, atol=1e-5)
 
 
 def test_dropout_leaves_whole_ngrams_out():

@@ -200,6 +200,13 @@ def test_a_checkpoint_with_host_preprocessing_is_refused(tmp_path):
         open_checkpoint(checkpoint, ExportArguments(checkpoint=str(checkpoint.path), output="new"))
 
 
+def test_hashed_words_are_refused_for_litert(tmp_path):
+    model = dataclasses.replace(get_config().model, text_ngrams=16)
+    checkpoint = write_checkpoint(tmp_path / "00000024", model=model)
+    with pytest.raises(UserError, match="has model.text_ngrams 16, whose hashes LiteRT's converter refuses"):
+        open_checkpoint(checkpoint, ExportArguments(checkpoint=str(checkpoint.path), output="new", to="litert"))
+
+
 @pytest.mark.parametrize("change", [{"precision": "bf16_pure"}, {"quant": ("int8",)}], ids=str)
 def test_a_device_is_held_to_the_checkpoint_in_its_own_precision(tmp_path, change):
     model = dataclasses.replace(get_config().model, **change)

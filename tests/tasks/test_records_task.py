@@ -9,6 +9,7 @@ import pytest
 from sklearn.metrics import accuracy_score, average_precision_score, f1_score, log_loss, roc_auc_score, roc_curve
 
 from r1jax.config import Config, DataConfig, ModelConfig, TaskConfig
+from r1jax.data.records import RecordCases, Records
 from r1jax.errors import UserError
 from r1jax.models.r1 import Inputs, Output
 from r1jax.tasks.records.figures import record_figures, statistics
@@ -63,6 +64,14 @@ def test_what_the_records_lack_is_refused(tmp_path):
         validate(Config(model=ModelConfig(modalities=("table",)), task=TaskConfig(name="records")))
     with pytest.raises(UserError, match="model.text_ngrams is 8, but it must be 0 for the language task"):
         validate(Config(model=ModelConfig(modalities=("text",), text_ngrams=8), task=TaskConfig(name="language")))
+    with pytest.raises(UserError, match="data.fold is 1, but it must be None for stocks: their parts are periods"):
+        validate(
+            Config(
+                model=ModelConfig(modalities=("table",)),
+                task=TaskConfig(name="records", records="stocks"),
+                data=DataConfig(path="a", fold=1),
+            )
+        )
     with pytest.raises(UserError, match="data.mix"):
         mixed = DataConfig(path="a", mix=("b",), weights=(1, 1))
         validate(Config(model=ModelConfig(modalities=("table",)), task=TaskConfig(name="records"), data=mixed))
@@ -71,7 +80,12 @@ def test_what_the_records_lack_is_refused(tmp_path):
 def test_cut_texts_and_classes_are_told(tmp_path):
     task = made("sentiment", write_phrases(tmp_path / "x.txt"), "text")
     counts, cut = task.remarks(task.source("train"))
-    assert "negative" in counts and "neutral" in counts and cut.startswith("warning: 48 of 48 texts are longer than 22")
+    assert "negative" in counts and "neutral" in counts and cut.startswith("warning: 48 of 48 texts are longer than 23")
+    records = Records(["a", "b"], np.zeros(2, np.int32), text=["x" * 23, "x" * 24])
+    two = RecordCases("two", records, np.arange(2))
+    assert task.text_warnings(two) == ["1 of 2 texts are longer than 23 bytes, and their ends are not read"]
+    read = task.collate(two.read_batch(np.arange(2)))["text"]
+    np.testing.assert_array_equal(read[0], read[1])
 
 
 def test_modes_hide_numbers_or_text(stocks):

@@ -123,7 +123,8 @@ class RecordsTask:
 
     def text_warnings(self, cases: RecordCases) -> list[str]:
         """What of the texts the model cannot read."""
-        most, text = self.config.model.text_tokens - 2, cases.records.text
+        most = self.config.model.text_tokens - 1  # the first token marks the beginning
+        text = cases.records.text
         if "text" not in self.config.model.modalities or text is None:
             return []
         cut = sum(len(text[row].encode()) > most for row in cases.rows)
