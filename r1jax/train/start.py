@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from r1jax.config import Config, ModelConfig
 from r1jax.data.tokenizer_files import check_bytes, check_same
