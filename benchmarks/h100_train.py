@@ -140,7 +140,7 @@ def write_start(model: str, scale: str, folder: Path) -> dict[str, Any]:
     np.savez(
         here / "batch.npz",
         tokens=batch["text"],
-        rates=[float(schedule(train)(i)) for i in range(200)],
+        rates=jax.vmap(schedule(train))(jnp.arange(train.steps)),
         decay=train.weight_decay,
         betas=(train.b1, train.b2),
         clip=train.clip_norm,
