@@ -46,7 +46,7 @@ TITLES = {
     "boosted_reasons": "LightGBM, SHAP of each",
 }
 WARM_DAYS = 45
-"""Of history, as far as any window reaches back."""
+"""Of history, as far as any window reaches back; habits and streams may reach further."""
 
 
 def part(table: Transactions, rows: slice) -> Transactions:

@@ -17,6 +17,7 @@ Words after `--` are overrides of train.py.
 
 import argparse
 import json
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -132,7 +133,8 @@ class Seed:
         if form == FLOAT:
             return {"score": task.score(task.figures(before, targets)), "cases": len(next(iter(targets.values())))}
         output = self.work / f"{_folder(form)}-codes"
-        if not output.exists():
+        if not (output / "report" / "report.json").exists():
+            shutil.rmtree(output, ignore_errors=True)  # what was cut off has no report
             made_from = self.trained(form if form in TRAINED else FLOAT).path
             words = [str(made_from), *AFTER.get(form, ()), "--output", str(output), "--resamples", "20"]
             dispatch(["quantize", *words])

@@ -38,9 +38,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.common import jax_environment  # noqa: E402
 from benchmarks.h100_train import V2_LITE, language_config, random_tokens  # noqa: E402
 from r1jax.config import Config, MeshConfig  # noqa: E402
+from r1jax.errors import UserError  # noqa: E402
 from r1jax.models.r1 import R1  # noqa: E402
 from r1jax.parallel.collectives import collectives as exchanges  # noqa: E402
-from r1jax.parallel.mesh import batch_sharding, make_mesh, shard_tree  # noqa: E402
+from r1jax.parallel.mesh import batch_sharding, check_batch, check_model, make_mesh, shard_tree  # noqa: E402
 from r1jax.parallel.platform import start_platform  # noqa: E402
 from r1jax.parallel.stages import into_stages, stages_on  # noqa: E402
 from r1jax.tasks.catalog import TASKS  # noqa: E402
@@ -52,7 +53,7 @@ WARMUP = 2
 
 def config_of(scale: str, mesh: MeshConfig, factor: int) -> Config:
     """The experiment on a mesh, with `factor` times the cases of one device."""
-    config = language_config(V2_LITE, scale, remat="minimal", ema=0.0)
+    config = language_config(V2_LITE, scale, remat="minimal")
     # One dense layer and eight with experts, which are one program: it is compiled in the time of a layer.
     decoder = replace(config.model.decoder, num_hidden_layers=9, first_k_dense_replace=1)
     config = replace(config, model=replace(config.model, decoder=replace(decoder, n_routed_experts=16)))
@@ -77,6 +78,8 @@ class Ready(NamedTuple):
 def compiled(config: Config, devices: list[jax.Device]) -> Ready:
     """Compiles the step of an experiment whose mesh has as many places as there are devices."""
     task, mesh, batch = TASKS[config.task.name](config), make_mesh(config.mesh, devices), random_tokens(config)
+    check_model(mesh.shape, config.model)
+    check_batch(mesh, config.train.batch_size)
     model = R1(config.model, task.heads)
     fresh = partial(init_state, config, model, task, batch)
     init = jax.jit(fresh, out_shardings=shard_tree(mesh, jax.eval_shape(fresh))).lower().compile()
@@ -231,7 +234,7 @@ def measured(ready: Future[Ready], steps: int, left: float) -> dict[str, Any]:
         return {"error": f"not {'compiled' if ready.cancelled() else 'measured'} within --limit"}
     try:
         return step_seconds(ready.result(), steps)
-    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+    except (jax.errors.JaxRuntimeError, MemoryError, UserError) as error:
         return {"error": " ".join(str(error).split())[:300]}
 
 

@@ -63,7 +63,10 @@ SECTIONS = (
         "lidc_3d_134: seven ratings of a nodule in 3-D",
         {"lidc_baselines": lambda report: lidc_baselines.table(report["results"]), "lidc": lidc.table},
     ),
-    Section("fraud_handbook: is a payment fraud, in the week after what was learned from", {"fraud": fraud.table}),
+    Section(
+        "fraud_handbook: is a payment fraud, in the week after what was learned from",
+        {"fraud": fraud.table, "fraud_gpu": fraud.table},
+    ),
     Section("Time from a payment to its score", {"latency": latency.table, "latency_gpu": latency.table}),
     Section(
         "Credit, sentiment and stocks beside simple models", {"records": records.table, "records_fpb": records.table}

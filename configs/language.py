@@ -4,8 +4,8 @@ python train.py --config configs/language.py                        generated te
 python train.py --config configs/language.py:smoke                  the same in small, seconds
 python train.py --config configs/language.py --data.path my_texts   a file or a folder of .txt or .jsonl
 python train.py --config configs/language.py:init=DIR --data.path my_texts     from the weights of a checkpoint
-python train.py --config configs/language.py:deepseek_v3 --mesh.data 1 --mesh.fsdp 64 --mesh.expert 8 --dry-run
-                                                                    the published 671 B, to be planned on a laptop
+python train.py --config configs/language.py:deepseek_v3 --mesh.... --dry-run   the published 671 B, to be planned on a
+                                                                    laptop: docs/parallel.md says for which devices
 """
 
 from dataclasses import replace

@@ -57,7 +57,7 @@ def records(lines: Iterable[str]) -> Iterator[dict[str, Any] | UserError]:
       Cells by column, or why a row is none; blank lines count as no row.
 
     Raises:
-      UserError: The header names a column twice.
+      UserError: The header names a column twice, or is no CSV.
     """
     lines = iter(lines)
     first = next((line for line in lines if line.strip()), None)
@@ -81,14 +81,24 @@ def _json(lines: Iterable[str]) -> Iterator[dict[str, Any] | UserError]:
 
 def _csv(lines: Iterable[str]) -> Iterator[dict[str, Any] | UserError]:
     reader = csv.reader(lines)
-    header = next(reader)
+    try:
+        header = next(reader)
+    except csv.Error as error:
+        raise UserError(f"the header is no CSV ({error}): end each row by a line feed") from None
     if len(set(header)) < len(header):
         twice = next(name for name in header if header.count(name) > 1)
         raise UserError(f"the header names the column {twice!r} twice: each column needs a name of its own")
-    for cells in filter(None, reader):
+    while True:
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:  # the reader goes on with the next line
+            yield UserError(f"this is no CSV ({error}): put a note with a line break or a quote between quotes")
+            continue
         if len(cells) == len(header):
             yield dict(zip(header, cells, strict=True))
-        else:
+        elif cells:
             yield UserError(f"it has {len(cells)} cells, but the header has {len(header)}")
 
 

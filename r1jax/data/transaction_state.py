@@ -4,6 +4,7 @@ The journal has every row since the file was written, before anyone is answered;
 row. Both hold what `LiveHistory` holds, names of customers and terminals included, and nothing else.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import io
@@ -103,14 +104,23 @@ class KeptHistory:
 
         Args:
           rows: In their order.
+
+        Raises:
+          UserError: The disk does not take them.
         """
         lines = []
         for row in rows:
             self.rows += 1
             told = [self.rows, row.id, row.fraud, *(row.payment[1:] if row.payment else ())]
             lines.append(json.dumps(told, ensure_ascii=False) + "\n")
-        self._journal.write("".join(lines).encode())
-        self._journal.flush()
+        try:
+            self._journal.write("".join(lines).encode())
+            self._journal.flush()
+        except OSError as error:
+            raise UserError(
+                f"--state {self.path}: its journal cannot be written ({error.strerror}): all rows that were answered "
+                "are on record; make room, and go on with the row that was not answered"
+            ) from None
 
     def save(self) -> None:
         """Replaces the file by one of what is known now, and empties the journal.
@@ -138,7 +148,8 @@ class KeptHistory:
 
     def close(self) -> None:
         """Lets another process have the files."""
-        self._journal.close()
+        with contextlib.suppress(OSError):  # what a full disk has not taken was told by `note`
+            self._journal.close()
 
 
 def _head(live: LiveHistory) -> dict[str, Any]:

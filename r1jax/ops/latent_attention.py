@@ -137,7 +137,7 @@ def latent_attention(
     w_k, w_v = jnp.split(matrix.reshape(heads, -1, rank), [width], axis=1)
     if by_row is not None:
         by_k, by_v = jnp.split(by_row.reshape(heads, -1), [width], axis=1)
-        q_nope = (q_nope * by_k[None, None]).astype(dtype)
+        q_nope = (q_nope.astype(jnp.float32) * by_k[None, None]).astype(dtype)
     absorbed = jnp.einsum("BTNH,NHR->BTNR", q_nope, w_k)
     q = jnp.concatenate([absorbed, q_rope], axis=-1)
 
@@ -175,7 +175,7 @@ def latent_attention(
         _, total, mixed = jax.lax.fori_loop(0, jnp.max(limit) // step + 1, read, start)
     latent = mixed / jnp.where(total > 0, total, 1)[..., None]
     out = jnp.einsum("BTNR,NHR->BTNH", latent.astype(dtype), w_v)
-    return out if by_row is None else (out * by_v[None, None]).astype(dtype)
+    return out if by_row is None else (out.astype(jnp.float32) * by_v[None, None]).astype(dtype)
 
 
 def _factors(kv_b: Float[Array, "O R"] | Quantized, dtype: DTypeLike) -> tuple[Float[Array, "O R"], Array | None]:

@@ -1,9 +1,11 @@
 """Contributions of everything that the finance task reads to the log-odds of fraud, by integrated gradients.
 
 The way begins at a typical transaction: the mean features of some that the model finds least suspicious. Tokens and
-states have no gradient themselves; their features have (`r1jax/models/features.py`).
+states have no gradient themselves; their features have (`r1jax/models/features.py`). All the way each token is read by
+the experts that it has at the transaction, since no gradient sees the jump of the score where a token changes them.
 """
 
+import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,7 +16,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
 from r1jax.data.source import Source
-from r1jax.models.features import Features, read_from, record
+from r1jax.models.features import Features, read_from, record, record_experts
 from r1jax.models.r1 import R1
 from r1jax.models.series import STATES
 from r1jax.parallel.mesh import batch_sharding, shard_tree
@@ -45,6 +47,8 @@ class Explainer:
           steps: Points on the way.
         """
         self.params, self.steps = params, steps
+        # With the same weights; `record_experts` sees into no loop and no rematerialisation.
+        model = model.clone(config=dataclasses.replace(model.config, remat="none", scan_layers=False))
         self.sums = jax.jit(lambda p, batch: _reference_sums(model, task, p, batch))
         self.contributions = jax.jit(
             lambda p, batch, start, offset: _contributions(model, task, p, batch, start, offset, steps)
@@ -168,13 +172,14 @@ def _contributions(
     end = {name: x.astype(jnp.float32) for name, x in record(model, params, inputs).items()}
     if inputs.table is not None:
         end["table"] = inputs.table
+    experts = record_experts(model, params, inputs)
     begin = {
         name: jnp.broadcast_to(start[name] if x.ndim == 2 else start[name][None], x.shape) for name, x in end.items()
     }
 
     def output(x: Features) -> Float[Array, " B"]:
         shown = inputs if inputs.table is None else inputs._replace(table=x["table"])
-        return read_from(model, params, shown, x).heads["fraud"][:, 0] + task.correction  # as the score has it
+        return read_from(model, params, shown, x, experts).heads["fraud"][:, 0] + task.correction  # as the score has it
 
     found = integrated_gradients(output, begin, end, steps, offset)
     cases, parts = len(batch["target.fraud"]), found.contributions

@@ -35,6 +35,7 @@ Examples:
   r1jax quantize runs/medical --to int8 --output runs/medical-int8
   r1jax quantize runs/medical --to int4 --output runs/medical-int4
   r1jax quantize runs/medical --to int8 --activations static --output runs/medical-static
+  r1jax quantize runs/medical --to int8 --balance False --output runs/base    # for adapters to be trained on
   r1jax quantize runs/medical --budget 0.2 --output runs/medical-mixed    # bits by what each weight does to outputs
   r1jax quantize runs/medical-qat --output runs/medical-qat-int8      # as it was trained, by its own model.quant
 """
@@ -56,6 +57,8 @@ class QuantizeArguments:
     alone, by how much rounding it changes the model's outputs for the calibration cases."""
     activations: Literal["token", "static"] = "token"
     """Scale of rounded inputs: each token's own, or one for all, from the calibration cases; with --to int8 or fp8."""
+    balance: bool = True
+    """Whether inputs may be balanced; adapters (--train.init with model.lora_rank) take only codes without."""
     data: EvalData = dataclasses.field(default_factory=EvalData)
     calibration: Count = 32
     """Cases of the training part by whose inputs weights are rounded and balanced, and errors measured."""
@@ -101,7 +104,8 @@ def quantize_checkpoint(words: list[str]) -> int:
         chosen = schemes_of(uses)
         # A checkpoint that was trained with its own rules is stored as it was trained.
         seen = {} if asked.to is None and not budget else inputs_seen(floats, task, params, batch)
-        codes = choose_codes(params, uses, seen, static=asked.activations == "static", balance=not budget)
+        static = asked.activations == "static"
+        codes = choose_codes(params, uses, seen, static=static, balance=asked.balance and not budget)
     rounded = with_codes(params, codes)
     kinds = {name: scheme.weights for name, (_, scheme) in chosen.items()}
     _write(output, rounded, kinds, checkpoint, dataclasses.replace(checkpoint.config(), model=config.model))

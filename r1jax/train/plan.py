@@ -16,7 +16,7 @@ from r1jax.data.source import Source
 from r1jax.models.precision import PRECISIONS
 from r1jax.models.r1 import R1
 from r1jax.parallel.collectives import collectives
-from r1jax.parallel.mesh import abstract_mesh, check_model, shares
+from r1jax.parallel.mesh import abstract_mesh, check_model, shard_tree, shares
 from r1jax.parallel.show import bytes_a_device, show, stage_lines
 from r1jax.parallel.stages import apart, schedule_on, stages_on
 from r1jax.tasks.task import Task
@@ -87,7 +87,8 @@ def plan(config: Config, model: R1, task: Task, mesh: Mesh, batch: Batch) -> str
     compiled = compile_step(config, model, task, mesh, batch, UNTUNED if simulated else None)
     cost = compiled.cost_analysis()
     held, working = device_need(config, model, task, mesh, batch, compiled)
-    copied = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    leaves = zip(jax.tree.leaves(state), jax.tree.leaves(shard_tree(mesh, state)), strict=True)
+    copied = sum(x.size * x.dtype.itemsize * (1 if where.is_fully_replicated else 2) for x, where in leaves)
     parts: dict[str, int] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(state.params, is_leaf=is_codes):
         name = path[0].key

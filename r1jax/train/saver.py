@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from r1jax.config import Config
 from r1jax.train.checkpoints import CheckpointFolder
@@ -71,8 +72,10 @@ class Saver:
             self.checkpoints.save(step, copy, config, meta, tokenizer)
             then()
 
-        together, size = jax.process_count() > 1, sum(x.nbytes for x in jax.tree.leaves(state))
-        if together or _available() + self._locked < size:
+        # What is divided between devices is put together for the disk, and so is in memory twice.
+        room = sum(x.nbytes * (1 if x.is_fully_replicated else 2) for x in jax.tree.leaves(state))
+        together = jax.process_count() > 1
+        if together or _available() + self._locked < room:
             if not together:
                 text = "host memory has no room for a copy of the state: training waits for each save"
                 self._once("narrow", text, say)
@@ -133,7 +136,7 @@ def locked_copy(state: Any) -> Any:
     """Copies arrays of accelerators to page-locked memory of the host, which their copy engines write by themselves.
 
     Those to ordinary memory go through buffers and touch each page for the first time: 1.5 GB/s beside an H200. The
-    memory stays JAX's for the next copy.
+    memory stays JAX's for the next copy. Of what several devices hold alike it takes room for one.
 
     Args:
       state: Tree of `jax.Array`.
@@ -143,7 +146,7 @@ def locked_copy(state: Any) -> Any:
       there is no room to lock.
     """
     leaves, structure = jax.tree.flatten(state)
-    away = [x for x in leaves if not _on_host(x)]
+    away = [_each_part_once(x) for x in leaves if not _on_host(x)]
     try:
         # Waited for here: the next step, which overwrites the state, would wait as well, and a failure shows in time.
         there = jax.block_until_ready(jax.device_put(away, [x.sharding.with_memory_kind(HOST) for x in away]))
@@ -153,6 +156,18 @@ def locked_copy(state: Any) -> Any:
         return None
     copies = iter(there)
     return structure.unflatten([np.array(x) if _on_host(x) else next(copies) for x in leaves])
+
+
+def _each_part_once(x: jax.Array) -> jax.Array:
+    """The array on as few devices as hold every part of it."""
+    if not isinstance(x.sharding, NamedSharding):
+        return x
+    mesh, spec = x.sharding.mesh, x.sharding.spec
+    divided = {name for axes in spec if axes is not None for name in ((axes,) if isinstance(axes, str) else axes)}
+    some = mesh.devices[tuple(slice(None if name in divided else 1) for name in mesh.axis_names)]
+    parts = {part.device: part.data for part in x.addressable_shards}
+    where = NamedSharding(Mesh(some, mesh.axis_names, axis_types=mesh.axis_types), spec)
+    return jax.make_array_from_single_device_arrays(x.shape, where, [parts[device] for device in some.flat])
 
 
 def host_copy(state: Any) -> Any:

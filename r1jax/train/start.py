@@ -1,12 +1,14 @@
 """A fresh run that starts from the weights of a checkpoint: what fits is taken, the rest is freshly initialised."""
 
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from r1jax.config import Config, ModelConfig
 from r1jax.data.tokenizer_files import check_bytes, check_same
@@ -19,6 +21,8 @@ RECORD = "init.json"
 """File of a run folder that says where its first weights came from."""
 PASSED_ON = ("hugging_face",)
 """Entries of meta.json that belong to the weights: the published config.json, from which an export starts."""
+INPUTS = {"balance": "balanced inputs", "span": "static inputs"}
+"""Parts of codes that say how the inputs of a weight are rounded."""
 NAMED = 6
 """Arrays that are named on the screen; the record has all."""
 
@@ -92,6 +96,7 @@ def start_from(path: str, state: TrainState, model: ModelConfig, workdir: Path) 
         )
     group, stored = _stored(checkpoint)
     _check_codes(path, checkpoint, state.params, model)
+    _check_inputs(path, stored)
     wanted = _flat(state.params)
     taken = [name for name, x in wanted.items() if name in stored and tuple(stored[name].shape) == x.shape]
     left = [name for name in wanted if name not in set(taken)]
@@ -102,7 +107,7 @@ def start_from(path: str, state: TrainState, model: ModelConfig, workdir: Path) 
             f"{next(iter(stored), 'absent')}): take model.decoder from its config.json"
         )
     if checkpoint.quantized:
-        read = {name: jax.device_put(stored[name], wanted[name].sharding) for name in taken}
+        read = {name: jax.device_put(stored[name].astype(wanted[name].dtype), wanted[name].sharding) for name in taken}
     else:
         asked = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in wanted.items()}
         read = _flat(checkpoint.read({group: _nested({name: asked[name] for name in taken})})[group])
@@ -168,8 +173,23 @@ def _check_codes(path: str, checkpoint: Checkpoint, params: Any, model: ModelCon
     if not held or made != model.quant:
         raise UserError(
             f"--train.init {path} holds codes, which do not change: train adapters on them, by --quant "
-            f"{' '.join(made)} (as they were made), a --model.lora_rank above 0, and no --train.quant_start"
+            f"{shlex.join(made)} (as they were made), a --model.lora_rank above 0, and no --train.quant_start"
         )
+
+
+def _check_inputs(path: str, stored: dict[str, Any]) -> None:
+    """Refuses codes whose inputs are balanced or have one range: a run keeps neither, and products would be others.
+
+    Raises:
+      UserError: Names a weight and says how to quantize.
+    """
+    for name in stored:
+        weight, _, part = name.rpartition(".")
+        if part in INPUTS:
+            raise UserError(
+                f"--train.init {path} holds codes with {INPUTS[part]} ({weight}), which no run keeps: quantize that "
+                "checkpoint again with --balance False and --activations token"
+            )
 
 
 def _nested(flat: dict[str, Any]) -> dict[str, Any]:

@@ -1,11 +1,12 @@
 """benchmarks/scaling.py on simulated devices: what it trains fits every mesh, and its table is what it measured."""
 
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 
 import jax
 import pytest
 
-from benchmarks.scaling import AXES, collectives, config_of, measured, table
+from benchmarks.scaling import AXES, collectives, compiled, config_of, measured, table
 from r1jax.config import MeshConfig
 from r1jax.parallel.mesh import check_batch, check_model, make_mesh
 from r1jax.parallel.stages import schedule_on, stages_on
@@ -36,6 +37,10 @@ def test_what_the_limit_left_out_is_said():
     assert measured(cancelled, 1, 9.0) == {"error": "not compiled within --limit"}
     assert measured(done, 1, -1.0) == {"error": "not measured within --limit"}
     assert measured(done, 1, 9.0) == {"error": "no room"}
+    six = replace(MeshConfig(data=1), expert=6)
+    with ThreadPoolExecutor(1) as pool:
+        undivided = pool.submit(compiled, config_of("tiny", six, 1), jax.devices()[:6])
+    assert "must be a multiple of mesh.expert" in measured(undivided, 1, 9.0)["error"]
 
 
 def test_efficiency_is_a_share_of_one_device():

@@ -28,6 +28,13 @@ def test_json_and_csv_say_the_same():
         read("a,b,a\n1,2,3\n")
 
 
+def test_what_is_no_csv_is_told_and_the_next_row_is_read():
+    found = list(records(["a,b\n", "1,2\r3\n", f"4,{'x' * 200_000}\n", "5,6\n"]))
+    assert ["this is no CSV" in str(row) for row in found[:2]] == [True, True] and found[2:] == [{"a": "5", "b": "6"}]
+    with pytest.raises(UserError, match="the header is no CSV"):
+        list(records(["a,b\r1,2\r"]))
+
+
 @pytest.mark.parametrize(
     "time", ["2018-04-01T13:30:00.9Z", "2018-04-01T15:30:00+02:00", 1522589400, 1522589400.7, "1522589400"]
 )

@@ -91,3 +91,18 @@ def test_files_that_cannot_be_gone_on_from_are_refused(tmp_path):
         kept(path)
     with pytest.raises(UserError, match="cannot be written"):
         kept(tmp_path / "no" / "state")
+
+
+def test_a_full_disk_is_told_and_the_files_are_let_go(tmp_path):
+    first, rows = kept(tmp_path / "state"), list(rows_of(draw_table()))
+    first.note(rows[:1])
+    first.close()
+    again = kept(tmp_path / "state")
+    again._journal.close()
+    again._journal = open("/dev/full", "ab")  # noqa: SIM115
+    with pytest.raises(UserError, match="its journal cannot be written .No space left on device.: all rows that were"):
+        again.note(rows[1:2])
+    again.close()
+    last = kept(tmp_path / "state")
+    assert last.rows == 1
+    last.close()

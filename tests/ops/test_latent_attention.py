@@ -161,6 +161,19 @@ def test_codes_of_the_weight_join_queries_and_outputs(balanced):
     np.testing.assert_allclose(found, want, rtol=0, atol=1e-5)
 
 
+def test_codes_in_bfloat16_stay_near_fp32():
+    (q_nope, q_rope, kv_b, cache, *rest), _ = problem([9, 17], 2, page=4)
+    codes = quantize(kv_b, "int8", scale_dtype=jnp.bfloat16)
+    arguments = (q_nope, q_rope, codes, coded(cache, "int8"), *rest)
+    want = latent_attention(*arguments, scale=0.3)
+    half, turned = q_nope.astype(jnp.bfloat16), q_rope.astype(jnp.bfloat16)
+    pages = coded(cache, "int8").pages
+    pages = pages._replace(rope=pages.rope.astype(jnp.bfloat16))
+    result = latent_attention(half, turned, codes, cache._replace(pages=pages), *rest, scale=0.3)
+    assert result.dtype == jnp.bfloat16
+    np.testing.assert_allclose(result.astype(jnp.float32), want, rtol=0, atol=0.05)
+
+
 @pytest.mark.parametrize(("kind", "taken"), [("float", 4 * (RANK + ROPE)), ("int8", RANK + 4 + 4 * ROPE)])
 def test_tokens_are_written_as_the_pool_holds_them(kind, taken):
     entries, table = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3, RANK + ROPE)), jnp.float32), [[1], [0]]

@@ -99,7 +99,7 @@ def test_a_process_that_is_frozen_ends_the_others(tmp_path):
         tmp_path, SCRIPT, 2, 1, "--ends", 1, "--signal", int(signal.SIGSTOP), "--launch.heartbeat_timeout", 4
     )
     try:
-        assert processes[0].wait(timeout=150) == LOST
+        assert processes[0].wait(timeout=250) == LOST
     finally:
         finish([process for process in processes if not process.kill()], tmp_path)
     said = (tmp_path / "err.0").read_text()

@@ -21,10 +21,15 @@ CONFIG = Config(
             hidden_size=16,
             num_hidden_layers=1,
             num_attention_heads=2,
-            intermediate_size=16,
-            first_k_dense_replace=1,
+            moe_intermediate_size=8,
+            n_routed_experts=4,
+            n_group=2,
+            topk_group=1,
+            num_experts_per_tok=1,
+            first_k_dense_replace=0,
             num_nextn_predict_layers=0,
         ),
+        remat="full",
         series=SeriesConfig(layers=0, bins=4, tokens=1, num_attention_heads=2),
         table=TableConfig(layers=0),
         text_tokens=16,
@@ -64,7 +69,8 @@ def test_the_output_is_the_log_odds_of_the_score(explained, found):
     source, _, task, model, params = explained
     batch = jax.tree.map(jax.numpy.asarray, task.collate(source.read_batch(CHOSEN)))
     mode = jax.tree.map(jax.numpy.asarray, task.modes()["both"])
-    score = task.outcomes(lambda inputs: model.apply({"params": params}, inputs), batch, mode)["fraud"]
+    read = jax.jit(lambda inputs: model.apply({"params": params}, inputs))
+    score = task.outcomes(read, batch, mode)["fraud"]
     np.testing.assert_allclose(1 / (1 + np.exp(-found.output)), score, rtol=1e-4)
 
 

@@ -135,6 +135,19 @@ def test_what_a_weight_changes_is_the_change_of_the_outputs_over_their_variance(
     assert told[1]["change"] == pytest.approx(change, rel=0.02)
 
 
+@pytest.mark.parametrize(("words", "told"), [([], (False, True)), (["--balance", "False"], (False, False))])
+def test_inputs_are_balanced_unless_it_is_left_out(trained, tmp_path, monkeypatch, words, told):
+    def stop(*_, static, balance):
+        raise InterruptedError(static, balance)
+
+    monkeypatch.setattr(quantize_command, "choose_codes", stop)
+    monkeypatch.setattr(quantize_command, "inputs_seen", lambda *_: {})
+    monkeypatch.setattr(quantize_command, "make_mesh", lambda _: one_device())
+    with pytest.raises(InterruptedError) as caught:
+        dispatch(["quantize", str(trained), "--to", "int8", *words, "--output", str(tmp_path / "new")])
+    assert caught.value.args == told
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [

@@ -126,9 +126,33 @@ def test_a_run_starts_from_what_the_command_made(experiment, trained, tmp_path):
     state, _ = start_from(str(tmp_path / "made"), fresh, experiment.config.model, tmp_path)
     assert_same(frozen(state.params), base)
     assert_same(split_adapters(state.params)[0], split_adapters(fresh.params)[0])
+    half = fresh._replace(
+        params=jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x, fresh.params)
+    )
+    taken, _ = start_from(str(tmp_path / "made"), half, experiment.config.model, tmp_path)
+    assert [x.dtype for x in jax.tree.leaves(taken.params)] == [x.dtype for x in jax.tree.leaves(half.params)]
     floats = make_state_of_floats(experiment)
     with pytest.raises(UserError, match="holds codes, which do not change"):
         start_from(str(tmp_path / "made"), floats, made.model, tmp_path)
+
+
+@pytest.mark.parametrize(("part", "told"), [("balance", "balanced inputs"), ("span", "static inputs")])
+def test_codes_whose_inputs_are_balanced_or_static_are_refused(experiment, trained, tmp_path, part, told):
+    """A run keeps codes and scales alone, which then stand for other weights."""
+    made = replace(experiment.config, model=replace(experiment.config.model, lora_rank=0))
+
+    def balanced(path, x):
+        if not path_of(path).endswith("layers_0/self_attn/o_proj/weight"):
+            return x
+        more = {"balance": jnp.full((1, x.shape[-1]), 2, jnp.bfloat16), "span": jnp.ones((1, 1))}
+        return x._replace(**{part: more[part]})
+
+    base = jax.tree_util.tree_map_with_path(balanced, frozen(trained[1].params), is_leaf=is_codes)
+    kinds = {name: "int4" if "experts" in name else "int8" for name in names_of_codes(base)}
+    folder = tmp_path / "made"
+    write_sealed(folder, base, made, {"step": 6}, None, lambda draft: write_codes(draft / FOLDER, base, kinds))
+    with pytest.raises(UserError, match=rf"{told} \(decoder\.layers_0\.self_attn\.o_proj\.weight\).*--balance False"):
+        start_from(str(folder), experiment.init(), experiment.config.model, tmp_path)
 
 
 def names_of_codes(tree):

@@ -26,7 +26,7 @@ class Folder(CheckpointFolder):
         self.gate.set()
 
     def save(self, step, state, config, meta, tokenizer):
-        assert self.gate.wait(20)
+        assert self.gate.wait(240)
         if step in self.fails:
             raise UserError(f"step {step}: the disk is full")
         self.saved[step] = (jax.tree.map(np.array, state), meta, dict(tokenizer), threading.current_thread().name)
@@ -130,7 +130,21 @@ def test_from_an_accelerator_page_locked_memory_is_filled_and_taken_again(saver,
         written, _, _, thread = saver.checkpoints.saved[step]
         assert np.array_equal(written["a"], np.arange(16.0) + step - 1) and written["b"].dtype == ml_dtypes.bfloat16
         assert thread.startswith("save") and not said
-        monkeypatch.setattr(module, "_available", lambda: 0.0)  # but for what the first copy has taken
+        # But for what the first copy has taken, room for what is put together of eight parts.
+        monkeypatch.setattr(module, "_available", lambda: 64.0)
+    monkeypatch.setattr(module, "_available", lambda: 63.0)
+    save(saver, 4, state, said)
+    assert len(said) == 1 and "no room for a copy" in said[0]
+
+
+@pytest.mark.parametrize(("axes", "parts"), [((), 1), (("fsdp",), 4), ((None, "data"), 2), ((("data", "fsdp"),), 8)])
+def test_page_locked_memory_has_what_devices_hold_alike_once(accelerator, axes, parts):
+    devices = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    where = jax.sharding.NamedSharding(devices, jax.sharding.PartitionSpec(*axes))
+    x = jax.device_put(jnp.arange(64.0).reshape(8, 8), where)
+    (copy,) = locked_copy([x])
+    assert len(copy.addressable_shards) == parts and copy.sharding.memory_kind == "pinned_host"
+    assert np.array_equal(copy, x)
 
 
 def test_where_no_memory_can_be_locked_the_copy_goes_to_ordinary_memory(saver, accelerator, monkeypatch):

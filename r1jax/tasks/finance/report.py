@@ -42,7 +42,7 @@ class Explanation(Frozen):
 
     method: Literal["integrated gradients"]
     baseline: float
-    """Log-odds of a typical transaction of the period."""
+    """Log-odds of a typical transaction of the period, read by the experts that read this one."""
     output: float
     """Log-odds of this one."""
     rest: float
