@@ -50,7 +50,7 @@ class Pretrained:
           Parameters of the decoder.
 
         Raises:
-          UserError: A file is damaged, or there is no such platform.
+          UserError: A file is damaged, the model has no language head, or there is no such platform.
         """
         print(start_platform(platform), file=sys.stderr)
         mesh = make_mesh(MeshConfig(data=1, fsdp=-1))
@@ -58,6 +58,11 @@ class Pretrained:
             if self.checkpoint is None:
                 return load_params(self.path, self.decoder, mesh=mesh, dtype=dtype, progress=told)
             params = self._restore(mesh, dtype)
+            if "lm_head" not in params:
+                raise UserError(
+                    f"checkpoint {self.checkpoint.path} has no language head (it is of the "
+                    f"{self.checkpoint.config().task.name} task): give one of a language model"
+                )
             told(1, 1)
             return params
 

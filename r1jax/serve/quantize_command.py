@@ -102,6 +102,11 @@ def quantize_checkpoint(words: list[str]) -> int:
     check_rules(config.model.quant, [use.name for use in uses], jax.devices()[0])
     with rounding_by(config.model.quant):
         chosen = schemes_of(uses)
+        if not chosen:
+            raise UserError(
+                f"{checkpoint.path}: by model.quant every weight stays a float: say by --to what to make, or give a "
+                "smaller --budget"
+            )
         # A checkpoint that was trained with its own rules is stored as it was trained.
         seen = {} if asked.to is None and not budget else inputs_seen(floats, task, params, batch)
         static = asked.activations == "static"

@@ -24,11 +24,12 @@ def folder(tmp_path):
     return write_folder(tmp_path / "published", published, tensors)
 
 
-def save_run(path, folder, meta=RUN, **data):
+def save_run(path, folder, meta=RUN, without=(), **data):
     """A run of the same weights."""
     decoder = read_config(folder)
     config = Config(model=ModelConfig(decoder=decoder))
-    state = {"params": {"decoder": load_params(folder, decoder)}}
+    params = load_params(folder, decoder)
+    state = {"params": {"decoder": {name: x for name, x in params.items() if name not in without}}}
     CheckpointFolder(path / "checkpoints").save(5, state, config, meta, **data)
     return path
 
@@ -86,3 +87,9 @@ def test_a_tokenizer_with_more_tokens_than_the_model(folder):
     tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="word0")).save(str(folder / "tokenizer.json"))
     with pytest.raises(UserError, match="has 41 tokens, but vocab_size is 40"):
         open_pretrained(folder).tokenizer()
+
+
+def test_a_model_without_a_language_head_is_refused(folder, tmp_path):
+    run = save_run(tmp_path / "run", folder, without=("lm_head",))
+    with pytest.raises(UserError, match=r"has no language head \(it is of the medical task\): give one of a language"):
+        open_pretrained(run).load("cpu")

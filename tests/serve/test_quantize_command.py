@@ -148,6 +148,15 @@ def test_inputs_are_balanced_unless_it_is_left_out(trained, tmp_path, monkeypatc
     assert caught.value.args == told
 
 
+def test_rules_that_round_nothing_are_refused(trained, tmp_path, monkeypatch):
+    config = get_config()
+    floats = replace(config, model=replace(config.model, quant=(".=float",)))
+    monkeypatch.setattr(Checkpoint, "config", lambda _: floats)
+    monkeypatch.setattr(quantize_command, "make_mesh", lambda _: one_device())
+    with pytest.raises(UserError, match=r"every weight stays a float: say by --to"):
+        dispatch(["quantize", str(trained), "--output", str(tmp_path / "new")])
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
