@@ -150,7 +150,7 @@ def test_all_moves_equal_plain_indexing_in_value_and_gradient(name):
         for (ours, plain), rows in zip(ways, arrays, strict=True):
             out, back = jax.vjp(lambda rows, f=ours: f(rows, plan), rows)
             expected, expected_back = jax.vjp(lambda rows, f=plain: f(rows, plan), rows)
-            pull = jnp.cos(3 * expected + jnp.arange(float(expected.size)).reshape(expected.shape))
+            pull = (jnp.arange(float(expected.size)) % 7 - 3).reshape(expected.shape)  # sums of these are exact
             pairs += [(out, expected), (back(pull)[0], expected_back(pull)[0])]
         return pairs
 

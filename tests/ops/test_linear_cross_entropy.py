@@ -140,7 +140,7 @@ def test_no_array_holds_all_logits():
 
 
 @pytest.mark.parametrize(
-    ("batch", "length", "platform", "parts"), [(4, 8192, "gpu", 11), (4, 8192, "cpu", 32), (1, 3073, "gpu", 2)]
+    ("batch", "length", "platform", "parts"), [(4, 8192, "gpu", 16), (4, 8192, "cpu", 32), (1, 3073, "gpu", 2)]
 )
 def test_chunks_are_as_equal_as_can_be(monkeypatch, batch, length, platform, parts):
     monkeypatch.setattr(module, "target", lambda: types.SimpleNamespace(platform=platform))
