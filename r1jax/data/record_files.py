@@ -25,7 +25,9 @@ def read_file(path: str, wanted: tuple[str, ...] = ()) -> pa.Table:
       UserError: There is no such file, it cannot be read, lacks a column, or has two of one name.
     """
     system, root = open_filesystem(path)
-    if not is_file(path) or not root.endswith((".csv", ".parquet")):
+    if not is_file(path):
+        raise UserError(f"{path} does not exist, or is no file: name one by --data.path (docs/records.md)")
+    if not root.endswith((".csv", ".parquet")):
         raise UserError(f"{path} is no .csv or .parquet file: name one by --data.path (docs/records.md)")
     try:
         if root.endswith(".parquet"):

@@ -91,6 +91,14 @@ def test_wrong_clients_are_refused(tmp_path, changes, message):
         read_credit(str(path))
 
 
+def test_a_file_that_is_not_there_and_one_of_another_kind_are_told_apart(tmp_path):
+    with pytest.raises(UserError, match=r"absent\.parquet does not exist, or is no file"):
+        read_credit(str(tmp_path / "absent.parquet"))
+    (tmp_path / "x.txt").write_text("X1\n1\n")
+    with pytest.raises(UserError, match=r"x\.txt is no \.csv or \.parquet file"):
+        read_credit(str(tmp_path / "x.txt"))
+
+
 def test_columns_of_one_name_are_refused(tmp_path):
     (tmp_path / "x.csv").write_text("X1,X3,X1\n1,2,3\n")
     with pytest.raises(UserError, match="has several columns 'X1': leave one of them"):
