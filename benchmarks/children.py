@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -121,3 +121,51 @@ def _finish(child: Child, timeout: float) -> dict[str, Any]:
     reason = f"killed, after {timeout:.0f} s or by the system" if late else f"exit code {child.process.returncode}"
     words = child.log.read_text(errors="replace").strip()
     return {"error": f"{reason}: {words[-QUOTED:]}"}
+
+
+def follow(
+    process: subprocess.Popen[str], names: list[str], patience: float, end: float, note: Callable[[dict], None]
+) -> list[str]:
+    """Notes the rows of a process that measures cases, and ends it where it says nothing for too long.
+
+    Args:
+      process: Prints a line of JSON before each case, {"begin": name}, and its row after it; its output is piped.
+      names: Cases that it was given.
+      patience: Seconds without a word after which it is killed.
+      end: When it is killed in any case, by `time.monotonic`.
+      note: Called with each row.
+
+    Returns:
+      The cases that are left to do after the one that ended it, which is noted as refused.
+    """
+    told: list[str] = []
+    reader = threading.Thread(target=lambda: told.extend(process.stderr), daemon=True)
+    reader.start()
+    current, left = names[0], list(names)
+
+    def watch() -> threading.Timer:
+        timer = threading.Timer(max(0.0, min(patience, end - time.monotonic())), process.kill)
+        timer.start()
+        return timer
+
+    timer = watch()
+    for line in process.stdout:
+        timer.cancel()
+        timer = watch()
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if "begin" in row:
+            current = row["begin"]
+        else:
+            note(row)
+            left.remove(row["name"])
+    timer.cancel()
+    process.wait()
+    reader.join(60)  # a process that it started may hold the pipe open
+    if left:
+        last = " ".join("".join(told).split())[-400:]
+        note({"name": current, "refused": f"process ended with {process.returncode}: {last}"})
+        left.remove(current)
+    return left

@@ -19,12 +19,13 @@ import platform
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.children import follow  # noqa: E402
 
 LIMIT, LIMIT_TRAIN = 60.0, 300.0
 """Seconds without a word after which a child is given up."""
@@ -108,38 +109,7 @@ def run_child(kind: str, names: list[str], args: argparse.Namespace, note) -> li
       The cases that are left to do after the one that ended it.
     """
     process = start_child(kind, names, args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    told: list[str] = []
-    reader = threading.Thread(target=lambda: told.extend(process.stderr), daemon=True)
-    reader.start()
-    current, left = names[0], list(names)
-
-    def watch() -> threading.Timer:
-        patience = LIMIT_TRAIN if "train" in kind else LIMIT
-        timer = threading.Timer(max(0.0, min(patience, args.end - time.monotonic())), process.kill)
-        timer.start()
-        return timer
-
-    timer = watch()
-    for line in process.stdout:
-        timer.cancel()
-        timer = watch()
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if "begin" in row:
-            current = row["begin"]
-        else:
-            note(row)
-            left.remove(row["name"])
-    timer.cancel()
-    process.wait()
-    reader.join(1)
-    if left:
-        last = " ".join("".join(told).split())[-400:]
-        note({"name": current, "refused": f"process ended with {process.returncode}: {last}"})
-        left.remove(current)
-    return left
+    return follow(process, names, LIMIT_TRAIN if "train" in kind else LIMIT, args.end, note)
 
 
 def environment() -> dict:

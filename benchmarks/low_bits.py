@@ -16,7 +16,6 @@ import os
 import re
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 
+from benchmarks.children import follow  # noqa: E402
 from benchmarks.h100_case import BF16, differ, normal, seconds  # noqa: E402
 from r1jax.config import DecoderConfig, GenerationSettings  # noqa: E402
 from r1jax.models.decoder import Decoder, LatentCache  # noqa: E402
@@ -327,34 +327,7 @@ def run_child(names: list[str], args: argparse.Namespace, note: Callable[[dict],
         text=True,
         env=environment,
     )
-    told: list[str] = []
-    reader = threading.Thread(target=lambda: told.extend(process.stderr), daemon=True)
-    reader.start()
-    current, left = names[0], list(names)
-
-    def watch() -> threading.Timer:
-        timer = threading.Timer(max(0.0, min(PATIENCE, args.end - time.monotonic())), process.kill)
-        timer.start()
-        return timer
-
-    timer = watch()
-    for line in process.stdout:
-        timer.cancel()
-        timer = watch()
-        row = json.loads(line) if line.startswith("{") else {}
-        if "begin" in row:
-            current = row["begin"]
-        elif row:
-            note(row)
-            left.remove(row["name"])
-    timer.cancel()
-    process.wait()
-    reader.join(1)
-    if left:
-        last = " ".join("".join(told).split())[-300:]
-        note({"name": current, "refused": f"process ended with {process.returncode}: {last}"})
-        left.remove(current)
-    return left
+    return follow(process, names, PATIENCE, args.end, note)
 
 
 def table(rows: list[dict]) -> str:

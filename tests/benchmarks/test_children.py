@@ -1,10 +1,13 @@
 """Processes of a benchmark are measured one at a time, and one that fails leaves the others alone."""
 
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from benchmarks.children import run_at_once, run_in_turn
+from benchmarks.children import follow, run_at_once, run_in_turn
 
 ROOT = Path(__file__).resolve().parents[2]
 LONG = 240.0
@@ -46,3 +49,18 @@ def test_a_crash_is_told_with_its_last_words(how):
 def test_a_process_that_does_not_end_is_killed():
     ((_, found),) = run_in_turn({"slow": words(START + "time.sleep(600)")}, ahead=0, timeout=1.0)
     assert "killed" in found["error"]
+
+
+def test_rows_of_a_process_are_noted_and_its_end_is_that_of_the_case():
+    """Other words of a process say nothing; the case that ends it is refused with its last words."""
+    script = (
+        "import json, os, sys\n"
+        "print('loading'); print(json.dumps({'begin': 'a'})); print(json.dumps({'name': 'a', 'ms': 1}))\n"
+        "print(json.dumps({'begin': 'b'}), flush=True)\n"
+        "sys.stderr.write('out of luck'); sys.stderr.flush(); os._exit(3)"
+    )
+    rows, pipes = [], {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", script], text=True, **pipes) as process:
+        left = follow(process, ["a", "b", "c"], LONG, time.monotonic() + LONG, rows.append)
+    assert left == ["c"]
+    assert rows == [{"name": "a", "ms": 1}, {"name": "b", "refused": "process ended with 3: out of luck"}]
