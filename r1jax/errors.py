@@ -1,13 +1,22 @@
 """Errors that a user can mend: one sentence that says what, where and what to do; exit code 2."""
 
+import atexit
+import contextlib
 import difflib
 import errno
 import os
 import sys
+import threading
+import weakref
 from collections.abc import Callable, Iterable
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """A full disk or quota can meet any write, and is none of the program's making."""
+
+IN_CLIENTS: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+"""Daemon threads that may still be in a client's native code when the program ends."""
+_ending = {"code": 1}
+"""The exit code that `run_main` has come to."""
 
 
 class UserError(Exception):
@@ -51,4 +60,15 @@ def run_main(main: Callable[[list[str]], int | None]) -> None:
             raise
         print(f"error: {error}: make room, and run the same command again", file=sys.stderr)
         code = 2
-    sys.exit(code or 0)
+    _ending["code"] = code or 0
+    sys.exit(_ending["code"])
+
+
+@atexit.register
+def _leave_clients() -> None:
+    """Ends the program at once where a client still works: Python would stop that thread inside its C++, and abort."""
+    if any(thread.is_alive() for thread in IN_CLIENTS):
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(_ending["code"])

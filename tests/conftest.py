@@ -32,6 +32,12 @@ hypothesis.settings.register_profile("r1jax", deadline=None, derandomize=True, d
 hypothesis.settings.load_profile("r1jax")
 
 
+def pytest_unconfigure() -> None:
+    from r1jax.errors import IN_CLIENTS  # not before the hook
+
+    IN_CLIENTS.clear()  # what tests have left waiting does not decide how pytest ends
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Folder of the real data sets, which are not part of the repository."""

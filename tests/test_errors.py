@@ -95,3 +95,52 @@ def test_a_reader_that_left_is_no_crash():
     os.close(writer)
     _, complaint = process.communicate(timeout=60)
     assert (process.returncode, complaint) == (141, "")
+
+
+def test_a_request_under_way_does_not_crash_the_end(tmp_path):
+    """A thread that comes back from C++ while Python ends would abort it (code 134)."""
+    (tmp_path / "late.py").write_text(
+        """
+import time
+
+class Late:
+    def __del__(self, sleep=time.sleep):
+        sleep(2)  # Python's end takes long enough for the thread to come back
+
+late = Late()
+"""
+    )
+    (tmp_path / "program.py").write_text(
+        """
+import io, sys, time
+
+import pyarrow
+
+import late
+from r1jax.data.bounded import bounded
+from r1jax.errors import run_main
+
+class Slow(io.RawIOBase):
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        time.sleep(1)
+        return len(buffer)
+
+def read():
+    file = pyarrow.PythonFile(Slow(), mode="r")
+    while True:
+        file.read(10)
+
+def gone():
+    time.sleep(0.3)
+    raise FileNotFoundError("it is gone")
+
+run_main(lambda arguments: bounded(["a", "b"], [read, gone]))
+"""
+    )
+    command = [sys.executable, str(tmp_path / "program.py")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (2, "error: b: it is gone: check its name\n")

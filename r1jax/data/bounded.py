@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
-from r1jax.errors import UserError
+from r1jax.errors import IN_CLIENTS, UserError
 
 TIMEOUT_S = 30.0
 """Longest wait for a server that does not answer, restarts included; then reading ends with an error."""
@@ -54,7 +54,9 @@ class _Requests(Generic[T]):
     def run(self) -> list[T]:
         """Waits for all of them."""
         for _ in range(min(THREADS, len(self.calls))):
-            threading.Thread(target=self._work, daemon=True).start()
+            thread = threading.Thread(target=self._work, name="r1jax-request", daemon=True)
+            IN_CLIENTS.add(thread)
+            thread.start()
         with self.changed:
             while len(self.results) < len(self.calls) and self.failure is None:
                 left = self.end - time.monotonic()

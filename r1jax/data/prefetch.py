@@ -6,6 +6,8 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+from r1jax.errors import IN_CLIENTS
+
 WAITING = 64
 """Most requests that wait; more would be read too late anyway."""
 END_S = 5.0
@@ -62,6 +64,8 @@ class Prefetcher:
         thread = self._thread
         if thread is not None and thread is not threading.current_thread():
             thread.join(END_S)
+            if thread.is_alive():
+                IN_CLIENTS.add(thread)
 
     def _run(self) -> None:
         while True:
