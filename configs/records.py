@@ -79,7 +79,9 @@ def _sentiment() -> Config:
             text_ngrams=2**16,
             dropout=0.3,
         ),
-        task=TaskConfig(name="records", records="sentiment", label_smoothing=0.05, modality_dropout=0.0),
+        task=TaskConfig(
+            name="records", records="sentiment", agreement=True, label_smoothing=0.05, modality_dropout=0.0
+        ),
         data=DataConfig(path="data/Sentences_50Agree.txt", split="val", folds=10),
         train=TrainConfig(
             steps=1000,

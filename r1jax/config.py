@@ -196,6 +196,9 @@ class TaskConfig:
     name: Literal["medical", "language", "finance", "records"] = "medical"
     records: Literal["credit", "sentiment", "stocks"] = "credit"
     """What `data.path` holds for the records task (docs/records.md)."""
+    agreement: bool = False
+    """For sentiment, read the other Sentences_*Agree.txt beside `data.path` too: the fewer annotators agreed on a label,
+    the softer it is, and what `data.path` lacks is learned from, never judged on."""
     fields: tuple[str, ...] = ()
     """Findings to learn; empty means every field of the task's schema."""
     label_smoothing: Share = 0.02

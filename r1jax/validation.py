@@ -314,6 +314,8 @@ def _task_relations(config: Config) -> Iterator[tuple[bool, str, str]]:
         yield config.data.tokenizer is None, "data.tokenizer", "None: the records task reads text as bytes"
         yield not config.data.mix, "data.mix", "empty for the records task: put the cases into one file"
         folded = config.task.records != "stocks"
+        counted = config.task.records == "sentiment"
+        yield counted or not config.task.agreement, "task.agreement", "False: only sentences have files of agreement"
         yield folded or config.data.fold is None, "data.fold", "None for stocks: their parts are periods of time"
     else:
         yield not config.data.mix, "data.mix", "empty for the language task: put the files into one folder"

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, Int, Int32
+from jaxtyping import Bool, Float32, Int, Int32
 
 from r1jax.data.schema import Field, Schema
 from r1jax.errors import UserError
@@ -26,6 +26,8 @@ class Records:
       series: Streams of events, the latest last, of which all exist; None where there are none.
       text: "" where missing; None where no case has any.
       day: Day since the epoch for which the class is predicted; None where cases have no time.
+      agreed: Share of the annotators that chose the label; None where nobody counted.
+      beside: Cases of other files, to learn from and never to judge on; None where there are none.
     """
 
     ids: list[str]
@@ -34,12 +36,16 @@ class Records:
     series: Float32[np.ndarray, "N S K C"] | None = None
     text: list[str] | None = None
     day: Int32[np.ndarray, " N"] | None = None
+    agreed: Float32[np.ndarray, " N"] | None = None
+    beside: Bool[np.ndarray, " N"] | None = None
 
     def digest(self) -> bytes:
         """sha256 of all that the cases are."""
         made = hashlib.sha256()
         for field in fields(self):
             value = getattr(self, field.name)
+            if value is None and field.name in ("agreed", "beside"):
+                continue  # files that were read before there was such a thing keep their digest
             made.update(field.name.encode())
             if isinstance(value, np.ndarray):
                 made.update(str(value.shape).encode() + np.ascontiguousarray(value).tobytes())
@@ -63,6 +69,8 @@ class RecordCases:
         """
         self.name, self.records, self.rows = name, records, rows
         found = [Field("case_id", "category"), Field("target.class", "number", "int32")]
+        if records.agreed is not None:
+            found.append(Field("target.agreed", "number", "float32"))
         if records.table is not None:
             found.append(Field("table", "table", "float32", records.table.shape[1:]))
         if records.series is not None:
@@ -94,11 +102,13 @@ class RecordCases:
           indices: Which cases, in any order.
 
         Returns:
-          "case_id", "target.class" (int32, `UNKNOWN` where not known), and "table", "series" and "text" as far as the
-          records have them.
+          "case_id", "target.class" (int32, `UNKNOWN` where not known), and "target.agreed", "table", "series" and "text"
+          as far as the records have them.
         """
         rows, records = self.rows[indices], self.records
         batch: dict[str, Any] = {"case_id": [records.ids[row] for row in rows], "target.class": records.label[rows]}
+        if records.agreed is not None:
+            batch["target.agreed"] = records.agreed[rows]
         if records.table is not None:
             batch["table"] = records.table[rows]
         if records.series is not None:

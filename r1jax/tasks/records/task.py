@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Key
 from r1jax.config import Config
 from r1jax.data import tokenizer
 from r1jax.data.credit_files import read_credit
+from r1jax.data.phrase_agreement import read_agreed
 from r1jax.data.phrase_files import CLASSES, read_phrases
 from r1jax.data.pipeline import Preprocessed, open_pipeline, original
 from r1jax.data.records import UNKNOWN, RecordCases, Records, held_out, in_periods, known
@@ -77,7 +78,7 @@ class RecordsTask:
         """
         data = self.config.data
         if self._opened is None:
-            self._opened = self.kind.read(data.path)
+            self._opened = (read_agreed if self.config.task.agreement else self.kind.read)(data.path)
         records = self._opened
         name = f"{data.path}, {split}"
         rows = np.flatnonzero(self._part(records, split))
@@ -101,8 +102,9 @@ class RecordsTask:
     def _part(self, records: Records, split: str) -> np.ndarray:
         """Which records are of a part."""
         data = self.config.data
+        own = np.ones(len(records.ids), bool) if records.beside is None else ~records.beside
         if split == "all":
-            return np.ones(len(records.ids), bool)
+            return own
         if records.day is not None:
             return in_periods(records.day, split, ENDS)
         if split == "test":
@@ -110,7 +112,8 @@ class RecordsTask:
                 f"{data.path} has no test part, only folds: score the validation by --data.split val, or another file "
                 "by --data.path FILE --data.split all"
             )
-        held = held_out(records.label, data.folds, data.fold or 0, data.seed)
+        held = np.zeros_like(own)
+        held[own] = held_out(records.label[own], data.folds, data.fold or 0, data.seed)
         return held if split == "val" else ~held
 
     def remarks(self, source: Source) -> list[str]:
@@ -119,7 +122,18 @@ class RecordsTask:
         assert isinstance(cases, RecordCases)
         counts = np.bincount(cases.records.label[cases.rows], minlength=len(self.kind.classes))
         told = ", ".join(f"{count} {name}" for name, count in zip(self.kind.classes, counts, strict=True))
-        return [f"note: to learn from are {told}", *(f"warning: {line}" for line in self.text_warnings(cases))]
+        return [f"note: to learn from are {told}", *self._agreement(cases), *(f"warning: {line}" for line in self.text_warnings(cases))]
+
+    def _agreement(self, cases: RecordCases) -> list[str]:
+        """How much of what is learned from comes from other files, and how sure it is."""
+        records, rows = cases.records, cases.rows
+        if not self.config.task.agreement:
+            return []
+        if records.agreed is None:
+            return ["note: no other Sentences_*Agree.txt lies beside the file, so that all labels count alike"]
+        other = 0 if records.beside is None else int(records.beside[rows].sum())
+        unsure = int((records.agreed[rows] < 1).sum())
+        return [f"note: {other} of them come from other files of the folder; annotators disagreed on {unsure}"]
 
     def text_warnings(self, cases: RecordCases) -> list[str]:
         """What of the texts the model cannot read."""
@@ -133,7 +147,7 @@ class RecordsTask:
     def collate(self, raw: dict[str, Any]) -> dict[str, np.ndarray]:
         """Turns a source's batch into a flat dict of arrays of the modalities that the model reads."""
         reads = self.config.model.modalities
-        batch = {"target.class": raw["target.class"]}
+        batch = {name: raw[name] for name in ("target.class", "target.agreed") if name in raw}
         batch |= {name: raw[name] for name in ("table", "series") if name in reads}
         if "text" in reads:
             batch["text"], batch["text_valid"] = tokenizer.encode_batch(raw["text"], self.config.model.text_tokens)
@@ -147,10 +161,10 @@ class RecordsTask:
           keys: A key for each case, of its randomness in training; None at evaluation.
 
         Returns:
-          What the model reads, and "class".
+          What the model reads, and "class", with "agreed" where annotators were counted.
         """
         arrays = {name: value for name, value in batch.items() if "target." not in name}
-        targets = {"class": batch["target.class"]}
+        targets = {name: batch[f"target.{name}"] for name in ("class", "agreed") if f"target.{name}" in batch}
         here = jnp.ones(targets["class"].shape, bool)
         arrays |= {f"has_{name}": here for name in ("table", "series") if name in arrays}
         if "series" in arrays:
@@ -181,7 +195,11 @@ class RecordsTask:
         """Cross-entropy of the known labels, and the balance loss; arguments as in `Task`."""
         task, label, own = self.config.task, targets["class"], self.weights(inputs, targets)
         weights = weights or own
-        losses = cross_entropy(output.heads["class"], jnp.maximum(label, 0), smoothing=task.label_smoothing)
+        smoothing: float | Float[Array, " B"] = task.label_smoothing
+        if "agreed" in targets:  # the other classes share what the annotators left, where that is more
+            classes = len(self.kind.classes)
+            smoothing = jnp.maximum(smoothing, (1 - targets["agreed"]) * (classes / (classes - 1)))
+        losses = cross_entropy(output.heads["class"], jnp.maximum(label, 0), smoothing=smoothing)
         parts = {"class": weighted_mean(losses, (label != UNKNOWN).astype(jnp.float32), weights["class"])}
         total = parts["class"]
         if output.router:
