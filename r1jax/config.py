@@ -197,8 +197,8 @@ class TaskConfig:
     records: Literal["credit", "sentiment", "stocks"] = "credit"
     """What `data.path` holds for the records task (docs/records.md)."""
     agreement: bool = False
-    """For sentiment, read the other Sentences_*Agree.txt beside `data.path` too: the fewer annotators agreed on a label,
-    the softer it is, and what `data.path` lacks is learned from, never judged on."""
+    """For sentiment, read the other Sentences_*Agree.txt beside `data.path` too: a label is the softer, the fewer
+    annotators agreed on it, and sentences that `data.path` lacks are learned from, never judged on."""
     fields: tuple[str, ...] = ()
     """Findings to learn; empty means every field of the task's schema."""
     label_smoothing: Share = 0.02

@@ -1,4 +1,4 @@
-"""How far annotators agreed on each sentence, from the files of the Financial PhraseBank beside the one that is read."""
+"""How far annotators agreed on each sentence: what the other files of the Financial PhraseBank tell."""
 
 import re
 from dataclasses import replace
@@ -10,8 +10,8 @@ from r1jax.data.phrase_files import read_phrases
 from r1jax.data.records import UNKNOWN, Records
 
 AGREED = {"50": 0.58, "66": 0.7, "75": 0.875, "All": 1.0}
-"""Share of annotators that chose the label: the middle between a file's bound and the next, as a sentence in no stricter
-file lies between them (Malo et al. 2014, section 3)."""
+"""Share of annotators that chose the label, by the strictest file that has the sentence: the middle between its bound
+and the next."""
 _NAME = re.compile(r"Sentences_(50|66|75|All)Agree\.txt$")
 
 

@@ -102,8 +102,8 @@ class RecordCases:
           indices: Which cases, in any order.
 
         Returns:
-          "case_id", "target.class" (int32, `UNKNOWN` where not known), and "target.agreed", "table", "series" and "text"
-          as far as the records have them.
+          "case_id", "target.class" (int32, `UNKNOWN` where not known), and "target.agreed", "table", "series" and
+          "text" as far as the records have them.
         """
         rows, records = self.rows[indices], self.records
         batch: dict[str, Any] = {"case_id": [records.ids[row] for row in rows], "target.class": records.label[rows]}

@@ -88,6 +88,41 @@ def test_cut_texts_and_classes_are_told(tmp_path):
     np.testing.assert_array_equal(read[0], read[1])
 
 
+def test_what_lies_beside_is_learned_from_and_never_judged(tmp_path):
+    lines = write_phrases(tmp_path / "x.txt").read_text("utf-8").splitlines(keepends=True)
+    path = tmp_path / "Sentences_AllAgree.txt"
+    path.write_text("".join(lines[:40]), "utf-8")
+    (tmp_path / "Sentences_66Agree.txt").write_text("".join(lines), "utf-8")
+    alone, agreed = made("sentiment", path, "text"), made("sentiment", path, "text", agreement=True)
+    for split in ("val", "all"):
+        np.testing.assert_array_equal(agreed.source(split).rows, alone.source(split).rows)
+    learned = agreed.source("train").rows
+    np.testing.assert_array_equal(learned[learned < 40], alone.source("train").rows)
+    np.testing.assert_array_equal(learned[learned >= 40], np.arange(40, 60))
+    assert agreed.remarks(agreed.source("train"))[1] == (
+        "note: 20 of them come from other files of the folder; annotators disagreed on 20"
+    )
+    batch = agreed.collate(agreed.source("train").read_batch(np.arange(4)))
+    _, targets = agreed.prepare(jax.tree.map(jnp.asarray, batch))
+    np.testing.assert_array_equal(targets["agreed"], np.ones(4))
+    lone = made("sentiment", tmp_path / "x.txt", "text", agreement=True)
+    assert "no other Sentences_*Agree.txt lies beside the file" in lone.remarks(lone.source("train"))[1]
+
+
+def test_annotators_that_disagreed_soften_a_label(tmp_path):
+    task = made("sentiment", tmp_path / "x.txt", "text", agreement=True)
+    logits = np.random.default_rng(0).standard_normal((3, 3))
+    label, agreed = np.array([0, 2, 1]), np.array([1.0, 0.58, 0.875])
+    target = np.where(np.eye(3)[label] == 1, agreed[:, None], (1 - agreed[:, None]) / 2)
+    expected = -(target * np.log(np.asarray(jax.nn.softmax(logits)))).sum(axis=1).mean()
+    targets = {"class": jnp.asarray(label, jnp.int32), "agreed": jnp.asarray(agreed, jnp.float32)}
+    output = Output({"class": jnp.asarray(logits, jnp.float32)}, (), None, None, None, None)
+    found, _ = task.loss(output, Inputs(), targets, jnp.float32(0))
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    with pytest.raises(UserError, match="task.agreement is True, but it must be False: only sentences have files"):
+        validate(replace(task.config, task=replace(task.config.task, records="credit")))
+
+
 def test_modes_hide_numbers_or_text(stocks):
     batch = jax.tree.map(jnp.asarray, stocks.collate(stocks.source("val").read_batch(np.arange(6))))
     seen = {}

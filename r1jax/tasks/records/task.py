@@ -122,7 +122,11 @@ class RecordsTask:
         assert isinstance(cases, RecordCases)
         counts = np.bincount(cases.records.label[cases.rows], minlength=len(self.kind.classes))
         told = ", ".join(f"{count} {name}" for name, count in zip(self.kind.classes, counts, strict=True))
-        return [f"note: to learn from are {told}", *self._agreement(cases), *(f"warning: {line}" for line in self.text_warnings(cases))]
+        return [
+            f"note: to learn from are {told}",
+            *self._agreement(cases),
+            *(f"warning: {line}" for line in self.text_warnings(cases)),
+        ]
 
     def _agreement(self, cases: RecordCases) -> list[str]:
         """How much of what is learned from comes from other files, and how sure it is."""

@@ -1,0 +1,53 @@
+"""How far annotators agreed, as the files beside the one that is read tell it."""
+
+import numpy as np
+import pytest
+
+from r1jax.data.phrase_agreement import read_agreed
+from r1jax.data.phrase_files import read_phrases
+from r1jax.errors import UserError
+from tests.data.record_sets import write_agreement
+
+
+def test_the_strictest_file_that_has_a_sentence_tells(tmp_path):
+    folder = write_agreement(tmp_path)
+    read = read_agreed(str(folder / "Sentences_50Agree.txt"))
+    np.testing.assert_array_equal(read.agreed, np.float32([1, 0.875, 0.875, 0.58, 0.58, 0.58]))
+    assert not read.beside.any() and read.text == read_phrases(str(folder / "Sentences_50Agree.txt")).text
+
+
+def test_what_only_other_files_have_comes_after_in_whatever_spelling(tmp_path):
+    folder = write_agreement(tmp_path)
+    own = read_phrases(str(folder / "Sentences_AllAgree.txt"))
+    read = read_agreed(str(folder / "Sentences_AllAgree.txt"))
+    assert own.text == ["Lemmink+ñinen 's profit rose"]
+    assert read.text == [*own.text, "Sales fell", "Orders rose", "Sales are flat", "It opened a shop"]
+    assert read.beside.tolist() == [False, True, True, True, True] and read.ids == ["1", "50:2", "50:3", "50:4", "50:6"]
+    assert read.label.tolist() == [2, 0, 2, 1, 1]
+    np.testing.assert_array_equal(read.agreed, np.float32([1, 0.875, 0.875, 0.58, 0.58]))
+
+
+def test_a_file_without_others_or_of_another_name_is_read_alone(tmp_path):
+    folder = write_agreement(tmp_path)
+    other = folder / "news.txt"
+    other.write_bytes((folder / "Sentences_50Agree.txt").read_bytes())
+    alone = tmp_path / "alone" / "Sentences_50Agree.txt"
+    alone.parent.mkdir()
+    alone.write_bytes(other.read_bytes())
+    for path in (other, alone):
+        read = read_agreed(str(path))
+        assert read.agreed is None and read.beside is None and read.digest() == read_phrases(str(path)).digest()
+
+
+def test_digests_differ_by_agreement(tmp_path):
+    path = write_agreement(tmp_path) / "Sentences_50Agree.txt"
+    before = read_agreed(str(path)).digest()
+    (path.parent / "Sentences_75Agree.txt").unlink()
+    assert len({before, read_agreed(str(path)).digest(), read_phrases(str(path)).digest()}) == 3
+
+
+def test_a_wrong_line_of_another_file_is_refused(tmp_path):
+    folder = write_agreement(tmp_path)
+    (folder / "Sentences_66Agree.txt").write_text("sales@up\n")
+    with pytest.raises(UserError, match="Sentences_66Agree.txt: line 1 is 'sales@up'"):
+        read_agreed(str(folder / "Sentences_50Agree.txt"))
