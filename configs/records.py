@@ -5,7 +5,8 @@
     python train.py --config configs/records.py:stocks --data.path stocknet
 
 The first takes 80 s of CPU time and reaches an AUC of .793 on the fold that is held out, where LightGBM has .796; the
-others have not been trained to the end on these data yet. docs/records.md says what the files hold.
+others have not been trained to the end on these data yet. The second also reads the other files of the PhraseBank
+beside its own (`--task.agreement False` leaves them out). docs/records.md says what the files hold.
 """
 
 from r1jax.config import (

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from r1jax.data.filesystem import open_filesystem
 from r1jax.data.phrase_files import read_phrases
+from r1jax.data.record_files import is_file
 from r1jax.data.records import UNKNOWN, Records
 
 AGREED = {"50": 0.58, "66": 0.7, "75": 0.875, "All": 1.0}
@@ -23,15 +23,15 @@ def read_agreed(path: str) -> Records:
 
     Returns:
       Its sentences in its order, then the labelled ones that only other files have, `beside`; `agreed` is the share of
-      annotators behind each label. The same sentence is spelled with other broken letters in some files, so that ASCII
-      letters and digits alone tell. Without other files, or under another name, what `read_phrases` returns.
+      annotators behind each label. One sentence is spelled with other broken letters in another file, so that its ASCII
+      letters and digits tell. Without other files, or under another name, what `read_phrases` returns.
     """
     own, named = read_phrases(path), _NAME.search(path)
     if named is None:
         return own
     folder = path[: named.start()]
     others = {level: f"{folder}Sentences_{level}Agree.txt" for level in AGREED if level != named[1]}
-    found = {level: read_phrases(other) for level, other in others.items() if _is_file(other)}
+    found = {level: read_phrases(other) for level, other in others.items() if is_file(other)}
     if not found:
         return own
     found[named[1]] = own
@@ -59,14 +59,10 @@ def read_agreed(path: str) -> Records:
     )
 
 
-def _is_file(path: str) -> bool:
-    system, root = open_filesystem(path)
-    return bool(system.get_file_info(root).is_file)
-
-
 def _letters(text: str) -> str:
-    """What is equal for one sentence in whatever encoding."""
-    return re.sub("[^a-z0-9]+", "", text.lower())
+    """What is equal for one sentence in whatever encoding: the text itself where ASCII is the lesser part of it."""
+    found = re.sub("[^a-z0-9]+", "", text.lower())
+    return found if 2 * len(found) >= len(text) else text
 
 
 def _texts(records: Records) -> list[str]:

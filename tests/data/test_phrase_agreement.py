@@ -39,6 +39,13 @@ def test_a_file_without_others_or_of_another_name_is_read_alone(tmp_path):
         assert read.agreed is None and read.beside is None and read.digest() == read_phrases(str(path)).digest()
 
 
+def test_texts_of_other_scripts_are_told_apart_by_all_their_letters(tmp_path):
+    (tmp_path / "Sentences_AllAgree.txt").write_text("利润 2010 上升@positive\n利润 2010 下降@negative\n", "utf-8")
+    (tmp_path / "Sentences_50Agree.txt").write_text("利润 2010 持平@neutral\n利润 2010 上升@positive\n", "utf-8")
+    read = read_agreed(str(tmp_path / "Sentences_AllAgree.txt"))
+    assert read.beside.tolist() == [False, False, True] and read.text[2] == "利润 2010 持平"
+
+
 def test_digests_differ_by_agreement(tmp_path):
     path = write_agreement(tmp_path) / "Sentences_50Agree.txt"
     before = read_agreed(str(path)).digest()
