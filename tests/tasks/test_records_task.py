@@ -95,12 +95,15 @@ def test_modes_hide_numbers_or_text(stocks):
 
         def read(inputs, name=name):
             seen[name] = inputs
-            return Output({"class": jnp.zeros((6, 2))}, (), None, None, None, None)
+            return Output({"class": jnp.log(jnp.array([[0.5, 0.2, 0.3]] * 6))}, (), None, None, None, None)
 
         found = stocks.outcomes(read, batch, jax.tree.map(jnp.asarray, mode))
-        np.testing.assert_allclose(found["class"], 0.5)
-    assert seen["both"].has_table.all() and seen["numbers"].has_series.all() and not seen["text"].has_table.any()
-    assert not seen["text"].has_series.any() and not seen["numbers"].text_valid.any()
+        np.testing.assert_allclose(found["class"], [[0.8, 0.2]] * 6, rtol=1e-5)  # a large gain is no loss
+    absent = {name: np.isnan(inputs.table) for name, inputs in seen.items()}
+    assert not absent["both"].any() and absent["text"][:, :-8].all() and not absent["text"][:, -8:].any()
+    assert absent["numbers"][:, -8:].all() and not absent["numbers"][:, :-8].any()
+    assert all(inputs.has_table.all() for inputs in seen.values())
+    assert seen["numbers"].has_series.all() and not seen["text"].has_series.any() and not seen["numbers"].text_valid.any()
     np.testing.assert_array_equal(seen["text"].text_valid, seen["both"].text_valid)
     assert seen["both"].series.shape == (6, 1, 20, 4) and seen["both"].series_valid.all()
 
@@ -108,7 +111,7 @@ def test_modes_hide_numbers_or_text(stocks):
 def test_training_hides_each_kind_of_some_cases(stocks):
     batch = jax.tree.map(jnp.asarray, stocks.collate(stocks.source("train").read_batch(np.arange(200))))
     inputs, _ = stocks.prepare(batch, jax.random.split(jax.random.key(0), 200))
-    hidden, had = ~np.asarray(inputs.has_table), np.asarray(batch["text_valid"]).any(axis=1)
+    hidden, had = np.isnan(inputs.table[:, 0]), np.asarray(batch["text_valid"]).any(axis=1)
     silenced = had & ~np.asarray(inputs.text_valid).any(axis=1)
     assert 30 < hidden.sum() < 70 and silenced.sum() > 0.1 * had.sum() and not (hidden & silenced).any()
 
