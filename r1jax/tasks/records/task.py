@@ -207,9 +207,10 @@ class RecordsTask:
         return total, parts
 
     def modes(self) -> dict[str, dict[str, bool]]:
-        """What can be shown: with numbers and text, also each alone."""
+        """What can be shown: with numbers and text, or what was counted in it, also each alone."""
         reads = self.config.model.modalities
-        return MODES if "text" in reads and len(reads) > 1 else {"both": MODES["both"]}
+        apart = ("text" in reads and len(reads) > 1) or ("table" in reads and self.kind.counts > 0)
+        return MODES if apart else {"both": MODES["both"]}
 
     def outcomes(
         self, read: Callable[..., Output], batch: dict[str, Array], mode: dict[str, Bool[Array, ""]]
