@@ -114,7 +114,7 @@ def price_numbers(market: Market) -> Float64[np.ndarray, "T D F"]:
     columns += [_largest(stir, quarter - near, quarter + near) for quarter in QUARTERS for near in (1, 4)]
     columns += [_largest(stir, 1, last) for last in (1, 10, 40)]
     columns.append(_before(_volume_ratio(market), 1))
-    columns.append(2 * np.log(_before(_across(market.spread), 1) + STILL) + 8)
+    columns.append(_log_root(np.square(_before(_across(market.spread), 1))))
     columns.append(200 * _mean_before(_across(market.returns), 5))
     return np.clip(np.nan_to_num(np.stack(columns, axis=-1)), -6, 6)
 

@@ -3,6 +3,7 @@
 import shutil
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -185,8 +186,8 @@ def test_the_numbers_of_a_day_are_those_of_the_windows_before_it(stocks):
             seen = past[-days:][~np.isnan(past[-days:])]
             expected.append(np.log(np.mean(seen <= LOSS) + 0.005) + 4)
         news = stir.loc[own].to_numpy()
-        spans = [(quarter - near, quarter + near) for quarter in QUARTERS for near in (1, 4)] + [(1, 1), (1, 10), (1, 40)]
-        for first, last in spans:
+        spans = [(quarter - near, quarter + near) for quarter in QUARTERS for near in (1, 4)]
+        for first, last in [*spans, (1, 1), (1, 10), (1, 40)]:
             seen = news[max(at - last, 0) : max(at - first + 1, 0)]
             seen = seen[~np.isnan(seen)]
             expected.append(seen.max() if len(seen) else 0)
@@ -197,15 +198,16 @@ def test_the_numbers_of_a_day_are_those_of_the_windows_before_it(stocks):
 
 
 def test_no_input_of_a_day_sees_that_day_or_a_later_one(stocks, tmp_path):
-    day = np.datetime64("2015-03-02")
+    day, rng = np.datetime64("2015-03-02"), np.random.default_rng(1)
     for name, column in (("prices_raw", "Date"), ("tweets", "created_at")):
         table = pq.read_table(stocks / f"{name}.parquet").to_pandas()
         later = table[column].dt.tz_localize(None) >= day
         for changed in ("High", "Low", "Close", "Adj Close", "Volume"):
             if changed in table:
-                table.loc[later, changed] *= np.random.default_rng(1).uniform(0.5, 2, later.sum())
+                table.loc[later, changed] *= rng.uniform(0.5, 2, later.sum())
         if name == "tweets":
-            table.loc[later, "text"] = "changed"
+            table.loc[later, "text"] = "changed earnings"
+            table = pd.concat([table, table[later]])
         pq.write_table(pa.Table.from_pandas(table, preserve_index=False), tmp_path / f"{name}.parquet")
     before, after = read_stocks(str(stocks)), read_stocks(str(tmp_path))
     seen = before.day <= day.astype(int)
@@ -216,6 +218,8 @@ def test_no_input_of_a_day_sees_that_day_or_a_later_one(stocks, tmp_path):
         t for t, s in zip(after.text, seen, strict=True) if s
     ]
     assert any(before.text[row] != after.text[row] for row in np.flatnonzero(~seen))
+    moved = (before.table != after.table).any(axis=0)
+    assert list(np.flatnonzero(~moved)) == [21, 22, 23, 24]  # the days behind are fewer than three quarters
 
 
 def test_tweets_of_five_trading_days_are_read_the_newest_first(stocks):
