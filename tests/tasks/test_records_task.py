@@ -132,6 +132,16 @@ def test_loss_is_the_cross_entropy_of_known_labels_and_parts_add_up(credit):
     np.testing.assert_allclose(loss(slice(0, 2), weights) + loss(slice(2, 6), weights), expected, rtol=1e-6)
 
 
+def test_stocks_learn_large_gains_apart_from_the_quiet_days(stocks):
+    batch = stocks.collate(stocks.source("val").read_batch(np.arange(40)))
+    inputs, targets = stocks.prepare(jax.tree.map(jnp.asarray, batch))
+    outcome, label = np.asarray(targets["outcome"]), np.asarray(targets["class"])
+    assert set(outcome) == {0, 1, 2} and (label == (outcome == 1)).all() and stocks.heads == (("class", 3),)
+    logits = jnp.asarray(np.random.default_rng(0).standard_normal((40, 3)), jnp.float32)
+    found = stocks.loss(Output({"class": logits}, (), None, None, None, None), inputs, targets, jnp.float32(0))[0]
+    np.testing.assert_allclose(found, log_loss(outcome, jax.nn.softmax(logits)), rtol=1e-6)
+
+
 def test_figures_of_two_classes_are_scikit_learns():
     rng = np.random.default_rng(0)
     label = rng.integers(0, 2, 60)
