@@ -231,7 +231,8 @@ class RecordsTask:
             inputs = self._hide(inputs, everyone & mode["hide_numbers"], everyone & mode["hide_text"])
         said = jax.nn.softmax(read(inputs).heads["class"], axis=-1)
         if self.kind.outcomes:
-            said = said @ jax.nn.one_hot(jnp.asarray(self.kind.outcomes), len(self.kind.classes), dtype=said.dtype)
+            of = np.asarray(self.kind.outcomes)  # summed, as a product would be rounded more coarsely on a GPU
+            said = jnp.stack([said[:, of == i].sum(axis=1) for i in range(len(self.kind.classes))], axis=1)
         return {"class": said}
 
     def figures(self, found: dict[str, np.ndarray], targets: dict[str, np.ndarray]) -> Figures:
