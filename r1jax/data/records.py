@@ -28,6 +28,7 @@ class Records:
       day: Day since the epoch for which the class is predicted; None where cases have no time.
       agreed: Share of the annotators that chose the label; None where nobody counted.
       beside: Cases of other files, to learn from and never to judge on; None where there are none.
+      outcome: Number of what happened, told more finely than by the class, which it decides; None where that is all.
     """
 
     ids: list[str]
@@ -38,13 +39,14 @@ class Records:
     day: Int32[np.ndarray, " N"] | None = None
     agreed: Float32[np.ndarray, " N"] | None = None
     beside: Bool[np.ndarray, " N"] | None = None
+    outcome: Int32[np.ndarray, " N"] | None = None
 
     def digest(self) -> bytes:
         """sha256 of all that the cases are."""
         made = hashlib.sha256()
         for field in fields(self):
             value = getattr(self, field.name)
-            if value is None and field.name in ("agreed", "beside"):
+            if value is None and field.name in ("agreed", "beside", "outcome"):
                 continue  # files that were read before there was such a thing keep their digest
             made.update(field.name.encode())
             if isinstance(value, np.ndarray):
@@ -71,6 +73,8 @@ class RecordCases:
         found = [Field("case_id", "category"), Field("target.class", "number", "int32")]
         if records.agreed is not None:
             found.append(Field("target.agreed", "number", "float32"))
+        if records.outcome is not None:
+            found.append(Field("target.outcome", "number", "int32"))
         if records.table is not None:
             found.append(Field("table", "table", "float32", records.table.shape[1:]))
         if records.series is not None:
@@ -102,13 +106,15 @@ class RecordCases:
           indices: Which cases, in any order.
 
         Returns:
-          "case_id", "target.class" (int32, `UNKNOWN` where not known), and "target.agreed", "table", "series" and
-          "text" as far as the records have them.
+          "case_id", "target.class" (int32, `UNKNOWN` where not known), and "target.agreed", "target.outcome", "table",
+          "series" and "text" as far as the records have them.
         """
         rows, records = self.rows[indices], self.records
         batch: dict[str, Any] = {"case_id": [records.ids[row] for row in rows], "target.class": records.label[rows]}
         if records.agreed is not None:
             batch["target.agreed"] = records.agreed[rows]
+        if records.outcome is not None:
+            batch["target.outcome"] = records.outcome[rows]
         if records.table is not None:
             batch["table"] = records.table[rows]
         if records.series is not None:
