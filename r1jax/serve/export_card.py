@@ -9,7 +9,7 @@ from r1jax import __version__
 from r1jax.config import Config
 from r1jax.edge.artefact import CARD, FORMAT, SUM, card_sum
 from r1jax.serve.export_graph import Exported, Port
-from r1jax.train.checkpoints import Checkpoint
+from r1jax.train.checkpoint import Checkpoint
 
 
 def describe_export(

@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from r1jax.arguments import EvalArguments, EvalData
 from r1jax.cli import load_arguments
-from r1jax.config import Config, Count, EvalArguments, EvalData, MeshConfig, ModelConfig, Positive
+from r1jax.config import Config, Count, MeshConfig, ModelConfig, Positive
 from r1jax.disk import sha256
 from r1jax.edge.artefact import TEXTS
 from r1jax.errors import UserError
@@ -32,7 +33,8 @@ from r1jax.serve.export_graph import Exported, Limits
 from r1jax.serve.export_medical import MedicalExport
 from r1jax.tasks.catalog import TASKS
 from r1jax.tasks.task import Task
-from r1jax.train.checkpoints import Checkpoint, find_checkpoint
+from r1jax.train.checkpoint import Checkpoint
+from r1jax.train.checkpoints import find_checkpoint
 from r1jax.train.evaluation import Evaluator
 
 HELP = """\

@@ -20,7 +20,7 @@ from r1jax.tasks.finance.alerts import ACTIONS, ALERT, BANDS, Policy, make_polic
 from r1jax.tasks.finance.operating import stored_curve
 from r1jax.tasks.finance.report import NOTICE
 from r1jax.tasks.finance.task import MODES, Finance
-from r1jax.train.checkpoints import Checkpoint
+from r1jax.train.checkpoint import Checkpoint
 from r1jax.train.evaluation import Evaluator
 
 BATCH = 256

@@ -17,7 +17,7 @@ from r1jax.tasks.medical.modes import MODES, shown_modes
 from r1jax.tasks.medical.schema import FINDING, RECORD_FIELDS
 from r1jax.tasks.medical.task import Medical
 from r1jax.tasks.medical.wording import NOTICE, SYNTHETIC
-from r1jax.train.checkpoints import Checkpoint
+from r1jax.train.checkpoint import Checkpoint
 from r1jax.train.evaluation import Evaluator
 
 LOW_HU, GREY_HU = b.HU_WINDOW[0], (b.HU_WINDOW[1] - b.HU_WINDOW[0]) / 255

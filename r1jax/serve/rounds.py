@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from r1jax.config import GenerationSettings
+from r1jax.arguments import GenerationSettings
 from r1jax.models.decoder import Decoder, LatentCache
 from r1jax.ops.latent_attention import empty_pages
 from r1jax.ops.quantize import Quantized

@@ -12,7 +12,8 @@ from r1jax.config import AlertConfig, Config, FinanceConfig, SeriesConfig, TaskC
 from r1jax.models.r1 import R1
 from r1jax.tasks.finance.operating import operating_points
 from r1jax.tasks.finance.task import Finance
-from r1jax.train.checkpoints import Checkpoint, write_sealed
+from r1jax.train.checkpoint import Checkpoint
+from r1jax.train.checkpoints import write_sealed
 from r1jax.train.plan import example_batch
 from r1jax.train.run import describe
 from r1jax.train.step import TrainState, init_state

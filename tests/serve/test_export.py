@@ -21,7 +21,7 @@ from r1jax.serve.export_gate import FP32, HALF, INT8, compare
 from r1jax.serve.export_graph import Port, tokenize
 from r1jax.serve.export_medical import raw_inputs, standardise
 from r1jax.tasks.medical.batch import collate
-from r1jax.train.checkpoints import Checkpoint
+from r1jax.train.checkpoint import Checkpoint
 from tests.serve.exported import write_checkpoint
 from tests.train.tiny import get_config
 

@@ -16,7 +16,7 @@ from r1jax.serve.export_finance import FinanceExport, _at_least, calibrated
 from r1jax.serve.export_gate import FP32, HALF, compare
 from r1jax.tasks.calibration import Isotonic, Platt
 from r1jax.tasks.finance.task import Finance
-from r1jax.train.checkpoints import Checkpoint
+from r1jax.train.checkpoint import Checkpoint
 from r1jax.train.evaluation import Evaluator
 from tests.serve.exported_finance import get_config, write_checkpoint
 
