@@ -83,7 +83,6 @@ def _verdict(rows: dict[str, Any], same: Bool[np.ndarray, "modes n"], exported: 
     return {
         "data": {"name": source.name, "fingerprint": source.fingerprint, "cases": len(source)},
         "shown": list(exported.shown),
-        "thresholds": sum(len(points) for points in exported.points().values()),
         "decisions": {"same": equal, "required": required, "of": of},
         "findings": rows,
         "agrees": within and equal >= required,

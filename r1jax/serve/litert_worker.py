@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 LEAST = 256
-"""Numbers from which a constant that is left in fp32 is stored as int8: below, its scales and its place cost more."""
+"""Numbers from which a constant that is left in fp32 is stored in fewer bits: below, its scales and place cost more."""
 MISSING = 3
 """Exit code: a package of the converter is not installed."""
 PACKAGES = ("litert-converter", "ai-edge-quantizer", "ai-edge-litert")
@@ -79,7 +79,8 @@ def _narrowed(content: bytearray, fine: str) -> bytes:
         if tensor.type != schema.TensorType.FLOAT32 or data is None or len(data) < 4 * LEAST:
             continue
         weights = np.frombuffer(bytes(data), np.float32).reshape(tensor.shape)
-        if not (np.abs(weights) < np.finfo(np.float16).max).all():
+        matrix = sum(size > 1 for size in weights.shape) > 1  # a vector's numbers share no scale
+        if not matrix or not (np.abs(weights) < np.finfo(np.float16).max).all():
             continue
         stored = schema.TensorT()
         stored.shape, stored.hasRank, stored.buffer = tensor.shape, tensor.hasRank, len(model.buffers)

@@ -135,6 +135,18 @@ print(json.dumps(dict(converter="1")))' "$3\""""
     )
 
 
+@pytest.mark.parametrize(("shape", "axis"), [((5, 64), 0), ((1, 12, 8), 1), ((4, 3, 3, 2), 0)])
+def test_weights_that_are_stored_as_int8_are_right_to_half_a_step_of_their_channel(shape, axis):
+    weights = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    weights[(0,) * (axis + 1)] = 0  # a channel without any weight
+    codes, scale, along = litert_worker._rounded(weights)
+    assert along == axis and codes.dtype == np.int8 and scale.shape == (shape[axis],)
+    step = np.moveaxis(np.broadcast_to(scale, (*np.delete(shape, axis), shape[axis])), -1, axis)
+    assert (np.abs(codes * step - weights) <= step * 0.5001).all()
+    largest = np.abs(codes).max(axis=tuple(other for other in range(len(shape)) if other != axis))
+    assert largest[0] == 0 and (largest[1:] == 127).all()
+
+
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
 
 
