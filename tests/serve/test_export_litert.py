@@ -21,7 +21,7 @@ from r1jax.data.synthetic import SyntheticCases
 from r1jax.edge.artefact import FORMAT, RUNNER, TEXTS
 from r1jax.edge.risk import SCORES
 from r1jax.errors import UserError
-from r1jax.serve import export_litert
+from r1jax.serve import export_litert, litert_worker
 from r1jax.serve.export_card import write_card
 from r1jax.serve.export_command import export
 from r1jax.serve.export_graph import Port
