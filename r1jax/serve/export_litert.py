@@ -23,10 +23,9 @@ from r1jax.serve.export_graph import Graph, Port
 
 REQUIREMENTS = ("litert-converter==0.5.0", "ai-edge-quantizer==0.10.0")
 """What the converter's environment holds; its interface is private, hence the exact versions."""
-KEPT = r".*/(merge_\d+|stage_[01]_\w+|spacing|where|projection|summary|text|head_\w+)/.*"
-"""Layers that compute in fp32 with int8, few products and most of the error: those nearest to the pictures, what leads
-from encoders to the decoder, and the heads."""
-FINE = r".*/(merge_[01]|stage_0_\w+|stage_1_block_\d+/second|head_\w+)/.*"
+KEPT = r".*/(volume|image|series|table|text|where|head_\w+)/.*"
+"""Layers that compute in fp32 with int8, since they are most of the error: encoders and heads, all but the decoder."""
+FINE = r".*/(merge_[01]|stage_0_\w+|head_\w+)/.*"
 """Those of them whose weights are stored as fp16, which are few bytes; all other weights are stored as int8."""
 MODEL = "model.tflite"
 COMPLETE = "complete"
