@@ -4,9 +4,9 @@
 
 DIR holds uci_default, fpb and stocknet as docs/records.md names their files. Missed payments are judged on a fold of
 five beside LightGBM, sentences on the folds of ten together beside TF-IDF with a linear SVM, and stocks on August and
-September 2015 beside logistic regression. No step is chosen: the probabilities are those of the last checkpoint as
-eval.py writes them, averaged over the seeds as LightGBM's are. The JSON is written after each set. Words after `--` are
-overrides of train.py.
+September 2015 beside logistic regression and LightGBM. No step is chosen: the probabilities are those of the last
+checkpoint as eval.py writes them, averaged over the seeds as LightGBM's are. The JSON is written after each set. Words
+after `--` are overrides of train.py.
 """
 
 import argparse
@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import eval as scoring  # noqa: E402
 from benchmarks.common import jax_environment, train_run  # noqa: E402
-from benchmarks.records_peers import boosted, logistic, svm  # noqa: E402
+from benchmarks.records_peers import boosted, stock_peers, svm  # noqa: E402
 from r1jax.cli import load_config  # noqa: E402
 from r1jax.data.records import RecordCases  # noqa: E402
 from r1jax.tasks.catalog import TASKS  # noqa: E402
@@ -51,7 +51,7 @@ SETS = {
     "uci_default": Set("", "uci_default/uci_default.parquet", boosted, ("auroc", "auprc", "ks", "brier")),
     "fpb 50Agree": Set(":sentiment", "fpb/Sentences_50Agree.txt", svm, ("accuracy", "macro_f1"), folded=True),
     "fpb AllAgree": Set(":sentiment", "fpb/Sentences_AllAgree.txt", svm, ("accuracy", "macro_f1"), folded=True),
-    "stocknet": Set(":stocks", "stocknet", logistic, ("auroc", "auprc", "ks", "brier")),
+    "stocknet": Set(":stocks", "stocknet", stock_peers, ("auroc", "auprc", "ks", "brier")),
 }
 OURS = {"both": "r1jax", "numbers": "r1jax, numbers alone", "text": "r1jax, text alone"}
 
