@@ -16,6 +16,8 @@ from r1jax.errors import UserError
 PRICES, TWEETS = "prices_raw.parquet", "tweets.parquet"
 ENDS = ("2015-08-01", "2015-10-01")
 """First day of the validation and of the test (Xu and Cohen 2018)."""
+EARLIER = ("2014-10-01", "2015-01-01", "2015-04-01", "2015-06-01", "2015-08-01")
+"""First days of earlier periods, and the last one's end: a fold is one of them, judged by the days before it."""
 FIRST = "2014-01-01"
 """First day that is predicted; earlier prices are history alone."""
 HISTORY = 60

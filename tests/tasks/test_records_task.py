@@ -54,6 +54,10 @@ def test_parts_are_folds_or_periods(stocks, credit):
     days = {split: stocks.source(split).records.day[stocks.source(split).rows] for split in ("train", "val", "test")}
     assert days["train"].max() < days["val"].min() and days["val"].max() < days["test"].min()
     assert sum(map(len, days.values())) == len(stocks.source("all"))
+    earlier = RecordsTask(replace(stocks.config, data=replace(stocks.config.data, fold=3)))
+    days = {split: earlier.source(split).records.day[earlier.source(split).rows] for split in ("train", "val")}
+    june, august = (int(np.datetime64(day).astype(int)) for day in ("2015-06-01", "2015-08-01"))
+    assert days["train"].max() < june <= days["val"].min() and days["val"].max() < august
 
 
 def test_what_the_records_lack_is_refused(tmp_path):
@@ -64,12 +68,12 @@ def test_what_the_records_lack_is_refused(tmp_path):
         validate(Config(model=ModelConfig(modalities=("table",)), task=TaskConfig(name="records")))
     with pytest.raises(UserError, match="model.text_ngrams is 8, but it must be 0 for the language task"):
         validate(Config(model=ModelConfig(modalities=("text",), text_ngrams=8), task=TaskConfig(name="language")))
-    with pytest.raises(UserError, match="data.fold is 1, but it must be None for stocks: their parts are periods"):
+    with pytest.raises(UserError, match="data.fold is 4, but it must be below 4 for stocks, an earlier period"):
         validate(
             Config(
                 model=ModelConfig(modalities=("table",)),
                 task=TaskConfig(name="records", records="stocks"),
-                data=DataConfig(path="a", fold=1),
+                data=DataConfig(path="a", fold=4),
             )
         )
     with pytest.raises(UserError, match="data.mix"):

@@ -16,7 +16,7 @@ from r1jax.data.pipeline import Preprocessed, open_pipeline, original
 from r1jax.data.records import UNKNOWN, RecordCases, Records, held_out, in_periods, known
 from r1jax.data.source import Source
 from r1jax.data.stock_features import COUNTS
-from r1jax.data.stock_files import ENDS, read_stocks
+from r1jax.data.stock_files import EARLIER, ENDS, read_stocks
 from r1jax.errors import UserError
 from r1jax.models.r1 import Inputs, Output
 from r1jax.ops.losses import cross_entropy, weighted_mean
@@ -110,7 +110,8 @@ class RecordsTask:
         if split == "all":
             return np.ones(len(records.ids), bool)
         if records.day is not None:
-            return in_periods(records.day, split, ENDS)
+            ends = ENDS if data.fold is None else EARLIER[data.fold : data.fold + 2]
+            return in_periods(records.day, split, ends)
         if split == "test":
             raise UserError(
                 f"{data.path} has no test part, only folds: score the validation by --data.split val, or another file "
