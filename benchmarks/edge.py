@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import jax_environment  # noqa: E402
 from r1jax.serve.export_command import export  # noqa: E402
-from r1jax.serve.export_graph import Port, raw_inputs  # noqa: E402
+from r1jax.serve.export_graph import Port  # noqa: E402
+from r1jax.serve.export_medical import raw_inputs  # noqa: E402
 from r1jax.tasks.medical.task import Medical  # noqa: E402
 from r1jax.train.checkpoints import find_checkpoint  # noqa: E402
 

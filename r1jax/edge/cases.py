@@ -27,11 +27,7 @@ def read_cases(path: Path, card: Tree, texts: Tree) -> tuple[list[str], dict[str
     Raises:
       InputError: The file is damaged, or an array is not as docs/data.md says or as the artefact reads it.
     """
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except Exception as error:  # damaged archives raise nearly anything
-        raise InputError(f"{path} cannot be read as .npz ({error}): write or copy it again") from None
+    arrays = read_arrays(path)
     names = [*PICTURES, "text", *(field["name"] for field in texts["record"])]
     count = next((len(arrays[name]) for name in names if name in arrays and arrays[name].ndim), 0)
     if not count:
@@ -39,7 +35,7 @@ def read_cases(path: Path, card: Tree, texts: Tree) -> tuple[list[str], dict[str
     for name in arrays.keys() & {*names, "case_id", "has_volume", "has_image"}:
         if arrays[name].shape[:1] != (count,):
             raise InputError(f"array {name!r} of {path} has shape {list(arrays[name].shape)}, not {count} cases")
-    ids = _case_ids(path, arrays) if "case_id" in arrays else [str(row).zfill(6) for row in range(count)]
+    ids = case_ids(path, arrays) if "case_id" in arrays else [str(row).zfill(6) for row in range(count)]
     wanted, found = card["inputs"], {}
     for name in PICTURES:
         if name in wanted:
@@ -47,7 +43,20 @@ def read_cases(path: Path, card: Tree, texts: Tree) -> tuple[list[str], dict[str
     if "table" in wanted:
         columns = [_field(path, field, arrays, count) for field in texts["record"]]
         found["table"] = np.stack(columns, axis=1)
-    return ids, found, _strings(path, "text", arrays) if "text" in arrays else None
+    return ids, found, strings_of(path, "text", arrays) if "text" in arrays else None
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of an .npz file.
+
+    Raises:
+      InputError: It is no such file.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except Exception as error:  # damaged archives raise nearly anything
+        raise InputError(f"{path} cannot be read as .npz ({error}): write or copy it again") from None
 
 
 def _picture(path: Path, name: str, arrays: dict[str, np.ndarray], count: int, shape: list[int]) -> dict:
@@ -105,10 +114,15 @@ def case_inputs(card: Tree, arrays: dict[str, np.ndarray], texts: list[str] | No
     """The inputs of one case: its rows, and the bytes of its text."""
     inputs = {name: np.asarray(values[row]) for name, values in arrays.items()}
     if "text" in card["inputs"]:
-        encoded, length = (texts[row] if texts else "").encode("utf-8"), card["inputs"]["text"]["shape"][0]
-        inputs["text"] = np.frombuffer(encoded[:length].ljust(length, b"\0"), np.uint8).astype(np.int32)
-        inputs["text_bytes"] = np.asarray(len(encoded), np.int32)
+        inputs |= text_inputs(texts[row] if texts else "", card["inputs"]["text"]["shape"][0])
     return inputs
+
+
+def text_inputs(text: str, length: int) -> dict[str, np.ndarray]:
+    """The first bytes of a text, and how many it has."""
+    encoded = text.encode("utf-8")
+    kept = np.frombuffer(encoded[:length].ljust(length, b"\0"), np.uint8)
+    return {"text": kept.astype(np.int32), "text_bytes": np.asarray(len(encoded), np.int32)}
 
 
 def missing_of(card: Tree, inputs: dict[str, np.ndarray]) -> list[str]:
@@ -137,7 +151,7 @@ def _numbers(path: Path, name: str, arrays: dict[str, np.ndarray]) -> np.ndarray
     return values.astype(np.float64)
 
 
-def _strings(path: Path, name: str, arrays: dict[str, np.ndarray]) -> list[str]:
+def strings_of(path: Path, name: str, arrays: dict[str, np.ndarray]) -> list[str]:
     """An array of one string, UTF-8 bytes or whole number a case, stripped."""
     values = arrays[name]
     if values.ndim != 1 or values.dtype.kind not in "SUiu":
@@ -153,9 +167,9 @@ def _strings(path: Path, name: str, arrays: dict[str, np.ndarray]) -> list[str]:
     return found
 
 
-def _case_ids(path: Path, arrays: dict[str, np.ndarray]) -> list[str]:
+def case_ids(path: Path, arrays: dict[str, np.ndarray]) -> list[str]:
     """Names of the cases, each its own, as r1jax takes them: reports are named by them."""
-    names = _strings(path, "case_id", arrays)
+    names = strings_of(path, "case_id", arrays)
     for row, name in enumerate(names):
         if not name or name in (".", "..") or not name.isprintable() or set(name) & set("/\\"):
             raise InputError(

@@ -23,9 +23,10 @@ from r1jax.serve.export_graph import Graph, Port
 
 REQUIREMENTS = ("litert-converter==0.5.0", "ai-edge-quantizer==0.10.0")
 """What the converter's environment holds; its interface is private, hence the exact versions."""
-KEPT = r".*/(merge_[01]|stage_[01]_\w+|spacing|where|head_\w+)/.*"
-"""Weights that stay fp32 with int8: those nearest to the pictures, and the heads. They are few bytes and most of the
-error."""
+KEPT = r".*/(volume|image|series|table|text|where|head_\w+)/.*"
+"""Layers that compute in fp32 with int8, since they are most of the error: encoders and heads, all but the decoder."""
+FINE = r".*/(merge_[01]|stage_0_\w+|head_\w+)/.*"
+"""Those of them whose weights are stored as fp16, which are few bytes; all other weights are stored as int8."""
 MODEL = "model.tflite"
 COMPLETE = "complete"
 """File in the converter's environment once all is installed: an interpreter alone may be what a crash left."""
@@ -115,6 +116,7 @@ def write_model(
             "target": str(folder / MODEL),
             "int8": int8,
             "kept": KEPT,
+            "fine": FINE,
             **names,
         }
         versions = _work(converter, asked)

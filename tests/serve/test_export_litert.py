@@ -8,22 +8,27 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import numpy as np
+import pyarrow as pa
 import pytest
 
 import eval as evaluation
 from r1jax.data.synthetic import SyntheticCases
 from r1jax.edge.artefact import FORMAT, RUNNER, TEXTS
+from r1jax.edge.risk import SCORES
 from r1jax.errors import UserError
-from r1jax.serve import export_litert
+from r1jax.serve import export_litert, litert_worker
 from r1jax.serve.export_card import write_card
 from r1jax.serve.export_command import export
 from r1jax.serve.export_graph import Port
 from r1jax.serve.export_litert import find_converter, write_model
+from r1jax.tasks.finance.task import Finance
 from tests.serve.exported import write_cases, write_checkpoint
+from tests.serve.exported_finance import write_checkpoint as write_finance_checkpoint
 
 WANTED = {"x": Port((2,), "float32", "1", "")}
 
@@ -130,6 +135,18 @@ print(json.dumps(dict(converter="1")))' "$3\""""
     )
 
 
+@pytest.mark.parametrize(("shape", "axis"), [((5, 64), 0), ((1, 12, 8), 1), ((4, 3, 3, 2), 0)])
+def test_weights_that_are_stored_as_int8_are_right_to_half_a_step_of_their_channel(shape, axis):
+    weights = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    weights[(0,) * (axis + 1)] = 0  # a channel without any weight
+    codes, scale, along = litert_worker._rounded(weights)
+    assert along == axis and codes.dtype == np.int8 and scale.shape == (shape[axis],)
+    step = np.moveaxis(np.broadcast_to(scale, (*np.delete(shape, axis), shape[axis])), -1, axis)
+    assert (np.abs(codes * step - weights) <= step * 0.5001).all()
+    largest = np.abs(codes).max(axis=tuple(other for other in range(len(shape)) if other != axis))
+    assert largest[0] == 0 and (largest[1:] == 127).all()
+
+
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
 
 
@@ -151,15 +168,28 @@ def assert_same(ours, theirs, place: str, tolerance: float) -> None:
         assert ours == theirs, place
 
 
+where_asked = pytest.mark.skipif(
+    os.environ.get("R1JAX_EDGE_TESTS") != "1", reason="installs 1 GB by pip: set R1JAX_EDGE_TESTS=1"
+)
+
+
+@pytest.fixture(scope="module")
+def device(tmp_path_factory) -> Iterator[Path]:
+    """A Python with LiteRT alone; the converter is installed where the command looks for it."""
+    place = tmp_path_factory.mktemp("tools")
+    python = place / "device" / "bin" / "python"
+    subprocess.run([sys.executable, "-m", "venv", str(place / "device")], check=True)
+    subprocess.run([str(python), "-m", "pip", "install", "-q", "ai-edge-litert==2.3.0"], check=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(place / "cache"))
+        yield python
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-@pytest.mark.skipif(os.environ.get("R1JAX_EDGE_TESTS") != "1", reason="installs 1 GB by pip: set R1JAX_EDGE_TESTS=1")
-def test_a_device_without_jax_writes_the_evaluation_s_reports(tmp_path_factory, monkeypatch):
-    place = tmp_path_factory.mktemp("route")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(place / "cache"))
-    device = place / "device" / "bin" / "python"
-    subprocess.run([sys.executable, "-m", "venv", str(place / "device")], check=True)
-    subprocess.run([str(device), "-m", "pip", "install", "-q", "ai-edge-litert==2.3.0"], check=True)
+@where_asked
+def test_a_device_without_jax_writes_the_evaluation_s_reports(device, tmp_path):
+    place = tmp_path
     checkpoint = write_checkpoint(place / "run" / "00000024")
     raw = SyntheticCases(3, 6, "test", (16, 16, 16)).read_batch(np.arange(6))
     write_cases(place / "cases" / "cases.npz", raw)
@@ -179,3 +209,37 @@ def test_a_device_without_jax_writes_the_evaluation_s_reports(tmp_path_factory, 
     (place / "int8" / "model.tflite").write_bytes(b"another model")
     done = subprocess.run(call, capture_output=True, text=True)
     assert done.returncode == 2 and "not what was exported" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+@where_asked
+def test_a_device_without_jax_writes_the_evaluation_s_alerts(device, tmp_path):
+    checkpoint = write_finance_checkpoint(tmp_path / "run" / "00000024")
+    task = Finance(checkpoint.config())
+    with jax.numpy_dtype_promotion("standard"):
+        words = ["--checkpoint", str(checkpoint.path), "--data.split", "test", "--reasons", "0", "--resamples", "5"]
+        assert evaluation.main([*words, "--output", str(tmp_path / "eval")]) == 0
+    cases = task.source("test")
+    raw, table, rows = cases.read_batch(np.arange(len(cases))), cases.table, cases.rows
+    names = {"customer": (table.customers, table.customer), "terminal": (table.terminals, table.terminal)}
+    np.savez(
+        tmp_path / "payments.npz",
+        **{name: raw[name] for name in ("series", "series_state", "series_valid", "table")},
+        **{name: np.array(words.take(pa.array(whose[rows])).to_pylist()) for name, (words, whose) in names.items()},
+        case_id=np.array(raw["case_id"]),
+        text=np.array(raw["text"]),
+        seconds=table.seconds[rows],
+    )
+    folder = tmp_path / "edge"
+    assert export([str(checkpoint.path), "--to", "litert", "--install", "--output", str(folder)]) == 0
+    call = [str(device), "-I", str(folder / RUNNER), str(tmp_path / "payments.npz"), "--output", str(tmp_path / "out")]
+    subprocess.run([*call, "--synthetic"], check=True)
+    theirs = sorted((tmp_path / "eval" / "reports").iterdir())
+    ours = {file.name for file in (tmp_path / "out").iterdir()}
+    assert ours == {file.name for file in theirs} | {SCORES} and len(theirs) > 20
+    for file in theirs:
+        if file.suffix == ".json":
+            ours, told = (json.loads(path.read_text()) for path in (tmp_path / "out" / file.name, file))
+            told["provenance"] |= {name: ours["provenance"][name] for name in ("model", "dataName", "dataFingerprint")}
+            assert_same(ours, told, file.stem, 1e-5)
