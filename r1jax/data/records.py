@@ -1,6 +1,7 @@
 """Labelled cases that fit into memory: numbers, a history and a text of each, and the class to predict."""
 
 import hashlib
+import re
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -91,12 +92,15 @@ class RecordCases:
         return len(self.rows)
 
     def identities(self) -> list[Hashable]:
-        """What tells each case from others, in whatever file: its stock and day, or else all that is read of it."""
+        """What tells each case from others, in whatever file: its stock and day, or else all that is read of it.
+
+        A text is told by its `letters`.
+        """
         records = self.records
         if records.day is not None:
             return [records.ids[row] for row in self.rows]
         arrays = [x for x in (records.table, records.series) if x is not None]
-        text = [""] * len(records.ids) if records.text is None else records.text
+        text = [""] * len(records.ids) if records.text is None else [letters(one) for one in records.text]
         return [(text[row], *(x[row].tobytes() for x in arrays)) for row in self.rows]
 
     def read_batch(self, indices: Int[np.ndarray, " B"]) -> dict[str, Any]:
@@ -122,6 +126,19 @@ class RecordCases:
         if records.text is not None:
             batch["text"] = [records.text[row] for row in rows]
         return batch
+
+
+def letters(text: str) -> str:
+    """What is equal for one sentence in files that broke other letters of it.
+
+    Args:
+      text: A sentence.
+
+    Returns:
+      Its ASCII letters, in lower case, and digits; the text itself where these are the lesser part of it.
+    """
+    found = re.sub("[^a-z0-9]+", "", text.lower())
+    return found if 2 * len(found) >= len(text) else text
 
 
 def held_out(label: Int32[np.ndarray, " N"], folds: int, fold: int, seed: int) -> np.ndarray:

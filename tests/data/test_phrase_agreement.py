@@ -1,10 +1,14 @@
 """How far annotators agreed, as the files beside the one that is read tell it."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from r1jax.data import phrase_agreement
 from r1jax.data.phrase_agreement import read_agreed
 from r1jax.data.phrase_files import read_phrases
+from r1jax.data.records import UNKNOWN
 from r1jax.errors import UserError
 from tests.data.record_sets import write_agreement
 
@@ -25,6 +29,28 @@ def test_what_only_other_files_have_comes_after_in_whatever_spelling(tmp_path):
     assert read.beside.tolist() == [False, True, True, True, True] and read.ids == ["1", "50:2", "50:3", "50:4", "50:6"]
     assert read.label.tolist() == [2, 0, 2, 1, 1]
     np.testing.assert_array_equal(read.agreed, np.float32([1, 0.875, 0.875, 0.58, 0.58]))
+
+
+def test_a_store_has_the_other_files_behind_the_same_options(tmp_path, monkeypatch):
+    folder, bucket, options = write_agreement(tmp_path), "s3://bucket/fpb", "?region=eu-west-1"
+    on_disk = read_agreed(str(folder / "Sentences_75Agree.txt")).digest()
+
+    def local(url):
+        assert url.startswith(bucket) and url.endswith(options)
+        return url.removesuffix(options).replace(bucket, str(folder))
+
+    monkeypatch.setattr(phrase_agreement, "is_file", lambda url: Path(local(url)).is_file())
+    monkeypatch.setattr(phrase_agreement, "read_phrases", lambda url: read_phrases(local(url)))
+    read = read_agreed(f"{bucket}/Sentences_75Agree.txt{options}")
+    assert read.digest() == on_disk and read.beside.sum() == 2
+
+
+def test_a_share_is_of_the_label_that_is_learned(tmp_path):
+    (tmp_path / "Sentences_50Agree.txt").write_text("Sales rose@positive\nOrders fell@negative\nNothing new@\n")
+    (tmp_path / "Sentences_AllAgree.txt").write_text("Sales rose@neutral\nOrders fell@\nNothing new@neutral\n")
+    read = read_agreed(str(tmp_path / "Sentences_50Agree.txt"))
+    assert read.label.tolist() == [2, 0, UNKNOWN]
+    np.testing.assert_array_equal(read.agreed, np.float32([0.58, 0.58, 0.58]))
 
 
 def test_a_file_without_others_or_of_another_name_is_read_alone(tmp_path):

@@ -31,6 +31,13 @@ def test_records_are_a_source():
     assert len(prints) == 4
 
 
+def test_a_sentence_is_the_same_whatever_letters_its_file_broke():
+    said = ["Lemmink+ñinen 's profit rose", "Lemmink\ufffdinen 's profit rose", "利润 2010 上升", "利润 2010 下降"]
+    records = Records(list("abcd"), np.zeros(4, np.int32), text=said)
+    one, other, *rest = RecordCases("four", records, np.arange(4)).identities()
+    assert one == other and len({one, *rest}) == 3
+
+
 def test_folds_part_all_cases_and_keep_the_shares_of_the_classes():
     label = np.random.default_rng(0).choice(3, 103, p=[0.6, 0.3, 0.1]).astype(np.int32)
     folds = np.stack([held_out(label, 5, fold, 7) for fold in range(5)])

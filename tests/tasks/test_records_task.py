@@ -110,7 +110,7 @@ def test_what_lies_beside_is_learned_from_and_never_judged(tmp_path):
     _, targets = agreed.prepare(jax.tree.map(jnp.asarray, batch))
     np.testing.assert_array_equal(targets["agreed"], np.ones(4))
     lone = made("sentiment", tmp_path / "x.txt", "text", agreement=True)
-    assert "no other Sentences_*Agree.txt lies beside the file" in lone.remarks(lone.source("train"))[1]
+    assert "data.path is no Sentences_*Agree.txt with others beside it" in lone.remarks(lone.source("train"))[1]
 
 
 def test_annotators_that_disagreed_soften_a_label(tmp_path):

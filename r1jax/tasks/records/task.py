@@ -141,7 +141,7 @@ class RecordsTask:
         if not self.config.task.agreement:
             return []
         if records.agreed is None:
-            return ["note: no other Sentences_*Agree.txt lies beside the file, so that all labels count alike"]
+            return ["note: data.path is no Sentences_*Agree.txt with others beside it, so that all labels count alike"]
         other = 0 if records.beside is None else int(records.beside[rows].sum())
         unsure = int((records.agreed[rows] < 1).sum())
         return [f"note: {other} of them come from other files of the folder; annotators disagreed on {unsure}"]
