@@ -260,7 +260,7 @@ class DataConfig:
     val_cases: Count = 512
     test_cases: Count = 2048
     fold: Natural | None = None
-    """Hold out this fold for validation instead of the folder's own split."""
+    """Hold out this fold for validation instead of the folder's own split; of stocks, an earlier period (0 to 3)."""
     folds: Annotated[int, Bounds("of at least 2", 2)] = 5
     seed: Seed = 0
     """Seed of the generator and of the order of cases."""
