@@ -241,6 +241,18 @@ def test_tweets_of_five_trading_days_are_read_the_newest_first(stocks):
         assert read.text[row] == " / ".join(own.sort_values("created_at", ascending=False).text)
 
 
+def test_a_tweet_of_midnight_is_of_the_day_that_begins(stocks, tmp_path):
+    shutil.copy(stocks / "prices_raw.parquet", tmp_path)
+    days = np.unique(pq.read_table(stocks / "prices_raw.parquet")["Date"].to_numpy().astype("datetime64[us]"))[100:103]
+    written = [days[0] - np.timedelta64(1, "us"), days[1]]
+    tweets = pa.table({"ticker": ["AA"] * 2, "created_at": written, "text": ["before", "midnight"]})
+    pq.write_table(tweets, tmp_path / "tweets.parquet")
+    read = read_stocks(str(tmp_path))
+    rows = [read.ids.index(f"AA-{day.astype('datetime64[D]')}") for day in days]
+    assert [read.text[row] for row in rows] == ["before", "before", "midnight / before"]
+    np.testing.assert_allclose(read.table[rows, -COUNTS], np.log1p([1, 0, 1]) - 1, rtol=1e-6)
+
+
 def test_tweets_are_counted_over_the_days_before(stocks, tmp_path):
     shutil.copy(stocks / "prices_raw.parquet", tmp_path)
     tweets = pq.read_table(stocks / "tweets.parquet")
