@@ -146,7 +146,7 @@ def ports(task: Finance) -> dict[str, Port]:
         "series": Port((*streams, len(CHANNELS)), "float32", "see meaning", numbers),
         "series_state": Port(streams, "int32", "1", "label of each event: 0 not known yet, 1 genuine, 2 fraud"),
         "series_valid": Port(streams, "bool", "1", "which events there are; those that lack come first"),
-        "has_numbers": Port((), "bool", "1", "true; false lets the note speak alone"),
+        "has_numbers": Port((), "bool", "1", "true; false lets the note speak alone, if the model reads notes"),
     }
     if "table" in model.modalities:
         names = f"{', '.join(FEATURES)} (docs/finance.md)"

@@ -191,6 +191,13 @@ def test_a_case_that_has_nothing_leaves_no_report_of_another(tmp_path, device, c
     assert not (tmp_path / "reports").exists()
 
 
+def test_an_artefact_of_a_task_without_reports_is_refused(device, monkeypatch, capsys):
+    monkeypatch.setattr(command, "REPORTS", {})
+    with pytest.raises(SystemExit, match="2"):
+        device()
+    assert "of the medical task, which this program has no reports of" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
