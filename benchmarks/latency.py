@@ -5,8 +5,8 @@
 
 Every way has a process of its own on the same core, with one thread, and keeps the same history of customers and
 terminals up to date; the ways take turns, on the same payments. LightGBM's reasons are its own exact SHAP values
-(`pred_contrib`), ours integrated gradients that are checked to add up. The exported model is one more way where both are
-named: --converter has the LiteRT converter (docs/export.md), --device has ai-edge-litert, pyarrow and jaxtyping, and no
+(`pred_contrib`), ours integrated gradients that are checked to add up. The exported model is one more way where both
+are named: --converter has the LiteRT converter (docs/export.md), --device has ai-edge-litert, pyarrow, jaxtyping, no
 JAX. With `--platform cuda` no peer is measured, only payments a second of the model by the size of a batch.
 """
 
