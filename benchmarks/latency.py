@@ -5,9 +5,9 @@
 
 Every way has a process of its own on the same core, with one thread, and keeps the same history of customers and
 terminals up to date; the ways take turns, on the same payments. LightGBM's reasons are its own exact SHAP values
-(`pred_contrib`), ours integrated gradients that are checked to add up. The exported model is one more way: --converter
-has the LiteRT converter (docs/export.md), --device has ai-edge-litert, pyarrow and jaxtyping, and no JAX. With
-`--platform cuda` no peer is measured, only payments a second of the model by the size of a batch.
+(`pred_contrib`), ours integrated gradients that are checked to add up. The exported model is one more way where both
+are named: --converter has the LiteRT converter (docs/export.md), --device has ai-edge-litert, pyarrow, jaxtyping, no
+JAX. With `--platform cuda` no peer is measured, only payments a second of the model by the size of a batch.
 """
 
 import argparse
@@ -76,8 +76,9 @@ def write_rows(table: Transactions, file: Path) -> None:
 
 def prepare(args: argparse.Namespace, cases: TransactionCases, count: int, folder: Path) -> None:
     """Leaves what the processes need: a warm history for each, the payments, the exported model, the peer's trees."""
-    edge = ["--to", "litert", "--converter", str(args.converter), "--output", str(folder / "exported")]
-    export([str(args.checkpoint), *edge])
+    if args.converter:
+        edge = ["--to", "litert", "--converter", str(args.converter), "--output", str(folder / "exported")]
+        export([str(args.checkpoint), *edge])
     table, first = cases.table, int(cases.rows[0])
     begin = int(np.searchsorted(table.seconds, table.seconds[first] - WARM_DAYS * DAY))
     scorer = Scorer(find_checkpoint(args.checkpoint))
@@ -108,9 +109,11 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, dict[str, Any]]
     """Calls of every way, in turns."""
     core = max(os.sched_getaffinity(0))
     pythons = dict.fromkeys(WAYS, sys.executable) | {"litert": str(args.device)}
+    if not args.device:
+        del pythons["litert"]
     ways = {kind: Way(kind, python, folder) for kind, python in pythons.items()}
     running = {kind: Running(way, args.checkpoint.absolute(), core, CHILD) for kind, way in ways.items()}
-    times: dict[str, list[float]] = {kind: [] for kind in WAYS}
+    times: dict[str, list[float]] = {kind: [] for kind in ways}
     for _ in range(args.rounds):
         for kind, process in running.items():
             times[kind] += process.predict(args.explained if kind == "model_reasons" else args.calls)
@@ -161,7 +164,7 @@ def table(report: dict[str, Any]) -> str:
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, type=Path)
-    parser.add_argument("--converter", type=Path, help="Python with the LiteRT converter")
+    parser.add_argument("--converter", type=Path, help="Python with the LiteRT converter; none leaves LiteRT out")
     parser.add_argument("--device", type=Path, help="Python with ai-edge-litert, pyarrow and jaxtyping")
     parser.add_argument("--output", required=True, type=Path, help="JSON to write")
     parser.add_argument("--platform", default="cpu", choices=("cpu", "cuda"))
@@ -171,8 +174,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[1, 16, 256, 4096], help="batches of the throughput")
     parser.add_argument("--seconds", type=float, default=2.0, help="of each batch size")
     args = parser.parse_args(arguments)
-    if args.platform == "cpu" and not (args.converter and args.device):
-        parser.error("--converter and --device are needed, but with --platform cuda")
+    if (args.converter is None) != (args.device is None):
+        parser.error("--converter and --device go together: one exports the model, the other runs it")
     start_platform(args.platform)
     checkpoint = find_checkpoint(args.checkpoint)
     task = Finance(checkpoint.config())

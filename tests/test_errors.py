@@ -144,3 +144,16 @@ run_main(lambda arguments: bounded(["a", "b"], [read, gone]))
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert (ended.returncode, ended.stderr) == (2, "error: b: it is gone: check its name\n")
+
+
+def test_a_program_of_another_s_ends_with_its_own_code_whatever_is_under_way():
+    code = """
+import threading, time
+from r1jax.errors import IN_CLIENTS
+thread = threading.Thread(target=time.sleep, args=(60,), daemon=True)
+IN_CLIENTS.add(thread)
+thread.start()
+"""
+    for end, expected in (("", 0), ("raise SystemExit(7)", 7)):
+        ended = subprocess.run([sys.executable, "-c", code + end], cwd=ROOT, timeout=60)
+        assert ended.returncode == expected

@@ -35,7 +35,7 @@ def read_cases(path: Path, card: Tree, texts: Tree) -> tuple[list[str], dict[str
     for name in arrays.keys() & {*names, "case_id", "has_volume", "has_image"}:
         if arrays[name].shape[:1] != (count,):
             raise InputError(f"array {name!r} of {path} has shape {list(arrays[name].shape)}, not {count} cases")
-    ids = case_ids(path, arrays) if "case_id" in arrays else [str(row).zfill(6) for row in range(count)]
+    ids = _case_ids(path, arrays) if "case_id" in arrays else [str(row).zfill(6) for row in range(count)]
     wanted, found = card["inputs"], {}
     for name in PICTURES:
         if name in wanted:
@@ -43,7 +43,7 @@ def read_cases(path: Path, card: Tree, texts: Tree) -> tuple[list[str], dict[str
     if "table" in wanted:
         columns = [_field(path, field, arrays, count) for field in texts["record"]]
         found["table"] = np.stack(columns, axis=1)
-    return ids, found, strings_of(path, "text", arrays) if "text" in arrays else None
+    return ids, found, _stripped(path, "text", arrays) if "text" in arrays else None
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
@@ -152,7 +152,7 @@ def _numbers(path: Path, name: str, arrays: dict[str, np.ndarray]) -> np.ndarray
 
 
 def strings_of(path: Path, name: str, arrays: dict[str, np.ndarray]) -> list[str]:
-    """An array of one string, UTF-8 bytes or whole number a case, stripped."""
+    """An array of one string, UTF-8 bytes or whole number a case, as they are."""
     values = arrays[name]
     if values.ndim != 1 or values.dtype.kind not in "SUiu":
         shape = list(values.shape)
@@ -161,22 +161,31 @@ def strings_of(path: Path, name: str, arrays: dict[str, np.ndarray]) -> list[str
     for row, value in enumerate(values.tolist()):
         try:
             raw = value if isinstance(value, bytes) else str(value).encode()
-            found.append(raw.decode().strip())
+            found.append(raw.decode())
         except UnicodeError:
             raise InputError(f"array {name!r} of {path} is not UTF-8 in row {row}: save it as strings") from None
     return found
 
 
-def case_ids(path: Path, arrays: dict[str, np.ndarray]) -> list[str]:
+def _stripped(path: Path, name: str, arrays: dict[str, np.ndarray]) -> list[str]:
+    return [value.strip() for value in strings_of(path, name, arrays)]
+
+
+def _case_ids(path: Path, arrays: dict[str, np.ndarray]) -> list[str]:
     """Names of the cases, each its own, as r1jax takes them: reports are named by them."""
-    names = strings_of(path, "case_id", arrays)
+    names = _stripped(path, "case_id", arrays)
     for row, name in enumerate(names):
         if not name or name in (".", "..") or not name.isprintable() or set(name) & set("/\\"):
             raise InputError(
                 f"array 'case_id' of {path} is {name!r} in row {row}: a case needs a name of printable characters "
                 "without slashes"
             )
+    refuse_twice(path, names)
+    return names
+
+
+def refuse_twice(path: Path, names: list[str]) -> None:
+    """Refuses a case whose name another one has."""
     name, times = Counter(names).most_common(1)[0]
     if times > 1:
         raise InputError(f"array 'case_id' of {path} has {name!r} {times} times: give every case its own name")
-    return names

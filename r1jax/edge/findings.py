@@ -33,12 +33,13 @@ def report_findings(asked: argparse.Namespace, artefact: Artefact, created: str,
         data=(f"{asked.cases.name}: {len(ids)} cases", fingerprint),
         synthetic=asked.synthetic,
     )
-    asked.output.mkdir(parents=True, exist_ok=True)
-    for row, case in enumerate(ids):
-        inputs = case_inputs(card, arrays, record_texts, row)
-        missing = missing_of(card, inputs)
+    lacking = [missing_of(card, case_inputs(card, arrays, record_texts, row)) for row in range(len(ids))]
+    for case, missing in zip(ids, lacking, strict=True):  # before the first report is written
         if len(missing) == len(card["modalities"]):
             raise InputError(f"case {case!r} has none of {', '.join(missing)}: leave it out or fill it in")
+    asked.output.mkdir(parents=True, exist_ok=True)
+    for row, (case, missing) in enumerate(zip(ids, lacking, strict=True)):
+        inputs = case_inputs(card, arrays, record_texts, row)
         text = record_texts[row] if record_texts and "text" in inputs else ""
         table = arrays["table"][row] if "table" in arrays else None
         tree = writer.bundle(case, artefact.predict(inputs), missing, table, text)

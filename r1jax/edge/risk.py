@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from .artefact import Artefact, InputError
-from .cases import case_ids, read_arrays, strings_of, text_inputs
+from .cases import read_arrays, refuse_twice, strings_of, text_inputs
 from .report import NOT_TEXT
 from .spelling import RISK_REPORT, write_report
 
@@ -46,17 +46,24 @@ def report_risks(asked: argparse.Namespace, artefact: Artefact, created: str, fi
         "dataFingerprint": fingerprint,
         "created": created,
     }
+    scores = asked.output / SCORES
+    if scores.exists():
+        raise InputError(f"--output {asked.output} has {SCORES} of an earlier run: name a new folder, or remove it")
+    # All of them before anything is written: a number that cannot be reported leaves nothing behind.
+    inputs = (payment_inputs(card, payments, row) for row in range(count))
+    cases = payments["case_id"]
+    verdicts = [verdict(case, artefact.predict(values), texts) for case, values in zip(cases, inputs, strict=True)]
+    alerts = [row for row, found in enumerate(verdicts) if texts["bands"].index(found["band"]) >= texts["alert"]]
     asked.output.mkdir(parents=True, exist_ok=True)
-    alerts = 0
-    with (asked.output / SCORES).open("w", encoding="utf-8") as lines:
-        for row, case in enumerate(payments["case_id"]):
-            found = verdict(case, artefact.predict(payment_inputs(card, payments, row)), texts)
-            lines.write(json.dumps({"id": case} | found, ensure_ascii=False, allow_nan=False) + "\n")
-            if texts["bands"].index(found["band"]) >= texts["alert"]:
-                alerts += 1
-                tree = risk_report(card, texts, payments, row, found, made, asked.language, asked.synthetic)
-                write_report(asked.output, case, tree, RISK_REPORT)
-    return f"{count} payments in {SCORES}, {alerts} reports of alerts, JSON and XML"
+    for row in alerts:
+        tree = risk_report(card, texts, payments, row, verdicts[row], made, asked.language, asked.synthetic)
+        write_report(asked.output, cases[row], tree, RISK_REPORT)
+    told = ({"id": case} | found for case, found in zip(cases, verdicts, strict=True))
+    lines = [json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in told]
+    draft = scores.with_suffix(".draft")
+    draft.write_text("".join(lines), "utf-8")
+    draft.replace(scores)  # it is there once all is
+    return f"{count} payments in {SCORES}, {len(alerts)} reports of alerts, JSON and XML"
 
 
 def read_payments(path: Path, card: Tree, texts: Tree) -> dict[str, Any]:
@@ -91,8 +98,9 @@ def read_payments(path: Path, card: Tree, texts: Tree) -> dict[str, Any]:
             raise InputError(
                 f"array {name!r} of {path} has shape {list(arrays[name].shape)}: the artefact reads {shape}"
             )
-    payments: dict[str, Any] = {"case_id": case_ids(path, arrays), "seconds": _times(path, arrays["seconds"])}
-    payments |= {name: _filled(path, name, arrays) for name in ("customer", "terminal")}
+    payments: dict[str, Any] = {name: _filled(path, name, arrays) for name in ("case_id", "customer", "terminal")}
+    refuse_twice(path, payments["case_id"])
+    payments["seconds"] = _times(path, arrays["seconds"])
     payments["text"] = strings_of(path, "text", arrays) if "text" in names else [""] * count
     ports = [name for name in names[4:] if name != "text"]
     payments |= {name: _numbers(path, name, arrays[name], wanted[name]["dtype"]) for name in ports}
@@ -109,7 +117,7 @@ def _times(path: Path, seconds: np.ndarray) -> list[int]:
 
 
 def _filled(path: Path, name: str, arrays: dict[str, np.ndarray]) -> list[str]:
-    """Names that are never empty."""
+    """Names that are never empty; any characters, and spaces around them, are theirs, as r1jax takes payments."""
     found = strings_of(path, name, arrays)
     if not all(_one_line(value).strip() for value in found):
         raise InputError(f"array {name!r} of {path} has an empty name: give every payment a {name}")
@@ -124,7 +132,11 @@ def _numbers(path: Path, name: str, values: np.ndarray, dtype: str) -> np.ndarra
         raise InputError(f"array {name!r} of {path} holds other states than 0, 1 and 2: correct it")
     if name == "series_valid" and not (np.isin(values, (0, 1)).all() and values[..., -1].all()):
         raise InputError(f"array {name!r} of {path}: the last event of both streams is the payment itself, so it is 1")
-    return values.astype(dtype)
+    with np.errstate(over="ignore"):
+        read = values.astype(dtype)
+    if not np.isfinite(read).all():
+        raise InputError(f"array {name!r} of {path} holds a number that is too large for {dtype}: correct it")
+    return read
 
 
 def payment_inputs(card: Tree, payments: dict[str, Any], row: int) -> dict[str, np.ndarray]:

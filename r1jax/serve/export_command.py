@@ -63,7 +63,7 @@ class ExportArguments:
     """jax: a program for CPU and CUDA, any batch, run by JAX; litert: for a device, one case at a time, run by LiteRT
     and reported by a script beside it."""
     int8: bool = False
-    """Of litert: weights of products and convolutions as int8."""
+    """Of litert: weights are stored as int8, those of the heads as fp16."""
     converter: str | None = None
     """Python of an environment that has the LiteRT converter; none takes that which --install makes."""
     install: bool = False

@@ -17,7 +17,7 @@ from r1jax.serve.export_graph import Graph, Held, Limits, Port, text_inputs, tex
 from r1jax.serve.scored import refuse_not_finite
 from r1jax.tasks.calibration import Calibration, Platt, from_json
 from r1jax.tasks.finance.alerts import ACTIONS, ALERT, BANDS, Policy, make_policy
-from r1jax.tasks.finance.operating import stored_curve
+from r1jax.tasks.finance.operating import NEVER, stored_curve
 from r1jax.tasks.finance.report import NOTICE
 from r1jax.tasks.finance.task import MODES, Finance
 from r1jax.train.checkpoint import Checkpoint
@@ -146,7 +146,7 @@ def ports(task: Finance) -> dict[str, Port]:
         "series": Port((*streams, len(CHANNELS)), "float32", "see meaning", numbers),
         "series_state": Port(streams, "int32", "1", "label of each event: 0 not known yet, 1 genuine, 2 fraud"),
         "series_valid": Port(streams, "bool", "1", "which events there are; those that lack come first"),
-        "has_numbers": Port((), "bool", "1", "true; false lets the note speak alone"),
+        "has_numbers": Port((), "bool", "1", "true; false lets the note speak alone, if the model reads notes"),
     }
     if "table" in model.modalities:
         names = f"{', '.join(FEATURES)} (docs/finance.md)"
@@ -189,6 +189,7 @@ def exported_graph(task: Finance, model: R1, params: Any, calibration: Calibrati
       0 to 3.
     """
     read = functools.partial(model.apply, {"params": jax.tree.map(jnp.asarray, params)})
+    edges = [first_score(band, calibration, policy) for band in range(1, len(BANDS))]
 
     def graph(inputs: dict[str, Array]) -> dict[str, Array]:
         batch = {name: inputs[name] for name in ("series", "series_state", "series_valid")}
@@ -198,11 +199,8 @@ def exported_graph(task: Finance, model: R1, params: Any, calibration: Calibrati
             batch["text"], batch["text_valid"] = tokenize(inputs["text"], inputs["text_bytes"])
         mode = {"hide_numbers": ~inputs["has_numbers"], "hide_notes": jnp.zeros_like(inputs["has_numbers"])}
         score = task.outcomes(read, batch, mode)["fraud"]
-        probability = calibrated(score, calibration)
-        alert = score >= _at_least(policy.review)
-        critical = alert & (probability >= _at_least(policy.block))
-        band = sum(x.astype(jnp.int32) for x in (score >= _at_least(policy.step_up), alert, critical))
-        return {"score": score, "probability": probability, "band": band}
+        band = sum((score >= edge).astype(jnp.int32) for edge in edges)
+        return {"score": score, "probability": calibrated(score, calibration), "band": band}
 
     return graph
 
@@ -229,10 +227,24 @@ def calibrated(score: Float[Array, " B"], calibration: Calibration) -> Float[Arr
     return levels[below] + share * jnp.diff(levels)[below]
 
 
-def _at_least(threshold: float) -> np.float32:
-    """The least fp32 number that reaches a threshold, so that fp32 scores compare as they do in fp64."""
-    near = np.float32(threshold)
-    return near if near >= threshold else np.nextafter(near, np.float32(np.inf))
+def first_score(band: int, calibration: Calibration, policy: Policy) -> np.float32:
+    """The least fp32 score of a band or one above it: so fp32 decides as the evaluation does, by fp64 probabilities.
+
+    Args:
+      band: Index into `BANDS`.
+      calibration: From scores to probabilities; it never falls, nor do bands.
+      policy: Thresholds of the bands.
+
+    Returns:
+      From 0 to the first number above 1, which no score reaches.
+    """
+    low, high = (int(np.float32(end).view(np.int32)) for end in (0, NEVER))
+    while low < high:
+        middle = (low + high) // 2  # positive numbers are in the order of their bits
+        score = np.array([middle], np.int32).view(np.float32)
+        reached = policy.bands(score, calibration(score))[0] >= band
+        low, high = (low, middle) if reached else (middle + 1, high)
+    return np.int32(low).view(np.float32)
 
 
 def _spread(rows: np.ndarray, count: int) -> np.ndarray:

@@ -226,10 +226,19 @@ def _threshold(name: str, batch: dict[str, Array], points: Points) -> Float[Arra
 
     def of(mode: str) -> Float[Array, ""]:
         point = points.get(mode, points[main]).get(name)
-        return jnp.asarray(np.nan if point is None else point.threshold, jnp.float32)
+        return jnp.asarray(np.nan if point is None else at_least(point.threshold), jnp.float32)
 
     if not (pictures and records):
         return jnp.broadcast_to(of(main), next(iter(batch.values())).shape[:1])
     has_picture, has_record = (functools.reduce(jnp.logical_or, flags) for flags in (pictures, records))
     alone = jnp.where(has_picture, of("image_only"), of("record_only"))
     return jnp.where(has_picture & has_record, of("both"), alone)
+
+
+def at_least(threshold: float) -> np.float32:
+    """The least fp32 number that reaches a threshold, so that fp32 decides as reports do in fp64.
+
+    A threshold lies midway between two scores, and where these follow each other fp32 may round it to the lower.
+    """
+    near = np.float32(threshold)
+    return near if float(near) >= threshold else np.nextafter(near, np.float32(np.inf))

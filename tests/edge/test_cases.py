@@ -183,6 +183,21 @@ def test_every_case_has_its_report(tmp_path, device, capsys):
     assert capsys.readouterr().out == "2 reports, JSON and XML\n"
 
 
+def test_a_case_that_has_nothing_leaves_no_report_of_another(tmp_path, device, capsys):
+    np.savez(tmp_path / "cases.npz", age=[61.0, np.nan], case_id=["a", "b"])
+    with pytest.raises(SystemExit, match="2"):
+        device("--output", str(tmp_path / "reports"))
+    assert "case 'b' has none of volume, table, text" in capsys.readouterr().err
+    assert not (tmp_path / "reports").exists()
+
+
+def test_an_artefact_of_a_task_without_reports_is_refused(device, monkeypatch, capsys):
+    monkeypatch.setattr(command, "REPORTS", {})
+    with pytest.raises(SystemExit, match="2"):
+        device()
+    assert "of the medical task, which this program has no reports of" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

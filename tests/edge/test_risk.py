@@ -9,6 +9,7 @@ from r1jax.data.transaction_history import CHANNELS
 from r1jax.edge import __main__ as command
 from r1jax.edge.artefact import Artefact, InputError
 from r1jax.edge.risk import payment_inputs, read_payments
+from r1jax.serve.case_reports import file_name
 from r1jax.serve.export_finance import ports, raw_inputs
 from r1jax.serve.risk_reports import report_xml, to_tree
 from r1jax.serve.structured import to_json
@@ -21,7 +22,8 @@ from tests.tasks.reports import PROVENANCE
 
 POLICY, _ = frozen(ALERTS)
 TEXTS = {"notice": NOTICE, "bands": list(BANDS), "actions": list(ACTIONS), "alert": ALERT, "amount": 0}
-IDS, CUSTOMERS = ["tx-1", "付款 2", "tx-3"], ["K 7", "<&\"'>", "K\t9"]
+IDS, CUSTOMERS = ["tx-1", "付款 2", " 2018/3"], ["K 7", " <&\"'> ", "K\t9"]
+NOTES = ["", " 转账 now\n", "x" * 40]
 
 
 @pytest.fixture(scope="module")
@@ -51,13 +53,13 @@ def arrays_of(raw: dict) -> dict:
     """What the host writes."""
     kept = {name: raw[name] for name in ("series", "series_state", "series_valid", "table")}
     names = {"case_id": np.array(IDS), "customer": np.array(CUSTOMERS), "terminal": np.array([7, 8, 9])}
-    return kept | names | {"seconds": MONDAY + np.arange(3), "text": np.array(["", "转账 now", "x" * 40])}
+    return kept | names | {"seconds": MONDAY + np.arange(3), "text": np.array(NOTES)}
 
 
 def test_payments_are_read_as_the_export_gives_them(tmp_path, task, raw, card):
     np.savez(tmp_path / "payments.npz", **arrays_of(raw))
     payments = read_payments(tmp_path / "payments.npz", card, TEXTS)
-    expected = raw_inputs(raw | {"text": ["", "转账 now", "x" * 40]}, ports(task))
+    expected = raw_inputs(raw | {"text": NOTES}, ports(task))
     for row in range(3):
         found = payment_inputs(card, payments, row)
         assert found.keys() == expected.keys() == card["inputs"].keys()
@@ -97,7 +99,7 @@ def test_each_payment_has_its_line_and_each_alert_the_report_of_the_evaluation(
     assert len(list((tmp_path / "out").iterdir())) == 5
     amounts = raw["series"][:, 0, -1, CHANNELS.index("amount")]
     for row in (1, 2):
-        file = tmp_path / "out" / f"{IDS[row]}.json"
+        file = tmp_path / "out" / f"{file_name(IDS[row])}.json"
         made = json.loads(file.read_text("utf-8"))["provenance"]
         provenance = PROVENANCE.model_copy(
             update={
@@ -119,15 +121,19 @@ def test_each_payment_has_its_line_and_each_alert_the_report_of_the_evaluation(
         expected = build_report(alert, policy=POLICY, provenance=provenance, synthetic=True, language=language)
         assert file.read_text("utf-8") == to_json(to_tree(expected))
         assert file.with_suffix(".xml").read_text("utf-8") == report_xml(expected)
+    with pytest.raises(SystemExit, match="2"):
+        call()
+    assert "has scores.jsonl of an earlier run: name a new folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("value", [np.nan, -0.1, 1.1])
-def test_a_score_that_is_no_probability_is_not_reported(device, capsys, value):
+def test_a_score_that_is_no_probability_is_not_reported(tmp_path, device, capsys, value):
     call, answers = device
-    answers[1]["score"] = np.asarray(value)
+    answers[2]["score"] = np.asarray(value)
     with pytest.raises(SystemExit, match="2"):
         call()
-    assert "payment '付款 2': its score is" in capsys.readouterr().err
+    assert "payment ' 2018/3': its score is" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 EVENTS = np.zeros((3, 2, 4))
@@ -139,6 +145,7 @@ BAD = {
     "rows": ({"customer": np.array(["a", "b"])}, r"'customer' .* shape \[2\]: the artefact reads \[3\]"),
     "text": ({"text": np.array(["a"])}, r"'text' .* shape \[1\]"),
     "nan": ({"table": np.full((3, 34), np.nan)}, "'table' .* no finite number"),
+    "large": ({"table": np.full((3, 34), 1e300)}, "'table' .* too large for float32"),
     "words": ({"series_state": EVENTS.astype(str)}, "'series_state' .* no finite number"),
     "state": ({"series_state": EVENTS + 3}, "other states than 0, 1 and 2"),
     "itself": ({"series_valid": EVENTS}, "the last event of both streams is the payment itself"),

@@ -19,7 +19,7 @@ from r1jax.serve import export_command, export_jax
 from r1jax.serve.export_command import ExportArguments, Opened, export, limits_of, open_checkpoint, write
 from r1jax.serve.export_gate import FP32, HALF, INT8, compare
 from r1jax.serve.export_graph import Port, tokenize
-from r1jax.serve.export_medical import raw_inputs, standardise
+from r1jax.serve.export_medical import at_least, raw_inputs, standardise
 from r1jax.tasks.medical.batch import collate
 from r1jax.train.checkpoint import Checkpoint
 from tests.serve.exported import write_checkpoint
@@ -105,6 +105,13 @@ def test_the_card_says_what_the_model_is(checkpoint, exported):
 @pytest.fixture(scope="module")
 def run(exported):
     return export_jax.read_model(exported)
+
+
+def test_a_threshold_between_two_scores_that_follow_each_other_parts_them():
+    for low in np.random.default_rng(0).uniform(0, 1, 50).astype(np.float32):
+        high = np.nextafter(low, np.float32(1))
+        threshold = float(low) / 2 + float(high) / 2
+        assert low < at_least(threshold) and high >= at_least(threshold) and at_least(float(low)) == low
 
 
 @pytest.mark.parametrize("wrong", ["malignancy", "call.malignancy", "center_mm", "not finite"])

@@ -1,6 +1,7 @@
 """`r1jax export` of a finance checkpoint: its scores, probabilities and bands leave, or nothing does."""
 
 import json
+from fractions import Fraction
 from pathlib import Path
 
 import jax
@@ -12,7 +13,7 @@ from r1jax.data.pipeline import original
 from r1jax.errors import UserError
 from r1jax.serve import export_command, export_jax
 from r1jax.serve.export_command import ExportArguments, Opened, export, open_checkpoint, write
-from r1jax.serve.export_finance import FinanceExport, _at_least, calibrated
+from r1jax.serve.export_finance import FinanceExport, calibrated, first_score
 from r1jax.serve.export_gate import FP32, HALF, compare
 from r1jax.tasks.calibration import Isotonic, Platt
 from r1jax.tasks.finance.task import Finance
@@ -103,12 +104,20 @@ def test_calibration_in_the_graph_is_that_of_the_report(calibration):
     np.testing.assert_allclose(found, calibration(score), atol=2e-6)
 
 
-def test_fp32_scores_reach_the_thresholds_that_they_reach_in_fp64():
-    rng = np.random.default_rng(0)
-    for threshold in rng.uniform(0, 1, 200):
-        near = np.float32(threshold)
-        for score in (np.nextafter(near, np.float32(0)), near, np.nextafter(near, np.float32(1))):
-            assert (score >= _at_least(threshold)) == (np.float64(score) >= threshold)
+NINE_OF_TEN = Isotonic((0.25, 0.5), (0.1, 0.9))
+"""Its upper level is the threshold of a block, which fp32 rounds down."""
+
+
+@pytest.mark.parametrize("calibration", [NINE_OF_TEN, ISOTONIC, Platt(1.3, 0.4), Platt(0.0, -2.0), Platt(0.0, 3.0)])
+def test_fp32_scores_are_in_the_bands_that_they_are_in_in_fp64(opened, calibration):
+    for step_up, review in np.sort(np.random.default_rng(0).uniform(0, 1, (40, 2))).tolist():
+        policy = opened.exported.policy._replace(step_up=step_up, review=review, block=0.9)
+        edges = [first_score(band, calibration, policy) for band in (1, 2, 3)]
+        near = np.clip([np.nextafter(np.float32(at), np.float32(to)) for at in edges for to in (0, at, 2)], 0, 1)
+        for score in (*near, np.float32(0), np.float32(0.5), np.float32(1)):
+            exact, probability = Fraction(float(score)), float(calibration(np.array([score]))[0])
+            alert = exact >= Fraction(review)
+            assert sum(score >= edge for edge in edges) == (exact >= step_up) + alert + (alert and probability >= 0.9)
 
 
 def test_half_of_the_payments_that_are_compared_are_frauds_where_there_are_so_many():
