@@ -28,7 +28,7 @@ from r1jax.serve import export_jax, export_litert
 from r1jax.serve.evaluate import restore_served, scoring_config
 from r1jax.serve.export_card import describe_export, describe_ports, write_card
 from r1jax.serve.export_finance import FinanceExport
-from r1jax.serve.export_gate import FP32, HALF, INT8, Subset, agreement_lines, compare
+from r1jax.serve.export_gate import FP16, FP32, HALF, INT8, Subset, agreement_lines, compare
 from r1jax.serve.export_graph import Exported, Limits
 from r1jax.serve.export_medical import MedicalExport
 from r1jax.tasks.catalog import TASKS
@@ -44,11 +44,13 @@ in DIR, the exported model must say what the checkpoint says, on cases of --data
 
 Examples:
   r1jax export runs/medical --output exported
-  r1jax export runs/medical --to litert --int8 --install --output edge
+  r1jax export runs/medical --to litert --weights fp16 --install --output edge
   r1jax export runs/finance --to litert --install --alerts-per-day 50 --output edge
 """
 EXPORTS = {"medical": MedicalExport, "finance": FinanceExport}
 """What is exported of a checkpoint, by the name of its task."""
+REFUSED = {"float": "by another --to", "fp16": "without --weights", "int8": "by --weights fp16"}
+"""What may agree where the weights as they were stored did not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +64,9 @@ class ExportArguments:
     to: Literal["jax", "litert"] = "jax"
     """jax: a program for CPU and CUDA, any batch, run by JAX; litert: for a device, one case at a time, run by LiteRT
     and reported by a script beside it."""
-    int8: bool = False
-    """Of litert: weights are stored as int8, those of the heads as fp16."""
+    weights: Literal["float", "fp16", "int8"] = "float"
+    """Of litert, how they are stored: as fp32; as fp16, which is half of it and nearly the same model; or as int8, the
+    heads' as fp16, which not every model bears (docs/export.md)."""
     converter: str | None = None
     """Python of an environment that has the LiteRT converter; none takes that which --install makes."""
     install: bool = False
@@ -102,8 +105,8 @@ def export(words: list[str]) -> int:
     """
     asked = load_arguments(ExportArguments, words, "r1jax export", HELP, ("checkpoint",))
     edge, output = asked.to == "litert", Path(asked.output)
-    if asked.int8 and not edge:
-        raise UserError("--int8 is of --to litert: add that, or leave --int8 out")
+    if asked.weights != "float" and not edge:
+        raise UserError(f"--weights {asked.weights} is of --to litert: add that, or leave --weights out")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output {output} is there already: name a new folder, or remove it")
     checkpoint = find_checkpoint(Path(asked.checkpoint), "checkpoint")
@@ -115,7 +118,7 @@ def export(words: list[str]) -> int:
         if not agreement["agrees"]:
             raise UserError(
                 f"the exported model does not say what {checkpoint.path} says (table above), so nothing was written "
-                f"to {output}: export {'without --int8' if asked.int8 else 'by another --to'}"
+                f"to {output}: export {REFUSED[asked.weights]}"
             )
     for file in sorted(output.iterdir()):
         print(f"{file}  {file.stat().st_size:,} bytes")
@@ -197,10 +200,13 @@ def write(folder: Path, opened: Opened, asked: ExportArguments, converter: Path 
         versions, kind = {"jax": jax.__version__}, "exported"
         run = export_jax.read_model(folder)
     else:
-        versions, outputs = export_litert.write_model(folder, graph, wanted, int8=asked.int8, converter=converter)
+        versions, outputs = export_litert.write_model(folder, graph, wanted, weights=asked.weights, converter=converter)
         (folder / TEXTS).write_text(json.dumps(opened.exported.texts(), ensure_ascii=False, indent=1) + "\n", "utf-8")
-        made = {"file": export_litert.MODEL, "batch": "1", "precision": "int8 weights" if asked.int8 else "fp32"}
-        kind = "edge, int8 weights" if asked.int8 else "edge"
+        made = {"file": export_litert.MODEL, "batch": "1", "precision": "fp32"}
+        kind = "edge"
+        if asked.weights != "float":
+            made["precision"] = f"{asked.weights} weights"
+            kind += f", {asked.weights} weights"
         run = functools.partial(export_litert.run_model, folder, converter=converter)
     card = describe_export(opened.checkpoint, opened.config, opened.exported, kind, versions)
     card |= {"to": asked.to, **made, **describe_ports(wanted, outputs)}
@@ -222,8 +228,10 @@ def limits_of(trained: ModelConfig, asked: ExportArguments) -> Limits:
     Returns:
       The limits.
     """
-    if asked.int8 or (asked.to == "litert" and trained.quant):
+    if asked.weights == "int8" or (asked.to == "litert" and trained.quant):
         return INT8
+    if asked.weights == "fp16":
+        return FP16
     return FP32 if trained.precision == "fp32" else HALF
 
 

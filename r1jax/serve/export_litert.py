@@ -84,7 +84,7 @@ def _make_environment(home: Path) -> None:
 
 
 def write_model(
-    folder: Path, graph: Graph, wanted: dict[str, Port], *, int8: bool, converter: Path
+    folder: Path, graph: Graph, wanted: dict[str, Port], *, weights: str, converter: Path
 ) -> tuple[dict[str, str], dict[str, jax.ShapeDtypeStruct]]:
     """Writes the edge network and its runner.
 
@@ -92,7 +92,7 @@ def write_model(
       folder: Where to.
       graph: From `exported_graph`, in fp32.
       wanted: What it reads.
-      int8: Whether the weights become int8.
+      weights: "float" leaves them in fp32, "fp16" and "int8" store them in fewer bits.
       converter: Python that has the converter.
 
     Returns:
@@ -114,9 +114,9 @@ def write_model(
             "do": "convert",
             "source": str(source),
             "target": str(folder / MODEL),
-            "int8": int8,
+            "int8": weights == "int8",
             "kept": KEPT,
-            "fine": FINE,
+            "fine": {"float": None, "fp16": ".*", "int8": FINE}[weights],
             **names,
         }
         versions = _work(converter, asked)

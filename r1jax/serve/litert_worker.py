@@ -25,8 +25,8 @@ def convert(asked: dict[str, Any]) -> None:
 
     Args:
       asked: "source", "target" (files), "inputs", "outputs" (names in the order of the program), "int8": whether
-        constants are stored as int8, one scale an output channel, and "kept": regular expression of the names of those
-        products and convolutions that compute in fp32 nevertheless, and "fine": of those that are stored as fp16.
+        products compute in int8 but for those whose names match "kept", a regular expression, and "fine": of the
+        constants that are stored as fp16, all others being int8, one scale a channel; None leaves all in fp32.
     """
     from litert_converter.mlir import ir, passmanager
     from litert_converter.mlir._mlir_libs import converter_api_ext as api
@@ -43,8 +43,9 @@ def convert(asked: dict[str, Any]) -> None:
         api.run_convert_to_tfl_passes(module, passmanager.PassManager(), config)
         target = Path(asked["target"])
         target.write_bytes(api.export_flatbuffer_to_bytes(module.operation))
-    if asked["int8"]:
-        target.write_bytes(_narrowed(_quantized(target, asked["kept"]), asked["fine"]))
+    if asked["fine"] is not None:
+        content = _quantized(target, asked["kept"]) if asked["int8"] else bytearray(target.read_bytes())
+        target.write_bytes(_narrowed(content, asked["fine"]))
 
 
 def _quantized(model: Path, kept: str) -> bytearray:

@@ -17,7 +17,7 @@ from r1jax.edge.artefact import SUM, card_sum
 from r1jax.errors import UserError
 from r1jax.serve import export_command, export_jax
 from r1jax.serve.export_command import ExportArguments, Opened, export, limits_of, open_checkpoint, write
-from r1jax.serve.export_gate import FP32, HALF, INT8, compare
+from r1jax.serve.export_gate import FP16, FP32, HALF, INT8, compare
 from r1jax.serve.export_graph import Port, tokenize
 from r1jax.serve.export_medical import at_least, raw_inputs, standardise
 from r1jax.tasks.medical.batch import collate
@@ -185,7 +185,7 @@ def test_grey_values_become_hounsfield_units():
     ("words", "message"),
     [
         (["nowhere", "--output", "new"], "nowhere does not exist"),
-        (["RUN", "--output", "new", "--int8"], "--int8 is of --to litert"),
+        (["RUN", "--output", "new", "--weights", "int8"], "--weights int8 is of --to litert"),
         (["RUN", "--output", "."], "is there already"),
         (["RUN"], "no output was named"),
         (["RUN", "--output", "new", "--to", "onnx"], "one of jax, litert"),
@@ -232,20 +232,22 @@ def test_a_device_is_held_to_the_checkpoint_in_its_own_precision(tmp_path, chang
 
 
 @pytest.mark.parametrize(
-    ("to", "int8", "change", "limits"),
+    ("to", "weights", "change", "limits"),
     [
-        ("jax", False, {}, FP32),
-        ("jax", False, {"precision": "bf16"}, HALF),
-        ("jax", False, {"quant": ("int8",)}, FP32),
-        ("litert", False, {}, FP32),
-        ("litert", False, {"precision": "fp16"}, HALF),
-        ("litert", False, {"quant": ("int8",)}, INT8),
-        ("litert", True, {"precision": "bf16"}, INT8),
+        ("jax", "float", {}, FP32),
+        ("jax", "float", {"precision": "bf16"}, HALF),
+        ("jax", "float", {"quant": ("int8",)}, FP32),
+        ("litert", "float", {}, FP32),
+        ("litert", "float", {"precision": "fp16"}, HALF),
+        ("litert", "float", {"quant": ("int8",)}, INT8),
+        ("litert", "fp16", {"precision": "bf16"}, FP16),
+        ("litert", "fp16", {"quant": ("int8",)}, INT8),
+        ("litert", "int8", {"precision": "bf16"}, INT8),
     ],
 )
-def test_limits_are_those_of_what_rounds(to, int8, change, limits):
+def test_limits_are_those_of_what_rounds(to, weights, change, limits):
     trained = dataclasses.replace(get_config().model, **change)
-    assert limits_of(trained, ExportArguments(checkpoint="", output="", to=to, int8=int8)) == limits
+    assert limits_of(trained, ExportArguments(checkpoint="", output="", to=to, weights=weights)) == limits
 
 
 def test_a_full_disk_leaves_nothing(tmp_path):

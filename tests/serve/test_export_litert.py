@@ -55,20 +55,20 @@ def double(inputs):
 )
 def test_a_converter_that_fails_is_one_sentence(tmp_path, body, message):
     with pytest.raises(UserError, match=message) as caught:
-        write_model(tmp_path, double, WANTED, int8=False, converter=converter_that(tmp_path, body))
+        write_model(tmp_path, double, WANTED, weights="float", converter=converter_that(tmp_path, body))
     assert "\n" not in str(caught.value)
     assert [file.name for file in tmp_path.iterdir()] == ["python"]
 
 
 def test_a_python_without_the_converter_is_told_apart(tmp_path):
     with pytest.raises(UserError, match="lacks a package of the LiteRT converter .*litert_converter"):
-        write_model(tmp_path, double, WANTED, int8=False, converter=Path(sys.executable))
+        write_model(tmp_path, double, WANTED, weights="float", converter=Path(sys.executable))
 
 
 def test_a_converter_that_cannot_be_run_is_named(tmp_path):
     (tmp_path / "python").write_text("not a program")
     with pytest.raises(UserError, match="cannot be run"):
-        write_model(tmp_path, double, WANTED, int8=False, converter=tmp_path / "python")
+        write_model(tmp_path, double, WANTED, weights="float", converter=tmp_path / "python")
 
 
 def test_an_installation_that_fails_leaves_no_half_environment(tmp_path, monkeypatch):
@@ -121,7 +121,7 @@ asked = json.load(open(sys.argv[1]))
 assert "stablehlo.multiply" in open(asked["source"]).read() and asked["inputs"] == ["x"]
 open(asked["target"], "w").write("model")
 print(json.dumps(dict(converter="1")))' "$3\""""
-    versions, outputs = write_model(tmp_path, double, WANTED, int8=True, converter=converter_that(tmp_path, body))
+    versions, outputs = write_model(tmp_path, double, WANTED, weights="int8", converter=converter_that(tmp_path, body))
     assert versions == {"converter": "1"} and outputs["y"].shape == (1, 2)
     sums = dict.fromkeys(["model.tflite", TEXTS, RUNNER], "0" * 64)
     write_card(tmp_path, {"format": FORMAT, "file": "model.tflite", "sha256": sums})
@@ -196,15 +196,16 @@ def test_a_device_without_jax_writes_the_evaluation_s_reports(device, tmp_path):
     with jax.numpy_dtype_promotion("standard"):
         words = ["--checkpoint", str(checkpoint.path), "--data.path", str(place / "cases"), "--data.split", "all"]
         assert evaluation.main([*words, "--output", str(place / "eval"), "--resamples", "5", "--pictures", "0"]) == 0
-    for name, words, tolerance in (("fp32", [], 1e-5), ("int8", ["--int8"], 0.1)):
+    for name, weights in (("fp32", "float"), ("fp16", "fp16"), ("int8", "int8")):
         folder = place / name
-        assert export([str(checkpoint.path), "--to", "litert", "--install", "--output", str(folder), *words]) == 0
+        words = [str(checkpoint.path), "--to", "litert", "--install", "--weights", weights, "--output", str(folder)]
+        assert export(words) == 0
         call = [str(device), "-I", str(folder / "r1jax_edge.pyz"), str(place / "cases" / "cases.npz")]
         subprocess.run([*call, "--output", str(place / f"reports-{name}")], check=True)
         for file in sorted((place / "eval" / "reports").glob("*.json")):
             ours = json.loads((place / f"reports-{name}" / file.name).read_text())
             if name == "fp32":
-                assert_same(ours, json.loads(file.read_text()), file.stem, tolerance)
+                assert_same(ours, json.loads(file.read_text()), file.stem, 1e-5)
             assert (place / f"reports-{name}" / f"{file.stem}.xml").is_file()
     (place / "int8" / "model.tflite").write_bytes(b"another model")
     done = subprocess.run(call, capture_output=True, text=True)
