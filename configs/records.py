@@ -104,7 +104,7 @@ def _stocks() -> Config:
         name="stocks",
         workdir="runs/stocks",
         model=ModelConfig(
-            modalities=("table",),  # tweets are counted in it; their words added nothing (docs/records.md)
+            modalities=("table",),  # tweets are counted in it (docs/records.md)
             decoder=_decoder(48, layers=1),
             table=TableConfig(layers=0, frequencies=1),
             dropout=0.1,

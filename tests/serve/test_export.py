@@ -16,13 +16,13 @@ from r1jax.data.synthetic import SyntheticCases
 from r1jax.edge.artefact import SUM, card_sum
 from r1jax.errors import UserError
 from r1jax.serve import export_command, export_jax
-from r1jax.serve.export_command import ExportArguments, Opened, export, limits_of, open_checkpoint, write
+from r1jax.serve.export_command import ExportArguments, Opened, export, limits_of, open_checkpoint
 from r1jax.serve.export_gate import FP16, FP32, HALF, INT8, compare
 from r1jax.serve.export_graph import Port, tokenize
 from r1jax.serve.export_medical import at_least, raw_inputs, standardise
 from r1jax.tasks.medical.batch import collate
 from r1jax.train.checkpoint import Checkpoint
-from tests.serve.exported import write_checkpoint
+from tests.serve.exported import export_to_jax, write_checkpoint
 from tests.train.tiny import get_config
 
 WITHOUT_R1JAX = """
@@ -55,10 +55,7 @@ def opened(checkpoint) -> Opened:
 
 @pytest.fixture(scope="module")
 def exported(opened, tmp_path_factory) -> Path:
-    pytest.importorskip("flatbuffers", reason="JAX writes exported programs by it: r1jax[export]")
-    folder = tmp_path_factory.mktemp("exported")
-    assert write(folder, opened, ExportArguments(checkpoint="", output=""), None)["agrees"]
-    return folder
+    return export_to_jax(tmp_path_factory.mktemp("exported"), opened)
 
 
 def ports_of(folder: Path) -> dict[str, Port]:

@@ -25,7 +25,7 @@ from r1jax.serve import export_litert, litert_worker
 from r1jax.serve.export_card import write_card
 from r1jax.serve.export_command import export
 from r1jax.serve.export_graph import Port
-from r1jax.serve.export_litert import find_converter, write_model
+from r1jax.serve.export_litert import FINE, find_converter, write_model
 from r1jax.tasks.finance.task import Finance
 from tests.serve.exported import write_cases, write_checkpoint
 from tests.serve.exported_finance import write_checkpoint as write_finance_checkpoint
@@ -111,6 +111,20 @@ def test_an_installed_converter_is_found(tmp_path, monkeypatch):
         find_converter(None, install=False)
     (export_litert.default_environment() / export_litert.COMPLETE).touch()
     assert find_converter(None, install=False) == python
+
+
+@pytest.mark.parametrize(
+    ("weights", "int8", "fine"), [("float", False, None), ("fp16", False, ".*"), ("int8", True, FINE)]
+)
+def test_the_converter_is_told_how_weights_are_stored(tmp_path, weights, int8, fine):
+    told = tmp_path / "told.json"
+    body = f"""cp "$3" {told}; exec {sys.executable} -c '
+import json, sys
+open(json.load(open(sys.argv[1]))["target"], "w").write("model")
+print(json.dumps(dict(converter="1")))' "$3\""""
+    write_model(tmp_path, double, WANTED, weights=weights, converter=converter_that(tmp_path, body))
+    asked = json.loads(told.read_text())
+    assert (asked["int8"], asked["fine"]) == (int8, fine)
 
 
 def test_the_package_beside_the_model_runs_as_one_file(tmp_path):

@@ -58,6 +58,8 @@ def test_parts_are_folds_or_periods(stocks, credit):
     days = {split: earlier.source(split).records.day[earlier.source(split).rows] for split in ("train", "val")}
     june, august = (int(np.datetime64(day).astype(int)) for day in ("2015-06-01", "2015-08-01"))
     assert days["train"].max() < june <= days["val"].min() and days["val"].max() < august
+    with pytest.raises(UserError, match="data.fold is 4, but it must be below 4 for stocks, an earlier period"):
+        RecordsTask(replace(stocks.config, data=replace(stocks.config.data, fold=4)))
 
 
 def test_what_the_records_lack_is_refused(tmp_path):
@@ -68,14 +70,6 @@ def test_what_the_records_lack_is_refused(tmp_path):
         validate(Config(model=ModelConfig(modalities=("table",)), task=TaskConfig(name="records")))
     with pytest.raises(UserError, match="model.text_ngrams is 8, but it must be 0 for the language task"):
         validate(Config(model=ModelConfig(modalities=("text",), text_ngrams=8), task=TaskConfig(name="language")))
-    with pytest.raises(UserError, match="data.fold is 4, but it must be below 4 for stocks, an earlier period"):
-        validate(
-            Config(
-                model=ModelConfig(modalities=("table",)),
-                task=TaskConfig(name="records", records="stocks"),
-                data=DataConfig(path="a", fold=4),
-            )
-        )
     with pytest.raises(UserError, match="data.mix"):
         mixed = DataConfig(path="a", mix=("b",), weights=(1, 1))
         validate(Config(model=ModelConfig(modalities=("table",)), task=TaskConfig(name="records"), data=mixed))

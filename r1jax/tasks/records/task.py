@@ -68,6 +68,11 @@ class RecordsTask:
         """
         if "text" in config.model.modalities:
             tokenizer.check_vocabulary(config.model.decoder.vocab_size)
+        fold, periods = config.data.fold, len(EARLIER) - 1
+        if config.task.records == "stocks" and fold is not None and fold >= periods:
+            raise UserError(
+                f"data.fold is {fold}, but it must be below {periods} for stocks, an earlier period (docs/records.md)"
+            )
         self.config, self.kind = config, KINDS[config.task.records]
         self.heads = (("class", len(self.kind.outcomes or self.kind.classes)),)
         self.pipeline = open_pipeline(config.data.preprocess, config.data.plugins)
