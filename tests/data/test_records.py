@@ -147,7 +147,7 @@ def test_wrong_sentences_are_refused(tmp_path, text, message):
     (tmp_path / "x.txt").write_text(text)
     with pytest.raises(UserError, match=message):
         read_phrases(str(tmp_path / "x.txt"))
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="does not exist, or is no file: name a file of sentences by --data.path"):
         read_phrases(str(tmp_path / "absent.txt"))
 
 
