@@ -77,24 +77,33 @@ def _sentiment() -> Config:
         workdir="runs/sentiment",
         model=ModelConfig(
             modalities=("text",),
-            decoder=_decoder(48, layers=2),
+            decoder=_decoder(16, layers=1),
             text_tokens=288,
-            text_ngrams=2**16,
-            dropout=0.3,
+            text_ngrams=2**18,
+            dropout=0.0,
         ),
         task=TaskConfig(
-            name="records", records="sentiment", agreement=True, label_smoothing=0.05, modality_dropout=0.0
+            name="records",
+            records="sentiment",
+            agreement=True,
+            label_smoothing=0.0,
+            loss="squared_hinge",
+            modality_dropout=0.0,
         ),
         data=DataConfig(path="data/Sentences_50Agree.txt", split="val", folds=10),
         train=TrainConfig(
-            steps=1000,
+            steps=2000,
             batch_size=32,
-            learning_rate=3e-3,
+            learning_rate=1e-3,
+            final_learning_rate=0.0,
+            rules=("ngrams/=300:1e-3",),  # of the rate that AdamW has, and of its decay
+            sgd=("ngrams/",),
             warmup_steps=50,
             weight_decay=0.1,
-            ema=0.98,
-            eval_every=1000,
-            save_every=1000,
+            clip_norm=10.0,
+            ema=0.0,
+            eval_every=2000,
+            save_every=2000,
         ),
     )
 

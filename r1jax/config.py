@@ -202,6 +202,9 @@ class TaskConfig:
     fields: tuple[str, ...] = ()
     """Findings to learn; empty means every field of the task's schema."""
     label_smoothing: Share = 0.02
+    loss: Literal["cross_entropy", "squared_hinge"] = "cross_entropy"
+    """Of the records task's class: squared_hinge tells each class from the others with a margin, as a linear SVM does,
+    which suits sparse n-grams."""
     modality_dropout: Annotated[float, Bounds("from 0 to 0.5", 0.0, math.nextafter(0.5, 1.0))] = 0.25
     """Chance that a training case hides its images, and as large a chance that it hides its record."""
     augment: Literal["none", "flips", "affine"] = "flips"
@@ -311,6 +314,9 @@ class TrainConfig:
     rules: tuple[str, ...] = ()
     """PATTERN=RATE or PATTERN=RATE:DECAY, factors on learning rate and weight decay of the weights in whose path the
     regular expression occurs, such as "embed_tokens=0.5:1"; the first that matches counts (docs/training.md)."""
+    sgd: tuple[str, ...] = ()
+    """Regular expressions on paths, as in rules: these weights are moved by SGD with momentum b1 instead of AdamW, and
+    their decay is added to the gradient. Rates of SGD are larger: give one by rules (docs/training.md)."""
     warmup_steps: Natural = 50
     weight_decay: Weight = 0.05
     b1: Share = 0.9

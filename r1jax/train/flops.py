@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import jax
 
 from r1jax.config import DecoderConfig, ModelConfig
-from r1jax.models.ngrams import RANK
 from r1jax.models.r1 import Inputs
 from r1jax.models.series import STATES
 from r1jax.tasks.task import Task
@@ -231,8 +230,6 @@ def _text(config: ModelConfig, inputs: Inputs, summarised: bool) -> Iterator[Ter
         (cases, length), width = inputs.text.shape, config.decoder.hidden_size
         convolutions = {"tokens": cases * length, "2 x 8 taps": 16, "D": width, "D'": width}
         yield Term("text: summary", (convolutions, {"cases": cases, "2 D": 2 * width, "D": width}))
-        if config.text_ngrams:
-            yield Term("text: n-grams", ({"cases": cases, "R": RANK, "D": width},))
 
 
 def _modality_tokens(config: ModelConfig, inputs: Inputs) -> int:

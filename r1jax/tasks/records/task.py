@@ -20,7 +20,7 @@ from r1jax.data.stock_features import COUNTS
 from r1jax.data.stock_files import EARLIER, ENDS, read_stocks
 from r1jax.errors import UserError
 from r1jax.models.r1 import Inputs, Output
-from r1jax.ops.losses import cross_entropy, weighted_mean
+from r1jax.ops.losses import cross_entropy, hinge_probabilities, squared_hinge, weighted_mean
 from r1jax.tasks.finance.batch import hide
 from r1jax.tasks.records.figures import record_figures
 from r1jax.tasks.task import Figures
@@ -217,7 +217,7 @@ class RecordsTask:
         share: Float[Array, ""],
         weights: dict[str, Float[Array, ""]] | None = None,
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
-        """Cross-entropy of the known labels, and the balance loss; arguments as in `Task`."""
+        """What `task.loss` says of the known labels, and the balance loss; arguments as in `Task`."""
         task, label, own = self.config.task, targets["class"], self.weights(inputs, targets)
         weights = weights or own
         learned, logits = targets.get("outcome", label), output.heads["class"]
@@ -225,7 +225,8 @@ class RecordsTask:
         if "agreed" in targets:  # the other classes share what the annotators left, where that is more
             classes = logits.shape[-1]
             smoothing = jnp.maximum(smoothing, (1 - targets["agreed"]) * (classes / (classes - 1)))
-        losses = cross_entropy(logits, jnp.maximum(learned, 0), smoothing=smoothing)
+        of_each = squared_hinge if task.loss == "squared_hinge" else cross_entropy
+        losses = of_each(logits, jnp.maximum(learned, 0), smoothing=smoothing)
         parts = {"class": weighted_mean(losses, (label != UNKNOWN).astype(jnp.float32), weights["class"])}
         total = parts["class"]
         if output.router:
@@ -257,7 +258,8 @@ class RecordsTask:
         if len(self.modes()) > 1:
             everyone = jnp.ones(targets["class"].shape, bool)
             inputs = self._hide(inputs, everyone & mode["hide_numbers"], everyone & mode["hide_text"])
-        said = jax.nn.softmax(read(inputs).heads["class"], axis=-1)
+        hinge = self.config.task.loss == "squared_hinge"
+        said = (hinge_probabilities if hinge else jax.nn.softmax)(read(inputs).heads["class"])
         if self.kind.outcomes:
             of = np.asarray(self.kind.outcomes)  # summed, as a product would be rounded more coarsely on a GPU
             said = jnp.stack([said[:, of == i].sum(axis=1) for i in range(len(self.kind.classes))], axis=1)
