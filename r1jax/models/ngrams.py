@@ -1,22 +1,29 @@
 """What the words of a text, and pieces of them, say of each class by themselves (Joulin et al. 2017)."""
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from r1jax.models.layers import Dropout
 from r1jax.models.quantized import parameter, scheme_for
+from r1jax.ops.axes import gathered
 from r1jax.ops.embedding import embed
 from r1jax.ops.ngrams import GROUPS, hashed_ngrams
+
+RARITY = "rarity"
+"""Name of the weights that are measured, not trained (`r1jax.train.rarity`)."""
 
 
 class NgramScores(nn.Module):
     """Sum of what the different n-grams of a text say of each class: the wide part beside a deep one (Cheng et al. 2016).
 
-    One that comes again counts once: repeated pieces of common words would drown the rest. Each group of `GROUPS` is
-    divided by the root of its number of n-grams, so that the few words of a text weigh as much as their many pieces, and
-    a short text as much as a long one. Buckets begin at zero, so that what training has never seen says nothing.
+    One that comes again counts once: repeated pieces of common words would drown the rest. The rarer an n-gram is in the
+    training part, the more it counts (inverse document frequency, Sparck Jones 1972); these weights are measured before
+    the first step and never trained. Those of each group of `GROUPS` have norm 1 over a text, so that the few words weigh
+    as much as their many pieces, and a short text as much as a long one. Buckets begin at zero, so that what training
+    has never seen says nothing.
     """
 
     buckets: int
@@ -41,23 +48,35 @@ class NgramScores(nn.Module):
         """
         shape = (self.buckets, self.features)
         table = parameter(self, "embed_tokens", nn.initializers.zeros, shape)
+        rarity = self.param(RARITY, nn.initializers.ones, (self.buckets,), jnp.float32)
+        rarity = jax.lax.stop_gradient(gathered(rarity, (*self.path, RARITY)).astype(jnp.float32))
         path = (*self.path, "embed_tokens")
         scheme = scheme_for(path, "embedding", shape)
         ids, exist = hashed_ngrams(tokens, valid, self.buckets)
-        total = jnp.zeros((len(ids), self.features), jnp.float32)
+        total = jnp.zeros((ids.shape[0], self.features), jnp.float32)
         for first, last in GROUPS:
-            found, once = _different(ids[..., first:last], exist[..., first:last], self.buckets)
-            said = embed(table, found, self.dtype, path, scheme)
-            kept = Dropout(self.dropout)(once.astype(jnp.float32), cases)
-            count = jnp.sum(once, axis=1, keepdims=True).astype(jnp.float32)
-            total += jnp.sum(kept[..., None] * said.astype(jnp.float32), axis=1) / jnp.sqrt(jnp.maximum(count, 1))
+            found, once = different(ids[..., first:last], exist[..., first:last], self.buckets)
+            weight = jnp.where(once, rarity[found], 0)
+            norm = jnp.sqrt(jnp.maximum(jnp.sum(weight**2, axis=1, keepdims=True), 1e-6))  # 0 without any that is known
+            kept = Dropout(self.dropout)(weight / norm, cases)
+            said = embed(table, found, self.dtype, path, scheme).astype(jnp.float32)
+            total = total + jnp.sum(kept[..., None] * said, axis=1)
         return total / len(GROUPS) ** 0.5
 
 
-def _different(
+def different(
     ids: Int[Array, "B T kinds"], exist: Bool[Array, "B T kinds"], buckets: int
 ) -> tuple[Int[Array, "B N"], Bool[Array, "B N"]]:
-    """The n-grams of each text in the order of their numbers, and which of them are the first of their number."""
+    """Each n-gram of a text once.
+
+    Args:
+      ids: From `hashed_ngrams`.
+      exist: Likewise.
+      buckets: How many numbers there are.
+
+    Returns:
+      The numbers in their order, and which of them count; the others are repetitions and 0.
+    """
     ids = jnp.sort(jnp.where(exist, ids, buckets).reshape(ids.shape[0], -1), axis=1)
     first = (ids < buckets) & (ids != jnp.pad(ids[:, :-1], ((0, 0), (1, 0)), constant_values=-1))
     return jnp.where(first, ids, 0), first

@@ -10,6 +10,7 @@ from jaxtyping import Array, Int
 
 from r1jax.config import TrainConfig
 from r1jax.errors import UserError
+from r1jax.models.ngrams import RARITY
 from r1jax.ops.pipeline import STACKED
 from r1jax.validation import Rule, read_rule
 
@@ -70,7 +71,7 @@ def make_optimizer(config: TrainConfig, order: tuple[int, ...] = ()) -> optax.Gr
     rules, rate = tuple(map(read_rule, config.rules)), schedule(config)
 
     def label(path: tuple[Any, ...], _: Any) -> str:
-        if _name(path) == BALANCE_BIAS:
+        if _name(path) in (BALANCE_BIAS, RARITY):
             return "balance"
         part = "decoder" if path[0].key == "decoder" else "encoders"
         return f"{part} by sgd" if _by_sgd(path, config.sgd, order) else part
