@@ -204,7 +204,7 @@ class TaskConfig:
     label_smoothing: Share = 0.02
     loss: Literal["cross_entropy", "squared_hinge"] = "cross_entropy"
     """Of the records task's class: squared_hinge tells each class from the others with a margin, as a linear SVM does,
-    which suits sparse n-grams."""
+    which suits sparse n-grams; a label then counts by how many annotators more chose it than did not."""
     modality_dropout: Annotated[float, Bounds("from 0 to 0.5", 0.0, math.nextafter(0.5, 1.0))] = 0.25
     """Chance that a training case hides its images, and as large a chance that it hides its record."""
     augment: Literal["none", "flips", "affine"] = "flips"

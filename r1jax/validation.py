@@ -305,6 +305,8 @@ def _task_relations(config: Config) -> Iterator[tuple[bool, str, str]]:
     kinds = config.model.modalities
     known = config.task.name == "records" or config.task.loss == "cross_entropy"
     yield known, "task.loss", f"cross_entropy: the {config.task.name} task has no other"
+    rule = "0 with task.loss squared_hinge, whose labels are of one class"
+    yield config.task.loss == "cross_entropy" or not config.task.label_smoothing, "task.label_smoothing", rule
     if config.task.name == "medical":
         yield bool(set(kinds) - {"text"}), "model.modalities", "at least one modality besides text"
         yield "series" not in kinds, "model.modalities", "without series, which the medical task has none of"

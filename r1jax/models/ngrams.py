@@ -17,13 +17,13 @@ RARITY = "rarity"
 
 
 class NgramScores(nn.Module):
-    """Sum of what the different n-grams of a text say of each class: the wide part beside a deep one (Cheng et al. 2016).
+    """Sum of what the different n-grams of a text say of each class, the wide part of the model (Cheng et al. 2016).
 
-    One that comes again counts once: repeated pieces of common words would drown the rest. The rarer an n-gram is in the
-    training part, the more it counts (inverse document frequency, Sparck Jones 1972); these weights are measured before
-    the first step and never trained. Those of each group of `GROUPS` have norm 1 over a text, so that the few words weigh
-    as much as their many pieces, and a short text as much as a long one. Buckets begin at zero, so that what training
-    has never seen says nothing.
+    One that comes again counts once: repeated pieces of common words would drown the rest. The rarer an n-gram is in
+    the training part, the more it counts (inverse document frequency, Sparck Jones 1972); these weights are measured
+    before the first step and never trained. Those of each group of `GROUPS` have norm 1 over a text, so that the few
+    words weigh as much as their many pieces, and a short text as much as a long one. Buckets begin at zero, so that
+    what training has never seen says nothing.
     """
 
     buckets: int

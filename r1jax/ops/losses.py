@@ -17,20 +17,14 @@ def cross_entropy(
     return -(1 - smoothing) * hit - smoothing * jnp.mean(log_probs, axis=-1)
 
 
-def squared_hinge(
-    scores: Float[Array, "*B V"], labels: Int[Array, "*B"], *, smoothing: float | Float[Array, "*B"] = 0.0
-) -> Float[Array, "*B"]:
-    """Squared hinge loss of each class against the others, summed, against the shares that `cross_entropy` has; fp32.
+def squared_hinge(scores: Float[Array, "*B V"], labels: Int[Array, "*B"]) -> Float[Array, "*B"]:
+    """Squared hinge loss of each class against the others, summed, in fp32.
 
     It is that of LIBLINEAR's support vector machines (Fan et al. 2008); `hinge_probabilities` says what scores mean.
     """
     scores = scores.astype(jnp.float32)
-    classes = scores.shape[-1]
-    own = jax.nn.one_hot(labels, classes, dtype=jnp.float32)
-    smoothing = jnp.broadcast_to(jnp.asarray(smoothing, jnp.float32), labels.shape)[..., None]
-    share = (1 - smoothing) * own + smoothing / classes
-    inside, outside = jnp.square(jax.nn.relu(1 - scores)), jnp.square(jax.nn.relu(1 + scores))
-    return jnp.sum(share * inside + (1 - share) * outside, axis=-1)
+    side = 2 * jax.nn.one_hot(labels, scores.shape[-1], dtype=jnp.float32) - 1
+    return jnp.sum(jnp.square(jax.nn.relu(1 - side * scores)), axis=-1)
 
 
 def hinge_probabilities(scores: Float[Array, "*B V"]) -> Float[Array, "*B V"]:

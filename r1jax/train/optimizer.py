@@ -162,7 +162,9 @@ def _check_sgd(params: Any, patterns: tuple[str, ...], order: tuple[int, ...]) -
         found = [[bool(re.search(pattern, name)) for name in _names(path, order)] for path in paths]
         if not any(map(any, found)):
             some = ", ".join([name for path in paths[:3] for name in _names(path, order)][:3])
-            raise UserError(f"train.sgd: no trained weight follows the pattern {pattern!r}; weights are called {some}, ...")
+            raise UserError(
+                f"train.sgd: no trained weight follows the pattern {pattern!r}; weights are called {some}, ..."
+            )
         if any(any(one) and not all(one) for one in found):
             raise UserError(
                 f"train.sgd: the pattern {pattern!r} chooses some layers of a pipeline (mesh.pipe), which have one "

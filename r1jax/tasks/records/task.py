@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from r1jax.config import Config
 from r1jax.data import tokenizer
@@ -220,13 +220,9 @@ class RecordsTask:
         """What `task.loss` says of the known labels, and the balance loss; arguments as in `Task`."""
         task, label, own = self.config.task, targets["class"], self.weights(inputs, targets)
         weights = weights or own
-        learned, logits = targets.get("outcome", label), output.heads["class"]
-        smoothing: float | Float[Array, " B"] = task.label_smoothing
-        if "agreed" in targets:  # the other classes share what the annotators left, where that is more
-            classes = logits.shape[-1]
-            smoothing = jnp.maximum(smoothing, (1 - targets["agreed"]) * (classes / (classes - 1)))
-        of_each = squared_hinge if task.loss == "squared_hinge" else cross_entropy
-        losses = of_each(logits, jnp.maximum(learned, 0), smoothing=smoothing)
+        losses = self._losses(
+            output.heads["class"], jnp.maximum(targets.get("outcome", label), 0), targets.get("agreed")
+        )
         parts = {"class": weighted_mean(losses, (label != UNKNOWN).astype(jnp.float32), weights["class"])}
         total = parts["class"]
         if output.router:
@@ -234,6 +230,19 @@ class RecordsTask:
             parts["balance"] = balance * (own["balance"] / weights["balance"])
             total = total + task.balance_weight * parts["balance"]
         return total, parts
+
+    def _losses(
+        self, logits: Float[Array, "B C"], label: Int[Array, " B"], agreed: Float[Array, " B"] | None
+    ) -> Float[Array, " B"]:
+        """Loss of each case; the fewer annotators agreed, the less its label is believed."""
+        if self.config.task.loss == "squared_hinge":
+            # By the majority's lead: a label that no more choose than reject teaches nothing.
+            return squared_hinge(logits, label) * (1.0 if agreed is None else jnp.maximum(2 * agreed - 1, 0))
+        smoothing: float | Float[Array, " B"] = self.config.task.label_smoothing
+        if agreed is not None:  # the other classes share what the annotators left, where that is more
+            classes = logits.shape[-1]
+            smoothing = jnp.maximum(smoothing, (1 - agreed) * (classes / (classes - 1)))
+        return cross_entropy(logits, label, smoothing=smoothing)
 
     def modes(self) -> dict[str, dict[str, bool]]:
         """What can be shown: with numbers and text, or what was counted in it, also each alone."""
