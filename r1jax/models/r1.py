@@ -103,7 +103,9 @@ class R1(nn.Module):
             if c.text_ngrams:
                 self.ngrams = NgramScores(c.text_ngrams, sum(size for _, size in self.heads), self.dtype, c.dropout)
         self.queries = parameter(self, "queries", normal(0.02), (len(self.heads), width))
-        self.head = {name: Linear(size, jnp.float32, bias=True) for name, size in self.heads}
+        # Beside n-grams the decoder starts silent: a random opinion of it would first have to be unlearned by them.
+        std = 0.0 if c.text_ngrams and "text" in c.modalities else None
+        self.head = {name: Linear(size, jnp.float32, bias=True, init_std=std) for name, size in self.heads}
 
     def encode(
         self, inputs: Inputs, *, cases: Int[Array, " B"] | None
