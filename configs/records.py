@@ -96,9 +96,9 @@ def _sentiment() -> Config:
         train=TrainConfig(
             steps=500,
             batch_size=32,
-            learning_rate=5e-4,
+            learning_rate=1e-4,
             final_learning_rate=0.0,
-            rules=("ngrams/=2000:1e-3",),  # of AdamW's rate and decay
+            rules=("ngrams/=10000:1e-3",),  # of AdamW's rate and decay
             sgd=("ngrams/",),
             warmup_steps=25,
             weight_decay=0.1,
