@@ -98,8 +98,8 @@ def _sentiment() -> Config:
             batch_size=32,
             learning_rate=1e-4,
             final_learning_rate=0.0,
-            rules=("ngrams/=10000:1e-3",),  # of AdamW's rate and decay
-            sgd=("ngrams/",),
+            rules=("ngrams/=10000:1e-3", "head_class/bias=10000:0"),  # of AdamW's rate and decay
+            sgd=("ngrams/", "head_class/bias"),
             warmup_steps=25,
             weight_decay=0.1,
             clip_norm=10.0,
