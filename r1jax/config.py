@@ -123,7 +123,8 @@ class ModelConfig:
     text_tokens: Count = 96
     """Longest text in tokens; longer text is cut."""
     text_ngrams: Natural = 0
-    """Buckets of hashed words, pairs and pieces of words that are read beside a text's bytes; 0 leaves them out."""
+    """Buckets of hashed words, pairs and pieces of words, whose scores are added to those of the heads; 0 leaves them
+    out."""
     dropout: Share = 0.1
     lora_rank: Natural = 0
     """Rank of adapters on the decoder's attention, dense and shared feed-forward; above 0, nothing else is trained, and
