@@ -11,7 +11,7 @@ import pytest
 
 from r1jax.config import DecoderConfig, ModelConfig, TableConfig, VisionConfig
 from r1jax.errors import UserError
-from r1jax.models.quantized import check_rules, rounding_by, scheme_for, uses
+from r1jax.models.quantized import RANGE, check_ranges, check_rules, rounding_by, scheme_for, uses
 from r1jax.models.r1 import R1, Inputs
 from r1jax.models.table import TableEncoder
 from r1jax.ops.quantized_dot import Scheme
@@ -164,6 +164,22 @@ def test_modules_divide_inputs_by_the_balance_of_a_weight(found, params, inputs)
     forward = jax.jit(lambda p, x: run(model, p, x))
     before, after = (forward(with_codes(params, codes), inputs) for codes in (plain, balanced))
     jax.tree.map(np.testing.assert_array_equal, before, after)
+
+
+def test_a_running_range_stands_beside_each_weight_that_can_have_one(found, inputs):
+    init = model_of("head_=int8:int8", "int8_running").init
+    shapes = jax.eval_shape(lambda: init(jax.random.key(0), inputs, language=True))["params"]
+    names = {jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in jax.tree.leaves_with_path(shapes)}
+    able = {use.name for use in found if use.role in ("linear", "convolution") and not use.name.startswith("head_")}
+    kept = {name.removesuffix(RANGE) + "weight" for name in names if name.endswith(RANGE)}
+    assert kept == able and "volume/stage_0_block_0/first/weight" in kept
+    assert {(x.shape, x.dtype.name) for name, x in names.items() if name.endswith(RANGE)} == {((), "float32")}
+
+
+def test_a_running_range_that_no_weight_can_have_is_refused(found):
+    check_ranges(("experts=int8:int8", "int8_running"), found)
+    with pytest.raises(UserError, match=r"'mlp/experts' can have a running range .*leave out /running"):
+        check_ranges(("mlp/experts=int8:int8/running", "int8_running"), found)
 
 
 def test_the_first_rule_that_matches_counts():
