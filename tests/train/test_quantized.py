@@ -114,3 +114,8 @@ def test_a_run_begins_in_floats_and_rounds_from_its_start():
 def test_a_rule_that_nothing_follows_ends_a_run_before_it_is_compiled():
     with pytest.raises(UserError, match=r"'o_prj'.*did you mean"):
         make_experiment("--quant", "o_prj=int8", file="tiny_language.py")
+
+
+def test_a_running_range_for_experts_alone_ends_a_run_before_it_is_compiled():
+    with pytest.raises(UserError, match=r"'mlp/experts' can have a running range .*leave out /running"):
+        make_experiment("--quant", "mlp/experts=int8:int8/running", "int8", file="tiny_language.py")
