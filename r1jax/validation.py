@@ -172,12 +172,13 @@ class QuantRule(NamedTuple):
 
 QUANT_PRESETS = {
     "int8": (".=int8:int8",),
-    "int8_running": (".=int8:int8/running",),
+    "int8_running": ("down_proj=int8:int8", ".=int8:int8/running"),
     "int8_weights": (".=int8",),
     "int4": ("(embed_tokens|lm_head|position|queries|missing)=int8", ".=int4/128"),
     "fp8": (".=fp8:fp8",),
 }
-"""Rules by a short name; int4 keeps 8 bits for what is looked up or added, and for the language head."""
+"""Rules by a short name; int4 keeps 8 bits for what is looked up or added, and for the language head. The inputs of
+down_proj are products of two activations, whose outliers one range for all would not bear: each row keeps its own."""
 ACTIVATIONS = {"int8": ("int8",), "int4": ("int8",), "fp8": ("fp8",), "affine8": (), "float": ()}
 """What may be multiplied with each type of weights."""
 

@@ -19,6 +19,7 @@ def test_rules_and_presets_are_read_in_order():
     )
     assert quant_rules(("a=int4/64:int8/running", "int8_running")) == (
         QuantRule("a", "int4", "int8", None, 64, running=True),
+        QuantRule("down_proj", "int8", "int8"),
         QuantRule(".", "int8", "int8", running=True),
     )
     assert all(quant_rules((name,)) for name in QUANT_PRESETS)

@@ -22,7 +22,7 @@ FROZEN = 3
 
 @pytest.fixture(scope="module")
 def run():
-    flags = ("--quant", "int8_running", "--train.quant_freeze", "0.5", "--model.dropout", "0.0")
+    flags = ("--quant", ".=int8:int8/running", "--train.quant_freeze", "0.5", "--model.dropout", "0.0")
     return make_experiment(*flags, file="tiny_language.py")
 
 
