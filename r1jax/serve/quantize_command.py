@@ -40,7 +40,7 @@ Examples:
   r1jax quantize runs/medical --to int8 --activations static --output runs/medical-static
   r1jax quantize runs/medical --to int8 --balance False --output runs/base    # for adapters to be trained on
   r1jax quantize runs/medical --budget 0.2 --output runs/medical-mixed    # bits by what each weight does to outputs
-  r1jax quantize runs/medical-qat --output runs/medical-qat-int8      # as it was trained, by its own model.quant and ranges
+  r1jax quantize runs/medical-qat --output runs/medical-qat-int8      # as it was trained, with its ranges
 """
 
 
