@@ -70,7 +70,7 @@ SECTIONS = (
     Section("Time from a payment to its score", {"latency": latency.table, "latency_gpu": latency.table}),
     Section(
         "Credit, sentiment and stocks beside simple models",
-        dict.fromkeys(("records", "records_fpb", "records_fpb_peers", "records_stocknet"), records.table),
+        {"records": records.table, "records_fpb": records.table, "records_stocknet": records.table},
     ),
     Section("Hit rates of the cache", {"cache": cache.table}),
     Section("Reading shuffled cases", {"data": data.table}),
