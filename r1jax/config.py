@@ -89,8 +89,13 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class TableConfig:
-    """Bidirectional encoder of record fields, one token a field; missing fields have their own embedding."""
+    """Encoder of record fields: one token a field, or all of them at once; missing fields are told apart."""
 
+    joined: Natural = 0
+    """Width of two layers over piecewise-linear features of all fields, which make one token; 0 makes one token a field
+    by periodic features and transformer layers. Joined fields are learned sooner where there is much to learn from."""
+    bins: Count = 24
+    """Pieces of the piecewise-linear features of each value, from -3 to 3, for `joined`."""
     layers: Natural = 1
     frequencies: Count = 2
     """Periodic features of each numeric value; many of them learn single patients by heart."""
