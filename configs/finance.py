@@ -22,6 +22,7 @@ from r1jax.config import (
     FinanceConfig,
     ModelConfig,
     SeriesConfig,
+    TableConfig,
     TaskConfig,
     TrainConfig,
 )
@@ -115,6 +116,7 @@ def _handbook() -> Config:
             modalities=("series", "table"),
             decoder=_decoder(128, experts=96, dense=256),
             series=SeriesConfig(layers=2, bins=24),
+            table=TableConfig(joined=256),
             dropout=0.1,
         ),
         task=TaskConfig(
