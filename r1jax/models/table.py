@@ -80,8 +80,8 @@ class TableEncoder(nn.Module):
 class JoinedTableEncoder(nn.Module):
     """One token of decoder width from standardised values: two layers over piecewise-linear features of all fields.
 
-    The first layer draws thresholds in any field and adds them up over the fields, as boosted trees do. Where there are
-    many cases this learns in fewer operations than attention between tokens of single fields.
+    The first layer draws thresholds in any field and adds them up over the fields, as boosted trees do; it takes fewer
+    operations than attention between tokens of single fields.
     """
 
     config: TableConfig
