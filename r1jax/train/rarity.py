@@ -1,5 +1,7 @@
 """How rare each n-gram is in the training part, which a fresh run measures before its first step."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,10 +16,13 @@ from r1jax.train.step import TrainState
 
 MOST = 2**13
 """Cases that are read, evenly spaced where there are more."""
-CHUNK = 256
+CHUNK = 64
+"""Cases that are read at once; some have pictures beside their texts."""
 
 
-def with_rarity(state: TrainState, config: Config, task: Task, source: Source) -> TrainState:
+def with_rarity(
+    state: TrainState, config: Config, task: Task, source: Source, seen: Callable[[], None] = lambda: None
+) -> TrainState:
     """Puts the inverse document frequencies of the training texts into a fresh state.
 
     Args:
@@ -25,29 +30,56 @@ def with_rarity(state: TrainState, config: Config, task: Task, source: Source) -
       config: How many buckets.
       task: Turns cases into what the model reads.
       source: Training cases.
+      seen: Is called after each part of the texts.
 
     Returns:
       The state; as it is, where the model reads no n-grams.
     """
     if "ngrams" not in state.params:
         return state
-    measured = rarity(task, source, config.model.text_ngrams)
+    measured = rarity(task, source, config.model.text_ngrams, seen)
+    return _put(state, lambda old: jax.device_put(measured.astype(old.dtype), old.sharding))
+
+
+def with_known(state: TrainState, measured: TrainState) -> TrainState:
+    """Gives n-grams that the run whose weights were taken never saw the weights that were measured for this one.
+
+    They would stay 0, so that nothing could be learned of what only the new training part says.
+
+    Args:
+      state: With the weights of another run, which stay where they are not 0.
+      measured: From `with_rarity`.
+
+    Returns:
+      The state; as it is, where the model reads no n-grams.
+    """
+    if "ngrams" not in state.params:
+        return state
+    own = measured.params["ngrams"][RARITY]
+    return _put(state, lambda old: jax.device_put(jnp.where(old > 0, old, own), old.sharding))
+
+
+def _put(state: TrainState, change: Callable[[jax.Array], jax.Array]) -> TrainState:
+    """The state with other weights of n-grams, also in its average."""
 
     def put(tree: dict) -> dict:
-        old = tree["ngrams"][RARITY]
-        new = jax.device_put(measured.astype(old.dtype), old.sharding)
-        return tree | {"ngrams": tree["ngrams"] | {RARITY: new}}
+        return tree | {"ngrams": tree["ngrams"] | {RARITY: change(tree["ngrams"][RARITY])}}
 
     return state._replace(params=put(state.params), ema=put(state.ema) if state.ema else {})
 
 
-def rarity(task: Task, source: Source, buckets: int) -> Float32[np.ndarray, " buckets"]:
-    """ln((1 + N) / (1 + n)) + 1 of each bucket with n > 0 of the N texts, as scikit-learn's TF-IDF has it, and else 0.
+def rarity(
+    task: Task, source: Source, buckets: int, seen: Callable[[], None] = lambda: None
+) -> Float32[np.ndarray, " buckets"]:
+    """ln((1 + N) / (1 + n)) + 1 of each bucket that is in n of the N texts, as scikit-learn's TF-IDF has it.
+
+    Where every text was read, a bucket that is in none has 0: it says nothing. Where only some were, others may have it.
 
     Args:
       task: Turns cases into what the model reads.
       source: Training cases.
       buckets: How many numbers n-grams have.
+      seen: Is called after each part of the texts.
 
     Returns:
       The weight of each number.
@@ -66,4 +98,6 @@ def rarity(task: Task, source: Source, buckets: int) -> Float32[np.ndarray, " bu
         texts += int(valid.any(axis=1).sum())
         short = ((0, CHUNK - len(text)), (0, 0))  # one shape, one program
         found += np.asarray(count(np.pad(text, short), np.pad(valid, short)))
-    return np.where(found > 0, np.log((1 + texts) / (1 + found)) + 1, 0).astype(np.float32)
+        seen()
+    known = (found > 0) | (len(rows) < len(source))
+    return np.where(known, np.log((1 + texts) / (1 + found)) + 1, 0).astype(np.float32)
