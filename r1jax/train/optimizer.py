@@ -62,11 +62,11 @@ def make_optimizer(config: TrainConfig, order: tuple[int, ...] = ()) -> optax.Gr
 
     Args:
       config: Rates, decay, clipping and rules for single weights.
-      order: Numbers of the layers that are stacked, where some are.
+      order: Numbers of the layers that are stacked, or will be, where some are.
 
     Returns:
       An optax transformation over the parameter tree; its `init` raises UserError where a rule or a pattern of
-      `train.sgd` matches no weight.
+      `train.sgd` matches no weight, or some layers of a pipeline.
     """
     rules, rate = tuple(map(read_rule, config.rules)), schedule(config)
 
@@ -156,20 +156,27 @@ def _by_sgd(path: tuple[Any, ...], patterns: tuple[str, ...], order: tuple[int, 
 
 
 def _check_sgd(params: Any, patterns: tuple[str, ...], order: tuple[int, ...]) -> None:
-    """Refuses a pattern that no weight has in its name, and one that chooses some of the layers that are stacked."""
+    """Refuses a pattern that no weight has in its name, and some of the layers that are stacked, or will be."""
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    names = [name for path in paths for name in _names(path, order)]
     for pattern in patterns:
-        found = [[bool(re.search(pattern, name)) for name in _names(path, order)] for path in paths]
-        if not any(map(any, found)):
-            some = ", ".join([name for path in paths[:3] for name in _names(path, order)][:3])
+        if not any(re.search(pattern, name) for name in names):
             raise UserError(
-                f"train.sgd: no trained weight follows the pattern {pattern!r}; weights are called {some}, ..."
+                f"train.sgd: no trained weight follows the pattern {pattern!r}; weights are called "
+                f"{', '.join(names[:3])}, ..."
             )
-        if any(any(one) and not all(one) for one in found):
-            raise UserError(
-                f"train.sgd: the pattern {pattern!r} chooses some layers of a pipeline (mesh.pipe), which have one "
-                "optimizer: choose all or none"
-            )
+    layers = [f"decoder/layers_{i}/" for i in order]
+    for name in names:
+        layer = next((layer for layer in layers if name.startswith(layer)), None)
+        chosen = next((pattern for pattern in patterns if re.search(pattern, name)), None)
+        if layer is None or chosen is None:
+            continue
+        for other in (name.replace(layer, one, 1) for one in layers):
+            if not any(re.search(pattern, other) for pattern in patterns):
+                raise UserError(
+                    f"train.sgd: the pattern {chosen!r} chooses {name} and not {other}: layers of a pipeline "
+                    "(mesh.pipe) have one optimizer, so choose all or none"
+                )
 
 
 def _add_decay(weight_decay: float, rules: tuple[Rule, ...], order: tuple[int, ...]) -> optax.GradientTransformation:

@@ -17,7 +17,7 @@ from r1jax.models.lora import join_trees, split_adapters
 from r1jax.models.precision import PRECISIONS, stored
 from r1jax.models.quantized import Use, check_ranges, check_rules, rounding_by, uses
 from r1jax.models.r1 import R1, Inputs
-from r1jax.ops.pipeline import STACKED, Stages
+from r1jax.ops.pipeline import STACKED, Stages, stages_of
 from r1jax.ops.rounding import round_like
 from r1jax.parallel.mesh import batch_sharding, shard_tree, traced_for
 from r1jax.parallel.stages import stacked, stages_on
@@ -71,7 +71,9 @@ def init_state(config: Config, model: R1, task: Task, batch: Batch) -> TrainStat
     state = TrainState(jnp.zeros((), jnp.int32), jax.random.key_data(key), stored(params, precision), None, averaged)
     if holds_codes(config):
         state = encode_frozen(state, model, task, batch)
-    optimizer = make_optimizer(config.train).init(_divide(params, config)[0])
+    pipe = config.mesh.pipe  # its layers will be stacked, and must have one optimizer
+    order = stages_of(config.model.decoder, pipe, config.mesh.interleave).order if pipe > 1 else ()
+    optimizer = make_optimizer(config.train, order).init(_divide(params, config)[0])
     kept_in = precision.moments or config.train.moments
     optimizer = jax.tree.map(lambda x: x.astype(kept_in) if jnp.issubdtype(x.dtype, jnp.floating) else x, optimizer)
     return state._replace(optimizer=ScaledState(optimizer, first_scale()) if precision.scaled else optimizer)

@@ -210,8 +210,13 @@ def test_patterns_of_sgd_that_choose_nothing_or_half_a_pipeline_are_refused():
     with pytest.raises(UserError, match=r"train.sgd is \('\(',\), but it must be a list of regular expressions"):
         validate(Config(train=TrainConfig(sgd=("(",))))
     tree = {"decoder": {STACKED: {"weight": jnp.ones((2, 3))}}}
-    with pytest.raises(UserError, match="train.sgd: the pattern 'layers_1' chooses some layers of a pipeline"):
+    with pytest.raises(UserError, match="train.sgd: the pattern 'layers_1' chooses decoder/layers_1/weight and not"):
         make_optimizer(replace(CONFIG, sgd=("layers_1",)), (0, 1)).init(tree)
+    apart = {"decoder": {f"layers_{i}": {"weight": jnp.ones(3)} for i in range(3)}}  # as a run has them at its start
+    with pytest.raises(UserError, match="chooses decoder/layers_1/weight and not decoder/layers_2/weight"):
+        make_optimizer(replace(CONFIG, sgd=("layers_1",)), (1, 2)).init(apart)
+    for sgd in (("layers_1", "layers_2"), ("layers_[012]/",), ("layers_0",)):  # all that are stacked, or none of them
+        make_optimizer(replace(CONFIG, sgd=sgd), (1, 2)).init(apart)
 
 
 def test_norms_of_layers():
