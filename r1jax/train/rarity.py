@@ -73,7 +73,7 @@ def rarity(
 ) -> Float32[np.ndarray, " buckets"]:
     """ln((1 + N) / (1 + n)) + 1 of each bucket that is in n of the N texts, as scikit-learn's TF-IDF has it.
 
-    Where every text was read, a bucket that is in none has 0: it says nothing. Where only some were, others may have it.
+    Where every text was read, a bucket that is in none has 0: it says nothing. Else other texts may have it.
 
     Args:
       task: Turns cases into what the model reads.
