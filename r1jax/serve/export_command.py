@@ -17,7 +17,8 @@ import numpy as np
 
 from r1jax.arguments import EvalArguments, EvalData
 from r1jax.cli import load_arguments
-from r1jax.config import Config, Count, MeshConfig, ModelConfig, Positive
+from r1jax.config import CacheConfig, Config, Count, MeshConfig, ModelConfig, Positive
+from r1jax.data.filesystem import is_remote
 from r1jax.disk import sha256
 from r1jax.edge.artefact import TEXTS
 from r1jax.errors import UserError
@@ -31,6 +32,8 @@ from r1jax.serve.export_finance import FinanceExport
 from r1jax.serve.export_gate import FP16, FP32, HALF, INT8, Subset, agreement_lines, compare
 from r1jax.serve.export_graph import Exported, Limits
 from r1jax.serve.export_medical import MedicalExport
+from r1jax.serve.export_rounding import CALIBRATION, CHECKED, RoundingCases, round_weights
+from r1jax.serve.quantize_report import MOST
 from r1jax.tasks.catalog import TASKS
 from r1jax.tasks.task import Task
 from r1jax.train.checkpoint import Checkpoint
@@ -89,6 +92,8 @@ class Opened(NamedTuple):
     params: Any
     exported: Exported
     """With what the checkpoint says of the cases, in its own precision."""
+    rounding: RoundingCases | None = None
+    """Of --weights int8."""
 
 
 def export(words: list[str]) -> int:
@@ -168,7 +173,9 @@ def open_checkpoint(checkpoint: Checkpoint, asked: ExportArguments) -> Opened:
     source = task.source(config.data.split)
     source = Subset(source, export_of.chosen(source, asked.cases))
     params = restore_served(checkpoint, config, network, task, mesh, source)
-    exported = export_of(checkpoint, Evaluator(network, task, mesh), params, source)
+    evaluator = Evaluator(network, task, mesh)
+    exported = export_of(checkpoint, evaluator, params, source)
+    rounding = rounding_cases(checkpoint, evaluator, params) if asked.weights == "int8" else None
     weights = jax.tree.map(np.asarray, params)
     if asked.to == "litert":  # an edge device has neither bf16 nor loops, and its converter rounds by itself
         plain = dataclasses.replace(config.model, precision="fp32", scan_layers=False, quant=())
@@ -176,7 +183,43 @@ def open_checkpoint(checkpoint: Checkpoint, asked: ExportArguments) -> Opened:
         task = TASKS[config.task.name](config)
         network = R1(plain, task.heads)
         weights = jax.tree.map(lambda x: x.astype(np.float32) if x.dtype == jnp.bfloat16 else x, weights)
-    return Opened(checkpoint, config, task, network, weights, exported)
+    return Opened(checkpoint, config, task, network, weights, exported, rounding)
+
+
+def rounding_cases(checkpoint: Checkpoint, evaluator: Evaluator, params: Any) -> RoundingCases:
+    """Training and validation cases of the checkpoint's own data, which the export is not compared on.
+
+    Args:
+      checkpoint: The checkpoint.
+      evaluator: Compiled forward pass of its config.
+      params: Weights to serve.
+
+    Returns:
+      The cases, and what the checkpoint says of those of validation.
+
+    Raises:
+      UserError: They are not here.
+    """
+    config, data = evaluator.task.config, checkpoint.config().data
+    if data.path is not None and not (is_remote(data.path) or Path(data.path).exists()):
+        raise UserError(
+            f"--weights int8 rounds weights by training cases, and {data.path}, which {checkpoint.path} was trained "
+            "on, is not here: bring it back, or export by --weights fp16"
+        )
+    own = dataclasses.replace(data, mix=(), weights=(), cache=CacheConfig())
+    task, export_of = TASKS[config.task.name](dataclasses.replace(config, data=own)), EXPORTS[config.task.name]
+    sources = {part: task.source(part) for part in ("train", "val")}
+    for part, source in sources.items():
+        if not len(source):
+            raise UserError(
+                f"--weights int8 rounds weights by cases of the {part} part, and {source.name} has none: export by "
+                "--weights fp16"
+            )
+    train, checked = (
+        Subset(source, export_of.chosen(source, count))
+        for source, count in zip(sources.values(), (CALIBRATION, CHECKED), strict=True)
+    )
+    return RoundingCases(train, export_of(checkpoint, evaluator, params, checked))
 
 
 def write(folder: Path, opened: Opened, asked: ExportArguments, converter: Path | None) -> dict[str, Any]:
@@ -191,8 +234,11 @@ def write(folder: Path, opened: Opened, asked: ExportArguments, converter: Path 
     Returns:
       The agreement; if it does agree, the card holds it too.
     """
-    wanted = opened.exported.ports
-    graph = opened.exported.graph(opened.task, opened.model, opened.params)
+    wanted, params, fp16 = opened.exported.ports, opened.params, list[str]()
+    if opened.rounding is not None:
+        params, fp16, checked = round_weights(opened.rounding, opened.task, opened.model, params)
+        print(f"rounded: {agreement_lines(checked)[-1]}, on cases of {checked['data']['name']}", file=sys.stderr)
+    graph = opened.exported.graph(opened.task, opened.model, params)
     run: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
     if converter is None:
         largest, outputs = export_jax.write_model(folder, graph, wanted)
@@ -200,13 +246,16 @@ def write(folder: Path, opened: Opened, asked: ExportArguments, converter: Path 
         versions, kind = {"jax": jax.__version__}, "exported"
         run = export_jax.read_model(folder)
     else:
-        versions, outputs = export_litert.write_model(folder, graph, wanted, weights=asked.weights, converter=converter)
+        narrow = asked.weights != "float"
+        versions, outputs, stored = export_litert.write_model(folder, graph, wanted, narrow=narrow, converter=converter)
         (folder / TEXTS).write_text(json.dumps(opened.exported.texts(), ensure_ascii=False, indent=1) + "\n", "utf-8")
         made = {"file": export_litert.MODEL, "batch": "1", "precision": "fp32"}
         kind = "edge"
         if asked.weights != "float":
             made["precision"] = f"{asked.weights} weights"
             kind += f", {asked.weights} weights"
+            made["stored"] = {"bytes": stored, "fp16_by_choice": fp16}
+            print(stored_line(asked.weights, stored, fp16))
         run = functools.partial(export_litert.run_model, folder, converter=converter)
     card = describe_export(opened.checkpoint, opened.config, opened.exported, kind, versions)
     card |= {"to": asked.to, **made, **describe_ports(wanted, outputs)}
@@ -216,6 +265,30 @@ def write(folder: Path, opened: Opened, asked: ExportArguments, converter: Path 
     if agreement["agrees"]:
         write_card(folder, card | {"agreement": agreement})
     return agreement
+
+
+def stored_line(asked: str, stored: dict[str, int], fp16: list[str]) -> str:
+    """How the weights of an edge file are stored.
+
+    Args:
+      asked: int8 or fp16.
+      stored: Bytes by type.
+      fp16: Weights that could be int8.
+
+    Returns:
+      A line of text.
+
+    Raises:
+      UserError: int8 was asked for, and most of the bytes are not.
+    """
+    share = {name: size / sum(stored.values()) for name, size in stored.items()}
+    if asked == "int8" and share["int8"] <= MOST:
+        raise UserError(
+            f"only {share['int8']:.1%} of the bytes of the weights are int8, so that the file cannot be called that: "
+            "export by --weights fp16"
+        )
+    told = ", ".join(f"{part:.1%} {name}" for name, part in share.items() if part)
+    return f"weights: {told} of {sum(stored.values()):,} bytes" + (f"; fp16: {', '.join(fp16)}" if fp16 else "")
 
 
 def limits_of(trained: ModelConfig, asked: ExportArguments) -> Limits:

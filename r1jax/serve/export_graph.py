@@ -63,6 +63,7 @@ class Exported(Protocol):
       source: The cases that the export is compared on.
       ports: What the graph reads.
       shown: Names of the ways to show a case, the one that shows all first.
+      decided: Names of the outputs, probabilities, on which calls hang.
       notice: What the model is not.
       generated: Said of a model that was trained on generated cases.
     """
@@ -70,6 +71,7 @@ class Exported(Protocol):
     source: Source
     ports: dict[str, Port]
     shown: tuple[str, ...]
+    decided: tuple[str, ...]
     notice: str
     generated: str
 

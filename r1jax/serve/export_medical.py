@@ -58,6 +58,7 @@ class MedicalExport:
         modes = shown_modes(reads, source.schema.modalities)
         self._modes = {shown: MODES[mode] for mode, shown in modes.items()}
         self.shown = tuple(self._modes)
+        self.decided = tuple(name for name in self.scored.predicted[self.shown[0]] if FINDING[name].kind == "binary")
         given = {item.name: item.shape for item in source.schema.fields}
         read = {name: getattr(task.config.model, name).size for name in b.PICTURES if name in reads}
         self.ports = ports(task, {name: tuple(given.get(name, size)) for name, size in read.items()})

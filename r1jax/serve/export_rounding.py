@@ -1,0 +1,228 @@
+"""Which weights of an edge file become int8, and their codes: chosen by what they do to the model's calls.
+
+A device computes in fp32 and widens its weights, so that all that is lost is the rounding of weights. Here it is made
+before the converter sees them: what leaves are fp32 numbers that are codes times one scale a channel, exactly, which the
+converter's worker stores as int8, while whatever is no such product stays fp16 (litert_worker.py).
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from r1jax.data.source import Source
+from r1jax.models.moe import dense_mixtures
+from r1jax.models.quantized import Use, observing
+from r1jax.models.r1 import R1
+from r1jax.serve.export_gate import CHUNK, INT8, compare
+from r1jax.serve.export_graph import Exported
+from r1jax.serve.litert_worker import LEAST, STEPS
+from r1jax.serve.quantize_budget import Option, choose, smallest
+from r1jax.serve.quantize_weights import SHARED, contracted, passing_on
+from r1jax.tasks.task import Task
+from r1jax.train.quantized import path_of, rows_of, weight_of, with_codes
+
+CALIBRATION, CHECKED = 256, 512
+"""Cases by whose inputs weights are rounded, and others by whose calls it is seen whether that suffices."""
+SPARES = (0.03, 0.06, 0.12, 0.25, 0.5)
+"""Bytes beyond those of a file of int8 alone, as shares of it, that fp16 weights may take; the least that suffices."""
+LARGEST_LOG_ODDS = 7.0
+"""Log odds beyond which no threshold lies that is worth a bit: p = 0.999."""
+
+
+class RoundingCases(NamedTuple):
+    """What weights are rounded by; the gate's cases are neither of them."""
+
+    train: Source
+    """Their inputs, and what rounding does to their calls, choose the codes."""
+    checked: Exported
+    """Others, with what the checkpoint says of them."""
+
+
+class RoundedWeights(NamedTuple):
+    """Weights of a file that is int8 for the most part."""
+
+    params: Any
+    """fp32 numbers, those of int8 weights codes times scales."""
+    fp16: list[str]
+    """Names of the weights that stay fp16 though they could be int8."""
+    agreement: dict[str, Any]
+    """Of the `checked` cases."""
+
+
+def round_weights(cases: RoundingCases, task: Task, model: R1, params: Any) -> RoundedWeights:
+    """Rounds the weights that bear it, all others staying as they are.
+
+    Args:
+      cases: What to round by.
+      task: Of the config that is exported.
+      model: Of fp32.
+      params: Weights.
+
+    Returns:
+      The first choice, by rising size, whose calls on the `checked` cases are those of the checkpoint; else the last.
+    """
+    checked = cases.checked
+
+    def predict(params: Any, inputs: dict[str, Array]) -> dict[str, Array]:
+        with dense_mixtures():
+            return checked.graph(task, model, params)(inputs)
+
+    uses, squares = inputs_squared(cases, predict, params)
+    held = {path_of(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(params)}
+    wide = [use for use in uses.values() if held[use.name].size >= LEAST]
+    rounded = {use.name: round_one(use, held[use.name], squares.get(use.name)) for use in wide}
+    run = jax.jit(predict)
+    found = storage_options(cases, run, params, rounded)
+    for spare in SPARES:
+        chosen = choose(found, math.ceil(smallest(found) * (1 + spare)))
+        fp16 = [name for name, option in chosen.items() if option.rule == "fp16"]
+        halved = {name: held[name].astype(np.float16).astype(np.float32) for name in fp16}
+        trial = with_codes(params, {name: codes.weight for name, codes in rounded.items()} | halved)
+        agreement = compare(lambda inputs, trial=trial: jax.device_get(run(trial, inputs)), checked, INT8)
+        if agreement["agrees"]:
+            break
+    return RoundedWeights(with_codes(trial, {name: held[name] for name in fp16}), fp16, agreement)
+
+
+def calibration_inputs(cases: RoundingCases) -> Iterator[dict[str, np.ndarray]]:
+    """The training cases, in every way to show them: weights meet other inputs where something is missing."""
+    count = min(CALIBRATION, len(cases.train))
+    for first in range(0, count, CHUNK):
+        inputs = cases.checked.inputs(cases.train.read_batch(np.arange(first, min(first + CHUNK, count))))
+        shown = [cases.checked.hidden(inputs, way) for way in cases.checked.shown]
+        yield {name: np.concatenate([one[name] for one in shown]) for name in inputs}
+
+
+def inputs_squared(
+    cases: RoundingCases, predict: Any, params: Any
+) -> tuple[dict[str, Use], dict[str, Float[np.ndarray, "I I"]]]:
+    """The weights that the exported graph multiplies by, and what they meet.
+
+    Args:
+      cases: What to round by.
+      predict: From weights and inputs to outputs.
+      params: Weights.
+
+    Returns:
+      Uses by name, and X^T X of those whose rows share their inputs X, summed over all calibration cases.
+    """
+    uses: dict[str, Use] = {}
+
+    def squares(params: Any, inputs: dict[str, Array]) -> dict[str, Array]:
+        found: dict[str, Array] = {}
+
+        def note(use: Use) -> None:
+            uses[use.name] = use._replace(inputs=None)
+            if use.inputs is not None and use.role in SHARED:
+                x = contracted(use)
+                found[use.name] = found.get(use.name, 0.0) + x.T @ x
+
+        with observing(note):
+            predict(params, inputs)
+        return found
+
+    run, total = jax.jit(squares), dict[str, np.ndarray]()
+    for inputs in calibration_inputs(cases):
+        for name, square in run(params, inputs).items():
+            total[name] = total.get(name, 0.0) + np.asarray(square, np.float64)
+    return uses, total
+
+
+class Codes(NamedTuple):
+    """A weight that is codes times scales."""
+
+    weight: Float[np.ndarray, "..."]
+    """fp32, of the weight's shape."""
+    channels: int
+    """Numbers that are scales."""
+
+
+def round_one(use: Use, weight: np.ndarray, square: Float[np.ndarray, "I I"] | None) -> Codes:
+    """Rounds one weight to 255 steps a channel of the tensor that it becomes in the file.
+
+    Args:
+      use: What it is.
+      weight: Its numbers.
+      square: X^T X of its inputs; None where its rows do not share them, which then are rounded to nearest.
+
+    Returns:
+      The codes that change outputs least, by GPTQ or to nearest; without inputs, the channels that change it least.
+    """
+    if square is not None:
+        rows = np.asarray(rows_of(weight, use), np.float64)
+        error = lambda found: float(np.sum(((found - rows) @ square) * (found - rows)))  # noqa: E731
+        best = min((nearest(rows, 0), gptq_rows(rows, square)), key=error)
+        return Codes(np.asarray(weight_of(best, use), np.float32), len(rows))
+    # The routed experts are two products with all of them side by side (`mix_experts_dense`).
+    experts = use.role == "experts"
+    stacked = experts and use.name.endswith("down_proj")
+    table = np.asarray(np.swapaxes(weight, 0, 1) if stacked else weight, np.float64)
+    flat = table.reshape(len(table), -1) if stacked else table.reshape(-1, table.shape[-1]) if experts else table
+    choices = [(nearest(flat, axis), flat.shape[axis]) for axis in range(flat.ndim)]
+    best, channels = min(choices, key=lambda choice: float(np.sum((choice[0] - flat) ** 2)))
+    shaped = best.reshape(table.shape)
+    return Codes(np.asarray(np.swapaxes(shaped, 0, 1) if stacked else shaped, np.float32), channels)
+
+
+def nearest(weight: Float[np.ndarray, "..."], axis: int) -> Float[np.ndarray, "..."]:
+    """The nearest codes times scales, one scale for each place along an axis."""
+    others = tuple(other for other in range(weight.ndim) if other != axis)
+    scale = np.maximum(np.abs(weight).max(axis=others, keepdims=True), np.finfo(np.float32).tiny) / STEPS
+    return np.rint(weight / scale) * scale
+
+
+def gptq_rows(weight: Float[np.ndarray, "O I"], square: Float[np.ndarray, "I I"]) -> Float[np.ndarray, "O I"]:
+    """Rounds column after column, later ones making good what earlier ones lost (GPTQ, Frantar et al. 2022).
+
+    The largest number of a row keeps its code, 127 of either sign, by which the worker finds the scale again.
+
+    Args:
+      weight: Rows with a scale each.
+      square: X^T X of their inputs.
+
+    Returns:
+      Codes times scales.
+    """
+    factor, rest, found = passing_on(square), weight.copy(), np.zeros(weight.shape)
+    largest = np.maximum(np.abs(weight).max(axis=1), np.finfo(np.float32).tiny)
+    scale, top = largest / STEPS, np.abs(weight) >= largest[:, None]
+    for i in range(weight.shape[1]):
+        codes = np.clip(np.rint(rest[:, i] / scale), -STEPS, STEPS)
+        found[:, i] = np.where(top[:, i], np.sign(weight[:, i]) * STEPS, codes) * scale
+        rest[:, i:] -= np.outer((rest[:, i] - found[:, i]) / factor[i, i], factor[i, i:])
+    return found
+
+
+def storage_options(cases: RoundingCases, run: Any, params: Any, rounded: dict[str, Codes]) -> dict[str, list[Option]]:
+    """What each weight takes as fp16 and as int8, and what int8 of it alone does to the outputs that decide calls.
+
+    Args:
+      cases: What to round by.
+      run: From weights and inputs to outputs.
+      params: Weights.
+      rounded: The weights that can be int8.
+
+    Returns:
+      Options by name. A change is the mean squared one of log odds, summed over outputs; that of fp16, a thousandth of
+      a step of int8 or less, counts as none.
+    """
+    inputs = next(calibration_inputs(cases))
+
+    def odds(params: Any) -> np.ndarray:
+        found = run(params, inputs)
+        share = np.stack([np.asarray(found[name], np.float64) for name in cases.checked.decided])
+        share = np.clip(share, 1e-12, 1 - 1e-12)
+        return np.clip(np.log(share) - np.log1p(-share), -LARGEST_LOG_ODDS, LARGEST_LOG_ODDS)
+
+    exact, found = odds(params), {}
+    for name, codes in rounded.items():
+        change = odds(with_codes(params, {name: codes.weight})) - exact
+        lost = float(np.sum(np.mean(change**2, axis=1)))
+        size = codes.weight.size
+        found[name] = [Option("fp16", 2 * size, 0.0), Option("int8", size + 4 * codes.channels, lost)]
+    return found
