@@ -236,8 +236,12 @@ def write(folder: Path, opened: Opened, asked: ExportArguments, converter: Path 
     """
     wanted, params, fp16 = opened.exported.ports, opened.params, list[str]()
     if opened.rounding is not None:
-        params, fp16, checked = round_weights(opened.rounding, opened.task, opened.model, params)
-        print(f"rounded: {agreement_lines(checked)[-1]}, on cases of {checked['data']['name']}", file=sys.stderr)
+        checked = opened.rounding.checked
+        constants = export_litert.read_constants(
+            checked.graph(opened.task, opened.model, params), checked.ports, converter
+        )
+        params, fp16, held = round_weights(opened.rounding, opened.task, opened.model, params, constants)
+        print(f"rounded: {agreement_lines(held)[-1]}, on cases of {held['data']['name']}", file=sys.stderr)
     graph = opened.exported.graph(opened.task, opened.model, params)
     run: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
     if converter is None:

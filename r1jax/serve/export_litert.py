@@ -106,6 +106,46 @@ def write_model(folder: Path, graph: Graph, wanted: dict[str, Port], *, narrow: 
     Raises:
       UserError: The converter is missing or fails.
     """
+    told, outputs = _convert(graph, wanted, folder / MODEL, converter, narrow=narrow)
+    with tempfile.TemporaryDirectory() as place:
+        package = Path(place) / "package"
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(Path(edge.__file__).parent, package / "r1jax_edge", ignore=ignored)
+        zipapp.create_archive(package, folder / RUNNER, main="r1jax_edge.__main__:main")
+    return Written(told["versions"], outputs, told["stored"])
+
+
+def read_constants(graph: Graph, wanted: dict[str, Port], converter: Path) -> list[np.ndarray]:
+    """The matrices of the edge network as the converter makes them, in fp32.
+
+    Args:
+      graph: From `exported_graph`, in fp32.
+      wanted: What it reads.
+      converter: Python that has the converter.
+
+    Returns:
+      Arrays of two axes or more.
+
+    Raises:
+      UserError: The converter is missing or fails.
+    """
+    with tempfile.TemporaryDirectory() as place:
+        file = Path(place) / "constants.npz"
+        _convert(graph, wanted, Path(place) / MODEL, converter, constants=str(file))
+        with np.load(file) as found:
+            return list(found.values())
+
+
+def _convert(
+    graph: Graph,
+    wanted: dict[str, Port],
+    target: Path,
+    converter: Path,
+    *,
+    narrow: bool = False,
+    constants: str | None = None,
+) -> tuple[dict[str, Any], dict[str, jax.ShapeDtypeStruct]]:
+    """Has the worker convert a graph for one case; what it says, and the outputs by name."""
     one = {name: jax.ShapeDtypeStruct((1, *port.shape), np.dtype(port.dtype)) for name, port in wanted.items()}
     with dense_mixtures():
         # One platform: a program for several takes the platform's number as a further input.
@@ -114,21 +154,17 @@ def write_model(folder: Path, graph: Graph, wanted: dict[str, Port], *, narrow: 
     with tempfile.TemporaryDirectory() as place:
         source = Path(place) / "model.mlir"
         source.write_text(program.mlir_module())  # text: of serialized bytecode the converter dies
-        names = {"inputs": sorted(one), "outputs": sorted(outputs)}
         asked = {
             "do": "convert",
             "source": str(source),
-            "target": str(folder / MODEL),
+            "target": str(target),
+            "inputs": sorted(one),
+            "outputs": sorted(outputs),
             "narrow": narrow,
-            **names,
+            "constants": constants,
         }
         told = _work(converter, asked)
-        package = Path(place) / "package"
-        ignored = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(Path(edge.__file__).parent, package / "r1jax_edge", ignore=ignored)
-        zipapp.create_archive(package, folder / RUNNER, main="r1jax_edge.__main__:main")
-    shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in outputs.items()}
-    return Written(told["versions"], shapes, told["stored"])
+    return told, {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in outputs.items()}
 
 
 def run_model(folder: Path, inputs: dict[str, np.ndarray], converter: Path) -> dict[str, np.ndarray]:

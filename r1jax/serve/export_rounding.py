@@ -1,8 +1,8 @@
 """Which weights of an edge file become int8, and their codes: chosen by what they do to the model's calls.
 
 A device computes in fp32 and widens its weights, so that all that is lost is the rounding of weights. Here it is made
-before the converter sees them: what leaves are fp32 numbers that are codes times one scale a channel, exactly, which the
-converter's worker stores as int8, while whatever is no such product stays fp16 (litert_worker.py).
+before the converter sees them: what leaves are fp32 numbers that become codes times one scale a channel, exactly, which
+the converter's worker stores as int8, while whatever is no such product stays fp16 (litert_worker.py).
 """
 
 import math
@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
@@ -34,6 +33,10 @@ LARGEST_LOG_ODDS = 7.0
 """Log odds beyond which no threshold lies that is worth a bit: p = 0.999."""
 
 
+LEAST_FACTOR = 1e-3
+"""Least factor of a column, as a share of the largest, by which codes are divided."""
+
+
 class RoundingCases(NamedTuple):
     """What weights are rounded by; the gate's cases are neither of them."""
 
@@ -54,7 +57,9 @@ class RoundedWeights(NamedTuple):
     """Of the `checked` cases."""
 
 
-def round_weights(cases: RoundingCases, task: Task, model: R1, params: Any) -> RoundedWeights:
+def round_weights(
+    cases: RoundingCases, task: Task, model: R1, params: Any, constants: list[np.ndarray]
+) -> RoundedWeights:
     """Rounds the weights that bear it, all others staying as they are.
 
     Args:
@@ -62,6 +67,7 @@ def round_weights(cases: RoundingCases, task: Task, model: R1, params: Any) -> R
       task: Of the config that is exported.
       model: Of fp32.
       params: Weights.
+      constants: Matrices of the converted program, see `folded`.
 
     Returns:
       The first choice, by rising size, whose calls on the `checked` cases are those of the checkpoint; else the last.
@@ -75,7 +81,7 @@ def round_weights(cases: RoundingCases, task: Task, model: R1, params: Any) -> R
     uses, squares = inputs_squared(cases, predict, params)
     held = {path_of(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(params)}
     wide = [use for use in uses.values() if held[use.name].size >= LEAST]
-    rounded = {use.name: round_one(use, held[use.name], squares.get(use.name)) for use in wide}
+    rounded = {use.name: round_one(use, held[use.name], squares.get(use.name), constants) for use in wide}
     run = jax.jit(predict)
     found = storage_options(cases, run, params, rounded)
     for spare in SPARES:
@@ -142,31 +148,76 @@ class Codes(NamedTuple):
     """Numbers that are scales."""
 
 
-def round_one(use: Use, weight: np.ndarray, square: Float[np.ndarray, "I I"] | None) -> Codes:
+def round_one(
+    use: Use, weight: np.ndarray, square: Float[np.ndarray, "I I"] | None, constants: list[np.ndarray]
+) -> Codes:
     """Rounds one weight to 255 steps a channel of the tensor that it becomes in the file.
 
     Args:
       use: What it is.
       weight: Its numbers.
       square: X^T X of its inputs; None where its rows do not share them, which then are rounded to nearest.
+      constants: Matrices of the converted program.
 
     Returns:
       The codes that change outputs least, by GPTQ or to nearest; without inputs, the channels that change it least.
     """
-    if square is not None:
-        rows = np.asarray(rows_of(weight, use), np.float64)
-        error = lambda found: float(np.sum(((found - rows) @ square) * (found - rows)))  # noqa: E731
-        best = min((nearest(rows, 0), gptq_rows(rows, square)), key=error)
-        return Codes(np.asarray(weight_of(best, use), np.float32), len(rows))
-    # The routed experts are two products with all of them side by side (`mix_experts_dense`).
-    experts = use.role == "experts"
-    stacked = experts and use.name.endswith("down_proj")
-    table = np.asarray(np.swapaxes(weight, 0, 1) if stacked else weight, np.float64)
-    flat = table.reshape(len(table), -1) if stacked else table.reshape(-1, table.shape[-1]) if experts else table
-    choices = [(nearest(flat, axis), flat.shape[axis]) for axis in range(flat.ndim)]
-    best, channels = min(choices, key=lambda choice: float(np.sum((choice[0] - flat) ** 2)))
-    shaped = best.reshape(table.shape)
-    return Codes(np.asarray(np.swapaxes(shaped, 0, 1) if stacked else shaped, np.float32), channels)
+    tensor = tensor_of(use, weight)
+    factor = folded(tensor, constants)
+    wide = tensor.astype(np.float64) * factor
+    if square is None:
+        square = np.eye(wide.shape[-1])
+        choices = [(nearest(wide, axis), wide.shape[axis]) for axis in range(wide.ndim)]
+    else:
+        square = square / np.outer(factor, factor)
+        choices = [(nearest(wide, 0), len(wide)), (gptq_rows(wide, square), len(wide))]
+    best, channels = min(choices, key=lambda choice: float(np.sum(((choice[0] - wide) @ square) * (choice[0] - wide))))
+    return Codes(weight_from(use, (best / factor).astype(np.float32)), channels)
+
+
+def tensor_of(use: Use, weight: np.ndarray) -> np.ndarray:
+    """A weight as the matrix that it is in the file, up to the order of a kernel's columns.
+
+    Routed experts are two products with all of them side by side (`mix_experts_dense`).
+    """
+    if use.role != "experts":
+        return np.asarray(rows_of(weight, use))
+    if use.name.endswith("down_proj"):
+        return np.swapaxes(weight, 0, 1).reshape(weight.shape[1], -1)
+    return weight.reshape(-1, weight.shape[-1])
+
+
+def weight_from(use: Use, tensor: np.ndarray) -> np.ndarray:
+    """Undoes `tensor_of`."""
+    if use.role != "experts":
+        return np.asarray(weight_of(tensor, use))
+    experts, *rest = use.shape
+    if use.name.endswith("down_proj"):
+        return np.swapaxes(tensor.reshape(rest[0], experts, rest[1]), 0, 1)
+    return tensor.reshape(use.shape)
+
+
+def folded(weight: np.ndarray, constants: list[np.ndarray]) -> Float[np.ndarray, " I"]:
+    """What the converter has multiplied each column of a weight by: the weights of a norm before it, or ones.
+
+    Args:
+      weight: Of two axes, where anything can be found.
+      constants: Matrices of the converted program, in which the weight is with its columns multiplied.
+
+    Returns:
+      The factors; ones where there are none, or where one is too small for codes to be divided by it.
+    """
+    ones = np.ones(weight.shape[-1])
+    if weight.ndim != 2:
+        return ones
+    rows, columns = np.abs(weight).argmax(axis=0), np.arange(weight.shape[1])
+    for held in constants:
+        if held.shape == weight.shape and (weight[rows, columns] != 0).all():
+            factor = held[rows, columns].astype(np.float64) / weight[rows, columns]
+            close = np.allclose(held, weight * factor, rtol=1e-4, atol=1e-6 * np.abs(held).max())
+            if close and np.abs(factor).min() > LEAST_FACTOR * np.abs(factor).max():
+                return factor
+    return ones
 
 
 def nearest(weight: Float[np.ndarray, "..."], axis: int) -> Float[np.ndarray, "..."]:

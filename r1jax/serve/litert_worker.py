@@ -28,7 +28,8 @@ def convert(asked: dict[str, Any]) -> dict[str, Any]:
 
     Args:
       asked: "source", "target" (files), "inputs", "outputs" (names in the order of the program), "narrow": whether
-        matrices are stored in fewer bits, by `_narrowed`.
+        matrices are stored in fewer bits, by `_narrowed`, and "constants": .npz file for the matrices of the
+        program as the converter made them, which folds what a norm multiplies by into the weights behind it; or None.
 
     Returns:
       "stored": bytes of the weights in the file by their type.
@@ -48,11 +49,24 @@ def convert(asked: dict[str, Any]) -> dict[str, Any]:
         api.run_convert_to_tfl_passes(module, passmanager.PassManager(), config)
         target = Path(asked["target"])
         target.write_bytes(api.export_flatbuffer_to_bytes(module.operation))
+    if asked["constants"]:
+        _write_constants(bytearray(target.read_bytes()), asked["constants"])
     if not asked["narrow"]:
         return {"stored": {}}
     content, stored = _narrowed(bytearray(target.read_bytes()))
     target.write_bytes(content)
     return {"stored": stored}
+
+
+def _write_constants(content: bytearray, file: str) -> None:
+    import numpy as np
+    from ai_edge_litert import schema_py_generated as schema
+    from ai_edge_litert.tools import flatbuffer_utils
+
+    model = flatbuffer_utils.read_model_from_bytearray(content)
+    held = [(tensor, model.buffers[tensor.buffer].data) for tensor in model.subgraphs[0].tensors]
+    fp32 = [(x.shape, data) for x, data in held if x.type == schema.TensorType.FLOAT32 and data is not None]
+    np.savez(file, *(np.frombuffer(bytes(data), np.float32).reshape(shape) for shape, data in fp32 if len(shape) > 1))
 
 
 def _narrowed(content: bytearray) -> tuple[bytes, dict[str, int]]:
