@@ -234,13 +234,13 @@ def write(folder: Path, opened: Opened, asked: ExportArguments, converter: Path 
     Returns:
       The agreement; if it does agree, the card holds it too.
     """
-    wanted, params, fp16 = opened.exported.ports, opened.params, list[str]()
+    wanted, params, kinds = opened.exported.ports, opened.params, dict[str, str]()
     if opened.rounding is not None:
         checked = opened.rounding.checked
         constants = export_litert.read_constants(
             checked.graph(opened.task, opened.model, params), checked.ports, converter
         )
-        params, fp16, held = round_weights(opened.rounding, opened.task, opened.model, params, constants)
+        params, kinds, held = round_weights(opened.rounding, opened.task, opened.model, params, constants)
         print(f"rounded: {agreement_lines(held)[-1]}, on cases of {held['data']['name']}", file=sys.stderr)
     graph = opened.exported.graph(opened.task, opened.model, params)
     run: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
@@ -258,8 +258,8 @@ def write(folder: Path, opened: Opened, asked: ExportArguments, converter: Path 
         if asked.weights != "float":
             made["precision"] = f"{asked.weights} weights"
             kind += f", {asked.weights} weights"
-            made["stored"] = {"bytes": stored, "fp16_by_choice": fp16}
-            print(stored_line(asked.weights, stored, fp16))
+            made["stored"] = {"bytes": stored, "weights": kinds}
+            print(stored_line(asked.weights, stored))
         run = functools.partial(export_litert.run_model, folder, converter=converter)
     card = describe_export(opened.checkpoint, opened.config, opened.exported, kind, versions)
     card |= {"to": asked.to, **made, **describe_ports(wanted, outputs)}
@@ -271,19 +271,18 @@ def write(folder: Path, opened: Opened, asked: ExportArguments, converter: Path 
     return agreement
 
 
-def stored_line(asked: str, stored: dict[str, int], fp16: list[str]) -> str:
+def stored_line(asked: str, stored: dict[str, int]) -> str:
     """How the weights of an edge file are stored.
 
     Args:
       asked: int8 or fp16.
       stored: Bytes by type.
-      fp16: Weights that could be int8.
 
     Returns:
       A line of text.
 
     Raises:
-      UserError: int8 was asked for, and most of the bytes are not.
+      UserError: int8 was asked for, and most of the bytes are not of that.
     """
     share = {name: size / sum(stored.values()) for name, size in stored.items()}
     if asked == "int8" and share["int8"] <= MOST:
@@ -292,7 +291,7 @@ def stored_line(asked: str, stored: dict[str, int], fp16: list[str]) -> str:
             "export by --weights fp16"
         )
     told = ", ".join(f"{part:.1%} {name}" for name, part in share.items() if part)
-    return f"weights: {told} of {sum(stored.values()):,} bytes" + (f"; fp16: {', '.join(fp16)}" if fp16 else "")
+    return f"weights: {told} of {sum(stored.values()):,} bytes"
 
 
 def limits_of(trained: ModelConfig, asked: ExportArguments) -> Limits:

@@ -1,8 +1,9 @@
-"""Which weights of an edge file become int8, and their codes: chosen by what they do to the model's calls.
+"""How the weights of an int8 edge file are stored, and their codes: chosen by what they do to the model's calls.
 
 A device computes in fp32 and widens its weights, so that all that is lost is the rounding of weights. Here it is made
 before the converter sees them: what leaves are fp32 numbers that become codes times one scale a channel, exactly, which
-the converter's worker stores as int8, while whatever is no such product stays fp16 (litert_worker.py).
+the converter's worker stores as such, while whatever is no such product stays fp16 (litert_worker.py). Most weights
+become int8; what matters most stays fp16, and what hardly matters becomes int4.
 """
 
 import math
@@ -20,19 +21,21 @@ from r1jax.models.r1 import R1
 from r1jax.serve.export_gate import CHUNK, INT8, compare
 from r1jax.serve.export_graph import Exported
 from r1jax.serve.litert_worker import LEAST, STEPS
-from r1jax.serve.quantize_budget import Option, choose, smallest
+from r1jax.serve.quantize_budget import Option, choose
 from r1jax.serve.quantize_weights import SHARED, contracted, passing_on
 from r1jax.tasks.task import Task
 from r1jax.train.quantized import path_of, rows_of, weight_of, with_codes
 
 CALIBRATION, CHECKED = 256, 512
 """Cases by whose inputs weights are rounded, and others by whose calls it is seen whether that suffices."""
-SPARES = (0.03, 0.06, 0.12, 0.25, 0.5)
-"""Bytes beyond those of a file of int8 alone, as shares of it, that fp16 weights may take; the least that suffices."""
+SHARES = (0.9, 0.95, 1.0, 1.05, 1.1, 1.2, 1.4)
+"""Bytes that the weights may take, as shares of what they take as int8: the least that keeps the calls."""
 LARGEST_LOG_ODDS = 7.0
 """Log odds beyond which no threshold lies that is worth a bit: p = 0.999."""
 
 
+BITS = {"int4": 4, "int8": 8}
+"""Of a code."""
 LEAST_FACTOR = 1e-3
 """Least factor of a column, as a share of the largest, by which codes are divided."""
 
@@ -50,9 +53,9 @@ class RoundedWeights(NamedTuple):
     """Weights of a file that is int8 for the most part."""
 
     params: Any
-    """fp32 numbers, those of int8 weights codes times scales."""
-    fp16: list[str]
-    """Names of the weights that stay fp16 though they could be int8."""
+    """fp32 numbers, those of int8 and int4 weights codes times scales."""
+    kinds: dict[str, str]
+    """How each weight is stored that could be int8, by name: fp16, int8 or int4."""
     agreement: dict[str, Any]
     """Of the `checked` cases."""
 
@@ -60,7 +63,7 @@ class RoundedWeights(NamedTuple):
 def round_weights(
     cases: RoundingCases, task: Task, model: R1, params: Any, constants: list[np.ndarray]
 ) -> RoundedWeights:
-    """Rounds the weights that bear it, all others staying as they are.
+    """Rounds the weights, each as far as it bears.
 
     Args:
       cases: What to round by.
@@ -81,18 +84,20 @@ def round_weights(
     uses, squares = inputs_squared(cases, predict, params)
     held = {path_of(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(params)}
     wide = [use for use in uses.values() if held[use.name].size >= LEAST]
-    rounded = {use.name: round_one(use, held[use.name], squares.get(use.name), constants) for use in wide}
+    rounded = {
+        use.name: {kind: round_one(use, held[use.name], squares.get(use.name), constants, kind) for kind in STEPS}
+        for use in wide
+    }
     run = jax.jit(predict)
     found = storage_options(cases, run, params, rounded)
-    for spare in SPARES:
-        chosen = choose(found, math.ceil(smallest(found) * (1 + spare)))
-        fp16 = [name for name, option in chosen.items() if option.rule == "fp16"]
-        halved = {name: held[name].astype(np.float16).astype(np.float32) for name in fp16}
-        trial = with_codes(params, {name: codes.weight for name, codes in rounded.items()} | halved)
+    int8 = sum(option.bytes for group in found.values() for option in group if option.rule == "int8")
+    for share in SHARES:
+        kinds = {name: option.rule for name, option in choose(found, math.ceil(int8 * share)).items()}
+        trial = with_codes(params, {name: rounded[name][kind].weight for name, kind in kinds.items() if kind in STEPS})
         agreement = compare(lambda inputs, trial=trial: jax.device_get(run(trial, inputs)), checked, INT8)
         if agreement["agrees"]:
             break
-    return RoundedWeights(with_codes(trial, {name: held[name] for name in fp16}), fp16, agreement)
+    return RoundedWeights(trial, kinds, agreement)
 
 
 def calibration_inputs(cases: RoundingCases) -> Iterator[dict[str, np.ndarray]]:
@@ -149,28 +154,29 @@ class Codes(NamedTuple):
 
 
 def round_one(
-    use: Use, weight: np.ndarray, square: Float[np.ndarray, "I I"] | None, constants: list[np.ndarray]
+    use: Use, weight: np.ndarray, square: Float[np.ndarray, "I I"] | None, constants: list[np.ndarray], kind: str
 ) -> Codes:
-    """Rounds one weight to 255 steps a channel of the tensor that it becomes in the file.
+    """Rounds one weight to codes of one scale a channel of the tensor that it becomes in the file.
 
     Args:
       use: What it is.
       weight: Its numbers.
       square: X^T X of its inputs; None where its rows do not share them, which then are rounded to nearest.
       constants: Matrices of the converted program.
+      kind: int8 or int4.
 
     Returns:
       The codes that change outputs least, by GPTQ or to nearest; without inputs, the channels that change it least.
     """
     tensor = tensor_of(use, weight)
     factor = folded(tensor, constants)
-    wide = tensor.astype(np.float64) * factor
+    wide, steps = tensor.astype(np.float64) * factor, STEPS[kind]
     if square is None:
         square = np.eye(wide.shape[-1])
-        choices = [(nearest(wide, axis), wide.shape[axis]) for axis in range(wide.ndim)]
+        choices = [(nearest(wide, axis, steps), wide.shape[axis]) for axis in range(wide.ndim)]
     else:
         square = square / np.outer(factor, factor)
-        choices = [(nearest(wide, 0), len(wide)), (gptq_rows(wide, square), len(wide))]
+        choices = [(nearest(wide, 0, steps), len(wide)), (gptq_rows(wide, square, steps), len(wide))]
     best, channels = min(choices, key=lambda choice: float(np.sum(((choice[0] - wide) @ square) * (choice[0] - wide))))
     return Codes(weight_from(use, (best / factor).astype(np.float32)), channels)
 
@@ -220,60 +226,70 @@ def folded(weight: np.ndarray, constants: list[np.ndarray]) -> Float[np.ndarray,
     return ones
 
 
-def nearest(weight: Float[np.ndarray, "..."], axis: int) -> Float[np.ndarray, "..."]:
+def nearest(weight: Float[np.ndarray, "..."], axis: int, steps: int) -> Float[np.ndarray, "..."]:
     """The nearest codes times scales, one scale for each place along an axis."""
     others = tuple(other for other in range(weight.ndim) if other != axis)
-    scale = np.maximum(np.abs(weight).max(axis=others, keepdims=True), np.finfo(np.float32).tiny) / STEPS
+    scale = np.maximum(np.abs(weight).max(axis=others, keepdims=True), np.finfo(np.float32).tiny) / steps
     return np.rint(weight / scale) * scale
 
 
-def gptq_rows(weight: Float[np.ndarray, "O I"], square: Float[np.ndarray, "I I"]) -> Float[np.ndarray, "O I"]:
+def gptq_rows(
+    weight: Float[np.ndarray, "O I"], square: Float[np.ndarray, "I I"], steps: int
+) -> Float[np.ndarray, "O I"]:
     """Rounds column after column, later ones making good what earlier ones lost (GPTQ, Frantar et al. 2022).
 
-    The largest number of a row keeps its code, 127 of either sign, by which the worker finds the scale again.
+    The largest number of a row keeps its code, the last one of either sign, by which the worker finds the scale again.
 
     Args:
       weight: Rows with a scale each.
       square: X^T X of their inputs.
+      steps: The largest code.
 
     Returns:
       Codes times scales.
     """
     factor, rest, found = passing_on(square), weight.copy(), np.zeros(weight.shape)
     largest = np.maximum(np.abs(weight).max(axis=1), np.finfo(np.float32).tiny)
-    scale, top = largest / STEPS, np.abs(weight) >= largest[:, None]
+    scale, top = largest / steps, np.abs(weight) >= largest[:, None]
     for i in range(weight.shape[1]):
-        codes = np.clip(np.rint(rest[:, i] / scale), -STEPS, STEPS)
-        found[:, i] = np.where(top[:, i], np.sign(weight[:, i]) * STEPS, codes) * scale
+        codes = np.clip(np.rint(rest[:, i] / scale), -steps, steps)
+        found[:, i] = np.where(top[:, i], np.sign(weight[:, i]) * steps, codes) * scale
         rest[:, i:] -= np.outer((rest[:, i] - found[:, i]) / factor[i, i], factor[i, i:])
     return found
 
 
-def storage_options(cases: RoundingCases, run: Any, params: Any, rounded: dict[str, Codes]) -> dict[str, list[Option]]:
-    """What each weight takes as fp16 and as int8, and what int8 of it alone does to the outputs that decide calls.
+def storage_options(
+    cases: RoundingCases, run: Any, params: Any, rounded: dict[str, dict[str, Codes]]
+) -> dict[str, list[Option]]:
+    """What each weight takes as fp16, int8 and int4, and what that of it alone does to the outputs that decide calls.
 
     Args:
       cases: What to round by.
       run: From weights and inputs to outputs.
       params: Weights.
-      rounded: The weights that can be int8.
+      rounded: Codes by the weight's name, then by kind.
 
     Returns:
-      Options by name. A change is the mean squared one of log odds, summed over outputs; that of fp16, a thousandth of
-      a step of int8 or less, counts as none.
+      Options by name. A change is the squared one of log odds over their variance, summed over outputs and ways to show
+      a case: where they vary little, as without pictures, many cases lie near a threshold. That of fp16, a hundredth of
+      int8's or less, counts as none.
     """
-    inputs = next(calibration_inputs(cases))
+    inputs, ways = next(calibration_inputs(cases)), len(cases.checked.shown)
 
-    def odds(params: Any) -> np.ndarray:
+    def odds(params: Any) -> Float[np.ndarray, "outputs ways n"]:
         found = run(params, inputs)
         share = np.stack([np.asarray(found[name], np.float64) for name in cases.checked.decided])
-        share = np.clip(share, 1e-12, 1 - 1e-12)
+        share = np.clip(share, 1e-12, 1 - 1e-12).reshape(len(share), ways, -1)
         return np.clip(np.log(share) - np.log1p(-share), -LARGEST_LOG_ODDS, LARGEST_LOG_ODDS)
 
     exact, found = odds(params), {}
-    for name, codes in rounded.items():
-        change = odds(with_codes(params, {name: codes.weight})) - exact
-        lost = float(np.sum(np.mean(change**2, axis=1)))
-        size = codes.weight.size
-        found[name] = [Option("fp16", 2 * size, 0.0), Option("int8", size + 4 * codes.channels, lost)]
+    spread = np.maximum(exact.var(axis=-1), 1e-12)
+    for name, kinds in rounded.items():
+        size = next(iter(kinds.values())).weight.size
+        found[name] = [Option("fp16", 2 * size, 0.0)]
+        for kind, codes in kinds.items():
+            change = odds(with_codes(params, {name: codes.weight})) - exact
+            lost = float(np.sum(np.mean(change**2, axis=-1) / spread))
+            taken = math.ceil(size * BITS[kind] / 8) + 4 * codes.channels
+            found[name].append(Option(kind, taken, lost))
     return found

@@ -14,8 +14,8 @@ from typing import Any
 
 LEAST = 256
 """Numbers from which a matrix is stored in fewer bits: below, its scales and its place cost more than it saves."""
-STEPS = 127
-"""Codes are -127 to 127."""
+STEPS = {"int4": 7, "int8": 127}
+"""Largest code of each kind, of either sign."""
 ON_GRID = 1e-3
 """Largest distance of a weight from a code, in steps, at which it is that code: fp32 leaves some 1e-5."""
 MISSING = 3
@@ -70,10 +70,10 @@ def _write_constants(content: bytearray, file: str) -> None:
 
 
 def _narrowed(content: bytearray) -> tuple[bytes, dict[str, int]]:
-    """Stores matrices as int8 where that is exact and as fp16 elsewhere; they are widened where they are used.
+    """Stores matrices as int4 or int8 where that is exact and as fp16 elsewhere; they are widened where they are used.
 
-    What becomes int8 is decided before, by who rounds weights to codes and scales (export_rounding.py), so that nothing
-    is rounded to fewer than fp16 here, and no name of a tensor matters.
+    What becomes codes is decided before, by who rounds weights to codes and scales (export_rounding.py), so that
+    nothing is rounded to less than fp16 here, and no name of a tensor matters.
     """
     import numpy as np
     from ai_edge_litert import schema_py_generated as schema
@@ -81,8 +81,8 @@ def _narrowed(content: bytearray) -> tuple[bytes, dict[str, int]]:
 
     model = flatbuffer_utils.read_model_from_bytearray(content)
     (graph,) = model.subgraphs
-    widen = _operation_code(model, schema.BuiltinOperator.DEQUANTIZE, version=5)  # the first of one scale a channel
-    added, stored = [], {"int8": 0, "fp16": 0, "fp32": 0}
+    widen = _operation_code(model, schema.BuiltinOperator.DEQUANTIZE, version=6)  # the first of int4
+    added, stored = [], {"int4": 0, "int8": 0, "fp16": 0, "fp32": 0}
     for place, tensor in enumerate(list(graph.tensors)):
         data = model.buffers[tensor.buffer].data
         if tensor.type != schema.TensorType.FLOAT32 or data is None:
@@ -99,11 +99,15 @@ def _narrowed(content: bytearray) -> tuple[bytes, dict[str, int]]:
             narrow.type, values = schema.TensorType.FLOAT16, weights.astype(np.float16)
             stored["fp16"] += values.nbytes
         else:
-            values, scale, axis = found
-            narrow.type, narrow.quantization = schema.TensorType.INT8, schema.QuantizationParametersT()
+            kind, values, scale, axis = found
+            narrow.type, narrow.quantization = (
+                getattr(schema.TensorType, kind.upper()),
+                schema.QuantizationParametersT(),
+            )
             narrow.quantization.scale, narrow.quantization.quantizedDimension = scale, axis
             narrow.quantization.zeroPoint = np.zeros(scale.shape, np.int64)
-            stored["int8"] += values.nbytes
+            values = _packed_int4(values) if kind == "int4" else values
+            stored[kind] += values.nbytes
         model.buffers.append(schema.BufferT())
         model.buffers[-1].data = values.reshape(-1).view(np.uint8)
         tensor.buffer = 0
@@ -115,18 +119,28 @@ def _narrowed(content: bytearray) -> tuple[bytes, dict[str, int]]:
     return _packed(model), stored
 
 
-def _codes(weights: Any) -> tuple[Any, Any, int] | None:
-    """Codes, one scale a channel, and the axis of the channels, where weights are exactly that; otherwise None."""
+def _codes(weights: Any) -> tuple[str, Any, Any, int] | None:
+    """Kind, codes, one scale a channel, and the axis of these, where weights are exactly that; otherwise None."""
     import numpy as np
 
-    for axis in range(weights.ndim):
-        others = tuple(other for other in range(weights.ndim) if other != axis)
-        scale = np.maximum(np.abs(weights).max(axis=others, keepdims=True) / STEPS, np.finfo(np.float32).tiny)
-        exact = weights / scale
-        codes = np.rint(exact)
-        if weights.shape[axis] > 1 and (np.abs(exact - codes) < ON_GRID).all():
-            return codes.astype(np.int8), scale.reshape(-1).astype(np.float32), axis
+    for kind, steps in STEPS.items():
+        for axis in range(weights.ndim):
+            others = tuple(other for other in range(weights.ndim) if other != axis)
+            scale = np.maximum(np.abs(weights).max(axis=others, keepdims=True) / steps, np.finfo(np.float32).tiny)
+            exact = weights / scale
+            codes = np.rint(exact)
+            if weights.shape[axis] > 1 and (np.abs(exact - codes) < ON_GRID).all():
+                return kind, codes.astype(np.int8), scale.reshape(-1).astype(np.float32), axis
     return None
+
+
+def _packed_int4(codes: Any) -> Any:
+    """Two codes a byte, the first in the lower half."""
+    import numpy as np
+
+    halves = codes.reshape(-1).view(np.uint8) & 0xF
+    halves = np.pad(halves, (0, halves.size % 2))
+    return halves[::2] | (halves[1::2] << 4)
 
 
 def _triangles(model: Any) -> list[Any]:

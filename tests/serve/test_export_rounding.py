@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
+from r1jax.errors import UserError
 from r1jax.models.quantized import Use
 from r1jax.serve import export_rounding
 from r1jax.serve.export_command import ExportArguments, open_checkpoint, stored_line
 from r1jax.serve.export_rounding import folded, gptq_rows, nearest, round_one, round_weights, storage_options, tensor_of
-from r1jax.serve.litert_worker import _codes
-from r1jax.errors import UserError
+from r1jax.serve.litert_worker import STEPS, _codes
 from tests.serve.exported import write_checkpoint
 
 RNG = np.random.default_rng
@@ -18,17 +18,19 @@ def error(found: np.ndarray, weight: np.ndarray, inputs: np.ndarray) -> float:
     return float(np.sum(((found - weight) @ inputs.T) ** 2))
 
 
-def test_rounding_by_inputs_loses_less_and_stays_codes_of_one_scale_a_row():
+@pytest.mark.parametrize("kind", STEPS)
+def test_rounding_by_inputs_loses_less_and_stays_codes_of_one_scale_a_row(kind):
     weight = RNG(0).normal(size=(8, 24))
     inputs = RNG(1).normal(size=(200, 3)) @ RNG(2).normal(size=(3, 24)) + 0.1 * RNG(3).normal(size=(200, 24))
-    found = gptq_rows(weight, inputs.T @ inputs)
-    assert error(found, weight, inputs) < 0.3 * error(nearest(weight, 0), weight, inputs)
-    codes, scale, axis = _codes(found.astype(np.float32))
-    assert axis == 0 and codes.dtype == np.int8
+    found = gptq_rows(weight, inputs.T @ inputs, STEPS[kind])
+    assert error(found, weight, inputs) < 0.3 * error(nearest(weight, 0, STEPS[kind]), weight, inputs)
+    is_kind, codes, scale, axis = _codes(found.astype(np.float32))
+    assert (is_kind, axis, codes.dtype) == (kind, 0, np.int8)
     np.testing.assert_allclose(codes * scale[:, None], found, rtol=1e-6)
-    np.testing.assert_allclose(scale, np.abs(weight).max(axis=1) / 127, rtol=1e-6)
+    np.testing.assert_allclose(scale, np.abs(weight).max(axis=1) / STEPS[kind], rtol=1e-6)
 
 
+@pytest.mark.parametrize("kind", STEPS)
 @pytest.mark.parametrize(
     ("role", "name", "shape"),
     [
@@ -40,13 +42,14 @@ def test_rounding_by_inputs_loses_less_and_stays_codes_of_one_scale_a_row():
         ("experts", "x/down_proj", (2, 20, 6)),
     ],
 )
-def test_what_is_rounded_is_stored_as_int8_without_further_loss(role, name, shape):
+def test_what_is_rounded_is_stored_without_further_loss(role, name, shape, kind):
     weight, use = RNG(0).normal(size=shape).astype(np.float32), Use(name, role, shape, None)
     inputs = RNG(1).normal(size=(50, tensor_of(use, weight).shape[-1]))
     square = inputs.T @ inputs if role in ("linear", "convolution") else None
-    found = round_one(use, weight, square, [])
+    found = round_one(use, weight, square, [], kind)
     tensor = tensor_of(use, found.weight)  # as it will lie in the file
-    codes, scale, axis = _codes(tensor)
+    is_kind, codes, scale, axis = _codes(tensor)
+    assert is_kind == kind
     assert found.weight.shape == shape and len(scale) == found.channels == tensor.shape[axis]
     step = scale.reshape([-1 if place == axis else 1 for place in range(tensor.ndim)])
     np.testing.assert_allclose(codes * step, tensor, rtol=1e-5)
@@ -56,8 +59,9 @@ def test_what_is_rounded_is_stored_as_int8_without_further_loss(role, name, shap
 def test_numbers_that_are_no_codes_are_not_stored_as_int8():
     weight = RNG(0).normal(size=(6, 20)).astype(np.float32)
     assert _codes(weight) is None
-    rounded = nearest(weight.astype(np.float64), 1).astype(np.float32)
-    assert _codes(rounded)[2] == 1
+    rounded = nearest(weight.astype(np.float64), 1, STEPS["int8"]).astype(np.float32)
+    kind, *_, axis = _codes(rounded)
+    assert (kind, axis) == ("int8", 1)
     rounded[2, 3] *= 1.01
     assert _codes(rounded) is None
 
@@ -68,8 +72,8 @@ def test_the_norm_that_a_converter_folds_into_columns_is_found_and_rounded_with_
     np.testing.assert_allclose(folded(weight, constants), norm, rtol=1e-6)
     np.testing.assert_array_equal(folded(weight, constants[:1]), np.ones(20))
     inputs = RNG(3).normal(size=(50, 20))
-    found = round_one(Use("x/weight", "linear", (6, 20), None), weight, inputs.T @ inputs, constants)
-    assert _codes(found.weight) is None and _codes(found.weight * norm)[2] == 0
+    found = round_one(Use("x/weight", "linear", (6, 20), None), weight, inputs.T @ inputs, constants, "int8")
+    assert _codes(found.weight) is None and _codes(found.weight * norm)[0] == "int8"
 
 
 @pytest.fixture(scope="module")
@@ -82,40 +86,38 @@ def opened(tmp_path_factory):
         yield open_checkpoint(checkpoint, words)
 
 
-def test_the_least_bytes_of_fp16_are_taken_that_keep_the_calls(opened, monkeypatch):
-    """Of two weights that int8 changes, the one that matters stays fp16; where calls differ, more do."""
+def test_the_least_bytes_are_taken_that_keep_the_calls(opened, monkeypatch):
     cases = opened.rounding
     assert len(cases.train) == 8 and "train" in cases.train.name and "val" in cases.checked.source.name
-    seen = []
+    options, tried, agreements = {}, [], iter([False, True])
 
-    def options(cases, run, params, rounded):
-        found = storage_options(cases, run, params, dict(list(rounded.items())[:6]))
-        seen.append(found)
-        return found
-
-    agreements = iter([False, True])
-    tried = []
+    def of_few(cases, run, params, rounded):
+        options.update(storage_options(cases, run, params, dict(list(rounded.items())[:3])))
+        return options
 
     def compare(run, exported, limits):
-        tried.append(run({name: x[:1] for name, x in exported.inputs(exported.source.read_batch(np.arange(1))).items()}))
+        inputs = exported.inputs(exported.source.read_batch(np.arange(1)))
+        tried.append(run(inputs)["nodule_present"][0])
         return {"agrees": next(agreements)}
 
-    monkeypatch.setattr(export_rounding, "storage_options", options)
+    monkeypatch.setattr(export_rounding, "storage_options", of_few)
     monkeypatch.setattr(export_rounding, "compare", compare)
-    monkeypatch.setattr(export_rounding, "SPARES", (0.0, 10.0))
+    monkeypatch.setattr(export_rounding, "SHARES", (1.0, 3.0, 4.0))
     rounded = round_weights(cases, opened.task, opened.model, opened.params, [])
-    (found,) = seen
-    assert len(tried) == 2 and rounded.agreement["agrees"]
-    assert set(rounded.fp16) == {name for name, (_, int8) in found.items() if int8.change > 0}
-    assert any(int8.change > 0 for _, int8 in found.values())
-    assert "nodule_present" in tried[0] and tried[0]["nodule_present"] != tried[1]["nodule_present"]
+    assert len(tried) == 2 and rounded.agreement["agrees"]  # the least that agreed
+    for fp16, int4, int8 in options.values():
+        assert fp16.bytes > int8.bytes > int4.bytes and fp16.change == 0 < int8.change < int4.change
+    assert set(rounded.kinds.values()) == {"fp16"}  # there was room for all of them
+    exact = opened.exported.graph(opened.task, opened.model, opened.params)
+    whole = exact(cases.checked.inputs(cases.checked.source.read_batch(np.arange(1))))["nodule_present"][0]
+    assert abs(tried[0] - whole) > abs(tried[1] - whole) and abs(tried[1] - whole) < 1e-6
 
 
 def test_a_file_that_is_not_int8_for_the_most_part_is_not_called_so():
-    stored = {"int8": 960, "fp16": 30, "fp32": 10}
-    assert stored_line("int8", stored, ["a/weight"]) == (
-        "weights: 96.0% int8, 3.0% fp16, 1.0% fp32 of 1,000 bytes; fp16: a/weight"
-    )
+    stored = {"int4": 100, "int8": 860, "fp16": 30, "fp32": 10}
+    assert stored_line("int8", stored) == "weights: 10.0% int4, 86.0% int8, 3.0% fp16, 1.0% fp32 of 1,000 bytes"
     with pytest.raises(UserError, match=r"only 50.0% of the bytes of the weights are int8.*--weights fp16"):
-        stored_line("int8", {"int8": 50, "fp16": 50, "fp32": 0}, [])
-    assert "fp16" in stored_line("fp16", {"int8": 0, "fp16": 90, "fp32": 10}, [])
+        stored_line("int8", {"int4": 0, "int8": 50, "fp16": 50, "fp32": 0})
+    assert stored_line("fp16", {"int4": 0, "int8": 0, "fp16": 90, "fp32": 10}) == (
+        "weights: 90.0% fp16, 10.0% fp32 of 100 bytes"
+    )
