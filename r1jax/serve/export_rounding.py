@@ -28,7 +28,7 @@ from r1jax.train.quantized import path_of, rows_of, weight_of, with_codes
 
 CALIBRATION, CHECKED = 256, 512
 """Cases by whose inputs weights are rounded, and others by whose calls it is seen whether that suffices."""
-SHARES = (0.9, 0.95, 1.0, 1.05, 1.1, 1.2, 1.4)
+SHARES = (0.9, 0.95, 1.0, 1.03, 1.06, 1.1, 1.2, 1.4)
 """Bytes that the weights may take, as shares of what they take as int8: the least that keeps the calls."""
 LARGEST_LOG_ODDS = 7.0
 """Log odds beyond which no threshold lies that is worth a bit: p = 0.999."""
@@ -36,6 +36,8 @@ LARGEST_LOG_ODDS = 7.0
 
 BITS = {"int4": 4, "int8": 8}
 """Of a code."""
+OTHERS = 0.1
+"""Weight of an output on which no call hangs, beside those on which one does."""
 LEAST_FACTOR = 1e-3
 """Least factor of a column, as a share of the largest, by which codes are divided."""
 
@@ -261,7 +263,7 @@ def gptq_rows(
 def storage_options(
     cases: RoundingCases, run: Any, params: Any, rounded: dict[str, dict[str, Codes]]
 ) -> dict[str, list[Option]]:
-    """What each weight takes as fp16, int8 and int4, and what that of it alone does to the outputs that decide calls.
+    """What each weight takes as fp16, int8 and int4, and what that of it alone does to the outputs.
 
     Args:
       cases: What to round by.
@@ -270,26 +272,32 @@ def storage_options(
       rounded: Codes by the weight's name, then by kind.
 
     Returns:
-      Options by name. A change is the squared one of log odds over their variance, summed over outputs and ways to show
-      a case: where they vary little, as without pictures, many cases lie near a threshold. That of fp16, a hundredth of
-      int8's or less, counts as none.
+      Options by name. A change is the squared one over the variance, summed over outputs and ways to show a case: where
+      outputs vary little, as without pictures, many cases lie near a threshold. Outputs on which calls hang count by
+      their log odds, all others by `OTHERS`. The change of fp16, a hundredth of int8's or less, counts as none.
     """
     inputs, ways = next(calibration_inputs(cases)), len(cases.checked.shown)
 
-    def odds(params: Any) -> Float[np.ndarray, "outputs ways n"]:
-        found = run(params, inputs)
-        share = np.stack([np.asarray(found[name], np.float64) for name in cases.checked.decided])
-        share = np.clip(share, 1e-12, 1 - 1e-12).reshape(len(share), ways, -1)
-        return np.clip(np.log(share) - np.log1p(-share), -LARGEST_LOG_ODDS, LARGEST_LOG_ODDS)
+    def outputs(params: Any) -> dict[str, Float[np.ndarray, "ways n *size"]]:
+        found = {name: np.asarray(x, np.float64) for name, x in run(params, inputs).items() if x.dtype == np.float32}
+        for name in cases.checked.decided:
+            share = np.clip(found[name], 1e-12, 1 - 1e-12)
+            found[name] = np.clip(np.log(share) - np.log1p(-share), -LARGEST_LOG_ODDS, LARGEST_LOG_ODDS)
+        return {name: x.reshape(ways, -1, *x.shape[1:]) for name, x in found.items()}
 
-    exact, found = odds(params), {}
-    spread = np.maximum(exact.var(axis=-1), 1e-12)
+    def change(params: Any) -> float:
+        total = 0.0
+        for name, new in outputs(params).items():
+            spread = np.maximum(exact[name].var(axis=1), 1e-9)
+            share = 1.0 if name in cases.checked.decided else OTHERS
+            total += share * float(np.sum(np.mean((new - exact[name]) ** 2, axis=1) / spread))
+        return total
+
+    exact, found = outputs(params), dict[str, list[Option]]()
     for name, kinds in rounded.items():
         size = next(iter(kinds.values())).weight.size
         found[name] = [Option("fp16", 2 * size, 0.0)]
         for kind, codes in kinds.items():
-            change = odds(with_codes(params, {name: codes.weight})) - exact
-            lost = float(np.sum(np.mean(change**2, axis=-1) / spread))
             taken = math.ceil(size * BITS[kind] / 8) + 4 * codes.channels
-            found[name].append(Option(kind, taken, lost))
+            found[name].append(Option(kind, taken, change(with_codes(params, {name: codes.weight}))))
     return found

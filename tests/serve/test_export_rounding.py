@@ -1,5 +1,7 @@
 """Weights of an int8 edge file: their codes, what they are chosen by, and that the worker finds them again."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -96,7 +98,7 @@ def test_the_least_bytes_are_taken_that_keep_the_calls(opened, monkeypatch):
         return options
 
     def compare(run, exported, limits):
-        inputs = exported.inputs(exported.source.read_batch(np.arange(1)))
+        inputs = jax.tree.map(jnp.asarray, exported.inputs(exported.source.read_batch(np.arange(1))))
         tried.append(run(inputs)["nodule_present"][0])
         return {"agrees": next(agreements)}
 
@@ -109,7 +111,8 @@ def test_the_least_bytes_are_taken_that_keep_the_calls(opened, monkeypatch):
         assert fp16.bytes > int8.bytes > int4.bytes and fp16.change == 0 < int8.change < int4.change
     assert set(rounded.kinds.values()) == {"fp16"}  # there was room for all of them
     exact = opened.exported.graph(opened.task, opened.model, opened.params)
-    whole = exact(cases.checked.inputs(cases.checked.source.read_batch(np.arange(1))))["nodule_present"][0]
+    inputs = cases.checked.inputs(cases.checked.source.read_batch(np.arange(1)))
+    whole = exact(jax.tree.map(jnp.asarray, inputs))["nodule_present"][0]
     assert abs(tried[0] - whole) > abs(tried[1] - whole) and abs(tried[1] - whole) < 1e-6
 
 
