@@ -18,6 +18,8 @@ STEPS = {"int4": 7, "int8": 127}
 """Largest code of each kind, of either sign."""
 ON_GRID = 1e-3
 """Largest distance of a weight from a code, in steps, at which it is that code: fp32 leaves some 1e-5."""
+DEFAULTS = ("MulOptionsT", "AddOptionsT", "SubOptionsT", "DivOptionsT")
+"""Options that say nothing where no activation is fused: their absence is read alike."""
 MISSING = 3
 """Exit code: a package of the converter is not installed."""
 PACKAGES = ("litert-converter", "ai-edge-litert")
@@ -212,9 +214,13 @@ def _packed(model: Any) -> bytes:
         kept = buffer.data is not None and place in used
         buffer.data = np.frombuffer(bytes(buffer.data), np.uint8) if kept else None
     for operation in graph.operators:
+        options = operation.builtinOptions
+        if type(options).__name__ in DEFAULTS and options.fusedActivationFunction == 0:
+            operation.builtinOptions, operation.builtinOptionsType = None, 0
         operation.inputs, operation.outputs = (np.asarray(x, np.int32) for x in (operation.inputs, operation.outputs))
     for tensor in graph.tensors:
         tensor.name, tensor.shape = None, np.asarray(tensor.shape, np.int32)
+        tensor.hasRank = not len(tensor.shape)  # a shape that is there says it
         about = tensor.quantization
         if about is None or about.scale is None:
             tensor.quantization = None
