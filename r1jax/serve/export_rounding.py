@@ -26,8 +26,9 @@ from r1jax.serve.quantize_weights import SHARED, contracted, passing_on
 from r1jax.tasks.task import Task
 from r1jax.train.quantized import path_of, rows_of, weight_of, with_codes
 
-CALIBRATION, CHECKED = 256, 512
-"""Cases by whose inputs weights are rounded, and others by whose calls it is seen whether that suffices."""
+CALIBRATION, MEASURED, CHECKED = 256, 32, 512
+"""Cases by whose inputs weights are rounded, those of them whose outputs are compared with each weight rounded, and
+others by whose calls it is seen whether all of it suffices."""
 SHARES = (0.9, 0.95, 1.0, 1.03, 1.06, 1.1, 1.2, 1.4)
 """Bytes that the weights may take, as shares of what they take as int8: the least that keeps the calls."""
 LARGEST_LOG_ODDS = 7.0
@@ -102,9 +103,9 @@ def round_weights(
     return RoundedWeights(trial, kinds, agreement)
 
 
-def calibration_inputs(cases: RoundingCases) -> Iterator[dict[str, np.ndarray]]:
-    """The training cases, in every way to show them: weights meet other inputs where something is missing."""
-    count = min(CALIBRATION, len(cases.train))
+def calibration_inputs(cases: RoundingCases, count: int) -> Iterator[dict[str, np.ndarray]]:
+    """Training cases, in every way to show them: weights meet other inputs where something is missing."""
+    count = min(count, len(cases.train))
     for first in range(0, count, CHUNK):
         inputs = cases.checked.inputs(cases.train.read_batch(np.arange(first, min(first + CHUNK, count))))
         shown = [cases.checked.hidden(inputs, way) for way in cases.checked.shown]
@@ -140,7 +141,7 @@ def inputs_squared(
         return found
 
     run, total = jax.jit(squares), dict[str, np.ndarray]()
-    for inputs in calibration_inputs(cases):
+    for inputs in calibration_inputs(cases, CALIBRATION):
         for name, square in run(params, inputs).items():
             total[name] = total.get(name, 0.0) + np.asarray(square, np.float64)
     return uses, total
@@ -276,7 +277,7 @@ def storage_options(
       outputs vary little, as without pictures, many cases lie near a threshold. Outputs on which calls hang count by
       their log odds, all others by `OTHERS`. The change of fp16, a hundredth of int8's or less, counts as none.
     """
-    inputs, ways = next(calibration_inputs(cases)), len(cases.checked.shown)
+    inputs, ways = next(calibration_inputs(cases, MEASURED)), len(cases.checked.shown)
 
     def outputs(params: Any) -> dict[str, Float[np.ndarray, "ways n *size"]]:
         found = {name: np.asarray(x, np.float64) for name, x in run(params, inputs).items() if x.dtype == np.float32}
