@@ -68,8 +68,8 @@ class ExportArguments:
     """jax: a program for CPU and CUDA, any batch, run by JAX; litert: for a device, one case at a time, run by LiteRT
     and reported by a script beside it."""
     weights: Literal["float", "fp16", "int8"] = "float"
-    """Of litert, how they are stored: as fp32; as fp16, which is half of it and nearly the same model; or as int8, where
-    what matters most to calls stays fp16 and what hardly matters becomes int4 (some minutes, docs/export.md)."""
+    """Of litert, how they are stored: as fp32; as fp16, which is half of it and nearly the same model; or as int8, but
+    fp16 where that matters most to calls and int4 where it hardly matters (some minutes, docs/export.md)."""
     converter: str | None = None
     """Python of an environment that has the LiteRT converter; none takes that which --install makes."""
     install: bool = False
