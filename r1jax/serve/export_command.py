@@ -187,7 +187,7 @@ def open_checkpoint(checkpoint: Checkpoint, asked: ExportArguments) -> Opened:
 
 
 def rounding_cases(checkpoint: Checkpoint, evaluator: Evaluator, params: Any) -> RoundingCases:
-    """Training and validation cases of the checkpoint's own data, which the export is not compared on.
+    """Training cases of the checkpoint's own data.
 
     Args:
       checkpoint: The checkpoint.
@@ -195,7 +195,7 @@ def rounding_cases(checkpoint: Checkpoint, evaluator: Evaluator, params: Any) ->
       params: Weights to serve.
 
     Returns:
-      The cases, and what the checkpoint says of those of validation.
+      Cases to round by, and others with what the checkpoint says of them.
 
     Raises:
       UserError: They are not here.
@@ -208,17 +208,15 @@ def rounding_cases(checkpoint: Checkpoint, evaluator: Evaluator, params: Any) ->
         )
     own = dataclasses.replace(data, mix=(), weights=(), cache=CacheConfig())
     task, export_of = TASKS[config.task.name](dataclasses.replace(config, data=own)), EXPORTS[config.task.name]
-    sources = {part: task.source(part) for part in ("train", "val")}
-    for part, source in sources.items():
-        if not len(source):
-            raise UserError(
-                f"--weights int8 rounds weights by cases of the {part} part, and {source.name} has none: export by "
-                "--weights fp16"
-            )
-    train, checked = (
-        Subset(source, export_of.chosen(source, count))
-        for source, count in zip(sources.values(), (CALIBRATION, CHECKED), strict=True)
-    )
+    source = task.source("train")
+    rows = export_of.chosen(source, CALIBRATION + CHECKED)
+    rounds_by = np.arange(len(rows)) % (1 + CHECKED // CALIBRATION) == 0
+    if rounds_by.all():
+        raise UserError(
+            f"--weights int8 rounds weights by training cases, and {source.name} has {len(source)}: export by --weights "
+            "fp16"
+        )
+    train, checked = Subset(source, rows[rounds_by]), Subset(source, rows[~rounds_by])
     return RoundingCases(train, export_of(checkpoint, evaluator, params, checked))
 
 

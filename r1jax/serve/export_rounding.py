@@ -26,9 +26,11 @@ from r1jax.serve.quantize_weights import SHARED, contracted, passing_on
 from r1jax.tasks.task import Task
 from r1jax.train.quantized import path_of, rows_of, weight_of, with_codes
 
-CALIBRATION, MEASURED, CHECKED = 256, 32, 512
-"""Cases by whose inputs weights are rounded, those of them whose outputs are compared with each weight rounded, and
-others by whose calls it is seen whether all of it suffices."""
+CALIBRATION, MEASURED, CHECKED = 256, 32, 1024
+"""Training cases by whose inputs weights are rounded, those of them whose outputs are compared with each weight rounded,
+and others by whose calls it is seen whether all of it suffices."""
+DIFFERENT = 0.0005
+"""Share of the `CHECKED` decisions that may differ: half of what the gate lets through, which has other cases."""
 SHARES = (0.9, 0.95, 1.0, 1.03, 1.06, 1.1, 1.2, 1.4)
 """Bytes that the weights may take, as shares of what they take as int8: the least that keeps the calls."""
 LARGEST_LOG_ODDS = 7.0
@@ -44,10 +46,13 @@ LEAST_FACTOR = 1e-3
 
 
 class RoundingCases(NamedTuple):
-    """What weights are rounded by; the gate's cases are neither of them."""
+    """What weights are rounded by: training cases, of which the gate has none.
+
+    Those of validation would not do: each threshold lies midway between two of their scores.
+    """
 
     train: Source
-    """Their inputs, and what rounding does to their calls, choose the codes."""
+    """Their inputs, and what rounding does to their outputs, choose the codes."""
     checked: Exported
     """Others, with what the checkpoint says of them."""
 
@@ -76,7 +81,7 @@ def round_weights(
       constants: Matrices of the converted program, see `folded`.
 
     Returns:
-      The first choice, by rising size, whose calls on the `checked` cases are those of the checkpoint; else the last.
+      The first choice, by rising size, whose calls on the `checked` cases are the checkpoint's; if none is, the last.
     """
     checked = cases.checked
 
@@ -98,7 +103,8 @@ def round_weights(
         kinds = {name: option.rule for name, option in choose(found, math.ceil(int8 * share)).items()}
         trial = with_codes(params, {name: rounded[name][kind].weight for name, kind in kinds.items() if kind in STEPS})
         agreement = compare(lambda inputs, trial=trial: jax.device_get(run(trial, inputs)), checked, INT8)
-        if agreement["agrees"]:
+        made = agreement["decisions"]
+        if agreement["agrees"] and made["of"] - made["same"] <= DIFFERENT * made["of"]:
             break
     return RoundedWeights(trial, kinds, agreement)
 

@@ -90,8 +90,9 @@ def opened(tmp_path_factory):
 
 def test_the_least_bytes_are_taken_that_keep_the_calls(opened, monkeypatch):
     cases = opened.rounding
-    assert len(cases.train) == 8 and "train" in cases.train.name and "val" in cases.checked.source.name
-    options, tried, agreements = {}, [], iter([False, True])
+    taken = [set(source.rows.tolist()) for source in (cases.train, cases.checked.source)]
+    assert "train" in cases.train.name and len(taken[0]) == len(taken[1]) == 8 and not taken[0] & taken[1]
+    options, tried, agreements = {}, [], iter([(True, 90), (False, 100), (True, 100)])
 
     def of_few(cases, run, params, rounded):
         options.update(storage_options(cases, run, params, dict(list(rounded.items())[:3])))
@@ -100,20 +101,21 @@ def test_the_least_bytes_are_taken_that_keep_the_calls(opened, monkeypatch):
     def compare(run, exported, limits):
         inputs = jax.tree.map(jnp.asarray, exported.inputs(exported.source.read_batch(np.arange(1))))
         tried.append(run(inputs)["nodule_present"][0])
-        return {"agrees": next(agreements)}
+        agrees, same = next(agreements)
+        return {"agrees": agrees, "decisions": {"same": same, "of": 100}}
 
     monkeypatch.setattr(export_rounding, "storage_options", of_few)
     monkeypatch.setattr(export_rounding, "compare", compare)
-    monkeypatch.setattr(export_rounding, "SHARES", (1.0, 3.0, 4.0))
+    monkeypatch.setattr(export_rounding, "SHARES", (1.0, 1.0, 3.0, 4.0))
     rounded = round_weights(cases, opened.task, opened.model, opened.params, [])
-    assert len(tried) == 2 and rounded.agreement["agrees"]  # the least that agreed
+    assert len(tried) == 3 and rounded.agreement["agrees"]  # the least that agreed
     for fp16, int4, int8 in options.values():
         assert fp16.bytes > int8.bytes > int4.bytes and fp16.change == 0 < int8.change < int4.change
     assert set(rounded.kinds.values()) == {"fp16"}  # there was room for all of them
     exact = opened.exported.graph(opened.task, opened.model, opened.params)
     inputs = cases.checked.inputs(cases.checked.source.read_batch(np.arange(1)))
     whole = exact(jax.tree.map(jnp.asarray, inputs))["nodule_present"][0]
-    assert abs(tried[0] - whole) > abs(tried[1] - whole) and abs(tried[1] - whole) < 1e-6
+    assert abs(tried[0] - whole) > abs(tried[2] - whole) and abs(tried[2] - whole) < 1e-6
 
 
 def test_a_file_that_is_not_int8_for_the_most_part_is_not_called_so():
