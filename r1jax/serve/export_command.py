@@ -213,8 +213,8 @@ def rounding_cases(checkpoint: Checkpoint, evaluator: Evaluator, params: Any) ->
     rounds_by = np.arange(len(rows)) % (1 + CHECKED // CALIBRATION) == 0
     if rounds_by.all():
         raise UserError(
-            f"--weights int8 rounds weights by training cases, and {source.name} has {len(source)}: export by --weights "
-            "fp16"
+            f"--weights int8 rounds weights by training cases, and {source.name} has {len(source)}: export by "
+            "--weights fp16"
         )
     train, checked = Subset(source, rows[rounds_by]), Subset(source, rows[~rounds_by])
     return RoundingCases(train, export_of(checkpoint, evaluator, params, checked))

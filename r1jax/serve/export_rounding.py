@@ -27,8 +27,8 @@ from r1jax.tasks.task import Task
 from r1jax.train.quantized import path_of, rows_of, weight_of, with_codes
 
 CALIBRATION, MEASURED, CHECKED = 256, 32, 1024
-"""Training cases by whose inputs weights are rounded, those of them whose outputs are compared with each weight rounded,
-and others by whose calls it is seen whether all of it suffices."""
+"""Training cases by whose inputs weights are rounded, those of them whose outputs are compared with each weight rounded
+alone, and others by whose calls it is seen whether all of it suffices."""
 DIFFERENT = 0.0005
 """Share of the `CHECKED` decisions that may differ: half of what the gate lets through, which has other cases."""
 SHARES = (0.9, 0.95, 1.0, 1.03, 1.06, 1.1, 1.2, 1.4)
