@@ -226,9 +226,10 @@ def folded(weight: np.ndarray, constants: list[np.ndarray]) -> Float[np.ndarray,
     if weight.ndim != 2:
         return ones
     rows, columns = np.abs(weight).argmax(axis=0), np.arange(weight.shape[1])
+    largest = weight[rows, columns].astype(np.float64)
     for held in constants:
-        if held.shape == weight.shape and (weight[rows, columns] != 0).all():
-            factor = held[rows, columns].astype(np.float64) / weight[rows, columns]
+        if held.shape == weight.shape:
+            factor = np.where(largest == 0, 1.0, held[rows, columns] / np.where(largest == 0, 1.0, largest))
             close = np.allclose(held, weight * factor, rtol=1e-4, atol=1e-6 * np.abs(held).max())
             if close and np.abs(factor).min() > LEAST_FACTOR * np.abs(factor).max():
                 return factor

@@ -70,6 +70,8 @@ def test_numbers_that_are_no_codes_are_not_stored_as_int8():
 
 def test_the_norm_that_a_converter_folds_into_columns_is_found_and_rounded_with_them():
     weight, norm = RNG(0).normal(size=(6, 20)).astype(np.float32), RNG(1).uniform(0.2, 3, 20).astype(np.float32)
+    weight[:, 7] = 0  # says nothing of its factor
+    norm[7] = 1
     constants = [RNG(2).normal(size=(6, 20)).astype(np.float32), weight * norm]
     np.testing.assert_allclose(folded(weight, constants), norm, rtol=1e-6)
     np.testing.assert_array_equal(folded(weight, constants[:1]), np.ones(20))
