@@ -19,7 +19,7 @@ def test_a_read_that_does_not_end_is_known_at_the_end_of_the_program(monkeypatch
         go_on.wait()
 
     reader = prefetch.Prefetcher(owner, bring)
-    assert reader.ask(b"rows") and begun.wait(60)
+    assert reader.ask(b"rows") and begun.wait(200)
     before = set(IN_CLIENTS)
     reader.stop()
     (stuck,) = set(IN_CLIENTS) - before
