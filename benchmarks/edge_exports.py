@@ -1,7 +1,7 @@
 """Sizes and agreement of exported edge models, without timings, so that no machine need be idle.
 
-    python benchmarks/edge_exports.py --checkpoints runs/medical runs/finance --converter PYTHON \\
-        --output benchmarks/results/edge_exports.json
+    python benchmarks/edge_exports.py --checkpoints runs/medical --converter PYTHON \\
+        --output benchmarks/results/edge_exports_medical.json
 
 --converter has the LiteRT converter (docs/export.md). Cases are those of the checkpoint's test part: neither the
 rounding of int8 weights nor its check sees them. An export that is refused has its reason instead of figures.
@@ -53,10 +53,10 @@ def row_of(folder: Path) -> dict[str, Any]:
     }
 
 
-def table(models: dict[str, dict[str, Any]]) -> str:
+def table(report: dict[str, Any]) -> str:
     """Sizes and agreement in Markdown."""
     lines = ["| model | weights | MB | smaller than fp32 | same calls | needed | difference |", "|---" * 7 + "|"]
-    for name, ways in models.items():
+    for name, ways in report["models"].items():
         for weights, row in ways.items():
             if "refused" in row:
                 lines.append(f"| {name} | {weights} | refused | - | - | - | - |")
@@ -83,7 +83,7 @@ def main(arguments: list[str]) -> None:
             rows = {weights: measure(checkpoint, weights, args, Path(place)) for weights in WEIGHTS}
             models[f"{found.config().name}, step {found.step}"] = rows
     args.output.write_text(json.dumps(about | {"models": models}, indent=1) + "\n")
-    print(table(models))
+    print(table({"models": models}))
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ HALF = Limits(probability=1e-2, mm=0.1, near=1e-3)
 FP16 = Limits(probability=0.02, mm=0.5, near=1e-3)
 """Of weights that are stored as fp16: a token that lies between two experts may be routed to the other."""
 INT8 = Limits(probability=0.2, mm=2.0)
-"""Wide, for the decisions are what counts, and a token that is routed to another expert moves a level's probability by a
-tenth in one case of thousands; a converter whose output collapses misses it by far."""
+"""Wide, for the decisions are what counts, and a token that is routed to another expert moves a level's probability by
+a tenth in one case of thousands; a converter whose output collapses misses it by far."""
 
 
 class Subset:

@@ -17,6 +17,6 @@ def test_size_and_agreement_are_those_of_the_card(tmp_path):
     assert row["largest_probability_difference"] == 3e-3 and row["largest_mm_difference"] == 0.5
     assert row["stored"]["bytes"] == {"int8": 7}
     whole = row | {"bytes": 2_000_000}
-    lines = table({"medical": {"float": whole, "fp16": {"refused": "why"}, "int8": row}}).splitlines()
+    lines = table({"models": {"medical": {"float": whole, "fp16": {"refused": "why"}, "int8": row}}}).splitlines()
     assert lines[3] == "| medical | fp16 | refused | - | - | - | - |"
     assert lines[4] == "| medical | int8 | 0.500 | 4.00x | 1,499 of 1,500 | 1,499 | 0.003 |"
