@@ -137,8 +137,8 @@ class ModelConfig:
     """Activations that the backward pass computes again instead of keeping them (docs/training.md): attention scores;
     all but products; whole blocks; or all but products, which wait in the host's memory."""
     quant: tuple[str, ...] = ()
-    """What products are rounded to: int8, int8_weights, int4, fp8, or rules on the paths of weights such as
-    "experts=int4/64:int8" (docs/quantization.md); the first that matches counts. --quant is short for this."""
+    """What products are rounded to: int8, int8_running, int8_weights, int4, fp8, or rules on the paths of weights such
+    as "experts=int4/64:int8" (docs/quantization.md); the first that matches counts. --quant is short for this."""
     scan_layers: bool = False
     """Compile the decoder's layers of one kind as one loop: faster to compile, one more copy of their weights."""
 
@@ -324,6 +324,8 @@ class TrainConfig:
     """Decay of the weight average that is evaluated and served; 0 keeps none, and evaluates the raw weights."""
     quant_start: Fraction = 0.0
     """Share of the run after which the products are rounded as model.quant says; until then they are of floats."""
+    quant_freeze: Fraction = 0.8
+    """Share of the run after which the ranges of activations stay as they are, where model.quant has /running."""
     router_bias_rate: Weight = 1e-3
     """Step of the bias-only load balancing (gamma of DeepSeek-V3)."""
     router_bias_until: Fraction = 1.0
