@@ -162,12 +162,10 @@ def _triangles(model: Any) -> list[Any]:
         model.buffers.append(schema.BufferT())
         model.buffers[-1].data = np.arange(rows, dtype=np.int32).view(np.uint8)
         for shape in ((rows, 1), (1, rows)):
-            graph.tensors.append(schema.TensorT())
-            graph.tensors[-1].type, graph.tensors[-1].hasRank = schema.TensorType.INT32, True
-            graph.tensors[-1].shape, graph.tensors[-1].buffer = (
-                [1] * (len(tensor.shape) - 2) + [*shape],
-                (len(model.buffers) - 1),
-            )
+            places = schema.TensorT()
+            places.type, places.hasRank, places.buffer = schema.TensorType.INT32, True, len(model.buffers) - 1
+            places.shape = [1] * (len(tensor.shape) - 2) + [*shape]
+            graph.tensors.append(places)
         tensor.buffer = 0
         operation = schema.OperatorT()
         operation.opcodeIndex = _operation_code(model, schema.BuiltinOperator.GREATER_EQUAL, version=1)
