@@ -67,6 +67,7 @@ def _relations(config: Config) -> Iterator[tuple[bool, str, str]]:
     rule = f"after the warmup ({train.warmup_steps} of {train.steps} steps)"
     yield train.schedule != "step" or late, "train.milestones", rule
     yield all(map(_is_rule, train.rules)), "train.rules", "a list of PATTERN=RATE or PATTERN=RATE:DECAY"
+    yield all(map(_is_pattern, train.sgd)), "train.sgd", "a list of regular expressions on the paths of weights"
     kept = train.moments_on == "device" or (config.mesh.pipe == 1 and not config.debug.eager)
     yield kept, "train.moments_on", "device with mesh.pipe or debug.eager"
     quant, presets = config.model.quant, ", ".join(QUANT_PRESETS)
@@ -151,6 +152,14 @@ def _is_rule(text: str) -> bool:
     except (ValueError, re.error):
         return False
     return True
+
+
+def _is_pattern(text: str) -> bool:
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return bool(text)
 
 
 class QuantRule(NamedTuple):
@@ -308,6 +317,10 @@ def decoder_relations(decoder: DecoderConfig) -> Iterator[tuple[bool, str, str]]
 def _task_relations(config: Config) -> Iterator[tuple[bool, str, str]]:
     """Yields what each task asks of the model."""
     kinds = config.model.modalities
+    known = config.task.name == "records" or config.task.loss == "cross_entropy"
+    yield known, "task.loss", f"cross_entropy: the {config.task.name} task has no other"
+    rule = "0 with task.loss squared_hinge, whose labels are of one class"
+    yield config.task.loss == "cross_entropy" or not config.task.label_smoothing, "task.label_smoothing", rule
     if config.task.name == "medical":
         yield bool(set(kinds) - {"text"}), "model.modalities", "at least one modality besides text"
         yield "series" not in kinds, "model.modalities", "without series, which the medical task has none of"

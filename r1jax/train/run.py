@@ -31,6 +31,7 @@ from r1jax.train.guard import JUMPS
 from r1jax.train.history import History
 from r1jax.train.provenance import environment, provenance
 from r1jax.train.quantized import holds_codes
+from r1jax.train.rarity import with_rarity
 from r1jax.train.saver import Saver
 from r1jax.train.start import RECORD, made_of_codes, start_from
 from r1jax.train.step import Batch, TrainState, check_offload, encode_frozen, init_state, state_shardings
@@ -202,6 +203,7 @@ def restore_or_init(
     made = replace(config, model=replace(config.model, quant=())) if rounds else config
     place = shard_tree(mesh, jax.eval_shape(lambda: init_state(made, model, task, batch))) if rounds else where
     fresh = jax.jit(lambda: init_state(made, model, task, batch), out_shardings=place)()
+    fresh = with_rarity(fresh, config, task, source)
     if config.train.init:
         fresh, said = start_from(config.train.init, fresh, config.model, run.workdir)
     if rounds:
