@@ -21,6 +21,7 @@ from benchmarks import (  # noqa: E402
     data,
     decode,
     edge,
+    edge_exports,
     fraud,
     fusion,
     h100,
@@ -81,6 +82,10 @@ SECTIONS = (
     Section("One compiled program instead of many operations", {"fusion": fusion.table, "fusion_cpu": fusion.table}),
     Section("The loop around the step", {"overhead": overhead.table, "overhead_cpu": overhead.table}),
     Section("A medical checkpoint on one CPU core", {"edge": edge.table}),
+    Section(
+        "Size and agreement of edge exports",
+        {"edge_exports_medical": edge_exports.table, "edge_exports_finance": edge_exports.table},
+    ),
     Section("Several devices", {"pipeline": pipeline.table, "scaling": scaling.table, "one_device": one_device.table}),
 )
 
