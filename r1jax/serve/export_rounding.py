@@ -7,6 +7,7 @@ become int8; what matters most stays fp16, and what hardly matters becomes int4.
 """
 
 import math
+import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from r1jax.models.quantized import Use, observing
 from r1jax.models.r1 import R1
 from r1jax.serve.export_gate import CHUNK, INT8, compare
 from r1jax.serve.export_graph import Exported
-from r1jax.serve.litert_worker import LEAST, STEPS
+from r1jax.serve.litert_worker import STEPS, storable
 from r1jax.serve.quantize_budget import Option, choose
 from r1jax.serve.quantize_weights import SHARED, contracted, passing_on
 from r1jax.tasks.task import Task
@@ -41,6 +42,9 @@ BITS = {"int4": 4, "int8": 8}
 """Of a code."""
 OTHERS = 0.1
 """Weight of an output on which no call hangs, beside those on which one does."""
+LEAST_SPREAD = 1e-3
+"""Least variance of an output shown one way, as a share of that over all ways: where nothing that differs is shown, as
+payments without notes as their notes alone, it has none, and would outweigh all others."""
 LEAST_FACTOR = 1e-3
 """Least factor of a column, as a share of the largest, by which codes are divided."""
 
@@ -91,12 +95,13 @@ def round_weights(
 
     uses, squares = inputs_squared(cases, predict, params)
     held = {path_of(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(params)}
-    wide = [use for use in uses.values() if held[use.name].size >= LEAST]
+    wide = [use for use in uses.values() if storable(tensor_of(use, held[use.name]).shape)]
     rounded = {
         use.name: {kind: round_one(use, held[use.name], squares.get(use.name), constants, kind) for kind in STEPS}
         for use in wide
     }
     run = jax.jit(predict)
+    print(f"{len(rounded)} weights rounded: trying each alone, then how many bytes keep the calls", file=sys.stderr)
     found = storage_options(cases, run, params, rounded)
     int8 = sum(option.bytes for group in found.values() for option in group if option.rule == "int8")
     for share in SHARES:
@@ -104,6 +109,8 @@ def round_weights(
         trial = with_codes(params, {name: rounded[name][kind].weight for name, kind in kinds.items() if kind in STEPS})
         agreement = compare(lambda inputs, trial=trial: jax.device_get(run(trial, inputs)), checked, INT8)
         made = agreement["decisions"]
+        told = f"{made['same']} of {made['of']} decisions the same"
+        print(f"weights of {share:g} times the bytes of int8: {told} on training cases", file=sys.stderr)
         if agreement["agrees"] and made["of"] - made["same"] <= DIFFERENT * made["of"]:
             break
     return RoundedWeights(trial, kinds, agreement)
@@ -182,7 +189,8 @@ def round_one(
     wide, steps = tensor.astype(np.float64) * factor, STEPS[kind]
     if square is None:
         square = np.eye(wide.shape[-1])
-        choices = [(nearest(wide, axis, steps), wide.shape[axis]) for axis in range(wide.ndim)]
+        axes = [axis for axis, size in enumerate(wide.shape) if size > 1]  # one scale for all, the worker does not find
+        choices = [(nearest(wide, axis, steps), wide.shape[axis]) for axis in axes]
     else:
         square = square / np.outer(factor, factor)
         choices = [(nearest(wide, 0, steps), len(wide)), (gptq_rows(wide, square, steps), len(wide))]
@@ -296,7 +304,8 @@ def storage_options(
     def change(params: Any) -> float:
         total = 0.0
         for name, new in outputs(params).items():
-            spread = np.maximum(exact[name].var(axis=1), 1e-9)
+            least = np.maximum(LEAST_SPREAD * exact[name].var(axis=(0, 1)), 1e-9)
+            spread = np.maximum(exact[name].var(axis=1), least)
             share = 1.0 if name in cases.checked.decided else OTHERS
             total += share * float(np.sum(np.mean((new - exact[name]) ** 2, axis=1) / spread))
         return total
