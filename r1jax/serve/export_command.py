@@ -186,9 +186,7 @@ def open_checkpoint(checkpoint: Checkpoint, asked: ExportArguments) -> Opened:
     return Opened(checkpoint, config, task, network, weights, exported, rounding)
 
 
-def rounding_cases(
-    checkpoint: Checkpoint, evaluator: Evaluator, params: Any, asked: ExportArguments
-) -> RoundingCases:
+def rounding_cases(checkpoint: Checkpoint, evaluator: Evaluator, params: Any, asked: ExportArguments) -> RoundingCases:
     """Training cases of the checkpoint's own data.
 
     Args:

@@ -122,8 +122,7 @@ def _narrowed(content: bytearray) -> tuple[bytes, dict[str, int]]:
 
 
 def storable(shape: Any) -> bool:
-    """Whether a tensor of a shape can be stored in fewer bits: it has numbers enough, and is no vector, which shares no
-    scale."""
+    """Whether tensors of a shape are stored in fewer bits: of numbers enough, and no vectors, which share no scale."""
     return math.prod(shape) >= LEAST and sum(size > 1 for size in shape) > 1
 
 
