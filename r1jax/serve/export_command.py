@@ -174,8 +174,8 @@ def open_checkpoint(checkpoint: Checkpoint, asked: ExportArguments) -> Opened:
     source = Subset(source, export_of.chosen(source, asked.cases))
     params = restore_served(checkpoint, config, network, task, mesh, source)
     evaluator = Evaluator(network, task, mesh)
-    exported = export_of(checkpoint, evaluator, params, source)
     rounding = rounding_cases(checkpoint, evaluator, params, asked) if asked.weights == "int8" else None
+    exported = export_of(checkpoint, evaluator, params, source)
     weights = jax.tree.map(np.asarray, params)
     if asked.to == "litert":  # an edge device has neither bf16 nor loops, and its converter rounds by itself
         plain = dataclasses.replace(config.model, precision="fp32", scan_layers=False, quant=())

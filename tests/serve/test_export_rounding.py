@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -27,7 +28,7 @@ from r1jax.serve.export_rounding import (
     storage_options,
     tensor_of,
 )
-from r1jax.serve.litert_worker import STEPS, _codes, storable
+from r1jax.serve.litert_worker import STEPS, _codes, _packed_int4, storable
 from r1jax.tasks.finance.task import Finance
 from r1jax.train.checkpoint import Checkpoint
 from r1jax.train.evaluation import Evaluator
@@ -140,6 +141,11 @@ def test_the_least_bytes_are_taken_that_keep_the_calls(opened, monkeypatch):
     assert abs(tried[0] - exact[0]) > 0 and tried[2] == exact[0]
 
 
+def test_two_codes_of_4_bits_are_a_byte_the_first_in_its_lower_half():
+    packed = _packed_int4(np.array([[1, -7, 3]], np.int8))
+    assert packed.dtype == np.uint8 and packed.tolist() == [0x91, 0x03]
+
+
 def test_a_vector_is_not_rounded_since_the_worker_leaves_it_as_it_is():
     assert not storable((1, 512)) and not storable((512,)) and not storable((8, 31)) and storable((8, 32))
 
@@ -198,6 +204,13 @@ def test_cases_of_training_are_read_without_themselves_as_history_where_a_later_
     checkpoint, files = stream
     cases = rounded_by(checkpoint, path=files[1], split="all")
     assert cases.train.name == f"{files[0]}, train" and len(cases.train) and len(cases.checked.source)
+
+
+def test_training_cases_that_are_not_here_are_said(stream):
+    checkpoint, files = stream
+    Path(files[0]).unlink()
+    with pytest.raises(UserError, match=r"earlier.parquet, which .* was trained on, is not here: bring it back"):
+        rounded_by(checkpoint, path=files[1], split="all")
 
 
 @pytest.mark.parametrize("split", ["train", "all"])
