@@ -32,12 +32,14 @@ class Limits:
     """Largest differences that are let through.
 
     Attributes:
-      probability: Of any probability.
+      probability: Of a probability on which a call or a band hangs.
+      level: Of that of a level of a rating, on which none does.
       mm: Of lengths and positions.
       near: A decision may differ where the checkpoint's probability is this close to the threshold.
     """
 
     probability: float
+    level: float
     mm: float
     near: float = 0.0
 

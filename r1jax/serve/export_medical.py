@@ -94,7 +94,7 @@ class MedicalExport:
         held = {}
         for name, values in self.scored.predicted[shown].items():
             kind = FINDING[name].kind
-            allowed = limits.probability if kind in ("binary", "rating") else limits.mm
+            allowed = {"binary": limits.probability, "rating": limits.level}.get(kind, limits.mm)
             theirs, ours = values[rows].astype(np.float64), found[name].astype(np.float64)
             difference = np.nan_to_num(np.abs(ours - theirs), nan=np.inf)
             if kind == "binary":
