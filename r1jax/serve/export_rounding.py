@@ -95,10 +95,12 @@ def round_weights(
 
     uses, squares = inputs_squared(cases, predict, params)
     held = {path_of(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(params)}
-    wide = [use for use in uses.values() if storable(tensor_of(use, held[use.name]).shape)]
+    tensors = {name: tensor_of(use, held[name]) for name, use in uses.items()}
+    factors = {name: folded(tensor, constants) for name, tensor in tensors.items() if storable(tensor.shape)}
     rounded = {
-        use.name: {kind: round_one(use, held[use.name], squares.get(use.name), constants, kind) for kind in STEPS}
-        for use in wide
+        name: {kind: round_one(uses[name], held[name], squares.get(name), factor, kind) for kind in STEPS}
+        for name, factor in factors.items()
+        if factor is not None
     }
     run = jax.jit(predict)
     print(f"{len(rounded)} weights rounded: trying each alone, then how many bytes keep the calls", file=sys.stderr)
@@ -170,7 +172,7 @@ class Codes(NamedTuple):
 
 
 def round_one(
-    use: Use, weight: np.ndarray, square: Float[np.ndarray, "I I"] | None, constants: list[np.ndarray], kind: str
+    use: Use, weight: np.ndarray, square: Float[np.ndarray, "I I"] | None, factor: Float[np.ndarray, " I"], kind: str
 ) -> Codes:
     """Rounds one weight to codes of one scale a channel of the tensor that it becomes in the file.
 
@@ -178,15 +180,13 @@ def round_one(
       use: What it is.
       weight: Its numbers.
       square: X^T X of its inputs; None where its rows do not share them, which then are rounded to nearest.
-      constants: Matrices of the converted program.
+      factor: From `folded`.
       kind: int8 or int4.
 
     Returns:
       The codes that change outputs least, by GPTQ or to nearest; without inputs, the channels that change it least.
     """
-    tensor = tensor_of(use, weight)
-    factor = folded(tensor, constants)
-    wide, steps = tensor.astype(np.float64) * factor, STEPS[kind]
+    wide, steps = tensor_of(use, weight).astype(np.float64) * factor, STEPS[kind]
     if square is None:
         square = np.eye(wide.shape[-1])
         axes = [axis for axis, size in enumerate(wide.shape) if size > 1]  # one scale for all, the worker does not find
@@ -220,15 +220,16 @@ def weight_from(use: Use, tensor: np.ndarray) -> np.ndarray:
     return tensor.reshape(use.shape)
 
 
-def folded(weight: np.ndarray, constants: list[np.ndarray]) -> Float[np.ndarray, " I"]:
+def folded(weight: np.ndarray, constants: list[np.ndarray]) -> Float[np.ndarray, " I"] | None:
     """What the converter has multiplied each column of a weight by: the weights of a norm before it, or ones.
 
     Args:
-      weight: Of two axes, where anything can be found.
+      weight: As in the file; something can be found where it has two axes.
       constants: Matrices of the converted program, in which the weight is with its columns multiplied.
 
     Returns:
-      The factors; ones where there are none, or where one is too small for codes to be divided by it.
+      The factors, ones where there are none; None where one is too small for codes to be divided by it, so that the
+      weight stays fp16.
     """
     ones = np.ones(weight.shape[-1])
     if weight.ndim != 2:
@@ -239,8 +240,8 @@ def folded(weight: np.ndarray, constants: list[np.ndarray]) -> Float[np.ndarray,
         if held.shape == weight.shape:
             factor = np.where(largest == 0, 1.0, held[rows, columns] / np.where(largest == 0, 1.0, largest))
             close = np.allclose(held, weight * factor, rtol=1e-4, atol=1e-6 * np.abs(held).max())
-            if close and np.abs(factor).min() > LEAST_FACTOR * np.abs(factor).max():
-                return factor
+            if close:
+                return factor if np.abs(factor).min() > LEAST_FACTOR * np.abs(factor).max() else None
     return ones
 
 

@@ -72,7 +72,7 @@ def test_what_is_rounded_is_stored_without_further_loss(role, name, shape, kind)
     weight, use = RNG(0).normal(size=shape).astype(np.float32), Use(name, role, shape, None)
     inputs = RNG(1).normal(size=(50, tensor_of(use, weight).shape[-1]))
     square = inputs.T @ inputs if role in ("linear", "convolution") else None
-    found = round_one(use, weight, square, [], kind)
+    found = round_one(use, weight, square, np.ones(inputs.shape[1]), kind)
     tensor = tensor_of(use, found.weight)  # as it will lie in the file
     is_kind, codes, scale, axis = _codes(tensor)
     assert is_kind == kind
@@ -100,8 +100,11 @@ def test_the_norm_that_a_converter_folds_into_columns_is_found_and_rounded_with_
     np.testing.assert_allclose(folded(weight, constants), norm, rtol=1e-6)
     np.testing.assert_array_equal(folded(weight, constants[:1]), np.ones(20))
     inputs = RNG(3).normal(size=(50, 20))
-    found = round_one(Use("x/weight", "linear", (6, 20), None), weight, inputs.T @ inputs, constants, "int8")
+    factor = folded(weight, constants)
+    found = round_one(Use("x/weight", "linear", (6, 20), None), weight, inputs.T @ inputs, factor, "int8")
     assert _codes(found.weight) is None and _codes(found.weight * norm)[0] == "int8"
+    norm[3] = 0  # no code can be divided by it
+    assert folded(weight, [weight * norm]) is None
 
 
 @pytest.fixture(scope="module")
