@@ -26,7 +26,7 @@ WEIGHTS = ("float", "fp16", "int8")
 
 def measure(checkpoint: Path, weights: str, args: argparse.Namespace, place: Path) -> dict[str, Any]:
     """Exports a checkpoint one way; what the card says of it."""
-    folder = place / f"{checkpoint.name}-{weights}"
+    folder = place / weights
     words = [str(checkpoint), "--to", "litert", "--weights", weights, "--converter", str(args.converter)]
     try:
         export([*words, "--cases", str(args.cases), "--output", str(folder)])
@@ -76,12 +76,13 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--cases", type=int, default=1600, help="cases that each export is compared on")
     args = parser.parse_args(arguments)
     about = jax_environment(argparse.Namespace(cases=args.cases, overrides=[]))
+    names = [f"{found.config().name}, step {found.step}" for found in map(find_checkpoint, args.checkpoints)]
+    if len(set(names)) < len(names):
+        parser.error("--checkpoints differ neither in config nor in step, by which the table names them: take one each")
     models = {}
-    with tempfile.TemporaryDirectory() as place:
-        for checkpoint in args.checkpoints:
-            found = find_checkpoint(checkpoint)
-            rows = {weights: measure(checkpoint, weights, args, Path(place)) for weights in WEIGHTS}
-            models[f"{found.config().name}, step {found.step}"] = rows
+    for name, checkpoint in zip(names, args.checkpoints, strict=True):
+        with tempfile.TemporaryDirectory() as place:
+            models[name] = {weights: measure(checkpoint, weights, args, Path(place)) for weights in WEIGHTS}
     args.output.write_text(json.dumps(about | {"models": models}, indent=1) + "\n")
     print(table({"models": models}))
 

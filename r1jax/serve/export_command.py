@@ -17,7 +17,7 @@ import numpy as np
 
 from r1jax.arguments import EvalArguments, EvalData
 from r1jax.cli import load_arguments
-from r1jax.config import CacheConfig, Config, Count, MeshConfig, ModelConfig, Positive
+from r1jax.config import Config, Count, MeshConfig, ModelConfig, Positive
 from r1jax.data.filesystem import is_remote
 from r1jax.disk import sha256
 from r1jax.edge.artefact import TEXTS
@@ -26,7 +26,7 @@ from r1jax.models.r1 import R1
 from r1jax.parallel.mesh import make_mesh
 from r1jax.parallel.platform import start_platform
 from r1jax.serve import export_jax, export_litert
-from r1jax.serve.evaluate import restore_served, scoring_config
+from r1jax.serve.evaluate import restore_served, same_path, scoring_config
 from r1jax.serve.export_card import describe_export, describe_ports, write_card
 from r1jax.serve.export_finance import FinanceExport
 from r1jax.serve.export_gate import FP16, FP32, HALF, INT8, Subset, agreement_lines, compare
@@ -174,8 +174,8 @@ def open_checkpoint(checkpoint: Checkpoint, asked: ExportArguments) -> Opened:
     source = Subset(source, export_of.chosen(source, asked.cases))
     params = restore_served(checkpoint, config, network, task, mesh, source)
     evaluator = Evaluator(network, task, mesh)
+    rounding = rounding_cases(checkpoint, evaluator, params, asked) if asked.weights == "int8" else None
     exported = export_of(checkpoint, evaluator, params, source)
-    rounding = rounding_cases(checkpoint, evaluator, params) if asked.weights == "int8" else None
     weights = jax.tree.map(np.asarray, params)
     if asked.to == "litert":  # an edge device has neither bf16 nor loops, and its converter rounds by itself
         plain = dataclasses.replace(config.model, precision="fp32", scan_layers=False, quant=())
@@ -186,28 +186,35 @@ def open_checkpoint(checkpoint: Checkpoint, asked: ExportArguments) -> Opened:
     return Opened(checkpoint, config, task, network, weights, exported, rounding)
 
 
-def rounding_cases(checkpoint: Checkpoint, evaluator: Evaluator, params: Any) -> RoundingCases:
+def rounding_cases(checkpoint: Checkpoint, evaluator: Evaluator, params: Any, asked: ExportArguments) -> RoundingCases:
     """Training cases of the checkpoint's own data.
 
     Args:
       checkpoint: The checkpoint.
       evaluator: Compiled forward pass of its config.
       params: Weights to serve.
+      asked: The command line.
 
     Returns:
       Cases to round by, and others with what the checkpoint says of them.
 
     Raises:
-      UserError: They are not here.
+      UserError: They are not here, or those that the export is compared on are among them.
     """
     config, data = evaluator.task.config, checkpoint.config().data
+    if config.data.split in ("train", "all") and same_path(config.data.path, data.path):
+        raise UserError(
+            f"--weights int8 rounds weights by training cases, and data.split is {config.data.split!r}: compare the "
+            "export on others by --data.split test, or export by --weights fp16"
+        )
     if data.path is not None and not (is_remote(data.path) or Path(data.path).exists()):
         raise UserError(
             f"--weights int8 rounds weights by training cases, and {data.path}, which {checkpoint.path} was trained "
             "on, is not here: bring it back, or export by --weights fp16"
         )
-    own = dataclasses.replace(data, mix=(), weights=(), cache=CacheConfig())
-    task, export_of = TASKS[config.task.name](dataclasses.replace(config, data=own)), EXPORTS[config.task.name]
+    # Not the config of --data.path, to which training cases may be history.
+    own = EvalArguments(checkpoint=asked.checkpoint, alerts_per_day=asked.alerts_per_day)
+    task, export_of = TASKS[config.task.name](scoring_config(checkpoint, own)), EXPORTS[config.task.name]
     source = task.source("train")
     rows = export_of.chosen(source, CALIBRATION + CHECKED)
     rounds_by = np.arange(len(rows)) % (1 + CHECKED // CALIBRATION) == 0
@@ -234,12 +241,14 @@ def write(folder: Path, opened: Opened, asked: ExportArguments, converter: Path 
     """
     wanted, params, kinds = opened.exported.ports, opened.params, dict[str, str]()
     if opened.rounding is not None:
-        checked = opened.rounding.checked
+        checked, count = opened.rounding.checked, min(len(opened.rounding.train), CALIBRATION)
+        print(f"rounding weights by {count} training cases", file=sys.stderr)
         constants = export_litert.read_constants(
             checked.graph(opened.task, opened.model, params), checked.ports, converter
         )
         params, kinds, held = round_weights(opened.rounding, opened.task, opened.model, params, constants)
-        print(f"rounded: {agreement_lines(held)[-1]}, on cases of {held['data']['name']}", file=sys.stderr)
+        if not held["agrees"]:
+            print(f"warning: no rounding agrees on cases of {held['data']['name']}; the last is taken", file=sys.stderr)
     graph = opened.exported.graph(opened.task, opened.model, params)
     run: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
     if converter is None:

@@ -7,6 +7,7 @@ become int8; what matters most stays fp16, and what hardly matters becomes int4.
 """
 
 import math
+import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from r1jax.models.quantized import Use, observing
 from r1jax.models.r1 import R1
 from r1jax.serve.export_gate import CHUNK, INT8, compare
 from r1jax.serve.export_graph import Exported
-from r1jax.serve.litert_worker import LEAST, STEPS
+from r1jax.serve.litert_worker import STEPS, storable
 from r1jax.serve.quantize_budget import Option, choose
 from r1jax.serve.quantize_weights import SHARED, contracted, passing_on
 from r1jax.tasks.task import Task
@@ -41,6 +42,9 @@ BITS = {"int4": 4, "int8": 8}
 """Of a code."""
 OTHERS = 0.1
 """Weight of an output on which no call hangs, beside those on which one does."""
+LEAST_SPREAD = 1e-3
+"""Least variance of an output shown one way, as a share of that over all ways: where nothing that differs is shown, as
+payments without notes as their notes alone, it has none, and would outweigh all others."""
 LEAST_FACTOR = 1e-3
 """Least factor of a column, as a share of the largest, by which codes are divided."""
 
@@ -91,12 +95,15 @@ def round_weights(
 
     uses, squares = inputs_squared(cases, predict, params)
     held = {path_of(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(params)}
-    wide = [use for use in uses.values() if held[use.name].size >= LEAST]
+    tensors = {name: tensor_of(use, held[name]) for name, use in uses.items()}
+    factors = {name: folded(tensor, constants) for name, tensor in tensors.items() if storable(tensor.shape)}
     rounded = {
-        use.name: {kind: round_one(use, held[use.name], squares.get(use.name), constants, kind) for kind in STEPS}
-        for use in wide
+        name: {kind: round_one(uses[name], held[name], squares.get(name), factor, kind) for kind in STEPS}
+        for name, factor in factors.items()
+        if factor is not None
     }
     run = jax.jit(predict)
+    print(f"{len(rounded)} weights rounded: trying each alone, then how many bytes keep the calls", file=sys.stderr)
     found = storage_options(cases, run, params, rounded)
     int8 = sum(option.bytes for group in found.values() for option in group if option.rule == "int8")
     for share in SHARES:
@@ -104,6 +111,8 @@ def round_weights(
         trial = with_codes(params, {name: rounded[name][kind].weight for name, kind in kinds.items() if kind in STEPS})
         agreement = compare(lambda inputs, trial=trial: jax.device_get(run(trial, inputs)), checked, INT8)
         made = agreement["decisions"]
+        told = f"{made['same']} of {made['of']} decisions the same"
+        print(f"weights of {share:g} times the bytes of int8: {told} on training cases", file=sys.stderr)
         if agreement["agrees"] and made["of"] - made["same"] <= DIFFERENT * made["of"]:
             break
     return RoundedWeights(trial, kinds, agreement)
@@ -163,7 +172,7 @@ class Codes(NamedTuple):
 
 
 def round_one(
-    use: Use, weight: np.ndarray, square: Float[np.ndarray, "I I"] | None, constants: list[np.ndarray], kind: str
+    use: Use, weight: np.ndarray, square: Float[np.ndarray, "I I"] | None, factor: Float[np.ndarray, " I"], kind: str
 ) -> Codes:
     """Rounds one weight to codes of one scale a channel of the tensor that it becomes in the file.
 
@@ -171,18 +180,17 @@ def round_one(
       use: What it is.
       weight: Its numbers.
       square: X^T X of its inputs; None where its rows do not share them, which then are rounded to nearest.
-      constants: Matrices of the converted program.
+      factor: From `folded`.
       kind: int8 or int4.
 
     Returns:
       The codes that change outputs least, by GPTQ or to nearest; without inputs, the channels that change it least.
     """
-    tensor = tensor_of(use, weight)
-    factor = folded(tensor, constants)
-    wide, steps = tensor.astype(np.float64) * factor, STEPS[kind]
+    wide, steps = tensor_of(use, weight).astype(np.float64) * factor, STEPS[kind]
     if square is None:
         square = np.eye(wide.shape[-1])
-        choices = [(nearest(wide, axis, steps), wide.shape[axis]) for axis in range(wide.ndim)]
+        axes = [axis for axis, size in enumerate(wide.shape) if size > 1]  # one scale for all, the worker does not find
+        choices = [(nearest(wide, axis, steps), wide.shape[axis]) for axis in axes]
     else:
         square = square / np.outer(factor, factor)
         choices = [(nearest(wide, 0, steps), len(wide)), (gptq_rows(wide, square, steps), len(wide))]
@@ -212,15 +220,16 @@ def weight_from(use: Use, tensor: np.ndarray) -> np.ndarray:
     return tensor.reshape(use.shape)
 
 
-def folded(weight: np.ndarray, constants: list[np.ndarray]) -> Float[np.ndarray, " I"]:
+def folded(weight: np.ndarray, constants: list[np.ndarray]) -> Float[np.ndarray, " I"] | None:
     """What the converter has multiplied each column of a weight by: the weights of a norm before it, or ones.
 
     Args:
-      weight: Of two axes, where anything can be found.
+      weight: As in the file; something can be found where it has two axes.
       constants: Matrices of the converted program, in which the weight is with its columns multiplied.
 
     Returns:
-      The factors; ones where there are none, or where one is too small for codes to be divided by it.
+      The factors, ones where there are none; None where one is too small for codes to be divided by it, so that the
+      weight stays fp16.
     """
     ones = np.ones(weight.shape[-1])
     if weight.ndim != 2:
@@ -231,8 +240,8 @@ def folded(weight: np.ndarray, constants: list[np.ndarray]) -> Float[np.ndarray,
         if held.shape == weight.shape:
             factor = np.where(largest == 0, 1.0, held[rows, columns] / np.where(largest == 0, 1.0, largest))
             close = np.allclose(held, weight * factor, rtol=1e-4, atol=1e-6 * np.abs(held).max())
-            if close and np.abs(factor).min() > LEAST_FACTOR * np.abs(factor).max():
-                return factor
+            if close:
+                return factor if np.abs(factor).min() > LEAST_FACTOR * np.abs(factor).max() else None
     return ones
 
 
@@ -296,7 +305,8 @@ def storage_options(
     def change(params: Any) -> float:
         total = 0.0
         for name, new in outputs(params).items():
-            spread = np.maximum(exact[name].var(axis=1), 1e-9)
+            least = np.maximum(LEAST_SPREAD * exact[name].var(axis=(0, 1)), 1e-9)
+            spread = np.maximum(exact[name].var(axis=1), least)
             share = 1.0 if name in cases.checked.decided else OTHERS
             total += share * float(np.sum(np.mean((new - exact[name]) ** 2, axis=1) / spread))
         return total

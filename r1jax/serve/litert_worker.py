@@ -8,6 +8,7 @@ converter answers what it does not understand with a segmentation fault. Its Pyt
 
 import importlib.metadata
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -90,8 +91,7 @@ def _narrowed(content: bytearray) -> tuple[bytes, dict[str, int]]:
         if tensor.type != schema.TensorType.FLOAT32 or data is None:
             continue
         weights = np.frombuffer(bytes(data), np.float32).reshape(tensor.shape)
-        matrix = sum(size > 1 for size in weights.shape) > 1  # a vector's numbers share no scale
-        if not matrix or weights.size < LEAST or not (np.abs(weights) < np.finfo(np.float16).max).all():
+        if not storable(weights.shape) or not (np.abs(weights) < np.finfo(np.float16).max).all():
             stored["fp32"] += weights.nbytes
             continue
         narrow = schema.TensorT()
@@ -119,6 +119,11 @@ def _narrowed(content: bytearray) -> tuple[bytes, dict[str, int]]:
         added.append(operation)
     graph.operators = added + _triangles(model) + list(graph.operators)
     return _packed(model), stored
+
+
+def storable(shape: Any) -> bool:
+    """Whether tensors of a shape are stored in fewer bits: of numbers enough, and no vectors, which share no scale."""
+    return math.prod(shape) >= LEAST and sum(size > 1 for size in shape) > 1
 
 
 def _codes(weights: Any) -> tuple[str, Any, Any, int] | None:
