@@ -71,7 +71,7 @@ SECTIONS = (
     Section("Time from a payment to its score", {"latency": latency.table, "latency_gpu": latency.table}),
     Section(
         "Credit, sentiment and stocks beside simple models",
-        {"records": records.table, "records_fpb": records.table, "records_stocknet": records.table},
+        {f"records_{name}": records.table for name in ("uci", "fpb", "stocknet")},
     ),
     Section("Hit rates of the cache", {"cache": cache.table}),
     Section("Reading shuffled cases", {"data": data.table}),
