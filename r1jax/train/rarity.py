@@ -41,22 +41,19 @@ def with_rarity(
     return _put(state, lambda old: jax.device_put(measured.astype(old.dtype), old.sharding))
 
 
-def with_known(state: TrainState, measured: TrainState) -> TrainState:
+def with_known(state: TrainState, measured: Float32[Array, " buckets"]) -> TrainState:
     """Gives n-grams that the run whose weights were taken never saw the weights that were measured for this one.
 
     They would stay 0, so that nothing could be learned of what only the new training part says.
 
     Args:
       state: With the weights of another run, which stay where they are not 0.
-      measured: From `with_rarity`.
+      measured: Those that `with_rarity` put into the fresh state.
 
     Returns:
-      The state; as it is, where the model reads no n-grams.
+      The state.
     """
-    if "ngrams" not in state.params:
-        return state
-    own = measured.params["ngrams"][RARITY]
-    return _put(state, lambda old: jax.device_put(jnp.where(old > 0, old, own), old.sharding))
+    return _put(state, lambda old: jax.device_put(jnp.where(old > 0, old, measured), old.sharding))
 
 
 def _put(state: TrainState, change: Callable[[jax.Array], jax.Array]) -> TrainState:

@@ -19,6 +19,7 @@ from r1jax.data.pipeline import Pipeline, changed, original, parts
 from r1jax.data.source import Source
 from r1jax.errors import UserError
 from r1jax.fields import to_dict, to_json
+from r1jax.models.ngrams import RARITY
 from r1jax.models.r1 import R1
 from r1jax.parallel.agree import from_first, is_first
 from r1jax.parallel.mesh import shard_tree
@@ -203,10 +204,11 @@ def restore_or_init(
     made = replace(config, model=replace(config.model, quant=())) if rounds else config
     place = shard_tree(mesh, jax.eval_shape(lambda: init_state(made, model, task, batch))) if rounds else where
     fresh = jax.jit(lambda: init_state(made, model, task, batch), out_shardings=place)()
-    measured = fresh = with_rarity(fresh, config, task, source, run.watch.beat)
+    fresh = with_rarity(fresh, config, task, source, run.watch.beat)
     if config.train.init:
+        measured = fresh.params.get("ngrams", {}).get(RARITY)
         fresh, said = start_from(config.train.init, fresh, config.model, run.workdir)
-        if not config.model.lora_rank:  # beside adapters nothing is learned of n-grams
+        if measured is not None and not config.model.lora_rank:  # beside adapters nothing is learned of n-grams
             fresh = with_known(fresh, measured)
     if rounds:
         fresh = jax.jit(lambda state: encode_frozen(state, model, task, batch), out_shardings=where)(fresh)

@@ -94,3 +94,6 @@ def test_the_model_reads_them_where_the_config_has_buckets():
         np.testing.assert_allclose(heard[name] - unheard[name], part, atol=1e-4)
     nothing = jnp.zeros_like(valid)
     np.testing.assert_array_equal(apply(params, nothing)["class"], apply(silent, nothing)["class"])
+    fresh = jax.jit(lambda: model.init(jax.random.key(0), inputs))()["params"]
+    for part in apply(fresh, valid).values():  # no random opinion of the decoder, which n-grams would have to unlearn
+        np.testing.assert_array_equal(part, 0)
