@@ -38,31 +38,34 @@ def measure(checkpoint: Path, weights: str, args: argparse.Namespace, place: Pat
 
 
 def row_of(folder: Path) -> dict[str, Any]:
-    """Size and agreement of an exported folder."""
+    """Size of an exported folder, and how far it is from the checkpoint, in probability and of lengths in mm."""
     card = json.loads((folder / "card.json").read_text())
-    findings = card["agreement"]["findings"].values()
-    lengths = [row["largest_difference"] for row in findings if row["kind"] in ("length", "vector")]
-    others = [row["largest_difference"] for row in findings if row["kind"] not in ("length", "vector")]
+    largest: dict[str, float] = {}
+    for row in card["agreement"]["findings"].values():
+        largest[row["kind"]] = max(largest.get(row["kind"], 0.0), row["largest_difference"])
     return {
         "bytes": (folder / card["file"]).stat().st_size,
         "decisions": card["agreement"]["decisions"],
         "cases": card["agreement"]["data"],
-        "largest_probability_difference": max(others),
-        **({"largest_mm_difference": max(lengths)} if lengths else {}),
+        "largest_difference": largest,
         **({"stored": card["stored"]} if "stored" in card else {}),
     }
 
 
 def table(report: dict[str, Any]) -> str:
     """Sizes and agreement in Markdown."""
-    lines = ["| model | weights | MB | smaller than fp32 | same calls | needed | difference |", "|---" * 7 + "|"]
+    lines = [
+        "| model | weights | MB | smaller than fp32 | same calls | needed | largest difference |",
+        "|---" * 7 + "|",
+    ]
     for name, ways in report["models"].items():
         for weights, row in ways.items():
             if "refused" in row:
                 lines.append(f"| {name} | {weights} | refused | - | - | - | - |")
                 continue
             ratio, made = ways["float"]["bytes"] / row["bytes"], row["decisions"]
-            same, apart = f"{made['same']:,} of {made['of']:,}", f"{row['largest_probability_difference']:.1g}"
+            apart = ", ".join(f"{kind} {value:.2g}" for kind, value in row["largest_difference"].items())
+            same = f"{made['same']:,} of {made['of']:,}"
             size = f"{row['bytes'] / 1e6:.3f} | {ratio:.2f}x"
             lines.append(f"| {name} | {weights} | {size} | {same} | {made['required']:,} | {apart} |")
     return "\n".join(lines)
