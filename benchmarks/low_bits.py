@@ -46,6 +46,8 @@ from r1jax.train.quantized import nearest_codes, with_codes  # noqa: E402
 
 PATIENCE = 120.0
 """Seconds without a word after which a child is given up."""
+PATIENCE_WITH_TILES = 20.0
+"""The same of tiles, which compile fast and of which one may hang."""
 GOALS = {"decode int8_weights": 1.6, "product int8": 1.6, "product fp8": 1.6, "batch int8": 1.3}
 """Times faster than bf16 that cases whose names begin so should be."""
 CACHE_BYTES = 2**28
@@ -423,7 +425,8 @@ def run_child(names: list[str], args: argparse.Namespace, note: Callable[[dict],
         text=True,
         env=environment,
     )
-    return follow(process, names, PATIENCE, args.end, note)
+    patience = PATIENCE_WITH_TILES if names[0].startswith("tile") else PATIENCE
+    return follow(process, names, patience, args.end, note)
 
 
 def table(rows: list[dict]) -> str:
