@@ -172,8 +172,8 @@ def _watched(x: Array, span: Array) -> Array:
 
 
 def _watched_forward(x: Array, span: Array) -> tuple[Array, tuple[Array, Array]]:
-    size = jnp.abs(x.astype(jnp.float32))
-    return x, ((size <= span) | (span <= 0), jnp.max(size))
+    inside = (jnp.abs(x.astype(jnp.float32)) <= span) | (span <= 0)
+    return x, (inside, jnp.max(magnitudes(x, None)))
 
 
 def _watched_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:

@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from r1jax.ops.quantize import BOUND, FLOOR, TYPE
+from r1jax.ops.self_test import target
 
 DEPTH = 128
 """Codes of one step along the contracted axis: what the widest swizzle of shared memory holds."""
@@ -43,7 +44,7 @@ class Tiling(NamedTuple):
     """Tiles along `along` that are done before the next line of tiles."""
     along: int = 1
     """The axis of the result whose tiles follow one another."""
-    cluster: int = 1
+    cluster: int = 2
     """Thread blocks, one below the other, that read each part of the weight together."""
     cells: int = 2
     """Buffers of what a warpgroup writes."""
@@ -53,9 +54,10 @@ TILING = Tiling()
 
 
 def fits(rows: int, columns: int, depth: int, tiling: Tiling = TILING) -> bool:
-    """Whether a product [rows, depth] x [columns, depth] is of whole cells and steps, and a tile a multiprocessor."""
+    """Whether a product [rows, depth] x [columns, depth] is of whole cells and steps, and occupies the device."""
     whole = rows % CELL == columns % CELL == depth % DEPTH == 0
-    return whole and pl.cdiv(rows, tiling.rows) * pl.cdiv(columns, tiling.columns) >= _multiprocessors()
+    busy = rows > tiling.rows * (tiling.cluster - 1)  # of a cluster, every block has rows
+    return whole and busy and pl.cdiv(rows, tiling.rows) * pl.cdiv(columns, tiling.columns) >= _multiprocessors()
 
 
 def fits_row(length: int) -> bool:
@@ -210,8 +212,8 @@ def scaled_product(
                     plgpu.wait_smem_to_gmem(buffers - 1, wait_read_only=True)
                     cells[thread, slot] = values.astype(dtype)
                     plgpu.commit_smem()
-                    target = out.at[pl.ds(top + i, CELL), pl.ds(start + j, CELL)]
-                    plgpu.copy_smem_to_gmem(cells.at[thread, slot], target)
+                    place = out.at[pl.ds(top + i, CELL), pl.ds(start + j, CELL)]
+                    plgpu.copy_smem_to_gmem(cells.at[thread, slot], place)
             plgpu.barrier_arrive(used)
 
         jax.lax.cond(thread == 2, copy, multiply)
@@ -250,5 +252,5 @@ def _swizzled(shape: tuple[int, ...], dtype: DTypeLike) -> Any:
 
 def _multiprocessors() -> int:
     """Of the device that is there; the interpreter, which runs without one, is given two."""
-    device = jax.devices()[0]
+    device = target()
     return device.core_count if device.platform == "gpu" else 2

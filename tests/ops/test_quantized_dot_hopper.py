@@ -28,7 +28,7 @@ def normal(*shape):
 
 @pytest.fixture
 def interpreter(monkeypatch):
-    monkeypatch.setattr(kernels, "_multiprocessors", lambda: 3)
+    monkeypatch.setattr(kernels, "_multiprocessors", lambda: 4)
     monkeypatch.setattr(kernels, "scaled_product", functools.partial(kernels.scaled_product, tiling=SMALL))
     with plgpu.force_gpu_interpret_mode():
         yield
@@ -44,8 +44,8 @@ def hopper(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
 def test_every_tile_is_summed_and_scaled(interpreter, kind):
-    """Four tiles, three of which overhang, on three multiprocessors, and more steps than buffers."""
-    x, w = quantize(normal(192, 384), kind), quantize(normal(192, 384), kind, scale_dtype=jnp.bfloat16)
+    """Clusters have two turns, one block of them nothing to do, tiles overhang, and there are more steps than buffers."""
+    x, w = quantize(normal(320, 384), kind), quantize(normal(192, 384), kind, scale_dtype=jnp.bfloat16)
     found = kernels.scaled_product(x.values, w.values, x.scale[:, 0], w.scale[:, 0], jnp.bfloat16)
     exact = np.asarray(dequantize(x), np.float64) @ np.asarray(dequantize(w), np.float64).T
     np.testing.assert_allclose(np.asarray(found, np.float64), exact, rtol=2**-8, atol=1e-5 * np.abs(exact).max())
@@ -64,6 +64,16 @@ def test_rows_become_the_nearest_numbers(interpreter, kind):
     else:  # of two that are as near, the interpreter's division may take the other one
         wide = np.asarray(x, np.float64) / np.asarray(scale, np.float64)[:, None]
         assert np.abs(np.asarray(values, np.float64) - wide).max() <= 0.5 + 1e-5
+
+
+def test_a_row_that_is_not_finite_has_no_finite_product(interpreter):
+    """As where there is no kernel; a row of zeros, and one too small for a scale, give zeros, and all others numbers."""
+    x = normal(64, 1024).at[3, 5].set(jnp.nan).at[4, 7].set(jnp.inf).at[5].set(0).at[6].set(1e-39)
+    w = quantize(normal(64, 1024), "int8", scale_dtype=jnp.bfloat16)
+    for way in (ways._by_kernel, ways._by_compiler):
+        found = np.asarray(ways._product(way, Scheme("int8", "int8"), x, None, w, None), np.float32)
+        np.testing.assert_array_equal(np.isfinite(found).all(axis=1), ~np.isin(np.arange(64), [3, 4]))
+        assert not np.isfinite(found[3:5]).any() and not found[5:7].any()
 
 
 @pytest.mark.parametrize("form", ["plain", "balance", "span"])
@@ -107,6 +117,7 @@ def test_the_kernel_is_taken_on_hopper_by_products_that_fit(hopper):
     assert not taken(dtype=jnp.float32) and not taken(block=256) and not taken(kind="affine8")
     assert not taken(rows=4096 + 2) and not taken(columns=2048 + 8) and not taken(depth=1024 + 64)
     assert not taken(rows=1024)  # 64 tiles for 132 multiprocessors
+    assert taken(rows=256, columns=2**16) and not taken(rows=128, columns=2**16)  # half a cluster would be idle
     assert not taken(depth=2**18)  # more products than an int32 holds: refused where XLA multiplies
 
 
