@@ -429,18 +429,47 @@ def run_child(names: list[str], args: argparse.Namespace, note: Callable[[dict],
     return follow(process, names, patience, args.end, note)
 
 
+def times_bf16(row: dict, rows: list[dict]) -> float | None:
+    """How many times as fast a case is as bf16 of the same kind, size and run; None where that was not measured."""
+    kind, *_, size = row["name"].split()
+    plain = f"{kind} bf16 {size}" if kind in ("product", "tile", "vector") else f"{kind} bf16"
+    found = (other["ms"] for other in rows if other["name"] == plain and other.get("run") == row.get("run"))
+    ms = next(found, None)
+    return None if ms is None else ms / row["ms"]
+
+
+def markdown(report: dict) -> str:
+    """The table of benchmarks/README.md."""
+    rows = report["results"]
+    lines = [
+        "| case | run | ms | times bf16 | TB/s | TFLOP/s | error | goal, times bf16 |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        times, goals = times_bf16(row, rows), [g for name, g in GOALS.items() if row["name"].startswith(name)]
+        cells = [
+            row["name"],
+            str(row["run"]),
+            f"{row['ms']:.3f} ± {row['iqr_ms'] / 2:.3f}" if row["ms"] > 0.1 else f"{row['ms']:.4f}",
+            f"{times:.2f}" if times else "",
+            f"{row['tb_per_s']:.2f}" if "tb_per_s" in row else "",
+            f"{row['tflops']:.0f}" if "tflops" in row else "",
+            f"{row['error']:.1e}" if "error" in row else "",
+            f"{goals[0]}" if goals and "XLA" not in row["name"] else "",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", report["note"]])
+
+
 def table(rows: list[dict]) -> str:
     """One line a case, beside bf16 of the same kind and size."""
     lines = [f"{'case':44}{'ms':>9}{'x bf16':>8}{'TB/s':>7}{'TFLOP/s':>9}{'error':>9}"]
-    known = {row["name"]: row["ms"] for row in rows if "ms" in row}
     for row in rows:
         if "refused" in row:
             lines.append(f"{row['name']:44} {row['refused'][:140]}")
             continue
-        kind, *_ = row["name"].split()
-        size = f" {row['name'].split()[-1]}" if kind in ("product", "tile", "vector") else ""
-        plain = known.get(f"{kind} bf16{size}")
-        times = f"{plain / row['ms']:8.2f}" if plain else f"{'':8}"
+        faster = times_bf16(row, rows)
+        times = f"{faster:8.2f}" if faster else f"{'':8}"
         rate = f"{row['tb_per_s']:7.2f}" if "tb_per_s" in row else f"{'':7}"
         flops = f"{row['tflops']:9.0f}" if "tflops" in row else f"{'':9}"
         error = f"{row['error']:9.1e}" if "error" in row else ""

@@ -44,7 +44,7 @@ def hopper(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
 def test_every_tile_is_summed_and_scaled(interpreter, kind):
-    """Clusters have two turns, one block of them nothing to do, tiles overhang, and there are more steps than buffers."""
+    """In two turns of a cluster, one block of which has nothing to do, by tiles that overhang and a ring used anew."""
     x, w = quantize(normal(320, 384), kind), quantize(normal(192, 384), kind, scale_dtype=jnp.bfloat16)
     found = kernels.scaled_product(x.values, w.values, x.scale[:, 0], w.scale[:, 0], jnp.bfloat16)
     exact = np.asarray(dequantize(x), np.float64) @ np.asarray(dequantize(w), np.float64).T
@@ -67,7 +67,7 @@ def test_rows_become_the_nearest_numbers(interpreter, kind):
 
 
 def test_a_row_that_is_not_finite_has_no_finite_product(interpreter):
-    """As where there is no kernel; a row of zeros, and one too small for a scale, give zeros, and all others numbers."""
+    """As where there is no kernel; a row of zeros, or one too small for a scale, gives zeros, all others numbers."""
     x = normal(64, 1024).at[3, 5].set(jnp.nan).at[4, 7].set(jnp.inf).at[5].set(0).at[6].set(1e-39)
     w = quantize(normal(64, 1024), "int8", scale_dtype=jnp.bfloat16)
     for way in (ways._by_kernel, ways._by_compiler):
