@@ -440,7 +440,7 @@ def times_bf16(row: dict, rows: list[dict]) -> float | None:
 
 def markdown(report: dict) -> str:
     """The table of benchmarks/README.md."""
-    rows = report["results"]
+    rows = [row for row in report["results"] if "refused" not in row]
     lines = [
         "| case | run | ms | times bf16 | TB/s | TFLOP/s | error | goal, times bf16 |",
         "|---|---|---|---|---|---|---|---|",
@@ -449,7 +449,7 @@ def markdown(report: dict) -> str:
         times, goals = times_bf16(row, rows), [g for name, g in GOALS.items() if row["name"].startswith(name)]
         cells = [
             row["name"],
-            str(row["run"]),
+            str(row.get("run", 1)),
             f"{row['ms']:.3f} ± {row['iqr_ms'] / 2:.3f}" if row["ms"] > 0.1 else f"{row['ms']:.4f}",
             f"{times:.2f}" if times else "",
             f"{row['tb_per_s']:.2f}" if "tb_per_s" in row else "",
@@ -458,7 +458,7 @@ def markdown(report: dict) -> str:
             f"{goals[0]}" if goals and "XLA" not in row["name"] else "",
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", report["note"]])
+    return "\n".join([*lines, *(["", report["note"]] if "note" in report else [])])
 
 
 def table(rows: list[dict]) -> str:
