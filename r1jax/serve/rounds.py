@@ -14,6 +14,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from r1jax.config import GenerationSettings
 from r1jax.models.decoder import Decoder, LatentCache
+from r1jax.models.decoding import decode, decode_second
+from r1jax.models.served import Served, unfused
 from r1jax.ops.latent_attention import empty_pages
 from r1jax.ops.quantize import Quantized
 from r1jax.serve.prompts import Batch
@@ -51,7 +53,7 @@ def run_rounds(
     Args:
       model: The decoder.
       settings: How tokens are chosen, and when a row ends.
-      params: Weights of the decoder.
+      params: Weights of the decoder, fused or as in the checkpoint.
       state: From `read_prompt`, or from here.
       most: Rounds at most; each gives every living row one token or two.
 
@@ -93,13 +95,14 @@ def read_prompt(
       model: The decoder.
       settings: How tokens are chosen, and when a row ends.
       pages: P, pages in each layer's pool.
-      params: Weights of the decoder.
+      params: Weights of the decoder, fused or as in the checkpoint.
       batch: Prompts, and which pages are whose.
       key: Of the draws.
 
     Returns:
       The state that `run_rounds` goes on from.
     """
+    params = unfused(params, model.config) if isinstance(params, Served) else params
     run = partial(model.apply, {"params": params})
     config, (size, length) = model.config, batch.tokens.shape
     layers = config.num_hidden_layers + settings.speculate
@@ -143,13 +146,17 @@ def read_prompt(
 
 def _round(model: Decoder, settings: GenerationSettings, params: Params, state: State) -> State:
     """One pass of the decoder over what each living row feeds: one token, or two with speculation."""
-    run = partial(model.apply, {"params": params})
+    rest = params.rest if isinstance(params, Served) else params
+    run = partial(model.apply, {"params": rest})
     alive, feed = ~state.done, state.feed
     positions = state.length[:, None] + jnp.arange(feed.shape[1])[None]
     # A guess beyond the last token that a row may get has no page, and nobody will ask for what follows it.
     valid = alive[:, None] & (state.count[:, None] + jnp.arange(feed.shape[1])[None] <= settings.max_new_tokens)
     embedded = run(feed, method="embed")
-    hidden, cache = run(embedded, positions, valid, state.cache, fresh=False, method="cached")
+    if isinstance(params, Served):
+        hidden, cache = decode(model.config, params, embedded, positions, valid, state.cache)
+    else:
+        hidden, cache = run(embedded, positions, valid, state.cache, fresh=False, method="cached")
     logits = run(hidden, method="logits")
     first, state = _choose(settings, logits[:, 0], state, alive)
     if not settings.speculate:
@@ -159,7 +166,11 @@ def _round(model: Decoder, settings: GenerationSettings, params: Params, state: 
     second, state = _choose(settings, logits[:, 1], state, right & ~state.done)
     following = jnp.stack([first, second], axis=1)
     valid = valid & jnp.stack([alive, right], axis=1)
-    states, cache = run(hidden, following, positions, valid, cache, fresh=False, method="predict_second_cached")
+    if isinstance(params, Served):
+        embedded = run(following, method="embed")
+        states, cache = decode_second(model.config, params, hidden, embedded, positions, valid, cache)
+    else:
+        states, cache = run(hidden, following, positions, valid, cache, fresh=False, method="predict_second_cached")
     last = right.astype(jnp.int32)  # the place that the next guess follows from; its logits are all that is needed
     guess = _greedy(run(jnp.take_along_axis(states, last[:, None, None], axis=1), method="logits")[:, 0])
     return state._replace(
