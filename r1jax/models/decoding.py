@@ -12,8 +12,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from r1jax.config import DecoderConfig
 from r1jax.models.attention import LATENT_NORM_EPS
-from r1jax.models.decoder import LatentCache
+from r1jax.models.decoder import Decoder, LatentCache
 from r1jax.models.moe import Router, mix_experts
+from r1jax.models.quantized import scheme_for
 from r1jax.models.served import Layer, Served
 from r1jax.ops.decode_attention import Turn, decode_attention
 from r1jax.ops.latent_attention import PagedLatents, Pages
@@ -35,7 +36,7 @@ def decode(
     valid: Bool[Array, "B T"],
     cache: LatentCache,
 ) -> tuple[Float[Array, "B T D"], LatentCache]:
-    """`Decoder.cached` where something came before; arguments and results are its own.
+    """`Decoder.cached` where something came before, but for the final norm.
 
     Args:
       config: The decoder.
@@ -46,46 +47,67 @@ def decode(
       cache: What came before.
 
     Returns:
-      Hidden states after the final norm, and the cache with x in it.
+      States before the final norm, which `next_logits` and `decode_second` apply, and the cache with x in it.
     """
     rows, pools, turn = x.reshape(-1, x.shape[-1]), list(cache.pages), turns(config, positions)
     for i, layer in enumerate(served.layers):
         rows, pools[i] = _step(config, layer, rows, positions, valid, pools[i], cache.table, turn)
-    hidden = rms_norm(rows, served.rest["norm"]["weight"], config.rms_norm_eps)
-    return hidden.reshape(x.shape), cache._replace(pages=tuple(pools))
+    return rows.reshape(x.shape), cache._replace(pages=tuple(pools))
 
 
 def decode_second(
     config: DecoderConfig,
     served: Served,
-    hidden: Float[Array, "B T D"],
+    x: Float[Array, "B T D"],
     following: Float[Array, "B T D"],
     positions: Int[Array, "B T"],
     valid: Bool[Array, "B T"],
     cache: LatentCache,
 ) -> tuple[Float[Array, "B T D"], LatentCache]:
-    """`Decoder.predict_second_cached` where something came before.
+    """`Decoder.predict_second_cached` where something came before, but for its last norm.
 
     Args:
       config: The decoder.
       served: Its weights, MTP's among them.
-      hidden: From `decode`.
+      x: From `decode`.
       following: Embeddings of the tokens after those.
       positions: As there.
       valid: As there.
       cache: As there; the last pool is MTP's own.
 
     Returns:
-      MTP's states and the cache.
+      MTP's states before that norm, and the cache.
     """
     mtp, eps = served.rest["mtp"], config.rms_norm_eps
+    hidden = rms_norm(x, served.rest["norm"]["weight"], eps)
     parts = ((following, "enorm"), (hidden, "hnorm"))
-    pair = [rms_norm(x.reshape(-1, x.shape[-1]), mtp[name]["weight"], eps) for x, name in parts]
+    pair = [rms_norm(part.reshape(-1, x.shape[-1]), mtp[name]["weight"], eps) for part, name in parts]
     rows = row_product(jnp.concatenate(pair, axis=-1), mtp["eh_proj"]["weight"])
     turn = turns(config, positions)
     rows, pool = _step(config, served.second, rows, positions, valid, cache.pages[-1], cache.table, turn)
-    states = rms_norm(rows, mtp["shared_head_norm"]["weight"], eps)
-    return states.reshape(hidden.shape), cache._replace(pages=(*cache.pages[:-1], pool))
+    return rows.reshape(x.shape), cache._replace(pages=(*cache.pages[:-1], pool))
+
+
+def next_logits(
+    model: Decoder, served: Served, x: Float[Array, "B T D"], gain: Float[Array, " D"]
+) -> Float[Array, "B T V"]:
+    """`Decoder.logits` of states before their norm.
+
+    Args:
+      model: The decoder.
+      served: Its weights.
+      x: From `decode` or `decode_second`.
+      gain: Of the norm: `norm` or MTP's `shared_head_norm`.
+
+    Returns:
+      Logits in fp32.
+    """
+    weight, eps = served.rest["lm_head"]["weight"], model.config.rms_norm_eps
+    scheme = scheme_for(("lm_head", "weight"), "head", weight.shape)
+    if scheme is None or (isinstance(weight, Quantized) and scheme.activations is None):
+        logits = row_product(x.reshape(-1, x.shape[-1]), weight, gain=gain, eps=eps)
+        return logits.astype(jnp.float32).reshape(*x.shape[:2], -1)
+    return model.apply({"params": served.rest}, rms_norm(x, gain, eps), method="logits")
 
 
 def turns(config: DecoderConfig, positions: Int[Array, "B T"]) -> Turn:

@@ -10,7 +10,7 @@ import pytest
 
 from r1jax.config import DecoderConfig, YarnConfig
 from r1jax.models.decoder import Decoder, LatentCache
-from r1jax.models.decoding import decode, decode_second
+from r1jax.models.decoding import decode, decode_second, next_logits
 from r1jax.models.lora import PARTS
 from r1jax.models.quantized import rounding_by
 from r1jax.models.served import can_be_fused, fused, unfused
@@ -52,7 +52,7 @@ def coded(params, kind="int8", block=None):
     """The tree with codes of all matrices of the layers but the router's."""
 
     def code(path, leaf):
-        ruled = leaf.ndim > 1 and path[0].key.startswith("layers_") and path[-2].key != "gate"
+        ruled = leaf.ndim > 1 and path[0].key.startswith(("layers_", "lm_head")) and path[-2].key != "gate"
         return quantize(leaf, kind, block=block, scale_dtype=jnp.bfloat16) if ruled else leaf
 
     return jax.tree_util.tree_map_with_path(code, params)
@@ -66,7 +66,7 @@ def equal(a, b):
 @pytest.mark.parametrize("codes", [False, True], ids=["floats", "codes"])
 def test_a_step_over_fused_weights_is_that_of_the_modules(config, codes):
     params = coded(params_of(config)) if codes else params_of(config)
-    quant = ("layers_=int8",) if codes else ()
+    quant = ("layers_|lm_head=int8",) if codes else ()
     assert can_be_fused(params, quant)
     served, model = fused(params, config, jnp.float32), Decoder(config)
     rng = np.random.default_rng(1)
@@ -88,17 +88,22 @@ def test_a_step_over_fused_weights_is_that_of_the_modules(config, codes):
                 )
                 return states, held._replace(pages=(*held.pages[:-1], paged.pages))
 
-            return hidden, *model.apply({"params": params}, hidden, method=second)
+            states, held = model.apply({"params": params}, hidden, method=second)
+            return *(model.apply({"params": params}, x, method="logits") for x in (hidden, states)), held
 
     @jax.jit
     def by_arrays(x, following):
-        hidden, held = decode(config, served, x, positions, valid, cache)
-        return hidden, *decode_second(config, served, hidden, following, positions, valid, held)
+        with rounding_by(quant, ("decoder",)):
+            states, held = decode(config, served, x, positions, valid, cache)
+            second, held = decode_second(config, served, states, following, positions, valid, held)
+            norms = served.rest["norm"], served.rest["mtp"]["shared_head_norm"]
+            gains = (norm["weight"] for norm in norms)
+            return *(next_logits(model, served, x, g) for x, g in zip((states, second), gains, strict=True)), held
 
-    (hidden, states, pages), (want, wanted, kept) = by_arrays(x, following), by_modules(x, following)
+    (logits, second, pages), (want, wanted, kept) = by_arrays(x, following), by_modules(x, following)
     there = np.asarray(valid)
-    np.testing.assert_allclose(hidden[there], want[there], rtol=0, atol=2e-6)
-    np.testing.assert_allclose(states[there], wanted[there], rtol=0, atol=2e-6)
+    np.testing.assert_allclose(logits[there], want[there], rtol=0, atol=2e-6)
+    np.testing.assert_allclose(second[there], wanted[there], rtol=0, atol=2e-6)
     for a, b, before in zip(pages.pages, kept.pages, cache.pages, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-6)
         changed = (np.asarray(a) != np.asarray(before)).any(-1).sum()

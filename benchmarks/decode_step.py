@@ -1,0 +1,422 @@
+"""A step of decoding over fused weights and over the modules, on one GPU: time, kernels, and what lies between them.
+
+    python benchmarks/decode_step.py --output decode_step.json --limit 140
+    python benchmarks/decode_step.py --output decode_step.json --scale tiny --samples 2 --cases one profile
+
+`one` is a token at batch 1 of a dense decoder of 1 B weights behind a short context, `many` is 64 rows behind 8,192
+tokens, beside transformers; both sides take the same weights and the same cache, and their logits are compared first.
+`profile` names the ten costliest kernels of a token and the pauses between kernels. `attention` is the cache's reader
+alone, `product` a row times each weight of a layer, by tiles. Results are written after each case.
+"""
+
+import argparse
+import functools
+import json
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.45")  # torch wants the rest
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # a profile is of a program that was timed before
+    os.environ |= {
+        "JAX_COMPILATION_CACHE_DIR": tempfile.mkdtemp(),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+from jax.profiler import ProfileData  # noqa: E402
+
+from benchmarks import decode  # noqa: E402
+from benchmarks.h100 import environment  # noqa: E402
+from benchmarks.h100_case import BF16, differ, normal, seconds  # noqa: E402
+from benchmarks.low_bits import SCALES as LOW_BITS  # noqa: E402
+from benchmarks.low_bits import Sizes, decoder_config, served, weights  # noqa: E402
+from r1jax.models.decoder import Decoder, LatentCache  # noqa: E402
+from r1jax.models.decoding import decode as fused_decode  # noqa: E402
+from r1jax.models.decoding import next_logits  # noqa: E402
+from r1jax.models.quantized import rounding_by  # noqa: E402
+from r1jax.models.served import Served, fused  # noqa: E402
+from r1jax.ops import latent_attention_kernel, row_products, row_products_kernel  # noqa: E402
+from r1jax.ops.latent_attention import PagedLatents, mix_latents  # noqa: E402
+from r1jax.serve.rounds import GenerationSettings, State, run_rounds  # noqa: E402
+
+PAGE = 64
+
+
+class Scale(NamedTuple):
+    """What is measured."""
+
+    one: Sizes
+    """Of the case of one row."""
+    layers: int
+    """Of the case of many rows, which is else the same model."""
+    rows: int
+    context: int
+    tokens: int
+    copied: int
+
+
+SCALES = {
+    "full": Scale(LOW_BITS["full"], 3, 64, 8192, 8, 2**31),
+    "tiny": Scale(LOW_BITS["tiny"]._replace(hidden=256, heads=16), 1, 2, 128, 4, 2**20),
+}
+
+
+def start(s: Sizes, rows: int, context: int, settings: GenerationSettings) -> State:
+    """A state behind contexts of random latents."""
+    config, none = decoder_config(s), jnp.zeros(rows, jnp.int32)
+    each = -(-(context + settings.max_new_tokens) // PAGE)
+    width = config.kv_lora_rank + config.qk_rope_head_dim
+    table = np.random.default_rng(0).permutation(rows * each).reshape(rows, each)
+    return State(
+        cache=LatentCache(
+            tuple(normal(i, rows * each, PAGE, width) for i in range(s.layers)), jnp.asarray(table, jnp.int32)
+        ),
+        length=none + context,
+        feed=none[:, None] + 7,
+        tokens=jnp.zeros((rows, settings.max_new_tokens), jnp.int32),
+        logprobs=jnp.zeros((rows, settings.max_new_tokens), jnp.float32),
+        count=none,
+        done=none > 0,
+        seen=None,
+        drafted=none,
+        accepted=none,
+        key=jax.random.key(0),
+        rows=none,
+    )
+
+
+def ways(s: Sizes, quant: tuple[str, ...]) -> dict[str, Any]:
+    """The weights of both sides."""
+    params = served(s, quant)
+    return {"modules": params, "fused": fused(params, decoder_config(s), BF16)}
+
+
+class Loop:
+    """Compiled rounds that start from the same state again and again, in its own memory."""
+
+    def __init__(self, s: Sizes, quant: tuple[str, ...], params: Any, rows: int, context: int, tokens: int) -> None:
+        model, self.params, self.tokens = Decoder(decoder_config(s), BF16), params, tokens
+        settings = GenerationSettings(tokens, page_size=PAGE)
+        self.state = jax.tree.map(jnp.copy, start(s, rows, context, settings))
+
+        def run(params: Any, state: State) -> State:
+            with rounding_by(quant, ("decoder",)):
+                end = run_rounds(model, settings, params, state, tokens)
+            return end._replace(length=state.length, feed=state.feed, count=state.count * 0, done=state.count < 0)
+
+        self.compiled = jax.jit(run, donate_argnums=1).lower(params, self.state).compile()
+
+    def __call__(self) -> jax.Array:
+        self.state = self.compiled(self.params, self.state)
+        return self.state.tokens
+
+
+def first_logits(s: Sizes, quant: tuple[str, ...], params: Any, rows: int, context: int) -> jax.Array:
+    """Logits after one token, so that both sides can be compared."""
+    model, state = Decoder(decoder_config(s), BF16), start(s, rows, context, GenerationSettings(4, page_size=PAGE))
+    positions, valid = state.length[:, None], jnp.ones((rows, 1), bool)
+
+    @jax.jit
+    def run(params: Any, cache: LatentCache) -> jax.Array:
+        with rounding_by(quant, ("decoder",)):
+            apply = functools.partial(model.apply, {"params": params.rest if isinstance(params, Served) else params})
+            x = apply(state.feed, method="embed")
+            if isinstance(params, Served):
+                x, _ = fused_decode(model.config, params, x, positions, valid, cache)
+                return next_logits(model, params, x, params.rest["norm"]["weight"])
+            return apply(apply(x, positions, valid, cache, fresh=False, method="cached")[0], method="logits")
+
+    return run(params, state.cache)
+
+
+def step_case(
+    s: Sizes, quant: tuple[str, ...], name: str, rows: int, context: int, tokens: int, samples: int
+) -> dict[str, Any]:
+    """Milliseconds a token of every row, and what its products and its attention read in that time."""
+    both, told = ways(s, quant), {}
+    if name == "fused":
+        told["apart"] = differ(*(first_logits(s, quant, params, rows, context) for params in both.values()))
+    loop = Loop(s, quant, both[name], rows, context, tokens)
+    taken, spread = (x / tokens for x in seconds(loop, samples))
+    embedded = both["modules"]["embed_tokens"]
+    read = sum(x.nbytes for x in jax.tree.leaves(both["modules"])) - sum(x.nbytes for x in jax.tree.leaves(embedded))
+    cache = sum(pool.nbytes for pool in loop.state.cache.pages) * context // (loop.state.cache.table.shape[1] * PAGE)
+    return {
+        "ms": 1e3 * taken,
+        "iqr_ms": 1e3 * spread,
+        "weights_tb_per_s": read / taken / 1e12,
+        "reads_tb_per_s": (read + cache) / taken / 1e12,
+        "launches": launches(loop.compiled.as_text()),
+    } | told
+
+
+def launches(text: str) -> dict[str, int]:
+    """What the body of the largest loop of a compiled program launches, by kind."""
+    bodies = [
+        re.search(rf"^%?{re.escape(name)} .*?^}}", text, re.DOTALL | re.MULTILINE)[0]
+        for name in re.findall(r"body=%?([\w.\-]+)", text)
+    ]
+    found: dict[str, int] = {}
+    for line in max(bodies, key=len, default="").splitlines():
+        call = re.search(r" (fusion|custom-call|copy|dot|sort|scatter|gather|while|reduce)\(", line)
+        if call:
+            target = re.search(r'custom_call_target="([^"]+)"', line)
+            kind = target[1] if target else call[1]
+            found[kind] = found.get(kind, 0) + 1
+    return found
+
+
+def profile_case(s: Sizes, name: str, context: int, tokens: int) -> dict[str, Any]:
+    """The costliest kernels of a token at batch 1, and the pauses between kernels."""
+    loop = Loop(s, (), ways(s, ())[name], 1, context, tokens)
+    for _ in range(2):
+        jax.block_until_ready(loop())
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            jax.block_until_ready(loop())
+        newest = max(Path(folder).rglob("*.xplane.pb"), key=os.path.getmtime)
+        return kernels(newest, tokens)
+
+
+def kernels(path: Path, tokens: int) -> dict[str, Any]:
+    """Reads a trace.
+
+    Args:
+      path: The `.xplane.pb`.
+      tokens: How many it holds.
+
+    Returns:
+      Microseconds a token of the ten costliest kernels, of all together, and between the end of one and the start of
+      the next; and after which kernels the longest pauses come.
+    """
+    planes = list(ProfileData.from_file(str(path)).planes)
+    devices = [plane for plane in planes if plane.name.startswith("/device:")]
+    lines = [
+        line
+        for plane in devices or [plane for plane in planes if plane.name.startswith("/host:CPU")]
+        for line in plane.lines
+        if not devices or line.name.startswith("Stream")
+    ]
+    events = sorted((e.start_ns, e.start_ns + e.duration_ns, e.name) for line in lines for e in line.events)
+    spent: dict[str, list[float]] = {}
+    pauses: dict[str, float] = {}
+    reached = events[0][0] if events else 0.0
+    last, between, busy = "", 0.0, 0.0
+    for began, ended, name in events:
+        spent.setdefault(name, []).append(ended - began)
+        if began > reached:
+            between += began - reached
+            pauses[last] = pauses.get(last, 0.0) + began - reached
+        busy += max(0.0, ended - max(began, reached))
+        if ended > reached:
+            reached, last = ended, name
+    a_token = 1e3 * tokens
+    costliest = sorted(spent, key=lambda name: -sum(spent[name]))[:10]
+    return {
+        "us": busy / a_token,
+        "between_us": between / a_token,
+        "kernels": len(events) / tokens,
+        "costliest": [
+            {"kernel": name[:80], "us": sum(spent[name]) / a_token, "calls": len(spent[name]) / tokens}
+            for name in costliest
+        ],
+        "pauses_after": {k[:80]: pauses[k] / a_token for k in sorted(pauses, key=pauses.get, reverse=True)[:5]},
+    }
+
+
+def copy_case(copied: int, samples: int) -> dict[str, Any]:
+    """Bytes that are read and written."""
+    x = normal(0, copied // 2)
+    taken, spread = seconds(functools.partial(jax.jit(jnp.negative), x), samples)
+    return {"ms": 1e3 * taken, "iqr_ms": 1e3 * spread, "tb_per_s": 2 * copied / taken / 1e12}
+
+
+def product_case(
+    way: Callable[..., jax.Array], shape: tuple[int, int], settings: dict[str, Any], samples: int
+) -> dict[str, Any]:
+    """A row times weights one after another, more than a cache holds, with what stands before or after the product."""
+    wide, deep = shape
+    count = max(2, 2**28 // (2 * wide * deep)) if wide > 1024 else 2
+    x, every = normal(1, 1, deep), [normal(2 + i, wide, deep) * deep**-0.5 for i in range(count)]
+    exact = row_products.row_product_reference(x.astype(jnp.float32), every[0].astype(jnp.float32), **settings)
+
+    # The next row depends on the last result, as in a model, so that nothing runs side by side.
+    def run(x: jax.Array, held: list[jax.Array]) -> list[jax.Array]:
+        found = []
+        for w in held:
+            found.append(way(x, w, **settings))
+            x, _ = jax.lax.optimization_barrier((x, found[-1]))
+        return found
+
+    compiled = jax.jit(run).lower(x, every).compile()
+    taken, spread = seconds(lambda: compiled(x, every), samples)
+    return {
+        "ms": 1e3 * taken / count,
+        "iqr_ms": 1e3 * spread / count,
+        "tb_per_s": 2 * wide * deep * count / taken / 1e12,
+        "error": differ(compiled(x, every)[0], exact),
+    }
+
+
+def attention_case(scale: Scale, tile: latent_attention_kernel.Tile | None, samples: int) -> dict[str, Any]:
+    """The cache's reader of many rows, by a kernel or by XLA."""
+    config, rows = decoder_config(scale.one), scale.rows
+    state = start(scale.one._replace(layers=1), rows, scale.context, GenerationSettings(scale.tokens, page_size=PAGE))
+    widths = config.kv_lora_rank, config.qk_rope_head_dim
+    q, rope = (normal(9 + i, rows, 1, config.num_attention_heads, n) for i, n in enumerate(widths))
+    positions, valid = state.length[:, None] - 1, jnp.ones((rows, 1), bool)
+
+    def by_kernel(q: jax.Array, rope: jax.Array, cache: PagedLatents) -> jax.Array:
+        limit = jnp.broadcast_to(positions, (rows, config.num_attention_heads))
+        parts = latent_attention_kernel.attend_pages(
+            *(q[:, 0], rope[:, 0], *cache, limit), scale=0.05, tile=tile, interpret=jax.default_backend() == "cpu"
+        )
+        return latent_attention_kernel.join(parts)[:, None].astype(q.dtype)
+
+    def by_xla(q: jax.Array, rope: jax.Array, cache: PagedLatents) -> jax.Array:
+        return mix_latents(q, rope, cache, positions, valid, scale=0.05)
+
+    cache = PagedLatents(state.cache.pages[0], state.cache.table)
+    run = jax.jit(by_xla if tile is None else by_kernel)
+    taken, spread = seconds(functools.partial(run, q, rope, cache), samples)
+    read = 2 * rows * scale.context * sum(widths)
+    return {
+        "ms": 1e3 * taken,
+        "iqr_ms": 1e3 * spread,
+        "tb_per_s": read / taken / 1e12,
+        "apart": differ(run(q, rope, cache), jax.jit(by_xla)(q, rope, cache)),
+    }
+
+
+def transformers_case(s: Sizes, scale: Scale, samples: int) -> dict[str, Any]:
+    """The same rows and weights in transformers, behind as many tokens."""
+    config, rows = decoder_config(s), scale.rows
+    peer = decode.transformers_model(config, weights(s), "bfloat16")
+    if peer is None:
+        raise RuntimeError("torch or transformers is not installed")
+    prompts = np.full((rows, scale.context + 1), 7)
+    width = config.kv_lora_rank + config.qk_rope_head_dim
+    latents = [normal(i, rows, scale.context, width) for i in range(s.layers)]
+    cache = decode.transformers_cache(peer, config, latents)
+    args = argparse.Namespace(tokens=scale.tokens)
+    taken, spread = seconds(lambda: decode.transformers_tokens(peer, prompts, cache, args), samples)
+    return {"ms": 1e3 * taken / scale.tokens, "iqr_ms": 1e3 * spread / scale.tokens}
+
+
+def cases(scale: Scale, samples: int) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """Name and function of each case, the most important ones first."""
+    s, few = scale.one, max(2, samples // 4)
+    many = s._replace(layers=scale.layers)
+    yield "ceiling copy", functools.partial(copy_case, scale.copied, samples)
+    for name in ("fused", "modules"):
+        yield f"one bf16, {name}", functools.partial(step_case, s, (), name, 1, s.context, s.tokens, samples)
+    for name in ("fused", "modules"):
+        yield f"profile one, {name}", functools.partial(profile_case, s, name, s.context, s.tokens)
+    for name in ("fused", "modules"):
+        run = functools.partial(step_case, many, (), name, scale.rows, scale.context, scale.tokens, few)
+        yield f"many bf16, {name}", run
+    yield "many bf16, transformers", functools.partial(transformers_case, many, scale, 3)
+    for name in ("fused", "modules"):
+        run = functools.partial(step_case, s, ("int8_weights",), name, 1, s.context, s.tokens, few)
+        yield f"one int8_weights, {name}", run
+    yield from product_cases(s, few)
+    yield "attention XLA", functools.partial(attention_case, scale, None, few)
+    for tile in (
+        (16, 32, 4, 2, 264),
+        (16, 64, 8, 2, 264),
+        (16, 32, 4, 3, 264),
+        (16, 32, 4, 2, 528),
+        (16, 16, 4, 3, 528),
+    ):
+        run = functools.partial(attention_case, scale, latent_attention_kernel.Tile(*tile), few)
+        yield f"attention kernel {'/'.join(map(str, tile))}", run
+
+
+def product_cases(s: Sizes, samples: int) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """Each product of a layer and the head, by XLA and by tiles."""
+    heads, config = s.heads, decoder_config(s)
+    gain = jnp.ones(s.hidden)
+    queries = heads * (config.qk_nope_head_dim + config.qk_rope_head_dim)
+    shapes: dict[str, tuple[tuple[int, int], dict[str, Any]]] = {
+        "gate_up": ((2 * s.wide, s.hidden), {"gain": gain, "eps": 1e-6, "paired": True}),
+        "down": ((s.hidden, s.wide), {"added": normal(0, 1, s.hidden)}),
+        "q_kv": ((queries + config.kv_lora_rank + config.qk_rope_head_dim, s.hidden), {"gain": gain, "eps": 1e-6}),
+        "head": ((s.vocabulary, s.hidden), {"gain": gain, "eps": 1e-6}),
+    }
+    tiles = ((4, 1024, 2, 4), (2, 2048, 2, 4), (4, 512, 2, 2), (2, 1024, 2, 2), (8, 512, 2, 4), (4, 2048, 2, 8))
+    cpu = jax.default_backend() == "cpu"
+    for name, (shape, settings) in shapes.items():
+        found: dict[str, Callable[..., jax.Array]] = {"XLA": row_products.row_product_reference}
+        for tile in tiles:
+            found["/".join(map(str, tile))] = functools.partial(
+                row_products_kernel.rows_times_weight, tile=row_products_kernel.Tile(*tile), interpret=cpu
+            )
+        for way, product in found.items():
+            yield f"product {name} {way}", functools.partial(product_case, product, shape, settings, samples)
+
+
+def table(rows: list[dict]) -> str:
+    """One line a case; a share is of the copy of the same run."""
+    ceiling = next((row["tb_per_s"] for row in rows if row["name"] == "ceiling copy"), None)
+    lines = [f"{'case':44}{'ms':>9}{'TB/s':>7}{'of copy':>9}{'apart':>9}"]
+    for row in rows:
+        if "refused" in row:
+            lines.append(f"{row['name']:44} {row['refused'][:140]}")
+            continue
+        if "costliest" in row:
+            lines.append(
+                f"{row['name']}: {row['us']:.0f} us in {row['kernels']:.0f} kernels, {row['between_us']:.0f} between"
+            )
+            lines += [f"    {k['us']:8.1f} us {k['calls']:6.1f} x {k['kernel']}" for k in row["costliest"]]
+            lines += [f"    {us:8.1f} us pause after {name}" for name, us in row["pauses_after"].items()]
+            continue
+        rate = row.get("tb_per_s", row.get("reads_tb_per_s"))
+        told = f"{rate:7.2f}" if rate else f"{'':7}"
+        told += f"{rate / ceiling:9.1%}" if rate and ceiling else f"{'':9}"
+        error = row.get("apart", row.get("error"))
+        told += f"{error:9.1e}" if error is not None else ""
+        told += f"  {row['launches']}" if "launches" in row else ""
+        lines.append(f"{row['name']:44}{row['ms']:9.4f}{told}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", required=True, type=Path, help="JSON to write")
+    parser.add_argument("--scale", choices=tuple(SCALES), default="full")
+    parser.add_argument("--cases", nargs="+", default=[], help="only those whose names begin with one of these words")
+    parser.add_argument("--samples", type=int, default=20)
+    parser.add_argument("--limit", type=float, default=600, help="seconds after which no other case begins")
+    args = parser.parse_args()
+    began, rows = time.monotonic(), []
+    result = environment() | {"results": rows}
+    result["command"] = " ".join(["python benchmarks/decode_step.py", *sys.argv[1:]])
+    result["kernels"] = row_products.takes_triton()
+    for name, measure in cases(SCALES[args.scale], args.samples):
+        if args.cases and not name.startswith(tuple(args.cases)):
+            continue
+        since = time.monotonic()
+        if since - began > args.limit:
+            break
+        try:
+            row = {"name": name} | measure()
+        except Exception as error:  # whatever a compiler refuses is a result
+            row = {"name": name, "refused": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+        rows.append(row | {"seconds": time.monotonic() - since})
+        result["seconds"] = time.monotonic() - began
+        args.output.write_text(json.dumps(result, indent=1) + "\n")
+    print(table(rows))
+    print(f"{time.monotonic() - began:.0f} s; {result['hardware']}; kernels: {result['kernels']}; {result['versions']}")
+
+
+if __name__ == "__main__":
+    main()
