@@ -206,7 +206,12 @@ def kernels(path: Path, tokens: int) -> dict[str, Any]:
         for line in plane.lines
         if not devices or line.name.startswith("Stream")
     ]
-    events = sorted((e.start_ns, e.start_ns + e.duration_ns, e.name) for line in lines for e in line.events)
+    events = sorted(
+        (e.start_ns, e.start_ns + e.duration_ns, re.sub(r"[._]\d+$", "", e.name))
+        for line in lines
+        for e in line.events
+        if devices or re.search(r"fusion|dot|copy", e.name)  # a CPU's lines hold Python too
+    )
     spent: dict[str, list[float]] = {}
     pauses: dict[str, float] = {}
     reached = events[0][0] if events else 0.0

@@ -75,7 +75,7 @@ def absorb_and_write(
         a, b = (ref[row, pl.ds(at + i * half, half)].astype(jnp.float32) for i in range(2))
         return turn_halves(a, b, cos, sin)
 
-    def kernel(
+    def absorb_kernel(
         q_ref: Any, kv_ref: Any, w_ref: Any, gain_ref: Any, _: Any, slot_ref: Any, cos_ref: Any, sin_ref: Any, *out: Any
     ) -> None:
         absorbed_ref, rope_ref, pool_ref = out
@@ -106,7 +106,7 @@ def absorb_and_write(
 
     count = len(q)
     call = pl.pallas_call(
-        kernel,
+        absorb_kernel,
         out_shape=[
             jax.ShapeDtypeStruct((count, n, rank), q.dtype),
             jax.ShapeDtypeStruct((count, n, rope), q.dtype),
@@ -137,7 +137,7 @@ def expand(
     (batch, splits, many, rank), (n, value, _) = parts.mixed.shape, w_v.shape
     groups, tokens = value // ROWS, many // n
 
-    def kernel(mixed_ref: Any, highest_ref: Any, total_ref: Any, w_ref: Any, out_ref: Any) -> None:
+    def expand_kernel(mixed_ref: Any, highest_ref: Any, total_ref: Any, w_ref: Any, out_ref: Any) -> None:
         head, group = pl.program_id(0) // groups, pl.program_id(0) % groups
         row, query = pl.program_id(1) // tokens, pl.program_id(1) % tokens * n + head
 
@@ -160,7 +160,7 @@ def expand(
         out_ref[pl.program_id(1), pl.ds(head * value + group * ROWS, ROWS)] = result.astype(out_ref.dtype)
 
     call = pl.pallas_call(
-        kernel,
+        expand_kernel,
         out_shape=jax.ShapeDtypeStruct((batch * tokens, n * value), dtype),
         grid=(n * groups, batch * tokens),
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=1),

@@ -82,7 +82,7 @@ def attend_pages(
     splits = splits_of(batch * groups, blocks, tile)
     last = jnp.max(limit, axis=1)
 
-    def kernel(
+    def attend_kernel(
         q_ref: Any, rope_ref: Any, pool_ref: Any, table_ref: Any, limit_ref: Any, last_ref: Any, *out: Any
     ) -> None:
         own, turned, seen_to = q_ref[...], rope_ref[...], limit_ref[...]
@@ -116,7 +116,7 @@ def attend_pages(
 
     narrow = pl.BlockSpec((None, None, tile.heads), lambda g, s, b: (b, s, g))
     call = pl.pallas_call(
-        kernel,
+        attend_kernel,
         out_shape=[
             jax.ShapeDtypeStruct((batch, splits, many, rank), jnp.float32),
             *[jax.ShapeDtypeStruct((batch, splits, many), jnp.float32)] * 2,

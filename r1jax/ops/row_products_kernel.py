@@ -108,6 +108,7 @@ def rows_times_weight(
             y = y if added_ref is None else y + added_ref[t, :].astype(jnp.float32)
             out_ref[t, :] = y.astype(out_ref.dtype)
 
+    kernel.__name__ = f"rows_times_{weight.shape[0]}x{deep}"  # as a profile shows it
     call = pl.pallas_call(
         kernel,
         out_shape=jax.ShapeDtypeStruct((count, wide), x.dtype),
