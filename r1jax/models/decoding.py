@@ -13,10 +13,11 @@ from jaxtyping import Array, Bool, Float, Int
 from r1jax.config import DecoderConfig
 from r1jax.models.attention import LATENT_NORM_EPS
 from r1jax.models.decoder import Decoder, LatentCache
-from r1jax.models.moe import Router, mix_experts
+from r1jax.models.moe import Router, mix_experts, select_experts
 from r1jax.models.quantized import scheme_for
 from r1jax.models.served import Layer, Served
 from r1jax.ops.decode_attention import Turn, decode_attention
+from r1jax.ops.few_experts import few_experts, takes_few_experts
 from r1jax.ops.latent_attention import PagedLatents, Pages
 from r1jax.ops.norm import rms_norm
 from r1jax.ops.quantize import Quantized
@@ -144,11 +145,13 @@ def _step(
     normed = rms_norm(x, layer.post_norm, eps)
     scores, bias = Router(config, parent=None).apply({"params": layer.router}, normed)
     gate_up, down = (_multiplied(layer.experts[name]) for name in ("gate_up_proj", "down_proj"))
-    mixed = mix_experts(normed, scores, bias, gate_up, down, config=config, few=True).output
     if layer.feed_forward is not None:
         hidden = row_product(normed, layer.feed_forward.gate_up, paired=True)
-        mixed = row_product(hidden, layer.feed_forward.down, added=mixed)
-    return x + mixed, cache.pages
+        x = row_product(hidden, layer.feed_forward.down, added=x)
+    if takes_few_experts(len(x), config.num_experts_per_tok, gate_up, down):
+        chosen = select_experts(scores, bias, config)
+        return few_experts(normed, *chosen, gate_up, down, x), cache.pages
+    return x + mix_experts(normed, scores, bias, gate_up, down, config=config, few=True).output, cache.pages
 
 
 def _multiplied(weight: Any) -> jax.Array | Ruled:

@@ -21,7 +21,7 @@ class Tile(NamedTuple):
     """What a program does; rows and depth are powers of two."""
 
     rows: int = 4
-    """Of the weight."""
+    """Of the weight; more where rows are narrow."""
     depth: int = 1024
     """Numbers of each row that are read at a time, over the number of rows of activations."""
     ahead: int = 2
@@ -34,9 +34,11 @@ LEAST = 64
 """Numbers of a row that a program reads at a time at least."""
 
 
-def depth_of(width: int, count: int, tile: Tile = TILE) -> int:
-    """Numbers of each row that are read at a time: a power of two that divides the width."""
-    return min(width & -width, max(LEAST, tile.depth // (1 << (count - 1).bit_length())))
+def size_of(width: int, count: int, tile: Tile = TILE) -> tuple[int, int]:
+    """Rows of the weight, and numbers of each that are read at a time: a power of two that divides the width."""
+    most = max(LEAST, tile.depth // (1 << (count - 1).bit_length()))
+    depth = min(width & -width, most)
+    return tile.rows * min(4, most // depth), depth
 
 
 def fits(x: Float[Array, "T J"], weight: Float[Array, "O I"] | Quantized, tile: Tile = TILE) -> bool:
@@ -46,7 +48,8 @@ def fits(x: Float[Array, "T J"], weight: Float[Array, "O I"] | Quantized, tile: 
         known = plain and weight.values.dtype == jnp.int8
     else:
         known = weight.dtype == x.dtype
-    return known and weight.shape[0] % (2 * tile.rows) == 0 and depth_of(weight.shape[1], len(x), tile) >= LEAST
+    rows, depth = size_of(weight.shape[1], len(x), tile)
+    return known and weight.shape[0] % (2 * rows) == 0 and depth >= LEAST
 
 
 def rows_times_weight(
@@ -76,19 +79,19 @@ def rows_times_weight(
       Array of x's dtype, summed in fp32; F is O, or half of it where it is paired.
     """
     count, deep, wide = len(x), weight.shape[1], weight.shape[0] // (2 if paired else 1)
-    depth = depth_of(deep, count, tile)
+    rows, depth = size_of(deep, count, tile)
     ahead = max(n for n in range(1, tile.ahead + 1) if deep // depth % n == 0)
     whole = pl.BlockSpec((count, deep), lambda i: (0, 0))
-    part = pl.BlockSpec((count, tile.rows), lambda i: (0, i))
+    part = pl.BlockSpec((count, rows), lambda i: (0, i))
     arrays, specs = [x], [whole]
     if gain is not None:
         arrays, specs = [*arrays, gain], [*specs, pl.BlockSpec((deep,), lambda i: (0,))]
     halves = 2 if paired else 1
     for half in range(halves):
-        first = half * (wide // tile.rows)
+        first = half * (wide // rows)
         for array in (weight.values, weight.scale[:, 0]) if isinstance(weight, Quantized) else (weight,):
             arrays.append(array)
-            specs.append(_rows(tile.rows, array, first))
+            specs.append(_rows(rows, array, first))
     if added is not None:
         arrays, specs = [*arrays, added], [*specs, part]
 
@@ -112,7 +115,7 @@ def rows_times_weight(
     call = pl.pallas_call(
         kernel,
         out_shape=jax.ShapeDtypeStruct((count, wide), x.dtype),
-        grid=(wide // tile.rows,),
+        grid=(wide // rows,),
         in_specs=specs,
         out_specs=part,
         compiler_params=triton.CompilerParams(num_warps=tile.warps, num_stages=2),

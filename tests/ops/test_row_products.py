@@ -48,15 +48,16 @@ def test_products_with_what_stands_before_and_after_them(product, codes, count):
 
 def test_the_kernel_leaves_what_is_not_whole_tiles():
     x = normal(1, 256)
-    assert fits(x, normal(8, 256)) and not fits(x, normal(12, 256)) and not fits(normal(1, 96), normal(8, 96))
-    assert not fits(x, normal(8, 256).astype(jnp.bfloat16))  # floats of another dtype
-    assert fits(x, quantize(normal(8, 256), "int8")) and not fits(x, quantize(normal(8, 256), "int8", block=128))
-    assert not fits(x, quantize(normal(8, 256), "fp8"))
+    assert fits(x, normal(32, 256)) and not fits(x, normal(24, 256)) and not fits(normal(1, 96), normal(32, 96))
+    assert not fits(x, normal(32, 256).astype(jnp.bfloat16))  # floats of another dtype
+    assert fits(x, quantize(normal(32, 256), "int8")) and not fits(x, quantize(normal(32, 256), "int8", block=128))
+    assert not fits(x, quantize(normal(32, 256), "fp8"))
 
 
 def test_rows_of_any_number_take_tiles_that_fit_the_registers():
-    depths = [row_products_kernel.depth_of(4096, count) for count in (1, 2, 3, 4, 8)]
-    assert depths == [1024, 512, 256, 256, 128] and row_products_kernel.depth_of(1536, 1) == 512
+    sizes = [row_products_kernel.size_of(4096, count) for count in (1, 2, 3, 4, 8)]
+    assert sizes == [(4, 1024), (4, 512), (4, 256), (4, 256), (4, 128)]
+    assert row_products_kernel.size_of(1536, 1) == (8, 512) and row_products_kernel.size_of(10944, 1) == (16, 64)
 
 
 def test_few_rows_in_bf16_take_the_kernel_where_it_agrees(monkeypatch):
