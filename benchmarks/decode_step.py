@@ -3,8 +3,9 @@
     python benchmarks/decode_step.py --output decode_step.json --limit 140
     python benchmarks/decode_step.py --output decode_step.json --scale tiny --samples 2 --cases one profile
 
-`one` is a token at batch 1 of a dense decoder of 1 B weights behind a short context, `many` is 64 rows behind 8,192
-tokens, beside transformers; both sides take the same weights and the same cache, and their logits are compared first.
+`one` is a token at batch 1 of a dense decoder of 1 B weights behind a short context, `mixture` the same of V2-Lite cut
+to four layers, `many` 64 rows behind 8,192 tokens, beside transformers. Both sides take the same weights and the same
+cache, and their logits are compared first.
 `profile` names the ten costliest kernels of a token and the pauses between kernels. `attention` is the cache's reader
 alone, `product` a row times each weight of a layer, by tiles. Results are written after each case.
 """
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,19 +36,20 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from jax.profiler import ProfileData  # noqa: E402
 
-from benchmarks import decode  # noqa: E402
 from benchmarks.h100 import environment  # noqa: E402
 from benchmarks.h100_case import BF16, differ, normal, seconds  # noqa: E402
 from benchmarks.low_bits import SCALES as LOW_BITS  # noqa: E402
-from benchmarks.low_bits import Sizes, decoder_config, served, weights  # noqa: E402
+from benchmarks.low_bits import decoder_config, reads  # noqa: E402
+from r1jax.config import DecoderConfig, GenerationSettings  # noqa: E402
 from r1jax.models.decoder import Decoder, LatentCache  # noqa: E402
 from r1jax.models.decoding import decode as fused_decode  # noqa: E402
 from r1jax.models.decoding import next_logits  # noqa: E402
-from r1jax.models.quantized import rounding_by  # noqa: E402
+from r1jax.models.quantized import rounding_by, uses  # noqa: E402
 from r1jax.models.served import Served, fused  # noqa: E402
 from r1jax.ops import latent_attention_kernel, row_products, row_products_kernel  # noqa: E402
 from r1jax.ops.latent_attention import PagedLatents, mix_latents  # noqa: E402
-from r1jax.serve.rounds import GenerationSettings, State, run_rounds  # noqa: E402
+from r1jax.serve.rounds import State, run_rounds  # noqa: E402
+from r1jax.train.quantized import nearest_codes, with_codes  # noqa: E402
 
 PAGE = 64
 
@@ -54,31 +57,76 @@ PAGE = 64
 class Scale(NamedTuple):
     """What is measured."""
 
-    one: Sizes
+    one: DecoderConfig
     """Of the case of one row."""
+    behind: int
+    """Its context."""
+    answer: int
+    """Its tokens."""
+    mixture: dict[str, Any]
+    """What differs in the case of a mixture."""
     layers: int
-    """Of the case of many rows, which is else the same model."""
+    """Of the case of many rows, which is else the model of one."""
     rows: int
     context: int
     tokens: int
     copied: int
 
 
+FULL, TINY = LOW_BITS["full"], LOW_BITS["tiny"]._replace(hidden=256, heads=16)
 SCALES = {
-    "full": Scale(LOW_BITS["full"], 3, 64, 8192, 8, 2**31),
-    "tiny": Scale(LOW_BITS["tiny"]._replace(hidden=256, heads=16), 1, 2, 128, 4, 2**20),
+    "full": Scale(
+        decoder_config(FULL),
+        FULL.context,
+        FULL.tokens,
+        {
+            "vocab_size": 102400,
+            "num_hidden_layers": 4,
+            "intermediate_size": 10944,
+            "moe_intermediate_size": 1408,
+            "n_routed_experts": 64,
+            "n_shared_experts": 2,
+            "num_experts_per_tok": 6,
+        },
+        *(3, 64, 8192, 8, 2**31),
+    ),
+    "tiny": Scale(decoder_config(TINY), TINY.context, TINY.tokens, {"moe_intermediate_size": 64}, 1, 2, 128, 4, 2**20),
 }
 
 
-def start(s: Sizes, rows: int, context: int, settings: GenerationSettings) -> State:
+@functools.cache
+def weights(config: DecoderConfig) -> Any:
+    """Of a decoder, in bf16; norms and routers in fp32."""
+    init = functools.partial(Decoder(config).init, method=reads)
+    shapes = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    leaves, tree = jax.tree_util.tree_flatten_with_path(shapes)
+    drawn = []
+    for i, (path, x) in enumerate(leaves):
+        wide = jnp.ones(x.shape) if len(x.shape) == 1 else normal(i, *x.shape) * x.shape[-1] ** -0.5
+        router = any(part.key == "gate" for part in path)
+        drawn.append(wide.astype(jnp.float32) if router else wide)
+    return jax.tree.unflatten(tree, drawn)
+
+
+def coded(config: DecoderConfig, quant: tuple[str, ...]) -> Any:
+    """The weights, or their codes."""
+    if not quant:
+        return weights(config)
+    found = uses(Decoder(config).init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32), method=reads)
+    with rounding_by(quant):
+        return with_codes(weights(config), nearest_codes(weights(config), found))
+
+
+def start(config: DecoderConfig, rows: int, context: int, settings: GenerationSettings) -> State:
     """A state behind contexts of random latents."""
-    config, none = decoder_config(s), jnp.zeros(rows, jnp.int32)
+    none = jnp.zeros(rows, jnp.int32)
     each = -(-(context + settings.max_new_tokens) // PAGE)
     width = config.kv_lora_rank + config.qk_rope_head_dim
     table = np.random.default_rng(0).permutation(rows * each).reshape(rows, each)
     return State(
         cache=LatentCache(
-            tuple(normal(i, rows * each, PAGE, width) for i in range(s.layers)), jnp.asarray(table, jnp.int32)
+            tuple(normal(i, rows * each, PAGE, width) for i in range(config.num_hidden_layers)),
+            jnp.asarray(table, jnp.int32),
         ),
         length=none + context,
         feed=none[:, None] + 7,
@@ -94,19 +142,21 @@ def start(s: Sizes, rows: int, context: int, settings: GenerationSettings) -> St
     )
 
 
-def ways(s: Sizes, quant: tuple[str, ...]) -> dict[str, Any]:
+def ways(config: DecoderConfig, quant: tuple[str, ...]) -> dict[str, Any]:
     """The weights of both sides."""
-    params = served(s, quant)
-    return {"modules": params, "fused": fused(params, decoder_config(s), BF16)}
+    params = coded(config, quant)
+    return {"modules": params, "fused": fused(params, config, BF16)}
 
 
 class Loop:
     """Compiled rounds that start from the same state again and again, in its own memory."""
 
-    def __init__(self, s: Sizes, quant: tuple[str, ...], params: Any, rows: int, context: int, tokens: int) -> None:
-        model, self.params, self.tokens = Decoder(decoder_config(s), BF16), params, tokens
+    def __init__(
+        self, config: DecoderConfig, quant: tuple[str, ...], params: Any, rows: int, context: int, tokens: int
+    ) -> None:
+        model, self.params = Decoder(config, BF16), params
         settings = GenerationSettings(tokens, page_size=PAGE)
-        self.state = jax.tree.map(jnp.copy, start(s, rows, context, settings))
+        self.state = jax.tree.map(jnp.copy, start(config, rows, context, settings))
 
         def run(params: Any, state: State) -> State:
             with rounding_by(quant, ("decoder",)):
@@ -120,9 +170,9 @@ class Loop:
         return self.state.tokens
 
 
-def first_logits(s: Sizes, quant: tuple[str, ...], params: Any, rows: int, context: int) -> jax.Array:
+def first_logits(config: DecoderConfig, quant: tuple[str, ...], params: Any, rows: int, context: int) -> jax.Array:
     """Logits after one token, so that both sides can be compared."""
-    model, state = Decoder(decoder_config(s), BF16), start(s, rows, context, GenerationSettings(4, page_size=PAGE))
+    model, state = Decoder(config, BF16), start(config, rows, context, GenerationSettings(4, page_size=PAGE))
     positions, valid = state.length[:, None], jnp.ones((rows, 1), bool)
 
     @jax.jit
@@ -139,16 +189,15 @@ def first_logits(s: Sizes, quant: tuple[str, ...], params: Any, rows: int, conte
 
 
 def step_case(
-    s: Sizes, quant: tuple[str, ...], name: str, rows: int, context: int, tokens: int, samples: int
+    config: DecoderConfig, quant: tuple[str, ...], name: str, rows: int, context: int, tokens: int, samples: int
 ) -> dict[str, Any]:
     """Milliseconds a token of every row, and what its products and its attention read in that time."""
-    both, told = ways(s, quant), {}
+    both, told = ways(config, quant), {}
     if name == "fused":
-        told["apart"] = differ(*(first_logits(s, quant, params, rows, context) for params in both.values()))
-    loop = Loop(s, quant, both[name], rows, context, tokens)
+        told["apart"] = differ(*(first_logits(config, quant, params, rows, context) for params in both.values()))
+    loop = Loop(config, quant, both[name], rows, context, tokens)
     taken, spread = (x / tokens for x in seconds(loop, samples))
-    embedded = both["modules"]["embed_tokens"]
-    read = sum(x.nbytes for x in jax.tree.leaves(both["modules"])) - sum(x.nbytes for x in jax.tree.leaves(embedded))
+    read = bytes_read(config, both["modules"])
     cache = sum(pool.nbytes for pool in loop.state.cache.pages) * context // (loop.state.cache.table.shape[1] * PAGE)
     return {
         "ms": 1e3 * taken,
@@ -157,6 +206,16 @@ def step_case(
         "reads_tb_per_s": (read + cache) / taken / 1e12,
         "launches": launches(loop.compiled.as_text()),
     } | told
+
+
+def bytes_read(config: DecoderConfig, params: Any) -> float:
+    """What one token reads of the weights: all but the embeddings and the experts that it does not choose."""
+    total = 0.0
+    for path, x in jax.tree_util.tree_leaves_with_path(params):
+        names = [getattr(part, "key", None) for part in path]
+        share = config.num_experts_per_tok / config.n_routed_experts if "experts" in names else 1.0
+        total += 0.0 if "embed_tokens" in names else share * x.nbytes
+    return total
 
 
 def launches(text: str) -> dict[str, int]:
@@ -175,9 +234,9 @@ def launches(text: str) -> dict[str, int]:
     return found
 
 
-def profile_case(s: Sizes, name: str, context: int, tokens: int) -> dict[str, Any]:
+def profile_case(config: DecoderConfig, name: str, context: int, tokens: int) -> dict[str, Any]:
     """The costliest kernels of a token at batch 1, and the pauses between kernels."""
-    loop = Loop(s, (), ways(s, ())[name], 1, context, tokens)
+    loop = Loop(config, (), ways(config, ())[name], 1, context, tokens)
     for _ in range(2):
         jax.block_until_ready(loop())
     with tempfile.TemporaryDirectory() as folder:
@@ -274,8 +333,8 @@ def product_case(
 
 def attention_case(scale: Scale, tile: latent_attention_kernel.Tile | None, samples: int) -> dict[str, Any]:
     """The cache's reader of many rows, by a kernel or by XLA."""
-    config, rows = decoder_config(scale.one), scale.rows
-    state = start(scale.one._replace(layers=1), rows, scale.context, GenerationSettings(scale.tokens, page_size=PAGE))
+    config, rows = replace(scale.one, num_hidden_layers=1), scale.rows
+    state = start(config, rows, scale.context, GenerationSettings(scale.tokens, page_size=PAGE))
     widths = config.kv_lora_rank, config.qk_rope_head_dim
     q, rope = (normal(9 + i, rows, 1, config.num_attention_heads, n) for i, n in enumerate(widths))
     positions, valid = state.length[:, None] - 1, jnp.ones((rows, 1), bool)
@@ -302,15 +361,17 @@ def attention_case(scale: Scale, tile: latent_attention_kernel.Tile | None, samp
     }
 
 
-def transformers_case(s: Sizes, scale: Scale, samples: int) -> dict[str, Any]:
+def transformers_case(config: DecoderConfig, scale: Scale, samples: int) -> dict[str, Any]:
     """The same rows and weights in transformers, behind as many tokens."""
-    config, rows = decoder_config(s), scale.rows
-    peer = decode.transformers_model(config, weights(s), "bfloat16")
+    from benchmarks import decode  # it needs more packages than the rest
+
+    rows = scale.rows
+    peer = decode.transformers_model(config, weights(config), "bfloat16")
     if peer is None:
         raise RuntimeError("torch or transformers is not installed")
     prompts = np.full((rows, scale.context + 1), 7)
     width = config.kv_lora_rank + config.qk_rope_head_dim
-    latents = [normal(i, rows, scale.context, width) for i in range(s.layers)]
+    latents = [normal(i, rows, scale.context, width) for i in range(config.num_hidden_layers)]
     cache = decode.transformers_cache(peer, config, latents)
     args = argparse.Namespace(tokens=scale.tokens)
     taken, spread = seconds(lambda: decode.transformers_tokens(peer, prompts, cache, args), samples)
@@ -319,21 +380,27 @@ def transformers_case(s: Sizes, scale: Scale, samples: int) -> dict[str, Any]:
 
 def cases(scale: Scale, samples: int) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     """Name and function of each case, the most important ones first."""
-    s, few = scale.one, max(2, samples // 4)
-    many = s._replace(layers=scale.layers)
+    one, few = scale.one, max(2, samples // 4)
+    many = replace(one, num_hidden_layers=scale.layers, first_k_dense_replace=scale.layers)
+    mixture = replace(one, first_k_dense_replace=1, n_group=1, topk_group=1, **scale.mixture)
+    sides = ("fused", "modules")
     yield "ceiling copy", functools.partial(copy_case, scale.copied, samples)
-    for name in ("fused", "modules"):
-        yield f"one bf16, {name}", functools.partial(step_case, s, (), name, 1, s.context, s.tokens, samples)
-    for name in ("fused", "modules"):
-        yield f"profile one, {name}", functools.partial(profile_case, s, name, s.context, s.tokens)
-    for name in ("fused", "modules"):
+    for name in sides:
+        yield f"one bf16, {name}", functools.partial(step_case, one, (), name, 1, scale.behind, scale.answer, samples)
+    for name in sides:
+        yield f"profile one, {name}", functools.partial(profile_case, one, name, scale.behind, scale.answer)
+    for name in sides:
         run = functools.partial(step_case, many, (), name, scale.rows, scale.context, scale.tokens, few)
         yield f"many bf16, {name}", run
     yield "many bf16, transformers", functools.partial(transformers_case, many, scale, 3)
-    for name in ("fused", "modules"):
-        run = functools.partial(step_case, s, ("int8_weights",), name, 1, s.context, s.tokens, few)
+    for name in sides:
+        run = functools.partial(step_case, mixture, (), name, 1, scale.behind, scale.answer, few)
+        yield f"mixture bf16, {name}", run
+    yield "profile mixture, fused", functools.partial(profile_case, mixture, "fused", scale.behind, scale.answer)
+    for name in sides:
+        run = functools.partial(step_case, one, ("int8_weights",), name, 1, scale.behind, scale.answer, few)
         yield f"one int8_weights, {name}", run
-    yield from product_cases(s, few)
+    yield from product_cases(one, few)
     yield "attention XLA", functools.partial(attention_case, scale, None, few)
     for tile in (
         (16, 32, 4, 2, 264),
@@ -346,16 +413,16 @@ def cases(scale: Scale, samples: int) -> Iterator[tuple[str, Callable[[], dict[s
         yield f"attention kernel {'/'.join(map(str, tile))}", run
 
 
-def product_cases(s: Sizes, samples: int) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+def product_cases(c: DecoderConfig, samples: int) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     """Each product of a layer and the head, by XLA and by tiles."""
-    heads, config = s.heads, decoder_config(s)
-    gain = jnp.ones(s.hidden)
-    queries = heads * (config.qk_nope_head_dim + config.qk_rope_head_dim)
+    wide, inner = c.hidden_size, c.intermediate_size
+    normed = {"gain": jnp.ones(wide), "eps": 1e-6}
+    queries = c.num_attention_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim)
     shapes: dict[str, tuple[tuple[int, int], dict[str, Any]]] = {
-        "gate_up": ((2 * s.wide, s.hidden), {"gain": gain, "eps": 1e-6, "paired": True}),
-        "down": ((s.hidden, s.wide), {"added": normal(0, 1, s.hidden)}),
-        "q_kv": ((queries + config.kv_lora_rank + config.qk_rope_head_dim, s.hidden), {"gain": gain, "eps": 1e-6}),
-        "head": ((s.vocabulary, s.hidden), {"gain": gain, "eps": 1e-6}),
+        "gate_up": ((2 * inner, wide), normed | {"paired": True}),
+        "down": ((wide, inner), {"added": normal(0, 1, wide)}),
+        "q_kv": ((queries + c.kv_lora_rank + c.qk_rope_head_dim, wide), normed),
+        "head": ((c.vocab_size, wide), normed),
     }
     tiles = ((4, 1024, 2, 4), (2, 2048, 2, 4), (4, 512, 2, 2), (2, 1024, 2, 2), (8, 512, 2, 4), (4, 2048, 2, 8))
     cpu = jax.default_backend() == "cpu"
