@@ -4,8 +4,9 @@ import sys
 import time
 from pathlib import Path
 
+from r1jax.arguments import EvalArguments
 from r1jax.cli import load_arguments
-from r1jax.config import EvalArguments, MeshConfig
+from r1jax.config import MeshConfig
 from r1jax.errors import run_main
 from r1jax.models.r1 import R1
 from r1jax.parallel.mesh import make_mesh

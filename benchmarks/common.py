@@ -25,7 +25,8 @@ from r1jax.models.r1 import R1  # noqa: E402
 from r1jax.parallel.mesh import make_mesh, shard_tree  # noqa: E402
 from r1jax.parallel.platform import start_platform  # noqa: E402
 from r1jax.tasks.catalog import TASKS  # noqa: E402
-from r1jax.train.checkpoints import Checkpoint, CheckpointFolder, abstract_like, check_same_run  # noqa: E402
+from r1jax.train.checkpoint import Checkpoint, abstract_like  # noqa: E402
+from r1jax.train.checkpoints import CheckpointFolder, check_same_run  # noqa: E402
 from r1jax.train.evaluation import Evaluator  # noqa: E402
 from r1jax.train.loop import served  # noqa: E402
 from r1jax.train.plan import example_batch  # noqa: E402

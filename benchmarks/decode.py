@@ -33,7 +33,8 @@ import optax
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import jax_environment  # noqa: E402
-from r1jax.config import DecoderConfig, GenerationSettings, YarnConfig  # noqa: E402
+from r1jax.arguments import GenerationSettings  # noqa: E402
+from r1jax.config import DecoderConfig, YarnConfig  # noqa: E402
 from r1jax.hf.save import save_params  # noqa: E402
 from r1jax.models import attention  # noqa: E402
 from r1jax.models.decoder import Decoder, LatentCache  # noqa: E402

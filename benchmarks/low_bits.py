@@ -28,7 +28,8 @@ import jax.numpy as jnp  # noqa: E402
 
 from benchmarks.children import follow  # noqa: E402
 from benchmarks.h100_case import BF16, differ, normal, seconds  # noqa: E402
-from r1jax.config import DecoderConfig, GenerationSettings  # noqa: E402
+from r1jax.arguments import GenerationSettings  # noqa: E402
+from r1jax.config import DecoderConfig  # noqa: E402
 from r1jax.models.decoder import Decoder, LatentCache  # noqa: E402
 from r1jax.models.quantized import rounding_by, uses  # noqa: E402
 from r1jax.ops.latent_attention import empty_pages  # noqa: E402

@@ -39,7 +39,8 @@ from r1jax.parallel.mesh import make_mesh  # noqa: E402
 from r1jax.serve.evaluate import restore_served  # noqa: E402
 from r1jax.serve.quantize_report import effect, score_of  # noqa: E402
 from r1jax.tasks.catalog import TASKS  # noqa: E402
-from r1jax.train.checkpoints import Checkpoint, find_checkpoint  # noqa: E402
+from r1jax.train.checkpoint import Checkpoint  # noqa: E402
+from r1jax.train.checkpoints import find_checkpoint  # noqa: E402
 from r1jax.train.evaluation import Evaluator  # noqa: E402
 
 FLOAT = "float"

@@ -10,8 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from eval import HELP
+from r1jax.arguments import EvalArguments, EvalData
 from r1jax.cli import load_arguments, load_config
-from r1jax.config import Config, EvalArguments, EvalData, from_dict
+from r1jax.config import Config, from_dict
 from r1jax.errors import UserError
 from r1jax.fields import leaves, to_json
 from r1jax.validation import validate

@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs import language
+from r1jax.arguments import EvalArguments
 from r1jax.config import (
     CacheConfig,
     Config,
     DataConfig,
     DebugConfig,
     DecoderConfig,
-    EvalArguments,
     MeshConfig,
     ModelConfig,
     TableConfig,

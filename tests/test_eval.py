@@ -15,7 +15,7 @@ from sklearn.metrics import brier_score_loss, roc_auc_score
 
 import eval as command
 import train
-from r1jax.config import EvalArguments, EvalData
+from r1jax.arguments import EvalArguments, EvalData
 from r1jax.data.folder import folder_fingerprint
 from r1jax.data.synthetic import SyntheticCases
 from r1jax.errors import UserError
@@ -23,7 +23,7 @@ from r1jax.parallel.mesh import make_mesh
 from r1jax.serve.evaluate import scoring_config
 from r1jax.serve.structured import from_xml
 from r1jax.tasks.medical.schema import FINDINGS
-from r1jax.train.checkpoints import Checkpoint
+from r1jax.train.checkpoint import Checkpoint
 from r1jax.train.evaluation import Evaluator
 
 ROOT = Path(__file__).resolve().parents[1]

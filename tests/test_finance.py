@@ -18,7 +18,8 @@ from sklearn.metrics import average_precision_score
 import eval as command
 import train
 from r1jax.__main__ import dispatch
-from r1jax.config import Config, DataConfig, EvalArguments, EvalData, FinanceConfig, TaskConfig
+from r1jax.arguments import EvalArguments, EvalData
+from r1jax.config import Config, DataConfig, FinanceConfig, TaskConfig
 from r1jax.data.transaction_history import FEATURES, History
 from r1jax.data.transaction_simulator import simulate
 from r1jax.data.transactions import DAY

@@ -20,7 +20,8 @@ from r1jax.errors import UserError
 from r1jax.hf.forward import logits_of, whole
 from r1jax.hf.load import load_params, read_config
 from r1jax.hf.save import save_params
-from r1jax.train.checkpoints import Checkpoint, find_checkpoint
+from r1jax.train.checkpoint import Checkpoint
+from r1jax.train.checkpoints import find_checkpoint
 from tests.hf.checkpoints import write_tokenizer
 from tests.hf.test_save import random_params
 

@@ -13,7 +13,8 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from r1jax import __version__
-from r1jax.config import CacheConfig, Config, EvalArguments, TaskConfig
+from r1jax.arguments import EvalArguments
+from r1jax.config import CacheConfig, Config, TaskConfig
 from r1jax.data.filesystem import is_remote
 from r1jax.data.folder import folder_fingerprint
 from r1jax.data.source import Source
@@ -23,7 +24,7 @@ from r1jax.models.r1 import R1
 from r1jax.parallel.mesh import shard_tree
 from r1jax.tasks.envelope import Provenance, one_line
 from r1jax.tasks.task import Task
-from r1jax.train.checkpoints import Checkpoint, abstract_like
+from r1jax.train.checkpoint import Checkpoint, abstract_like
 from r1jax.train.loop import served
 from r1jax.train.plan import example_batch
 from r1jax.train.quantized import FOLDER, is_codes, read_codes

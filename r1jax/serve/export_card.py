@@ -11,7 +11,7 @@ from r1jax.edge.artefact import CARD, FORMAT, SUM, card_sum
 from r1jax.serve.export_graph import Port
 from r1jax.serve.scored import Points
 from r1jax.tasks.medical.wording import NOTICE, SYNTHETIC
-from r1jax.train.checkpoints import Checkpoint
+from r1jax.train.checkpoint import Checkpoint
 
 
 def describe_export(

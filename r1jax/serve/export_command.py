@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from r1jax.arguments import EvalArguments, EvalData
 from r1jax.cli import load_arguments
-from r1jax.config import Config, Count, EvalArguments, EvalData, MeshConfig, ModelConfig
+from r1jax.config import Config, Count, MeshConfig, ModelConfig
 from r1jax.disk import sha256
 from r1jax.edge.artefact import TEXTS
 from r1jax.errors import UserError
@@ -34,7 +35,8 @@ from r1jax.tasks.catalog import TASKS
 from r1jax.tasks.medical.batch import PICTURES
 from r1jax.tasks.medical.modes import shown_modes
 from r1jax.tasks.medical.task import Medical
-from r1jax.train.checkpoints import Checkpoint, find_checkpoint
+from r1jax.train.checkpoint import Checkpoint
+from r1jax.train.checkpoints import find_checkpoint
 from r1jax.train.evaluation import Evaluator
 
 HELP = """\

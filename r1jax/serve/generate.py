@@ -10,7 +10,8 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
-from r1jax.config import DecoderConfig, GenerationSettings
+from r1jax.arguments import GenerationSettings
+from r1jax.config import DecoderConfig
 from r1jax.errors import UserError
 from r1jax.models.decoder import Decoder
 from r1jax.models.lora import Lora, split_adapters

@@ -6,8 +6,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
+from r1jax.arguments import GenerationSettings
 from r1jax.cli import load_arguments
-from r1jax.config import GenerationSettings, Platform, Seed
+from r1jax.config import Platform, Seed
 from r1jax.data.chat import Message, check_template
 from r1jax.data.text import TextStream, Tokenizer
 from r1jax.errors import UserError

@@ -21,7 +21,8 @@ from r1jax.models.precision import PRECISIONS
 from r1jax.parallel.mesh import make_mesh, shard_tree
 from r1jax.parallel.platform import start_platform
 from r1jax.serve.progress import percent
-from r1jax.train.checkpoints import MANIFEST, Checkpoint, CheckpointFolder, find_checkpoint
+from r1jax.train.checkpoint import MANIFEST, Checkpoint
+from r1jax.train.checkpoints import CheckpointFolder, find_checkpoint
 from r1jax.train.quantized import FOLDER, in_four_bits, read_codes
 
 

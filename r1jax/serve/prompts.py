@@ -6,7 +6,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Array, Int
 
-from r1jax.config import DecoderConfig, GenerationSettings
+from r1jax.arguments import GenerationSettings
+from r1jax.config import DecoderConfig
 from r1jax.errors import UserError
 
 

@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 import jax
 
+from r1jax.arguments import EvalArguments, EvalData
 from r1jax.cli import load_arguments
-from r1jax.config import Config, Count, EvalArguments, EvalData, MeshConfig, Platform, Share
+from r1jax.config import Config, Count, MeshConfig, Platform, Share
 from r1jax.data.tokenizer_files import read_files
 from r1jax.errors import UserError
 from r1jax.models.quantized import Use, check_rules, rounding_by
@@ -22,7 +23,8 @@ from r1jax.serve.quantize_report import Effect, effect, layer_errors, score_of, 
 from r1jax.serve.quantize_weights import calibration_batch, choose_codes, inputs_seen
 from r1jax.tasks.catalog import TASKS
 from r1jax.tasks.task import Task
-from r1jax.train.checkpoints import Checkpoint, find_checkpoint, write_sealed
+from r1jax.train.checkpoint import Checkpoint
+from r1jax.train.checkpoints import find_checkpoint, write_sealed
 from r1jax.train.evaluation import Evaluator
 from r1jax.train.quantized import FOLDER, schemes_of, with_codes, write_codes
 from r1jax.train.step import weights_of

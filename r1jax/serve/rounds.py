@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from r1jax.config import GenerationSettings
+from r1jax.arguments import GenerationSettings
 from r1jax.models.decoder import Decoder, LatentCache
 from r1jax.models.decoding import decode, decode_second, next_logits
 from r1jax.models.served import Served, unfused

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from r1jax.errors import UserError
-from r1jax.train.checkpoints import MANIFEST, Checkpoint, CheckpointFolder
+from r1jax.train.checkpoint import MANIFEST, Checkpoint
+from r1jax.train.checkpoints import CheckpointFolder
 from r1jax.train.history import HISTORY, read_history
 from r1jax.train.watch import HEARTBEAT, process_start
 

@@ -21,7 +21,8 @@ from r1jax.parallel.platform import start_platform
 from r1jax.serve.scorer import Scorer, Verdict
 from r1jax.tasks.finance.alerts import ALERT, BANDS
 from r1jax.tasks.finance.reasons import CATALOGUE
-from r1jax.train.checkpoints import Checkpoint, find_checkpoint
+from r1jax.train.checkpoint import Checkpoint
+from r1jax.train.checkpoints import find_checkpoint
 
 HELP = """\
 Scores payments as they come in: rows on standard input, JSON lines or CSV with a header, one line of JSON each on

@@ -11,7 +11,8 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float32
 
-from r1jax.config import EvalArguments, MeshConfig
+from r1jax.arguments import EvalArguments
+from r1jax.config import MeshConfig
 from r1jax.data.transaction_cases import TransactionCases
 from r1jax.data.transaction_history import History, Streams
 from r1jax.data.transaction_live import LiveHistory, Payment
@@ -30,7 +31,7 @@ from r1jax.tasks.finance.alerts import ACTIONS, BANDS, Action, Band, make_policy
 from r1jax.tasks.finance.operating import stored_curve
 from r1jax.tasks.finance.report import Explanation
 from r1jax.tasks.finance.task import Finance
-from r1jax.train.checkpoints import Checkpoint
+from r1jax.train.checkpoint import Checkpoint
 
 STEPS = 16
 """Points on the way of reasons; `FINER` times as many where they do not add up."""

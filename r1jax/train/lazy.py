@@ -10,7 +10,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from r1jax.models.lora import merge_lora, merge_weight
-from r1jax.train.checkpoints import Checkpoint
+from r1jax.train.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,8 @@ from r1jax.parallel.agree import from_first, is_first
 from r1jax.parallel.mesh import shard_tree
 from r1jax.parallel.stages import into_stages, stages_on
 from r1jax.tasks.task import Task
-from r1jax.train.checkpoints import CheckpointFolder, abstract_like, check_same_run
+from r1jax.train.checkpoint import abstract_like
+from r1jax.train.checkpoints import CheckpointFolder, check_same_run
 from r1jax.train.goodput import Clock
 from r1jax.train.guard import JUMPS
 from r1jax.train.history import History

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from r1jax.config import Config, ModelConfig
 from r1jax.data.tokenizer_files import check_bytes, check_same
 from r1jax.errors import UserError
-from r1jax.train.checkpoints import Checkpoint, CheckpointFolder, find_checkpoint
+from r1jax.train.checkpoint import Checkpoint
+from r1jax.train.checkpoints import CheckpointFolder, find_checkpoint
 from r1jax.train.quantized import FOLDER, is_codes, read_codes
 from r1jax.train.step import TrainState
 

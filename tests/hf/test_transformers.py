@@ -22,7 +22,8 @@ from r1jax.models.decoder import Decoder
 from r1jax.models.lora import merge_lora
 from r1jax.ops.losses import cross_entropy
 from r1jax.serve.pretrained import open_pretrained
-from r1jax.train.checkpoints import Checkpoint, CheckpointFolder
+from r1jax.train.checkpoint import Checkpoint
+from r1jax.train.checkpoints import CheckpointFolder
 from tests.hf import reference
 from tests.hf.checkpoints import quantise, write_folder, write_tokenizer
 from tests.hf.test_save import random_params

@@ -15,7 +15,8 @@ from r1jax.parallel.mesh import make_mesh, shard_tree
 from r1jax.parallel.show import bytes_a_device
 from r1jax.parallel.stages import into_stages, out_of_stages, stages_on
 from r1jax.tasks.language.task import Language
-from r1jax.train.checkpoints import abstract_like, write_sealed
+from r1jax.train.checkpoint import abstract_like
+from r1jax.train.checkpoints import write_sealed
 from r1jax.train.plan import example_batch
 from r1jax.train.step import init_state
 from tests.train.tiny_language import get_config

@@ -9,7 +9,8 @@ import pytest
 
 from r1jax.config import MeshConfig
 from r1jax.parallel.mesh import make_mesh, shard_tree
-from r1jax.train.checkpoints import Checkpoint, CheckpointFolder, abstract_like
+from r1jax.train.checkpoint import Checkpoint, abstract_like
+from r1jax.train.checkpoints import CheckpointFolder
 from tests.parallel.together import numbers
 from tests.processes import finish, start
 

@@ -20,7 +20,8 @@ from r1jax.ops.self_test import agrees
 from r1jax.parallel.agree import Vote, from_first, place_share, share_of, whole_rows
 from r1jax.parallel.launch import launched
 from r1jax.parallel.mesh import make_mesh, shard_tree
-from r1jax.train.checkpoints import CheckpointFolder, abstract_like
+from r1jax.train.checkpoint import abstract_like
+from r1jax.train.checkpoints import CheckpointFolder
 
 
 @dataclass(frozen=True)

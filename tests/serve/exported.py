@@ -12,7 +12,8 @@ from r1jax.config import Config
 from r1jax.models.r1 import R1
 from r1jax.tasks.medical.schema import RECORD_FIELDS
 from r1jax.tasks.medical.task import Medical
-from r1jax.train.checkpoints import Checkpoint, write_sealed
+from r1jax.train.checkpoint import Checkpoint
+from r1jax.train.checkpoints import write_sealed
 from r1jax.train.plan import example_batch
 from r1jax.train.run import describe
 from r1jax.train.step import TrainState, init_state

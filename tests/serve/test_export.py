@@ -20,7 +20,7 @@ from r1jax.serve.export_command import ExportArguments, Opened, export, limits_o
 from r1jax.serve.export_gate import FP32, HALF, INT8, compare
 from r1jax.serve.export_graph import Port, exported_graph, ports, raw_inputs, standardise, tokenize
 from r1jax.tasks.medical.batch import collate
-from r1jax.train.checkpoints import Checkpoint
+from r1jax.train.checkpoint import Checkpoint
 from tests.serve.exported import write_checkpoint
 from tests.train.tiny import get_config
 

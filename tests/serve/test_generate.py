@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from r1jax.config import DecoderConfig, GenerationSettings, YarnConfig
+from r1jax.arguments import GenerationSettings
+from r1jax.config import DecoderConfig, YarnConfig
 from r1jax.errors import UserError
 from r1jax.models.decoder import Decoder
 from r1jax.serve import generate

@@ -13,7 +13,8 @@ import pytest
 import tokenizers
 
 from r1jax.__main__ import dispatch
-from r1jax.config import DecoderConfig, GenerationSettings
+from r1jax.arguments import GenerationSettings
+from r1jax.config import DecoderConfig
 from r1jax.data.chat import BEGIN, END, Message
 from r1jax.data.text import Tokenizer, load_tokenizer
 from r1jax.data.tokenizer import EOS, encode

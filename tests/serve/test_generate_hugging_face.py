@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from r1jax.config import GenerationSettings
+from r1jax.arguments import GenerationSettings
 from r1jax.hf.load import load_params, read_config
 from r1jax.serve.generate import Generator
 from r1jax.serve.prompts import lay_out

@@ -17,7 +17,8 @@ from r1jax.data.tokenizer_files import byte_files
 from r1jax.errors import UserError
 from r1jax.hf.load import load_params, read_config
 from r1jax.serve import huggingface
-from r1jax.train.checkpoints import Checkpoint, CheckpointFolder
+from r1jax.train.checkpoint import Checkpoint
+from r1jax.train.checkpoints import CheckpointFolder
 from tests.hf.checkpoints import stored, write_folder
 
 RUN = {"step": 5, "validation": None, "data": {"name": "texts", "fingerprint": "0" * 64}}

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from r1jax.__main__ import dispatch
-from r1jax.config import GenerationSettings
+from r1jax.arguments import GenerationSettings
 from r1jax.errors import UserError
 from r1jax.models.r1 import R1
 from r1jax.ops.quantize import Quantized, dequantize
@@ -22,7 +22,8 @@ from r1jax.serve.generate import Generated, Generator
 from r1jax.serve.pretrained import from_checkpoint
 from r1jax.serve.quantize_weights import calibration_batch
 from r1jax.tasks.catalog import TASKS
-from r1jax.train.checkpoints import Checkpoint, CheckpointFolder
+from r1jax.train.checkpoint import Checkpoint
+from r1jax.train.checkpoints import CheckpointFolder
 from r1jax.train.plan import example_batch
 from r1jax.train.quantized import is_codes
 from r1jax.train.run import describe

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from r1jax.config import GenerationSettings
+from r1jax.arguments import GenerationSettings
 from r1jax.serve.sampling import draw, keep_min_p, keep_top_k, keep_top_p, penalise_repetition, process_logits
 
 ROWS, WORDS = 3, 17

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from r1jax.config import GenerationSettings
+from r1jax.arguments import GenerationSettings
 from r1jax.errors import UserError
 from r1jax.models.lora import split_adapters
 from r1jax.models.r1 import Inputs

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from r1jax.config import Config, TrainConfig
 from r1jax.errors import UserError
 from r1jax.train import checkpoints
-from r1jax.train.checkpoints import MANIFEST, CheckpointFolder, abstract_like, check_same_run, find_checkpoint
+from r1jax.train.checkpoint import MANIFEST, Checkpoint, abstract_like
+from r1jax.train.checkpoints import CheckpointFolder, check_same_run, find_checkpoint
 
 STATE = {
     "step": np.int32(7),
@@ -138,7 +139,7 @@ def test_damaged_checkpoint_is_not_restored(written, tmp_path):
     copy = shutil.copytree(written.all()[0].path, tmp_path / "00000003")
     (copy / "state" / "_METADATA").write_text("{}")
     with pytest.raises(UserError, match="_METADATA is not what was written"):
-        checkpoints.Checkpoint(copy).restore(STATE)
+        Checkpoint(copy).restore(STATE)
 
 
 def test_best_and_newest_are_kept(folder):

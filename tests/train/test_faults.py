@@ -15,7 +15,8 @@ import pytest
 
 from r1jax.config import Config
 from r1jax.errors import UserError
-from r1jax.train.checkpoints import MANIFEST, CheckpointFolder, abstract_like
+from r1jax.train.checkpoint import MANIFEST, abstract_like
+from r1jax.train.checkpoints import CheckpointFolder
 from tests.train.kill_saves import state
 
 ROOT = Path(__file__).resolve().parents[2]

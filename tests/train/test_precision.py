@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import SingleDeviceSharding
 
-from r1jax.train.checkpoints import abstract_like, write_sealed
+from r1jax.train.checkpoint import abstract_like
+from r1jax.train.checkpoints import write_sealed
 from r1jax.train.scaling import FIRST_SCALE, GROWTH_INTERVAL, LossScale, ScaledState, first_scale, next_scale
 from r1jax.train.step import NO_LIMIT
 from tests.train.experiment import make_experiment

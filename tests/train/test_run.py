@@ -16,8 +16,8 @@ import train
 from r1jax.config import Config
 from r1jax.data.source import Source
 from r1jax.errors import UserError
-from r1jax.train import checkpoints
-from r1jax.train.checkpoints import Checkpoint
+from r1jax.train import checkpoint
+from r1jax.train.checkpoint import Checkpoint
 from r1jax.train.run import describe, open_run, restore_or_init
 from r1jax.train.watch import Watch
 
@@ -60,8 +60,8 @@ def test_goes_on_from_the_newest(tiny, workdir):
 def test_each_file_that_is_summed_up_at_a_start_is_progress(tiny, workdir, monkeypatch):
     files = sum(len(json.loads(path.read_text())) for path in workdir.glob("checkpoints/*/manifest.json"))
     newest = len(json.loads((workdir / "checkpoints/00000015/manifest.json").read_text()))
-    order, summed, beat = [], checkpoints.sha256, Watch.beat
-    monkeypatch.setattr(checkpoints, "sha256", lambda path: order.append("file") or summed(path))
+    order, summed, beat = [], checkpoint.sha256, Watch.beat
+    monkeypatch.setattr(checkpoint, "sha256", lambda path: order.append("file") or summed(path))
     monkeypatch.setattr(Watch, "beat", lambda watch: order.append("beat") or beat(watch))
     restore(tiny, workdir)
     assert order.count("file") == files + newest > 20
