@@ -44,6 +44,8 @@ class Layer(NamedTuple):
     q_norm: Float[Array, " Q"] | None
     q_b: Weight | None
     latent: LatentWeights
+    kv_b: Quantized | None
+    """Codes, which a prompt is multiplied with; what they stand for is in `latent`, and floats are there alone."""
     o: Weight
     post_norm: Float[Array, " D"]
     feed_forward: FeedForward | None
@@ -111,7 +113,7 @@ def _pairs_are_alike(tree: Params) -> bool:
 
 
 def fused(params: Params, config: DecoderConfig, dtype: DTypeLike) -> Served:
-    """Lays weights out for decoding; numbers stay what they are, but for codes of `kv_b_proj`, which become floats.
+    """Lays weights out for decoding; numbers stay what they are, and codes codes, with floats beside `kv_b_proj`'s.
 
     Args:
       params: Parameter tree of the decoder, in the dtypes of its products; `can_be_fused` must hold.
@@ -163,6 +165,7 @@ def _layer(params: Params, config: DecoderConfig, dtype: DTypeLike) -> Layer:
         q_norm=attention.get("q_a_layernorm"),
         q_b=q_b,
         latent=LatentWeights(keys, values, attention["kv_a_layernorm"]),
+        kv_b=attention["kv_b_proj"] if isinstance(attention["kv_b_proj"], Quantized) else None,
         o=attention["o_proj"],
         post_norm=params["post_attention_layernorm"]["weight"],
         feed_forward=None if down is None else FeedForward(gate_up, down),
@@ -193,11 +196,13 @@ def _module_params(layer: Layer, config: DecoderConfig) -> Params:
     queries, latents = _rows(config)
     first, kv_a = _apart(layer.q_kv, layer.q_kv.shape[0] - len(latents))
     q = _take(first if layer.q_b is None else layer.q_b, np.argsort(queries))
-    kv_b = jnp.concatenate([layer.latent.keys, layer.latent.values], axis=1)
+    kv_b = layer.kv_b
+    if kv_b is None:
+        kv_b = jnp.concatenate([layer.latent.keys, layer.latent.values], axis=1).reshape(-1, config.kv_lora_rank)
     attention = {
         "kv_a_proj_with_mqa": _take(kv_a, np.argsort(latents)),
         "kv_a_layernorm": layer.latent.gain,
-        "kv_b_proj": kv_b.reshape(-1, kv_b.shape[-1]),
+        "kv_b_proj": kv_b,
         "o_proj": layer.o,
     }
     if layer.q_b is None:

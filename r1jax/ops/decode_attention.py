@@ -117,8 +117,8 @@ def _fits(q: Float[Array, "T Q"], weights: LatentWeights, cache: PagedLatents, t
     """Whether the kernel of attention takes such queries and such a cache."""
     from r1jax.ops import latent_attention_kernel as kernel
 
-    if not isinstance(cache.pages, jax.Array) or cache.pages.dtype != q.dtype:
-        return False
+    if not isinstance(cache.pages, jax.Array) or cache.pages.dtype != q.dtype or cache.pages.size >= 2**31:
+        return False  # codes, or more numbers than Triton's 32 bits count
     (heads, _, rank), rows = weights.keys.shape, len(cache.table)
     return kernel.fits(len(q) // rows * heads, rank, 2 * turn.cos.shape[1], cache.pages.shape[1])
 

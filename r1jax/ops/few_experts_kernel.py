@@ -27,11 +27,12 @@ def tile_of(width: int, weights: int) -> tuple[int, int]:
 
 
 def fits(choices: int, gate_up: Float[Array, "E F2 D"], down: Float[Array, "E D F"]) -> bool:
-    """Whether both weights are whole tiles, where each token has so many choices."""
+    """Whether both weights are whole tiles, where each token has so many choices, and 32 bits count their numbers."""
     (_, both, wide), inner = gate_up.shape, down.shape[2]
     first, second = tile_of(wide, 2), tile_of(inner, choices)
     deep = first[1] >= LEAST and second[1] >= LEAST
-    return deep and not both // 2 % first[0] and not wide % second[0]
+    counted = gate_up.size < 2**31
+    return counted and deep and not both // 2 % first[0] and not wide % second[0]
 
 
 def gate_and_up(
