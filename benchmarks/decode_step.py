@@ -18,6 +18,7 @@ import re
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -40,7 +41,8 @@ from benchmarks.h100 import environment  # noqa: E402
 from benchmarks.h100_case import BF16, differ, normal, seconds  # noqa: E402
 from benchmarks.low_bits import SCALES as LOW_BITS  # noqa: E402
 from benchmarks.low_bits import decoder_config, reads  # noqa: E402
-from r1jax.config import DecoderConfig, GenerationSettings  # noqa: E402
+from r1jax.arguments import GenerationSettings  # noqa: E402
+from r1jax.config import DecoderConfig  # noqa: E402
 from r1jax.models.decoder import Decoder, LatentCache  # noqa: E402
 from r1jax.models.decoding import decode as fused_decode  # noqa: E402
 from r1jax.models.decoding import next_logits  # noqa: E402
@@ -480,7 +482,9 @@ def main() -> None:
         if since - began > args.limit:
             break
         try:
-            row = {"name": name} | measure()
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", message=".* is not used on this machine")  # that would be no result
+                row = {"name": name} | measure()
         except Exception as error:  # whatever a compiler refuses is a result
             row = {"name": name, "refused": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
         rows.append(row | {"seconds": time.monotonic() - since})

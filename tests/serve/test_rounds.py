@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from r1jax.config import DecoderConfig, GenerationSettings
+from r1jax.arguments import GenerationSettings
+from r1jax.config import DecoderConfig
 from r1jax.models.decoder import Decoder, LatentCache
 from r1jax.models.served import fused
 from r1jax.ops.quantize import dequantize, quantize
