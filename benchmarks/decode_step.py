@@ -307,12 +307,12 @@ def copy_case(copied: int, samples: int) -> dict[str, Any]:
 
 
 def product_case(
-    way: Callable[..., jax.Array], shape: tuple[int, int], settings: dict[str, Any], samples: int
+    way: Callable[..., jax.Array], rows: int, shape: tuple[int, int], settings: dict[str, Any], samples: int
 ) -> dict[str, Any]:
-    """A row times weights one after another, more than a cache holds, with what stands before or after the product."""
+    """Few rows times weights one after another, more than a cache holds, with what stands before or after them."""
     wide, deep = shape
     count = max(2, 2**28 // (2 * wide * deep)) if wide > 1024 else 2
-    x, every = normal(1, 1, deep), [normal(2 + i, wide, deep) * deep**-0.5 for i in range(count)]
+    x, every = normal(1, rows, deep), [normal(2 + i, wide, deep) * deep**-0.5 for i in range(count)]
     exact = row_products.row_product_reference(x.astype(jnp.float32), every[0].astype(jnp.float32), **settings)
 
     # The next row depends on the last result, as in a model, so that nothing runs side by side.
@@ -427,15 +427,21 @@ def product_cases(c: DecoderConfig, samples: int) -> Iterator[tuple[str, Callabl
         "head": ((c.vocab_size, wide), normed),
     }
     tiles = ((4, 1024, 2, 4), (2, 2048, 2, 4), (4, 512, 2, 2), (2, 1024, 2, 2), (8, 512, 2, 4), (4, 2048, 2, 8))
-    cpu = jax.default_backend() == "cpu"
+    found: dict[str, Callable[..., jax.Array]] = {"XLA": row_products.row_product_reference}
+    for tile in tiles:
+        found["/".join(map(str, tile))] = functools.partial(
+            row_products_kernel.rows_times_weight,
+            tile=row_products_kernel.Tile(*tile),
+            interpret=jax.default_backend() == "cpu",
+        )
     for name, (shape, settings) in shapes.items():
-        found: dict[str, Callable[..., jax.Array]] = {"XLA": row_products.row_product_reference}
-        for tile in tiles:
-            found["/".join(map(str, tile))] = functools.partial(
-                row_products_kernel.rows_times_weight, tile=row_products_kernel.Tile(*tile), interpret=cpu
-            )
         for way, product in found.items():
-            yield f"product {name} {way}", functools.partial(product_case, product, shape, settings, samples)
+            yield f"product {name} {way}", functools.partial(product_case, product, 1, shape, settings, samples)
+    shape, settings = shapes["gate_up"]
+    for rows in (2, 4, 8):
+        for way, product in list(found.items())[:2]:
+            run = functools.partial(product_case, product, rows, shape, settings, samples)
+            yield f"product gate_up {way}, {rows} rows", run
 
 
 def table(rows: list[dict]) -> str:
