@@ -405,11 +405,11 @@ def cases(scale: Scale, samples: int) -> Iterator[tuple[str, Callable[[], dict[s
     yield from product_cases(one, few)
     yield "attention XLA", functools.partial(attention_case, scale, None, few)
     for tile in (
-        (16, 32, 4, 2, 264),
+        (16, 32, 4, 2, 396),
         (16, 64, 8, 2, 264),
-        (16, 32, 4, 3, 264),
-        (16, 32, 4, 2, 528),
-        (16, 16, 4, 3, 528),
+        (16, 32, 4, 3, 396),
+        (16, 32, 4, 2, 264),
+        (16, 16, 4, 3, 396),
     ):
         run = functools.partial(attention_case, scale, latent_attention_kernel.Tile(*tile), few)
         yield f"attention kernel {'/'.join(map(str, tile))}", run

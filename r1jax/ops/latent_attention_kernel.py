@@ -21,11 +21,13 @@ class Tile(NamedTuple):
     """Keys that are read at a time, of one page."""
     warps: int = 4
     stages: int = 2
-    programs: int = 264
-    """Of all rows together at least: two for each multiprocessor of an H100."""
+    programs: int = 396
+    """Of all rows at most, where there are not more rows: an H100 runs three on each multiprocessor at once."""
 
 
 TILE = Tile()
+FEW = 32
+"""Parts that are joined fast."""
 LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
@@ -47,8 +49,17 @@ def fits(queries: int, rank: int, rope: int, page: int, tile: Tile = TILE) -> bo
 
 
 def splits_of(rows: int, blocks: int, tile: Tile = TILE) -> int:
-    """Parts of a row's keys: as many as fill the chip, and none without a block of keys."""
-    return max(1, min(blocks, -(-tile.programs // rows)))
+    """Parts of a row's keys: as many as fill the chip in one wave, and not so many that joining them takes longer.
+
+    Args:
+      rows: Of the batch, times groups of heads.
+      blocks: Of keys, of a row at most.
+      tile: How the keys are cut.
+
+    Returns:
+      At least 1, and no more than there are blocks.
+    """
+    return max(1, min(blocks, tile.programs // rows, max(FEW, blocks // 8)))
 
 
 def attend_pages(

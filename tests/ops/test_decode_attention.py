@@ -47,6 +47,7 @@ def test_kernels_and_reference_agree_in_values_and_cache(rows):
 def test_every_split_takes_its_part_of_the_keys_and_reads_no_other_page():
     rows, each, tile = 3, 4, Tile(16, 16, 4, 1, 15)
     assert splits_of(rows, each * PAGE // 16, tile) == 5
+    assert [splits_of(*sizes) for sizes in ((64, 257), (1, 18), (1, 257), (1, 4096), (500, 257))] == [6, 18, 32, 396, 1]
     q, rope, pages = normal(rows, 16, RANK), normal(rows, 16, ROPE), normal(rows * each, PAGE, RANK + ROPE)
     table = np.random.default_rng(1).permutation(rows * each).reshape(rows, each)
     limit = np.stack([np.full(16, 127), np.arange(16) + 40, np.full(16, -1)])
