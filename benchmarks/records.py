@@ -4,9 +4,9 @@
 
 DIR holds uci_default, fpb and stocknet as docs/records.md names their files. Missed payments are judged on a fold of
 five beside LightGBM, sentences on the folds of ten together beside TF-IDF with a linear SVM, and stocks on August and
-September 2015 beside logistic regression. No step is chosen: the probabilities are those of the last checkpoint as
-eval.py writes them, averaged over the seeds as LightGBM's are. The JSON is written after each set. Words after `--` are
-overrides of train.py.
+September 2015, and on four earlier periods, beside logistic regression and LightGBM. No step is chosen: the
+probabilities are those of the last checkpoint as eval.py writes them, averaged over the seeds as LightGBM's are. The JSON
+is written after each set. Words after `--` are overrides of train.py.
 """
 
 import argparse
@@ -24,9 +24,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import eval as scoring  # noqa: E402
 from benchmarks.common import jax_environment, train_run  # noqa: E402
-from benchmarks.records_peers import boosted, logistic, svm  # noqa: E402
+from benchmarks.records_peers import boosted, stock_peers, svm  # noqa: E402
 from r1jax.cli import load_config  # noqa: E402
 from r1jax.data.records import RecordCases  # noqa: E402
+from r1jax.data.stock_files import EARLIER  # noqa: E402
 from r1jax.tasks.catalog import TASKS  # noqa: E402
 from r1jax.tasks.intervals import Draw, figure_text  # noqa: E402
 from r1jax.tasks.records.figures import statistics  # noqa: E402
@@ -45,13 +46,20 @@ class Set(NamedTuple):
     """Figures of the table."""
     folded: bool = False
     """Whether every fold is judged once, or one part alone."""
+    words: tuple[str, ...] = ()
+    """Further words of train.py."""
 
 
 SETS = {
     "uci_default": Set("", "uci_default/uci_default.parquet", boosted, ("auroc", "auprc", "ks", "brier")),
     "fpb 50Agree": Set(":sentiment", "fpb/Sentences_50Agree.txt", svm, ("accuracy", "macro_f1"), folded=True),
     "fpb AllAgree": Set(":sentiment", "fpb/Sentences_AllAgree.txt", svm, ("accuracy", "macro_f1"), folded=True),
-    "stocknet": Set(":stocks", "stocknet", logistic, ("auroc", "auprc", "ks", "brier")),
+    "stocknet": Set(":stocks", "stocknet", stock_peers, ("auroc", "auprc", "ks", "brier")),
+} | {
+    f"stocknet from {start[:7]}": Set(
+        ":stocks", "stocknet", stock_peers, ("auroc", "auprc", "ks", "brier"), words=("--data.fold", str(fold))
+    )
+    for fold, start in enumerate(EARLIER[:-1])
 }
 OURS = {"both": "r1jax", "numbers": "r1jax, numbers alone", "text": "r1jax, text alone"}
 
@@ -120,7 +128,7 @@ def judge_set(chosen: Set, args: argparse.Namespace, folder: Path) -> Judged:
       What the model and its peers say of all judged records.
     """
     words = ["--config", f"configs/records.py{chosen.variant}", "--data.path", str(Path(args.data) / chosen.path)]
-    words += args.overrides
+    words += [*chosen.words, *args.overrides]
     if not chosen.folded:
         return judge_part(words, chosen, args, folder)
     parts = [

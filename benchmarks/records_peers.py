@@ -4,6 +4,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from r1jax.data.records import RecordCases
+from r1jax.data.stock_features import COUNTS
 
 BOOSTING = {
     "objective": "binary",
@@ -18,6 +19,8 @@ BOOSTING = {
 }
 TREES = 450
 SEEDS = 3
+STOCK_BOOSTING = BOOSTING | {"num_leaves": 7, "min_child_samples": 150, "feature_fraction": 0.4}
+STOCK_TREES = 200
 
 
 def boosted(train: RecordCases, judged: RecordCases) -> dict[str, np.ndarray]:
@@ -75,8 +78,8 @@ def svm(train: RecordCases, judged: RecordCases) -> dict[str, np.ndarray]:
     return {"TF-IDF, linear SVM": np.eye(3)[model.predict(_texts(judged))]}
 
 
-def logistic(train: RecordCases, judged: RecordCases) -> dict[str, np.ndarray]:
-    """Logistic regression of the numbers, of the TF-IDF of the tweets, and of both.
+def stock_peers(train: RecordCases, judged: RecordCases) -> dict[str, np.ndarray]:
+    """Logistic regression of the prices' numbers, of the tweets, and of both, and LightGBM on all numbers.
 
     Args:
       train: Days of stocks to learn from.
@@ -85,24 +88,27 @@ def logistic(train: RecordCases, judged: RecordCases) -> dict[str, np.ndarray]:
     Returns:
       By name, the probability of each class.
     """
+    import lightgbm
     from scipy import sparse
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
 
     words, scale = TfidfVectorizer(min_df=20, max_features=20000, sublinear_tf=True), StandardScaler()
-    texts = sparse.csr_matrix(words.fit_transform(_texts(train))), sparse.csr_matrix(words.transform(_texts(judged)))
-    prices = scale.fit_transform(train.records.table[train.rows]), scale.transform(judged.records.table[judged.rows])
-    forms = {
-        "prices": tuple(map(sparse.csr_matrix, prices)),
-        "tweets": texts,
-        "both": tuple(sparse.csr_matrix(sparse.hstack(pair)) for pair in zip(prices, texts, strict=True)),
-    }
+    numbers = scale.fit_transform(train.records.table[train.rows]), scale.transform(judged.records.table[judged.rows])
+    texts = words.fit_transform(_texts(train)), words.transform(_texts(judged))
+    prices = [sparse.csr_matrix(table[:, :-COUNTS]) for table in numbers]
+    tweets = [sparse.hstack([table[:, -COUNTS:], text]) for table, text in zip(numbers, texts, strict=True)]
+    both = [sparse.hstack(pair) for pair in zip(prices, tweets, strict=True)]
     label = train.records.label[train.rows]
-    return {
-        f"logistic regression, {name}": LogisticRegression(C=0.1, max_iter=500).fit(own, label).predict_proba(other)
-        for name, (own, other) in forms.items()
-    }
+    found = {}
+    for name, (own, other) in {"prices": prices, "tweets": tweets, "both": both}.items():
+        model = LogisticRegression(C=0.01, max_iter=500).fit(sparse.csr_matrix(own), label)
+        found[f"logistic regression, {name}"] = model.predict_proba(sparse.csr_matrix(other))
+    data = lightgbm.Dataset(numbers[0], label)
+    models = [lightgbm.train(STOCK_BOOSTING | {"seed": seed}, data, STOCK_TREES) for seed in range(SEEDS)]
+    risk = np.mean([model.predict(numbers[1]) for model in models], axis=0)
+    return found | {"LightGBM, numbers of prices and tweets": np.stack([1 - risk, risk], axis=1)}
 
 
 def _texts(cases: RecordCases) -> list[str]:

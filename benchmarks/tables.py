@@ -69,7 +69,8 @@ SECTIONS = (
     ),
     Section("Time from a payment to its score", {"latency": latency.table, "latency_gpu": latency.table}),
     Section(
-        "Credit, sentiment and stocks beside simple models", {"records": records.table, "records_fpb": records.table}
+        "Credit, sentiment and stocks beside simple models",
+        {"records": records.table, "records_fpb": records.table, "records_stocknet": records.table},
     ),
     Section("Hit rates of the cache", {"cache": cache.table}),
     Section("Reading shuffled cases", {"data": data.table}),

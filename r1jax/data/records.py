@@ -26,6 +26,7 @@ class Records:
       series: Streams of events, the latest last, of which all exist; None where there are none.
       text: "" where missing; None where no case has any.
       day: Day since the epoch for which the class is predicted; None where cases have no time.
+      outcome: Number of what happened, told more finely than by the class, which it decides; None where that is all.
     """
 
     ids: list[str]
@@ -34,12 +35,15 @@ class Records:
     series: Float32[np.ndarray, "N S K C"] | None = None
     text: list[str] | None = None
     day: Int32[np.ndarray, " N"] | None = None
+    outcome: Int32[np.ndarray, " N"] | None = None
 
     def digest(self) -> bytes:
         """sha256 of all that the cases are."""
         made = hashlib.sha256()
         for field in fields(self):
             value = getattr(self, field.name)
+            if value is None and field.name == "outcome":
+                continue  # files that were read before there was such a thing keep their digest
             made.update(field.name.encode())
             if isinstance(value, np.ndarray):
                 made.update(str(value.shape).encode() + np.ascontiguousarray(value).tobytes())
@@ -63,6 +67,8 @@ class RecordCases:
         """
         self.name, self.records, self.rows = name, records, rows
         found = [Field("case_id", "category"), Field("target.class", "number", "int32")]
+        if records.outcome is not None:
+            found.append(Field("target.outcome", "number", "int32"))
         if records.table is not None:
             found.append(Field("table", "table", "float32", records.table.shape[1:]))
         if records.series is not None:
@@ -94,11 +100,13 @@ class RecordCases:
           indices: Which cases, in any order.
 
         Returns:
-          "case_id", "target.class" (int32, `UNKNOWN` where not known), and "table", "series" and "text" as far as the
-          records have them.
+          "case_id", "target.class" (int32, `UNKNOWN` where not known), and "target.outcome", "table", "series" and
+          "text" as far as the records have them.
         """
         rows, records = self.rows[indices], self.records
         batch: dict[str, Any] = {"case_id": [records.ids[row] for row in rows], "target.class": records.label[rows]}
+        if records.outcome is not None:
+            batch["target.outcome"] = records.outcome[rows]
         if records.table is not None:
             batch["table"] = records.table[rows]
         if records.series is not None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from benchmarks import records
-from benchmarks.records_peers import boosted, logistic, svm
+from benchmarks.records_peers import boosted, stock_peers, svm
 from r1jax.config import Config, DataConfig, ModelConfig, TaskConfig
 from r1jax.tasks.records.task import RecordsTask
 from tests.data.record_sets import write_credit, write_phrases, write_stocks
@@ -43,8 +43,8 @@ def test_peers_give_a_probability_of_each_class(tmp_path):
     train, val = parts("sentiment", write_phrases(tmp_path / "x.txt"), "text")
     (called,) = svm(train, val).values()
     np.testing.assert_array_equal(called.argmax(axis=1), val.records.label[val.rows])
-    found = logistic(*parts("stocks", write_stocks(tmp_path / "set"), "table"))
+    found = stock_peers(*parts("stocks", write_stocks(tmp_path / "set"), "table"))
     found |= boosted(*parts("credit", write_credit(tmp_path / "x.parquet"), "table"))
-    assert len(found) == 4
+    assert len(found) == 5
     for probability in found.values():
         np.testing.assert_allclose(probability.sum(axis=1), 1, rtol=1e-6)

@@ -3,6 +3,7 @@
 import shutil
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -11,7 +12,8 @@ from r1jax.data.credit_files import read_credit
 from r1jax.data.phrase_files import read_phrases
 from r1jax.data.records import RecordCases, Records, held_out, in_periods, known
 from r1jax.data.source import Source
-from r1jax.data.stock_files import ENDS, EVENTS, HISTORY, LOSS, read_stocks
+from r1jax.data.stock_features import COUNTS, EVENTS, GAIN, LOSS, QUARTERS, RESULTS, STILL
+from r1jax.data.stock_files import ENDS, HISTORY, read_stocks
 from r1jax.errors import UserError
 from tests.data.record_sets import credit_columns, write_credit, write_phrases, write_stocks
 
@@ -154,26 +156,58 @@ def test_a_stock_has_a_case_a_day_behind_its_history(stocks):
     rows = np.flatnonzero(np.char.startswith(np.array(read.ids), "AA-"))
     assert len(rows) == len(own) - HISTORY - 1 and read.ids[rows[0]] == f"AA-{own.Date[HISTORY + 1]:%Y-%m-%d}"
     np.testing.assert_array_equal(read.label[rows], returns[HISTORY + 1 :] <= LOSS)
+    np.testing.assert_array_equal(read.outcome[rows] == 2, returns[HISTORY + 1 :] >= GAIN)
+    np.testing.assert_array_equal(read.outcome == 1, read.label == 1)
     for at in (0, 57):
         day = HISTORY + 1 + at
         past = np.clip(40 * returns[day - EVENTS : day], -4, 4)
         np.testing.assert_allclose(read.series[rows[at], 0, :, 0], past, rtol=1e-5, atol=1e-6)
-        np.testing.assert_allclose(read.table[rows[at], :5], 40 * returns[day - 5 : day][::-1], rtol=1e-5, atol=1e-6)
-        np.testing.assert_allclose(read.table[rows[at], 17], 40 * returns[day - HISTORY : day].min(), rtol=1e-5)
     gap = np.flatnonzero(np.char.startswith(np.array(read.ids), "CC-"))
     assert len(gap) == len(rows) - HISTORY - 2  # neither the day that lacks, nor one that looks back at it
 
 
+def test_the_numbers_of_a_day_are_those_of_the_windows_before_it(stocks):
+    read, prices = read_stocks(str(stocks)), pq.read_table(stocks / "prices_raw.parquet").to_pandas()
+    grid = prices.pivot(index="ticker", columns="Date")
+    returns = grid["Adj Close"].pct_change(axis=1, fill_method=None)
+    spread = (grid["High"] - grid["Low"]) / grid["Close"]
+    volume = grid["Volume"].T.rolling(20, min_periods=1).mean().T.shift(1, axis=1)
+    ratio = np.log((grid["Volume"] + 1) / (volume + 1))
+    usual = np.sqrt((returns**2).T.rolling(60, min_periods=1).mean().T.shift(1, axis=1)) + STILL
+    stir = np.minimum(returns.abs() / usual, 6) / 2 + np.minimum(np.exp(np.minimum(ratio, 2)), 5) - 1.5
+    calendar = returns.columns.values.astype("datetime64[D]")
+    told = np.array([name.split("-", 1) for name in read.ids])
+    for row in (0, 300, 700, len(read.ids) - 1):
+        at, own = int(np.searchsorted(calendar, np.datetime64(told[row, 1]))), told[row, 0]
+        past, wide = returns.loc[own].to_numpy()[:at], spread.loc[own].to_numpy()[:at]
+        roots = [wide[-1:], *(x[-days:] for x in (wide, past, np.minimum(past, 0)) for days in (5, 20, 60, 250))]
+        expected = [2 * np.log(np.sqrt(np.nanmean(x**2)) + STILL) + 8 for x in roots]
+        for days in (5, 20, 60, 250):
+            seen = past[-days:][~np.isnan(past[-days:])]
+            expected.append(np.log(np.mean(seen <= LOSS) + 0.005) + 4)
+        news = stir.loc[own].to_numpy()
+        spans = [(quarter - near, quarter + near) for quarter in QUARTERS for near in (1, 4)]
+        for first, last in [*spans, (1, 1), (1, 10), (1, 40)]:
+            seen = news[max(at - last, 0) : max(at - first + 1, 0)]
+            seen = seen[~np.isnan(seen)]
+            expected.append(seen.max() if len(seen) else 0)
+        expected.append(ratio.loc[own].to_numpy()[at - 1])
+        expected.append(2 * np.log(np.nanmean(spread.to_numpy()[:, at - 1]) + STILL) + 8)
+        expected.append(200 * np.nanmean(returns.to_numpy()[:, at - 5 : at], axis=0).mean())
+        np.testing.assert_allclose(read.table[row, :-COUNTS], np.clip(expected, -6, 6), rtol=1e-5, atol=1e-5)
+
+
 def test_no_input_of_a_day_sees_that_day_or_a_later_one(stocks, tmp_path):
-    day = np.datetime64("2015-03-02")
+    day, rng = np.datetime64("2015-03-02"), np.random.default_rng(1)
     for name, column in (("prices_raw", "Date"), ("tweets", "created_at")):
         table = pq.read_table(stocks / f"{name}.parquet").to_pandas()
         later = table[column].dt.tz_localize(None) >= day
         for changed in ("High", "Low", "Close", "Adj Close", "Volume"):
             if changed in table:
-                table.loc[later, changed] *= np.random.default_rng(1).uniform(0.5, 2, later.sum())
+                table.loc[later, changed] *= rng.uniform(0.5, 2, later.sum())
         if name == "tweets":
-            table.loc[later, "text"] = "changed"
+            table.loc[later, "text"] = "changed earnings"
+            table = pd.concat([table, table[later]])
         pq.write_table(pa.Table.from_pandas(table, preserve_index=False), tmp_path / f"{name}.parquet")
     before, after = read_stocks(str(stocks)), read_stocks(str(tmp_path))
     seen = before.day <= day.astype(int)
@@ -184,6 +218,8 @@ def test_no_input_of_a_day_sees_that_day_or_a_later_one(stocks, tmp_path):
         t for t, s in zip(after.text, seen, strict=True) if s
     ]
     assert any(before.text[row] != after.text[row] for row in np.flatnonzero(~seen))
+    moved = (before.table != after.table).any(axis=0)
+    assert list(np.flatnonzero(~moved)) == [21, 22, 23, 24]  # the days behind are fewer than three quarters
 
 
 def test_tweets_of_five_trading_days_are_read_the_newest_first(stocks):
@@ -196,6 +232,28 @@ def test_tweets_of_five_trading_days_are_read_the_newest_first(stocks):
         written = tweets.created_at.dt.tz_localize(None)
         own = tweets[(tweets.ticker == ticker) & (written >= first) & (written < day)]
         assert read.text[row] == " / ".join(own.sort_values("created_at", ascending=False).text)
+
+
+def test_tweets_are_counted_over_the_days_before(stocks, tmp_path):
+    shutil.copy(stocks / "prices_raw.parquet", tmp_path)
+    tweets = pq.read_table(stocks / "tweets.parquet")
+    said = [f"{text} EPS beat" if i % 3 else text for i, text in enumerate(tweets["text"].to_pylist())]
+    tweets = changed(tweets, "text", pa.array(said))
+    pq.write_table(tweets, tmp_path / "tweets.parquet")
+    read, tweets = read_stocks(str(tmp_path)), tweets.to_pandas()
+    calendar = np.unique(pq.read_table(stocks / "prices_raw.parquet")["Date"].to_numpy().astype("datetime64[D]"))
+    written = tweets.created_at.dt.tz_localize(None)
+    about = tweets.text.str.lower().str.contains("|".join(RESULTS))
+    for row in range(40, 700, 33):
+        ticker, _, date = read.ids[row].partition("-")
+        at = int(np.searchsorted(calendar, np.datetime64(date)))
+        own = (tweets.ticker == ticker) & (written < calendar[at])
+        many = {days: own & (written >= calendar[at - days]) for days in (1, 5, 20)}
+        late = (many[1] & (written.dt.hour >= 20)).sum()
+        expected = [np.log1p(x.sum()) for x in many.values()]
+        expected += [expected[0] - np.log1p(many[20].sum() / 20), np.log1p(late)]
+        expected += [np.log1p((x & about).sum()) for x in many.values()]
+        np.testing.assert_allclose(read.table[row, -COUNTS:], np.array(expected) - 1, rtol=1e-6, atol=1e-6)
 
 
 def test_wrong_stocks_are_refused(stocks, tmp_path):

@@ -54,6 +54,10 @@ def test_parts_are_folds_or_periods(stocks, credit):
     days = {split: stocks.source(split).records.day[stocks.source(split).rows] for split in ("train", "val", "test")}
     assert days["train"].max() < days["val"].min() and days["val"].max() < days["test"].min()
     assert sum(map(len, days.values())) == len(stocks.source("all"))
+    earlier = RecordsTask(replace(stocks.config, data=replace(stocks.config.data, fold=3)))
+    days = {split: earlier.source(split).records.day[earlier.source(split).rows] for split in ("train", "val")}
+    june, august = (int(np.datetime64(day).astype(int)) for day in ("2015-06-01", "2015-08-01"))
+    assert days["train"].max() < june <= days["val"].min() and days["val"].max() < august
 
 
 def test_what_the_records_lack_is_refused(tmp_path):
@@ -64,12 +68,12 @@ def test_what_the_records_lack_is_refused(tmp_path):
         validate(Config(model=ModelConfig(modalities=("table",)), task=TaskConfig(name="records")))
     with pytest.raises(UserError, match="model.text_ngrams is 8, but it must be 0 for the language task"):
         validate(Config(model=ModelConfig(modalities=("text",), text_ngrams=8), task=TaskConfig(name="language")))
-    with pytest.raises(UserError, match="data.fold is 1, but it must be None for stocks: their parts are periods"):
+    with pytest.raises(UserError, match="data.fold is 4, but it must be below 4 for stocks, an earlier period"):
         validate(
             Config(
                 model=ModelConfig(modalities=("table",)),
                 task=TaskConfig(name="records", records="stocks"),
-                data=DataConfig(path="a", fold=1),
+                data=DataConfig(path="a", fold=4),
             )
         )
     with pytest.raises(UserError, match="data.mix"):
@@ -95,12 +99,16 @@ def test_modes_hide_numbers_or_text(stocks):
 
         def read(inputs, name=name):
             seen[name] = inputs
-            return Output({"class": jnp.zeros((6, 2))}, (), None, None, None, None)
+            return Output({"class": jnp.log(jnp.array([[0.5, 0.2, 0.3]] * 6))}, (), None, None, None, None)
 
         found = stocks.outcomes(read, batch, jax.tree.map(jnp.asarray, mode))
-        np.testing.assert_allclose(found["class"], 0.5)
-    assert seen["both"].has_table.all() and seen["numbers"].has_series.all() and not seen["text"].has_table.any()
-    assert not seen["text"].has_series.any() and not seen["numbers"].text_valid.any()
+        np.testing.assert_allclose(found["class"], [[0.8, 0.2]] * 6, rtol=1e-5)  # a large gain is no loss
+    absent = {name: np.isnan(inputs.table) for name, inputs in seen.items()}
+    assert not absent["both"].any() and absent["text"][:, :-8].all() and not absent["text"][:, -8:].any()
+    assert absent["numbers"][:, -8:].all() and not absent["numbers"][:, :-8].any()
+    assert all(inputs.has_table.all() for inputs in seen.values())
+    assert seen["numbers"].has_series.all() and not seen["text"].has_series.any()
+    assert not seen["numbers"].text_valid.any()
     np.testing.assert_array_equal(seen["text"].text_valid, seen["both"].text_valid)
     assert seen["both"].series.shape == (6, 1, 20, 4) and seen["both"].series_valid.all()
 
@@ -108,7 +116,7 @@ def test_modes_hide_numbers_or_text(stocks):
 def test_training_hides_each_kind_of_some_cases(stocks):
     batch = jax.tree.map(jnp.asarray, stocks.collate(stocks.source("train").read_batch(np.arange(200))))
     inputs, _ = stocks.prepare(batch, jax.random.split(jax.random.key(0), 200))
-    hidden, had = ~np.asarray(inputs.has_table), np.asarray(batch["text_valid"]).any(axis=1)
+    hidden, had = np.isnan(inputs.table[:, 0]), np.asarray(batch["text_valid"]).any(axis=1)
     silenced = had & ~np.asarray(inputs.text_valid).any(axis=1)
     assert 30 < hidden.sum() < 70 and silenced.sum() > 0.1 * had.sum() and not (hidden & silenced).any()
 
@@ -126,6 +134,16 @@ def test_loss_is_the_cross_entropy_of_known_labels_and_parts_add_up(credit):
     np.testing.assert_allclose(loss(slice(0, 6)), expected, rtol=1e-6)
     weights = credit.weights(Inputs(), {"class": label})
     np.testing.assert_allclose(loss(slice(0, 2), weights) + loss(slice(2, 6), weights), expected, rtol=1e-6)
+
+
+def test_stocks_learn_large_gains_apart_from_the_quiet_days(stocks):
+    batch = stocks.collate(stocks.source("val").read_batch(np.arange(40)))
+    inputs, targets = stocks.prepare(jax.tree.map(jnp.asarray, batch))
+    outcome, label = np.asarray(targets["outcome"]), np.asarray(targets["class"])
+    assert set(outcome) == {0, 1, 2} and (label == (outcome == 1)).all() and stocks.heads == (("class", 3),)
+    logits = jnp.asarray(np.random.default_rng(0).standard_normal((40, 3)), jnp.float32)
+    found = stocks.loss(Output({"class": logits}, (), None, None, None, None), inputs, targets, jnp.float32(0))[0]
+    np.testing.assert_allclose(found, log_loss(outcome, jax.nn.softmax(logits)), rtol=1e-6)
 
 
 def test_figures_of_two_classes_are_scikit_learns():

@@ -15,7 +15,8 @@ from r1jax.data.phrase_files import CLASSES, read_phrases
 from r1jax.data.pipeline import Preprocessed, open_pipeline, original
 from r1jax.data.records import UNKNOWN, RecordCases, Records, held_out, in_periods, known
 from r1jax.data.source import Source
-from r1jax.data.stock_files import ENDS, read_stocks
+from r1jax.data.stock_features import COUNTS
+from r1jax.data.stock_files import EARLIER, ENDS, read_stocks
 from r1jax.errors import UserError
 from r1jax.models.r1 import Inputs, Output
 from r1jax.ops.losses import cross_entropy, weighted_mean
@@ -29,12 +30,17 @@ class Kind(NamedTuple):
 
     read: Callable[[str], Records]
     classes: tuple[str, ...]
+    outcomes: tuple[int, ...] = ()
+    """Class of each outcome that is learned; empty where these are the classes."""
+    counts: int = 0
+    """Numbers at the table's end that were counted in the text, and are shown and hidden with it."""
 
 
 KINDS = {
     "credit": Kind(read_credit, ("paid", "missed")),
     "sentiment": Kind(read_phrases, CLASSES),
-    "stocks": Kind(read_stocks, ("other", "loss")),
+    # A large gain is told apart while learning: it is as sure a sign of large moves as a loss is.
+    "stocks": Kind(read_stocks, ("other", "loss"), outcomes=(0, 1, 0), counts=COUNTS),
 }
 MODES = {
     "both": {"hide_numbers": False, "hide_text": False},
@@ -62,7 +68,7 @@ class RecordsTask:
         if "text" in config.model.modalities:
             tokenizer.check_vocabulary(config.model.decoder.vocab_size)
         self.config, self.kind = config, KINDS[config.task.records]
-        self.heads = (("class", len(self.kind.classes)),)
+        self.heads = (("class", len(self.kind.outcomes or self.kind.classes)),)
         self.pipeline = open_pipeline(config.data.preprocess, config.data.plugins)
         self._opened: Records | None = None
 
@@ -104,7 +110,8 @@ class RecordsTask:
         if split == "all":
             return np.ones(len(records.ids), bool)
         if records.day is not None:
-            return in_periods(records.day, split, ENDS)
+            ends = ENDS if data.fold is None else EARLIER[data.fold : data.fold + 2]
+            return in_periods(records.day, split, ends)
         if split == "test":
             raise UserError(
                 f"{data.path} has no test part, only folds: score the validation by --data.split val, or another file "
@@ -133,7 +140,7 @@ class RecordsTask:
     def collate(self, raw: dict[str, Any]) -> dict[str, np.ndarray]:
         """Turns a source's batch into a flat dict of arrays of the modalities that the model reads."""
         reads = self.config.model.modalities
-        batch = {"target.class": raw["target.class"]}
+        batch = {name: raw[name] for name in ("target.class", "target.outcome") if name in raw}
         batch |= {name: raw[name] for name in ("table", "series") if name in reads}
         if "text" in reads:
             batch["text"], batch["text_valid"] = tokenizer.encode_batch(raw["text"], self.config.model.text_tokens)
@@ -147,10 +154,10 @@ class RecordsTask:
           keys: A key for each case, of its randomness in training; None at evaluation.
 
         Returns:
-          What the model reads, and "class".
+          What the model reads, "class", and "outcome" where there is one.
         """
         arrays = {name: value for name, value in batch.items() if "target." not in name}
-        targets = {"class": batch["target.class"]}
+        targets = {name.removeprefix("target."): value for name, value in batch.items() if "target." in name}
         here = jnp.ones(targets["class"].shape, bool)
         arrays |= {f"has_{name}": here for name in ("table", "series") if name in arrays}
         if "series" in arrays:
@@ -159,8 +166,17 @@ class RecordsTask:
         inputs, rate = Inputs(**arrays), self.config.task.modality_dropout
         if keys is not None and rate > 0 and len(self.modes()) > 1:
             draw = jax.vmap(jax.random.uniform)(keys)
-            inputs = hide(inputs, draw > 1 - rate, draw < rate)
+            inputs = self._hide(inputs, draw > 1 - rate, draw < rate)
         return inputs, targets
+
+    def _hide(self, inputs: Inputs, numbers: Bool[Array, " B"], text: Bool[Array, " B"]) -> Inputs:
+        """Hides the numbers or the text of the chosen cases, and what was counted in the text with it."""
+        hidden = hide(inputs, numbers, text)
+        if inputs.table is None or not self.kind.counts:
+            return hidden
+        counted = jnp.arange(inputs.table.shape[1]) >= inputs.table.shape[1] - self.kind.counts
+        table = jnp.where(jnp.where(counted[None], text[:, None], numbers[:, None]), jnp.nan, inputs.table)
+        return hidden._replace(table=table, has_table=inputs.has_table)
 
     def weights(self, inputs: Inputs, targets: dict[str, Array]) -> dict[str, Float[Array, ""]]:
         """Known labels, and cases; arguments as in `Task`."""
@@ -181,7 +197,8 @@ class RecordsTask:
         """Cross-entropy of the known labels, and the balance loss; arguments as in `Task`."""
         task, label, own = self.config.task, targets["class"], self.weights(inputs, targets)
         weights = weights or own
-        losses = cross_entropy(output.heads["class"], jnp.maximum(label, 0), smoothing=task.label_smoothing)
+        learned = targets.get("outcome", label)
+        losses = cross_entropy(output.heads["class"], jnp.maximum(learned, 0), smoothing=task.label_smoothing)
         parts = {"class": weighted_mean(losses, (label != UNKNOWN).astype(jnp.float32), weights["class"])}
         total = parts["class"]
         if output.router:
@@ -191,9 +208,10 @@ class RecordsTask:
         return total, parts
 
     def modes(self) -> dict[str, dict[str, bool]]:
-        """What can be shown: with numbers and text, also each alone."""
+        """What can be shown: with numbers and text, or what was counted in it, also each alone."""
         reads = self.config.model.modalities
-        return MODES if "text" in reads and len(reads) > 1 else {"both": MODES["both"]}
+        apart = ("text" in reads and len(reads) > 1) or ("table" in reads and self.kind.counts > 0)
+        return MODES if apart else {"both": MODES["both"]}
 
     def outcomes(
         self, read: Callable[..., Output], batch: dict[str, Array], mode: dict[str, Bool[Array, ""]]
@@ -211,8 +229,12 @@ class RecordsTask:
         inputs, targets = self.prepare(batch)
         if len(self.modes()) > 1:
             everyone = jnp.ones(targets["class"].shape, bool)
-            inputs = hide(inputs, everyone & mode["hide_numbers"], everyone & mode["hide_text"])
-        return {"class": jax.nn.softmax(read(inputs).heads["class"], axis=-1)}
+            inputs = self._hide(inputs, everyone & mode["hide_numbers"], everyone & mode["hide_text"])
+        said = jax.nn.softmax(read(inputs).heads["class"], axis=-1)
+        if self.kind.outcomes:
+            of = np.asarray(self.kind.outcomes)  # summed, as a product would be rounded more coarsely on a GPU
+            said = jnp.stack([said[:, of == i].sum(axis=1) for i in range(len(self.kind.classes))], axis=1)
+        return {"class": said}
 
     def figures(self, found: dict[str, np.ndarray], targets: dict[str, np.ndarray]) -> Figures:
         """Accuracy, macro F1 and, for two classes, areas and calibration."""
