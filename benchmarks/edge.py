@@ -1,9 +1,10 @@
-"""A medical checkpoint on one CPU core: LiteRT fp32 and int8 beside jitted JAX, in one run, the ways taking turns.
+"""A medical checkpoint on one CPU core: LiteRT beside jitted JAX, in one run, the ways taking turns.
 
     python benchmarks/edge.py --checkpoint runs/medical --converter PYTHON --device PYTHON \\
         --output benchmarks/results/edge.json
 
---converter has the LiteRT converter (docs/export.md), --device has ai-edge-litert and nothing of r1jax.
+--converter has the LiteRT converter (docs/export.md), --device has ai-edge-litert and nothing of r1jax. A way whose
+export is refused, as that of int8 weights may be, is left out, and the command says so.
 """
 
 import argparse
@@ -22,8 +23,10 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import jax_environment  # noqa: E402
+from r1jax.errors import UserError  # noqa: E402
 from r1jax.serve.export_command import export  # noqa: E402
-from r1jax.serve.export_graph import Port, raw_inputs  # noqa: E402
+from r1jax.serve.export_graph import Port  # noqa: E402
+from r1jax.serve.export_medical import raw_inputs  # noqa: E402
 from r1jax.tasks.medical.task import Medical  # noqa: E402
 from r1jax.train.checkpoints import find_checkpoint  # noqa: E402
 
@@ -68,17 +71,23 @@ class Running:
 
 
 def export_all(args: argparse.Namespace, place: Path) -> dict[str, Way]:
-    """Exports the checkpoint every way; each has agreed with it."""
+    """Exports the checkpoint every way that agrees with it; what int8 weights lead to may be refused."""
     words = ["--checkpoint", str(args.checkpoint), "--cases", str(args.cases)]
     edge = ["--to", "litert", "--converter", str(args.converter)]
-    for name, more in (("fp32", edge), ("int8", [*edge, "--int8"]), ("jax", [])):
+    for name, more in (("fp32", edge), ("fp16", [*edge, "--weights", "fp16"]), ("jax", [])):
         export([*words, "--output", str(place / name), *more])
-    return {
+    try:
+        export([*words, "--output", str(place / "int8"), *edge, "--weights", "int8"])
+    except UserError as error:
+        print(f"left out: {error}", file=sys.stderr)
+    ways = {
         "checkpoint, jitted JAX fp32": Way("checkpoint", sys.executable, args.checkpoint.absolute()),
         "exported, JAX": Way("exported", sys.executable, place / "jax"),
         "exported, LiteRT fp32": Way("litert", str(args.device), place / "fp32"),
+        "exported, LiteRT fp16": Way("litert", str(args.device), place / "fp16"),
         "exported, LiteRT int8": Way("litert", str(args.device), place / "int8"),
     }
+    return {name: way for name, way in ways.items() if way.folder.exists()}
 
 
 def one_case(args: argparse.Namespace, card: dict[str, Any], file: Path) -> None:

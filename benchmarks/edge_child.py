@@ -44,7 +44,7 @@ def checkpoint(folder: str, inputs: str) -> tuple[Predict, list[str]]:
     from r1jax.models.r1 import R1
     from r1jax.parallel.mesh import make_mesh
     from r1jax.serve.evaluate import restore_served
-    from r1jax.serve.export_graph import exported_graph
+    from r1jax.serve.export_medical import exported_graph
     from r1jax.tasks.catalog import TASKS
     from r1jax.train.checkpoints import find_checkpoint
 

@@ -1,11 +1,13 @@
 """Time from a payment that comes in to its score, on one CPU core: r1jax beside LightGBM, with and without reasons.
 
-    python benchmarks/latency.py --checkpoint runs/finance --output benchmarks/results/latency.json
+    python benchmarks/latency.py --checkpoint runs/finance --converter PYTHON --device PYTHON \\
+        --output benchmarks/results/latency.json
 
 Every way has a process of its own on the same core, with one thread, and keeps the same history of customers and
 terminals up to date; the ways take turns, on the same payments. LightGBM's reasons are its own exact SHAP values
-(`pred_contrib`), ours integrated gradients that are checked to add up. With `--platform cuda` no peer is measured, only
-payments a second of the model by the size of a batch.
+(`pred_contrib`), ours integrated gradients that are checked to add up. The exported model is one more way where both
+are named: --converter has the LiteRT converter (docs/export.md), --device has ai-edge-litert, pyarrow, jaxtyping, no
+JAX. With `--platform cuda` no peer is measured, only payments a second of the model by the size of a batch.
 """
 
 import argparse
@@ -33,6 +35,7 @@ from r1jax.data.transaction_cases import TransactionCases  # noqa: E402
 from r1jax.data.transaction_state import KeptHistory  # noqa: E402
 from r1jax.data.transactions import DAY, Names, Transactions  # noqa: E402
 from r1jax.parallel.platform import start_platform  # noqa: E402
+from r1jax.serve.export_command import export  # noqa: E402
 from r1jax.serve.scorer import Scorer  # noqa: E402
 from r1jax.tasks.finance.task import Finance  # noqa: E402
 from r1jax.train.checkpoints import find_checkpoint  # noqa: E402
@@ -41,6 +44,7 @@ CHILD = Path(__file__).with_name("latency_child.py")
 TITLES = {
     "history": "history alone",
     "model": "r1jax",
+    "litert": "r1jax, exported to LiteRT",
     "model_reasons": "r1jax, reasons of each",
     "boosted": "LightGBM",
     "boosted_reasons": "LightGBM, SHAP of each",
@@ -70,12 +74,17 @@ def write_rows(table: Transactions, file: Path) -> None:
     file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
 
 
-def prepare(checkpoint: Path, cases: TransactionCases, count: int, folder: Path) -> None:
-    """Leaves what the processes need: a warm history for each, the payments to score, and the peer's trees."""
+def prepare(args: argparse.Namespace, cases: TransactionCases, count: int, folder: Path) -> None:
+    """Leaves what the processes need: a warm history for each, the payments, the exported model, the peer's trees."""
+    if args.converter:
+        edge = ["--to", "litert", "--converter", str(args.converter), "--output", str(folder / "exported")]
+        export([str(args.checkpoint), *edge])
     table, first = cases.table, int(cases.rows[0])
     begin = int(np.searchsorted(table.seconds, table.seconds[first] - WARM_DAYS * DAY))
-    scorer = Scorer(find_checkpoint(checkpoint))
-    kept = KeptHistory(folder / "state", scorer.live.delay, scorer.live.events)
+    scorer = Scorer(find_checkpoint(args.checkpoint))
+    about = {"delay": scorer.live.delay, "events": scorer.live.events}
+    (folder / "history.json").write_text(json.dumps(about))
+    kept = KeptHistory(folder / "state", **about)
     kept.live = scorer.live
     scorer.read_history(part(table, slice(begin, first)))
     kept.extra = scorer.start
@@ -99,9 +108,12 @@ def grow_trees(train: TransactionCases):
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, dict[str, Any]]:
     """Calls of every way, in turns."""
     core = max(os.sched_getaffinity(0))
-    ways = {kind: Way(kind, sys.executable, folder) for kind in WAYS}
+    pythons = dict.fromkeys(WAYS, sys.executable) | {"litert": str(args.device)}
+    if not args.device:
+        del pythons["litert"]
+    ways = {kind: Way(kind, python, folder) for kind, python in pythons.items()}
     running = {kind: Running(way, args.checkpoint.absolute(), core, CHILD) for kind, way in ways.items()}
-    times: dict[str, list[float]] = {kind: [] for kind in WAYS}
+    times: dict[str, list[float]] = {kind: [] for kind in ways}
     for _ in range(args.rounds):
         for kind, process in running.items():
             times[kind] += process.predict(args.explained if kind == "model_reasons" else args.calls)
@@ -152,6 +164,8 @@ def table(report: dict[str, Any]) -> str:
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, type=Path)
+    parser.add_argument("--converter", type=Path, help="Python with the LiteRT converter; none leaves LiteRT out")
+    parser.add_argument("--device", type=Path, help="Python with ai-edge-litert, pyarrow and jaxtyping")
     parser.add_argument("--output", required=True, type=Path, help="JSON to write")
     parser.add_argument("--platform", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--rounds", type=int, default=20)
@@ -160,6 +174,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[1, 16, 256, 4096], help="batches of the throughput")
     parser.add_argument("--seconds", type=float, default=2.0, help="of each batch size")
     args = parser.parse_args(arguments)
+    if (args.converter is None) != (args.device is None):
+        parser.error("--converter and --device go together: one exports the model, the other runs it")
     start_platform(args.platform)
     checkpoint = find_checkpoint(args.checkpoint)
     task = Finance(checkpoint.config())
@@ -170,7 +186,7 @@ def main(arguments: list[str]) -> None:
     with tempfile.TemporaryDirectory() as place:
         if args.platform == "cpu":
             count = 1 + args.rounds * args.calls
-            prepare(args.checkpoint, cases, count, Path(place))
+            prepare(args, cases, count, Path(place))
             ways = measure(args, Path(place))
             about["versions"]["lightgbm"] = importlib.metadata.version("lightgbm")
     rates = throughput(args.checkpoint, cases, args.sizes, args.seconds)

@@ -3,10 +3,11 @@
     python benchmarks/records.py --data DIR --output benchmarks/results/records.json --seeds 3 --folds 10
 
 DIR holds uci_default, fpb and stocknet as docs/records.md names their files. Missed payments are judged on a fold of
-five beside LightGBM, sentences on the folds of ten together beside TF-IDF with a linear SVM, and stocks on August and
-September 2015, and on four earlier periods, beside logistic regression and LightGBM. No step is chosen: the
-probabilities are those of the last checkpoint as eval.py writes them, averaged over the seeds as LightGBM's are. The JSON
-is written after each set. Words after `--` are overrides of train.py.
+five beside LightGBM, stocks on August and September 2015, and on four earlier periods, beside logistic regression and
+LightGBM, and sentences on the folds of ten together beside TF-IDF with a linear SVM, which learns from the file alone
+and again from all that `task.agreement` lets the model learn from. No step is chosen: the probabilities are those of
+the last checkpoint as eval.py writes them, averaged over the seeds as LightGBM's are. The JSON is written after each
+set. Words after `--` are overrides of train.py.
 """
 
 import argparse

@@ -3,7 +3,7 @@
 import numpy as np
 import pyarrow.parquet as pq
 
-from r1jax.data.records import RecordCases
+from r1jax.data.records import RecordCases, Records
 from r1jax.data.stock_features import COUNTS
 
 BOOSTING = {
@@ -61,8 +61,19 @@ def svm(train: RecordCases, judged: RecordCases) -> dict[str, np.ndarray]:
       judged: Sentences to score.
 
     Returns:
-      By name, 1 for the class that is called and 0 for the others.
+      By name, 1 for the class that is called and 0 for the others: of the sentences of the file alone, and where the
+      records have more, of all that the model learns from, weighted by how far annotators agreed.
     """
+    records, rows = train.records, train.rows
+    own = rows if records.beside is None else rows[~records.beside[rows]]
+    called = {"TF-IDF, linear SVM": _svm(records, own, np.ones(len(own)), judged)}
+    if records.agreed is not None:
+        weight = 2 * records.agreed[rows].astype(np.float64) - 1
+        called["TF-IDF, linear SVM, by agreement"] = _svm(records, rows, weight, judged)
+    return called
+
+
+def _svm(records: Records, rows: np.ndarray, weight: np.ndarray, judged: RecordCases) -> np.ndarray:
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.pipeline import make_pipeline, make_union
     from sklearn.svm import LinearSVC
@@ -74,8 +85,8 @@ def svm(train: RecordCases, judged: RecordCases) -> dict[str, np.ndarray]:
         ),
         LinearSVC(C=0.5),
     )
-    model.fit(_texts(train), train.records.label[train.rows])
-    return {"TF-IDF, linear SVM": np.eye(3)[model.predict(_texts(judged))]}
+    model.fit([records.text[row] for row in rows], records.label[rows], linearsvc__sample_weight=weight)
+    return np.eye(3)[model.predict(_texts(judged))]
 
 
 def stock_peers(train: RecordCases, judged: RecordCases) -> dict[str, np.ndarray]:

@@ -196,6 +196,9 @@ class TaskConfig:
     name: Literal["medical", "language", "finance", "records"] = "medical"
     records: Literal["credit", "sentiment", "stocks"] = "credit"
     """What `data.path` holds for the records task (docs/records.md)."""
+    agreement: bool = False
+    """For sentiment, read the other Sentences_*Agree.txt beside `data.path` too: a label is the softer, the fewer
+    annotators agreed on it, and sentences that `data.path` lacks are learned from, never judged on."""
     fields: tuple[str, ...] = ()
     """Findings to learn; empty means every field of the task's schema."""
     label_smoothing: Share = 0.02
@@ -257,7 +260,7 @@ class DataConfig:
     val_cases: Count = 512
     test_cases: Count = 2048
     fold: Natural | None = None
-    """Hold out this fold for validation instead of the folder's own split."""
+    """Hold out this fold for validation instead of the folder's own split; of stocks, an earlier period (0 to 3)."""
     folds: Annotated[int, Bounds("of at least 2", 2)] = 5
     seed: Seed = 0
     """Seed of the generator and of the order of cases."""

@@ -15,8 +15,8 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 IN_CLIENTS: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 """Daemon threads that may still be in a client's native code when the program ends."""
-_ending = {"code": 1}
-"""The exit code that `run_main` has come to."""
+_ending: dict[str, int] = {}
+"""The exit code that `run_main` has come to; empty in a program of another's, whose code is not known here."""
 
 
 class UserError(Exception):
@@ -44,6 +44,7 @@ def run_main(main: Callable[[list[str]], int | None]) -> None:
     Args:
       main: Takes the arguments after the program's name, returns the exit code (None is 0).
     """
+    _ending["code"] = 1  # of an error that passes through
     try:
         code = main(sys.argv[1:])
         sys.stdout.flush()
@@ -67,7 +68,7 @@ def run_main(main: Callable[[list[str]], int | None]) -> None:
 @atexit.register
 def _leave_clients() -> None:
     """Ends the program at once where a client still works: Python would stop that thread inside its C++, and abort."""
-    if any(thread.is_alive() for thread in IN_CLIENTS):
+    if _ending and any(thread.is_alive() for thread in IN_CLIENTS):
         with contextlib.suppress(OSError):
             sys.stdout.flush()
             sys.stderr.flush()

@@ -313,8 +313,8 @@ def _task_relations(config: Config) -> Iterator[tuple[bool, str, str]]:
         yield bool(kinds), "model.modalities", "at least one modality"
         yield config.data.tokenizer is None, "data.tokenizer", "None: the records task reads text as bytes"
         yield not config.data.mix, "data.mix", "empty for the records task: put the cases into one file"
-        fold = config.data.fold if config.task.records == "stocks" else None
-        yield fold is None or fold < 4, "data.fold", "below 4 for stocks, an earlier period (docs/records.md)"
+        counted = config.task.records == "sentiment"
+        yield counted or not config.task.agreement, "task.agreement", "False: only sentences have files of agreement"
     else:
         yield not config.data.mix, "data.mix", "empty for the language task: put the files into one folder"
         yield kinds == ("text",), "model.modalities", "text alone for the language task"

@@ -84,7 +84,7 @@ def test_interrupt_is_quiet():
     process = start(f"{heed}; import time; print('up', flush=True); time.sleep(60)", stdout=subprocess.PIPE)
     assert process.stdout.readline() == "up\n"
     process.send_signal(signal.SIGINT)
-    _, complaint = process.communicate(timeout=60)
+    _, complaint = process.communicate(timeout=240)
     assert (process.returncode, complaint) == (130, "")
 
 
@@ -93,7 +93,7 @@ def test_a_reader_that_left_is_no_crash():
     os.close(reader)
     process = start("print('x' * 100_000)", stdout=writer)
     os.close(writer)
-    _, complaint = process.communicate(timeout=60)
+    _, complaint = process.communicate(timeout=240)
     assert (process.returncode, complaint) == (141, "")
 
 
@@ -142,5 +142,18 @@ run_main(lambda arguments: bounded(["a", "b"], [read, gone]))
     )
     command = [sys.executable, str(tmp_path / "program.py")]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert (ended.returncode, ended.stderr) == (2, "error: b: it is gone: check its name\n")
+
+
+def test_a_program_of_another_s_ends_with_its_own_code_whatever_is_under_way():
+    code = """
+import threading, time
+from r1jax.errors import IN_CLIENTS
+thread = threading.Thread(target=time.sleep, args=(60,), daemon=True)
+IN_CLIENTS.add(thread)
+thread.start()
+"""
+    for end, expected in (("", 0), ("raise SystemExit(7)", 7)):
+        ended = subprocess.run([sys.executable, "-c", code + end], cwd=ROOT, timeout=240)
+        assert ended.returncode == expected

@@ -394,6 +394,6 @@ def test_a_checkpoint_of_another_version_says_so(copied):
 
 def test_cuda_without_a_gpu_exits_with_2(run):
     words = [sys.executable, str(ROOT / "eval.py"), "--checkpoint", str(run), "--platform", "cuda"]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=240)
     assert done.returncode == 2
     assert done.stderr.startswith("error: --platform cuda") and len(done.stderr.splitlines()) == 1

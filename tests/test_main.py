@@ -48,7 +48,7 @@ def test_unknown_commands(words, told):
 
 def test_python_m_r1jax_leaves_with_2_and_one_line():
     call = [sys.executable, "-m", "r1jax", "hf", "verify", "nowhere"]
-    done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert (done.returncode, done.stdout) == (2, "")
     *_, line = done.stderr.splitlines()
     assert line.startswith("error: nowhere/config.json does not exist")

@@ -303,7 +303,7 @@ def test_datanode_is_killed_and_comes_back(go, hdfs, remote, undisturbed, tmp_pa
     try:
         start = time.monotonic()
         message = run.error()
-        assert time.monotonic() - start < 60  # the stated limit, and what the machine does meanwhile
+        assert time.monotonic() - start < 150  # the stated limit, and what the machine does meanwhile
     finally:
         hdfs.start_datanode()
     assert f"error: {remote}/part-0" in message and "DataNodes failed" in message

@@ -23,6 +23,19 @@ def is_remote(url: str) -> bool:
     return "://" in url and not url.startswith("file:")
 
 
+def divide_options(url: str) -> tuple[str, str]:
+    """Divides a URL of a server from its options, so that another path may take its place.
+
+    Args:
+      url: Path or URL.
+
+    Returns:
+      The path or URL without options, and the options from their question mark on; "" where it has none.
+    """
+    place, mark, options = url.partition("?") if is_remote(url) else (url, "", "")
+    return place, mark + options
+
+
 def open_filesystem(url: str) -> tuple[FileSystem, str]:
     """Opens what a path or URL names; nothing is asked of a server yet.
 

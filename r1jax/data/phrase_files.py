@@ -3,6 +3,7 @@
 import numpy as np
 
 from r1jax.data.filesystem import open_filesystem
+from r1jax.data.record_files import is_file
 from r1jax.data.records import UNKNOWN, Records
 from r1jax.errors import UserError
 
@@ -23,11 +24,13 @@ def read_phrases(path: str) -> Records:
     Raises:
       UserError: There is no such file, or a line is wrong.
     """
+    if not is_file(path):
+        raise UserError(f"{path} does not exist, or is no file: name a file of sentences by --data.path")
     system, root = open_filesystem(path)
     try:
         with system.open_input_stream(root) as stream:
             raw = stream.read()
-    except (OSError, IsADirectoryError) as error:
+    except OSError as error:
         raise UserError(f"{path} cannot be read ({error}): name a file of sentences by --data.path") from error
     try:
         written = raw.decode("utf-8-sig")

@@ -1,12 +1,13 @@
 """Labelled cases that fit into memory: numbers, a history and a text of each, and the class to predict."""
 
 import hashlib
+import re
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, Int, Int32
+from jaxtyping import Bool, Float32, Int, Int32
 
 from r1jax.data.schema import Field, Schema
 from r1jax.errors import UserError
@@ -26,6 +27,8 @@ class Records:
       series: Streams of events, the latest last, of which all exist; None where there are none.
       text: "" where missing; None where no case has any.
       day: Day since the epoch for which the class is predicted; None where cases have no time.
+      agreed: Share of the annotators that chose the label; None where nobody counted.
+      beside: Cases of other files, to learn from and never to judge on; None where there are none.
       outcome: Number of what happened, told more finely than by the class, which it decides; None where that is all.
     """
 
@@ -35,6 +38,8 @@ class Records:
     series: Float32[np.ndarray, "N S K C"] | None = None
     text: list[str] | None = None
     day: Int32[np.ndarray, " N"] | None = None
+    agreed: Float32[np.ndarray, " N"] | None = None
+    beside: Bool[np.ndarray, " N"] | None = None
     outcome: Int32[np.ndarray, " N"] | None = None
 
     def digest(self) -> bytes:
@@ -42,7 +47,7 @@ class Records:
         made = hashlib.sha256()
         for field in fields(self):
             value = getattr(self, field.name)
-            if value is None and field.name == "outcome":
+            if value is None and field.name in ("agreed", "beside", "outcome"):
                 continue  # files that were read before there was such a thing keep their digest
             made.update(field.name.encode())
             if isinstance(value, np.ndarray):
@@ -67,6 +72,8 @@ class RecordCases:
         """
         self.name, self.records, self.rows = name, records, rows
         found = [Field("case_id", "category"), Field("target.class", "number", "int32")]
+        if records.agreed is not None:
+            found.append(Field("target.agreed", "number", "float32"))
         if records.outcome is not None:
             found.append(Field("target.outcome", "number", "int32"))
         if records.table is not None:
@@ -85,12 +92,15 @@ class RecordCases:
         return len(self.rows)
 
     def identities(self) -> list[Hashable]:
-        """What tells each case from others, in whatever file: its stock and day, or else all that is read of it."""
+        """What tells each case from others, in whatever file: its stock and day, or else all that is read of it.
+
+        A text is told by its `letters`.
+        """
         records = self.records
         if records.day is not None:
             return [records.ids[row] for row in self.rows]
         arrays = [x for x in (records.table, records.series) if x is not None]
-        text = [""] * len(records.ids) if records.text is None else records.text
+        text = [""] * len(records.ids) if records.text is None else [letters(one) for one in records.text]
         return [(text[row], *(x[row].tobytes() for x in arrays)) for row in self.rows]
 
     def read_batch(self, indices: Int[np.ndarray, " B"]) -> dict[str, Any]:
@@ -100,11 +110,13 @@ class RecordCases:
           indices: Which cases, in any order.
 
         Returns:
-          "case_id", "target.class" (int32, `UNKNOWN` where not known), and "target.outcome", "table", "series" and
-          "text" as far as the records have them.
+          "case_id", "target.class" (int32, `UNKNOWN` where not known), and "target.agreed", "target.outcome", "table",
+          "series" and "text" as far as the records have them.
         """
         rows, records = self.rows[indices], self.records
         batch: dict[str, Any] = {"case_id": [records.ids[row] for row in rows], "target.class": records.label[rows]}
+        if records.agreed is not None:
+            batch["target.agreed"] = records.agreed[rows]
         if records.outcome is not None:
             batch["target.outcome"] = records.outcome[rows]
         if records.table is not None:
@@ -114,6 +126,19 @@ class RecordCases:
         if records.text is not None:
             batch["text"] = [records.text[row] for row in rows]
         return batch
+
+
+def letters(text: str) -> str:
+    """What is equal for one sentence in files that broke other letters of it.
+
+    Args:
+      text: A sentence.
+
+    Returns:
+      Its ASCII letters, in lower case, and digits; the text itself where these are the lesser part of it.
+    """
+    found = re.sub("[^a-z0-9]+", "", text.lower())
+    return found if 2 * len(found) >= len(text) else text
 
 
 def held_out(label: Int32[np.ndarray, " N"], folds: int, fold: int, seed: int) -> np.ndarray:

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float64
 
-from r1jax.data.filesystem import is_remote
+from r1jax.data.filesystem import divide_options
 from r1jax.data.record_files import is_file, numbers, read_file, times, words
 from r1jax.data.records import Records
 from r1jax.data.stock_features import GAIN, LOSS, Market, events, price_numbers, tweet_numbers
@@ -69,8 +69,8 @@ def read_stocks(path: str) -> Records:
 
 def _files(path: str) -> tuple[str, str]:
     """Where the prices and the tweets lie; a URL's options stay behind."""
-    folder, mark, options = path.partition("?") if is_remote(path) else (path, "", "")
-    prices, tweets = (f"{folder.rstrip('/')}/{name}{mark}{options}" for name in (PRICES, TWEETS))
+    folder, options = divide_options(path)
+    prices, tweets = (f"{folder.rstrip('/')}/{name}{options}" for name in (PRICES, TWEETS))
     for file, name in ((prices, PRICES), (tweets, TWEETS)):
         if not is_file(file):
             raise UserError(f"{path} has no file {name}: name a folder of {PRICES} and {TWEETS} by --data.path")

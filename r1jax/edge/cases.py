@@ -27,11 +27,7 @@ def read_cases(path: Path, card: Tree, texts: Tree) -> tuple[list[str], dict[str
     Raises:
       InputError: The file is damaged, or an array is not as docs/data.md says or as the artefact reads it.
     """
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except Exception as error:  # damaged archives raise nearly anything
-        raise InputError(f"{path} cannot be read as .npz ({error}): write or copy it again") from None
+    arrays = read_arrays(path)
     names = [*PICTURES, "text", *(field["name"] for field in texts["record"])]
     count = next((len(arrays[name]) for name in names if name in arrays and arrays[name].ndim), 0)
     if not count:
@@ -47,7 +43,20 @@ def read_cases(path: Path, card: Tree, texts: Tree) -> tuple[list[str], dict[str
     if "table" in wanted:
         columns = [_field(path, field, arrays, count) for field in texts["record"]]
         found["table"] = np.stack(columns, axis=1)
-    return ids, found, _strings(path, "text", arrays) if "text" in arrays else None
+    return ids, found, _stripped(path, "text", arrays) if "text" in arrays else None
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of an .npz file.
+
+    Raises:
+      InputError: It is no such file.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except Exception as error:  # damaged archives raise nearly anything
+        raise InputError(f"{path} cannot be read as .npz ({error}): write or copy it again") from None
 
 
 def _picture(path: Path, name: str, arrays: dict[str, np.ndarray], count: int, shape: list[int]) -> dict:
@@ -105,10 +114,15 @@ def case_inputs(card: Tree, arrays: dict[str, np.ndarray], texts: list[str] | No
     """The inputs of one case: its rows, and the bytes of its text."""
     inputs = {name: np.asarray(values[row]) for name, values in arrays.items()}
     if "text" in card["inputs"]:
-        encoded, length = (texts[row] if texts else "").encode("utf-8"), card["inputs"]["text"]["shape"][0]
-        inputs["text"] = np.frombuffer(encoded[:length].ljust(length, b"\0"), np.uint8).astype(np.int32)
-        inputs["text_bytes"] = np.asarray(len(encoded), np.int32)
+        inputs |= text_inputs(texts[row] if texts else "", card["inputs"]["text"]["shape"][0])
     return inputs
+
+
+def text_inputs(text: str, length: int) -> dict[str, np.ndarray]:
+    """The first bytes of a text, and how many it has."""
+    encoded = text.encode("utf-8")
+    kept = np.frombuffer(encoded[:length].ljust(length, b"\0"), np.uint8)
+    return {"text": kept.astype(np.int32), "text_bytes": np.asarray(len(encoded), np.int32)}
 
 
 def missing_of(card: Tree, inputs: dict[str, np.ndarray]) -> list[str]:
@@ -137,8 +151,8 @@ def _numbers(path: Path, name: str, arrays: dict[str, np.ndarray]) -> np.ndarray
     return values.astype(np.float64)
 
 
-def _strings(path: Path, name: str, arrays: dict[str, np.ndarray]) -> list[str]:
-    """An array of one string, UTF-8 bytes or whole number a case, stripped."""
+def strings_of(path: Path, name: str, arrays: dict[str, np.ndarray]) -> list[str]:
+    """An array of one string, UTF-8 bytes or whole number a case, as they are."""
     values = arrays[name]
     if values.ndim != 1 or values.dtype.kind not in "SUiu":
         shape = list(values.shape)
@@ -147,22 +161,31 @@ def _strings(path: Path, name: str, arrays: dict[str, np.ndarray]) -> list[str]:
     for row, value in enumerate(values.tolist()):
         try:
             raw = value if isinstance(value, bytes) else str(value).encode()
-            found.append(raw.decode().strip())
+            found.append(raw.decode())
         except UnicodeError:
             raise InputError(f"array {name!r} of {path} is not UTF-8 in row {row}: save it as strings") from None
     return found
 
 
+def _stripped(path: Path, name: str, arrays: dict[str, np.ndarray]) -> list[str]:
+    return [value.strip() for value in strings_of(path, name, arrays)]
+
+
 def _case_ids(path: Path, arrays: dict[str, np.ndarray]) -> list[str]:
     """Names of the cases, each its own, as r1jax takes them: reports are named by them."""
-    names = _strings(path, "case_id", arrays)
+    names = _stripped(path, "case_id", arrays)
     for row, name in enumerate(names):
         if not name or name in (".", "..") or not name.isprintable() or set(name) & set("/\\"):
             raise InputError(
                 f"array 'case_id' of {path} is {name!r} in row {row}: a case needs a name of printable characters "
                 "without slashes"
             )
+    refuse_twice(path, names)
+    return names
+
+
+def refuse_twice(path: Path, names: list[str]) -> None:
+    """Refuses a case whose name another one has."""
     name, times = Counter(names).most_common(1)[0]
     if times > 1:
         raise InputError(f"array 'case_id' of {path} has {name!r} {times} times: give every case its own name")
-    return names

@@ -1,14 +1,17 @@
-"""A bundle as JSON and as XML, and the name of its file."""
+"""A report as JSON and as XML, and the name of its file."""
 
 import hashlib
 import json
 import re
 import xml.etree.ElementTree as ET
+from pathlib import Path
 from typing import Any
 
 from .report import XHTML
 
 Tree = dict[str, Any]
+FHIR, RISK_REPORT = "http://hl7.org/fhir", "urn:r1jax:risk-report:1"
+"""Namespaces of the XML of both kinds of report."""
 
 
 def to_json(tree: Tree) -> str:
@@ -16,9 +19,9 @@ def to_json(tree: Tree) -> str:
     return json.dumps(tree, ensure_ascii=False, indent=2, allow_nan=False) + "\n"
 
 
-def to_xml(tree: Tree) -> str:
-    """FHIR's XML of the same tree, to be stored as UTF-8."""
-    root = ET.Element(tree["resourceType"], {"xmlns": "http://hl7.org/fhir"})
+def to_xml(tree: Tree, namespace: str = FHIR) -> str:
+    """The XML of the same tree, to be stored as UTF-8."""
+    root = ET.Element(tree["resourceType"], {"xmlns": namespace})
     narratives: list[tuple[ET.Element, str]] = []
     _write(root, tree, narratives)
     ET.indent(root)
@@ -51,3 +54,10 @@ def file_name(case: str) -> str:
         return case
     kept = re.sub(r"[^\w.\-]", "_", case).encode()[:107].decode("utf-8", errors="ignore")
     return f"{kept.lstrip('.-') or 'case'}-{hashlib.sha256(case.encode()).hexdigest()[:12]}"
+
+
+def write_report(folder: Path, case: str, tree: Tree, namespace: str) -> None:
+    """Writes a report as .json and .xml, named after its case."""
+    name = file_name(case)
+    (folder / f"{name}.json").write_text(to_json(tree), "utf-8")
+    (folder / f"{name}.xml").write_text(to_xml(tree, namespace), "utf-8")

@@ -74,7 +74,7 @@ class StreamEncoder(nn.Module):
         scores = Linear(c.tokens, self.dtype, bias=True, name="scores")(x).astype(jnp.float32)
         shares = jax.nn.softmax(jnp.where(valid[..., None], scores, -jnp.inf), axis=1).astype(x.dtype)
         pooled = jnp.concatenate([jnp.einsum("BKM,BKD->BMD", shares, x), x[:, -1:]], axis=1)
-        summary = Linear(self.features, self.dtype, name="summary")(pooled.reshape(len(pooled), -1))
+        summary = Linear(self.features, self.dtype, name="summary")(pooled.reshape(pooled.shape[0], -1))
         return Linear(self.features, self.dtype, name="projection")(pooled), summary
 
 

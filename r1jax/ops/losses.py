@@ -6,7 +6,7 @@ from jaxtyping import Array, Float, Int
 
 
 def cross_entropy(
-    logits: Float[Array, "*B V"], labels: Int[Array, "*B"], *, smoothing: float = 0.0
+    logits: Float[Array, "*B V"], labels: Int[Array, "*B"], *, smoothing: float | Float[Array, "*B"] = 0.0
 ) -> Float[Array, "*B"]:
     """Cross-entropy against (1 - smoothing) one_hot(label) + smoothing / V, in nats and fp32."""
     log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)

@@ -8,21 +8,19 @@ from typing import Any
 from r1jax import __version__
 from r1jax.config import Config
 from r1jax.edge.artefact import CARD, FORMAT, SUM, card_sum
-from r1jax.serve.export_graph import Port
-from r1jax.serve.scored import Points
-from r1jax.tasks.medical.wording import NOTICE, SYNTHETIC
+from r1jax.serve.export_graph import Exported, Port
 from r1jax.train.checkpoint import Checkpoint
 
 
 def describe_export(
-    checkpoint: Checkpoint, config: Config, points: Points, kind: str, versions: dict[str, str]
+    checkpoint: Checkpoint, config: Config, exported: Exported, kind: str, versions: dict[str, str]
 ) -> dict[str, Any]:
     """What the card says whatever the target.
 
     Args:
       checkpoint: What was exported.
       config: As it was exported.
-      points: Operating points in the model.
+      exported: What the task says of it.
       kind: What reports call the model beside its name.
       versions: Of the packages that wrote it.
 
@@ -35,16 +33,15 @@ def describe_export(
         "format": FORMAT,
         "task": config.task.name,
         "model": f"r1jax {config.name}, step {checkpoint.step} ({kind})",
-        "notice": NOTICE,
-        "trained_on": trained | ({"notice": f"Trained on generated cases. {SYNTHETIC}"} if generated else {}),
+        "notice": exported.notice,
+        "trained_on": trained | ({"notice": exported.generated} if generated else {}),
         "checkpoint": {"sha256": checkpoint.digest(), "step": checkpoint.step, "name": config.name},
         "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "versions": {"r1jax": __version__, **versions},
         "precision": config.model.precision,
         "modalities": list(config.model.modalities),
-        "operating_points": {
-            mode: {name: point.model_dump() for name, point in named.items()} for mode, named in points.items()
-        },
+        "operating_points": exported.points(),
+        **exported.needs(),
     }
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from r1jax.arguments import EvalArguments, EvalData
 from r1jax.cli import load_arguments
-from r1jax.config import Config, Count, MeshConfig, ModelConfig
+from r1jax.config import Config, Count, MeshConfig, ModelConfig, Positive
 from r1jax.disk import sha256
 from r1jax.edge.artefact import TEXTS
 from r1jax.errors import UserError
@@ -27,27 +27,30 @@ from r1jax.parallel.platform import start_platform
 from r1jax.serve import export_jax, export_litert
 from r1jax.serve.evaluate import restore_served, scoring_config
 from r1jax.serve.export_card import describe_export, describe_ports, write_card
-from r1jax.serve.export_gate import FP32, HALF, INT8, Limits, Subset, agreement_lines, compare
-from r1jax.serve.export_graph import exported_graph, ports
-from r1jax.serve.export_texts import report_texts
-from r1jax.serve.scored import Points, Scored, frozen_points, score
+from r1jax.serve.export_finance import FinanceExport
+from r1jax.serve.export_gate import FP16, FP32, HALF, INT8, Subset, agreement_lines, compare
+from r1jax.serve.export_graph import Exported, Limits
+from r1jax.serve.export_medical import MedicalExport
 from r1jax.tasks.catalog import TASKS
-from r1jax.tasks.medical.batch import PICTURES
-from r1jax.tasks.medical.modes import shown_modes
-from r1jax.tasks.medical.task import Medical
+from r1jax.tasks.task import Task
 from r1jax.train.checkpoint import Checkpoint
 from r1jax.train.checkpoints import find_checkpoint
 from r1jax.train.evaluation import Evaluator
 
 HELP = """\
-r1jax export CHECKPOINT --output DIR: the model of a medical run with its preprocessing and its operating thresholds as
-one file that runs without r1jax, beside a card that says what it reads. Before anything is left in DIR, the exported
-model must say what the checkpoint says, on cases of --data (docs/export.md).
+r1jax export CHECKPOINT --output DIR: the model of a medical or a finance run with its preprocessing, calibration and
+operating thresholds as one file that runs without r1jax, beside a card that says what it reads. Before anything is left
+in DIR, the exported model must say what the checkpoint says, on cases of --data (docs/export.md).
 
 Examples:
   r1jax export runs/medical --output exported
-  r1jax export runs/medical --to litert --int8 --install --output edge
+  r1jax export runs/medical --to litert --weights fp16 --install --output edge
+  r1jax export runs/finance --to litert --install --alerts-per-day 50 --output edge
 """
+EXPORTS = {"medical": MedicalExport, "finance": FinanceExport}
+"""What is exported of a checkpoint, by the name of its task."""
+REFUSED = {"float": "by another --to", "fp16": "without --weights", "int8": "by --weights fp16"}
+"""What may agree where the weights as they were stored did not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +64,9 @@ class ExportArguments:
     to: Literal["jax", "litert"] = "jax"
     """jax: a program for CPU and CUDA, any batch, run by JAX; litert: for a device, one case at a time, run by LiteRT
     and reported by a script beside it."""
-    int8: bool = False
-    """Of litert: weights of products and convolutions as int8."""
+    weights: Literal["float", "fp16", "int8"] = "float"
+    """Of litert, how they are stored: as fp32; as fp16, which is half of it and nearly the same model; or as int8, the
+    heads' as fp16, which not every model bears (docs/export.md)."""
     converter: str | None = None
     """Python of an environment that has the LiteRT converter; none takes that which --install makes."""
     install: bool = False
@@ -70,6 +74,8 @@ class ExportArguments:
     data: EvalData = field(default_factory=EvalData)
     cases: Count = 400
     """Cases that the exported model is compared on."""
+    alerts_per_day: Positive | None = None
+    """Of finance: alerts a day that can be looked at; none takes the checkpoint's `task.finance.alerts`."""
 
 
 class Opened(NamedTuple):
@@ -78,12 +84,11 @@ class Opened(NamedTuple):
     checkpoint: Checkpoint
     config: Config
     """With unrolled, unrounded layers of fp32 where the target needs it, and the data that is compared on."""
-    task: Medical
+    task: Task
     model: R1
     params: Any
-    scored: Scored
-    """What the checkpoint says of the cases, in its own precision."""
-    points: Points
+    exported: Exported
+    """With what the checkpoint says of the cases, in its own precision."""
 
 
 def export(words: list[str]) -> int:
@@ -100,8 +105,8 @@ def export(words: list[str]) -> int:
     """
     asked = load_arguments(ExportArguments, words, "r1jax export", HELP, ("checkpoint",))
     edge, output = asked.to == "litert", Path(asked.output)
-    if asked.int8 and not edge:
-        raise UserError("--int8 is of --to litert: add that, or leave --int8 out")
+    if asked.weights != "float" and not edge:
+        raise UserError(f"--weights {asked.weights} is of --to litert: add that, or leave --weights out")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output {output} is there already: name a new folder, or remove it")
     checkpoint = find_checkpoint(Path(asked.checkpoint), "checkpoint")
@@ -113,7 +118,7 @@ def export(words: list[str]) -> int:
         if not agreement["agrees"]:
             raise UserError(
                 f"the exported model does not say what {checkpoint.path} says (table above), so nothing was written "
-                f"to {output}: export {'without --int8' if asked.int8 else 'by another --to'}"
+                f"to {output}: export {REFUSED[asked.weights]}"
             )
     for file in sorted(output.iterdir()):
         print(f"{file}  {file.stat().st_size:,} bytes")
@@ -137,9 +142,13 @@ def open_checkpoint(checkpoint: Checkpoint, asked: ExportArguments) -> Opened:
     if checkpoint.quantized:
         raise UserError(f"{checkpoint.path} is quantized: export what it was made from")
     checkpoint.refuse_codes()
-    config = scoring_config(checkpoint, EvalArguments(checkpoint=asked.checkpoint, data=asked.data))
-    if config.task.name != "medical":
-        raise UserError(f"{checkpoint.path} is of the {config.task.name} task: only medical checkpoints are exported")
+    told = EvalArguments(checkpoint=asked.checkpoint, data=asked.data, alerts_per_day=asked.alerts_per_day)
+    config = scoring_config(checkpoint, told)
+    if config.task.name not in EXPORTS:
+        raise UserError(
+            f"{checkpoint.path} is of the {config.task.name} task: only checkpoints of {' and '.join(EXPORTS)} are "
+            "exported"
+        )
     if config.data.preprocess:
         raise UserError(
             f"{checkpoint.path} reads cases through data.preprocess {config.data.preprocess!r}, which runs on the host "
@@ -155,12 +164,11 @@ def open_checkpoint(checkpoint: Checkpoint, asked: ExportArguments) -> Opened:
     print(f"{checkpoint.path}: {start_platform('cpu')}", file=sys.stderr)
     task, mesh = TASKS[config.task.name](config), make_mesh(MeshConfig(), jax.devices()[:1])
     network = R1(config.model, task.heads)
-    source = Subset(task.source(config.data.split), asked.cases)
+    export_of = EXPORTS[config.task.name]
+    source = task.source(config.data.split)
+    source = Subset(source, export_of.chosen(source, asked.cases))
     params = restore_served(checkpoint, config, network, task, mesh, source)
-    validation = checkpoint.meta()["validation"]
-    scored = score(Evaluator(network, task, mesh), task, params, source, validation, batch_size=32)
-    reads = config.model.modalities
-    points = frozen_points(validation, task, shown_modes(reads, reads))
+    exported = export_of(checkpoint, Evaluator(network, task, mesh), params, source)
     weights = jax.tree.map(np.asarray, params)
     if asked.to == "litert":  # an edge device has neither bf16 nor loops, and its converter rounds by itself
         plain = dataclasses.replace(config.model, precision="fp32", scan_layers=False, quant=())
@@ -168,7 +176,7 @@ def open_checkpoint(checkpoint: Checkpoint, asked: ExportArguments) -> Opened:
         task = TASKS[config.task.name](config)
         network = R1(plain, task.heads)
         weights = jax.tree.map(lambda x: x.astype(np.float32) if x.dtype == jnp.bfloat16 else x, weights)
-    return Opened(checkpoint, config, task, network, weights, scored, points)
+    return Opened(checkpoint, config, task, network, weights, exported)
 
 
 def write(folder: Path, opened: Opened, asked: ExportArguments, converter: Path | None) -> dict[str, Any]:
@@ -183,9 +191,8 @@ def write(folder: Path, opened: Opened, asked: ExportArguments, converter: Path 
     Returns:
       The agreement; if it does agree, the card holds it too.
     """
-    sizes = {name: _size(opened, name) for name in PICTURES if name in opened.config.model.modalities}
-    wanted = ports(opened.task, sizes)
-    graph = exported_graph(opened.task, opened.model, opened.params, opened.points)
+    wanted = opened.exported.ports
+    graph = opened.exported.graph(opened.task, opened.model, opened.params)
     run: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
     if converter is None:
         largest, outputs = export_jax.write_model(folder, graph, wanted)
@@ -193,17 +200,19 @@ def write(folder: Path, opened: Opened, asked: ExportArguments, converter: Path 
         versions, kind = {"jax": jax.__version__}, "exported"
         run = export_jax.read_model(folder)
     else:
-        versions, outputs = export_litert.write_model(folder, graph, wanted, int8=asked.int8, converter=converter)
-        (folder / TEXTS).write_text(json.dumps(report_texts(), ensure_ascii=False, indent=1) + "\n", "utf-8")
-        made = {"file": export_litert.MODEL, "batch": "1", "precision": "int8 weights" if asked.int8 else "fp32"}
-        kind = "edge, int8 weights" if asked.int8 else "edge"
+        versions, outputs = export_litert.write_model(folder, graph, wanted, weights=asked.weights, converter=converter)
+        (folder / TEXTS).write_text(json.dumps(opened.exported.texts(), ensure_ascii=False, indent=1) + "\n", "utf-8")
+        made = {"file": export_litert.MODEL, "batch": "1", "precision": "fp32"}
+        kind = "edge"
+        if asked.weights != "float":
+            made["precision"] = f"{asked.weights} weights"
+            kind += f", {asked.weights} weights"
         run = functools.partial(export_litert.run_model, folder, converter=converter)
-    card = describe_export(opened.checkpoint, opened.config, opened.points, kind, versions)
+    card = describe_export(opened.checkpoint, opened.config, opened.exported, kind, versions)
     card |= {"to": asked.to, **made, **describe_ports(wanted, outputs)}
     card["sha256"] = {file.name: sha256(file) for file in sorted(folder.iterdir())}
     write_card(folder, card)
-    scored = dataclasses.replace(opened.scored, frozen=opened.points | opened.scored.frozen)
-    agreement = compare(run, wanted, scored, limits_of(opened.checkpoint.config().model, asked))
+    agreement = compare(run, opened.exported, limits_of(opened.checkpoint.config().model, asked))
     if agreement["agrees"]:
         write_card(folder, card | {"agreement": agreement})
     return agreement
@@ -219,15 +228,11 @@ def limits_of(trained: ModelConfig, asked: ExportArguments) -> Limits:
     Returns:
       The limits.
     """
-    if asked.int8 or (asked.to == "litert" and trained.quant):
+    if asked.weights == "int8" or (asked.to == "litert" and trained.quant):
         return INT8
+    if asked.weights == "fp16":
+        return FP16
     return FP32 if trained.precision == "fp32" else HALF
-
-
-def _size(opened: Opened, name: str) -> tuple[int, ...]:
-    """Voxels of a picture as the cases have them; where they have none, as the model reads them."""
-    given = {item.name: item.shape for item in opened.scored.source.schema.fields}
-    return tuple(given.get(name, getattr(opened.config.model, name).size))
 
 
 @contextmanager

@@ -1,27 +1,20 @@
-"""One function from a raw case to its findings and calls: preprocessing, model with its weights, thresholds."""
+"""What is exported, whatever the task: ports, one function of arrays, and what holds its outputs to the checkpoint."""
 
-import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from r1jax.data import tokenizer
+from r1jax.data.source import Source
 from r1jax.models.r1 import R1
-from r1jax.serve.scored import Points
-from r1jax.tasks.medical import batch as b
-from r1jax.tasks.medical.modes import MODES
-from r1jax.tasks.medical.schema import FINDING, RECORD_FIELDS
-from r1jax.tasks.medical.task import Medical
+from r1jax.tasks.task import Task
 
 Graph = Callable[[dict[str, Array]], dict[str, Array]]
-LOW_HU, GREY_HU = b.HU_WINDOW[0], (b.HU_WINDOW[1] - b.HU_WINDOW[0]) / 255
-"""HU of grey value 0, and of each step above it."""
-CALL = "call."
-"""Begins the names of the outputs that say whether a binary finding is called present."""
+"""Arrays of the ports with a leading batch axis -> arrays by output, cases first."""
 
 
 class Port(NamedTuple):
@@ -34,99 +27,129 @@ class Port(NamedTuple):
     meaning: str
 
 
-def ports(task: Medical, sizes: dict[str, tuple[int, ...]]) -> dict[str, Port]:
-    """Describes what the graph reads.
+@dataclass(frozen=True)
+class Limits:
+    """Largest differences that are let through.
+
+    Attributes:
+      probability: Of any probability.
+      mm: Of lengths and positions.
+      near: A decision may differ where the checkpoint's probability is this close to the threshold.
+    """
+
+    probability: float
+    mm: float
+    near: float = 0.0
+
+
+class Held(NamedTuple):
+    """How an output of some cases compares to what the checkpoint says."""
+
+    kind: str
+    difference: Float[np.ndarray, "n ..."]
+    limit: float
+    """Of the difference."""
+    same: Bool[np.ndarray, " n"]
+    """Whether it comes to the same."""
+    decides: bool
+    """Whether that is a decision: all of a case are counted together."""
+
+
+@runtime_checkable
+class Exported(Protocol):
+    """What a task says of its export; command, gate and card know no more of it.
+
+    Attributes:
+      source: The cases that the export is compared on.
+      ports: What the graph reads.
+      shown: Names of the ways to show a case, the one that shows all first.
+      notice: What the model is not.
+      generated: Said of a model that was trained on generated cases.
+    """
+
+    source: Source
+    ports: dict[str, Port]
+    shown: tuple[str, ...]
+    notice: str
+    generated: str
+
+    def graph(self, task: Task, model: R1, params: Any) -> Graph:
+        """Everything between a raw case and its calls as one function of arrays.
+
+        Args:
+          task: The task, of the config that is exported.
+          model: The model of that config.
+          params: Its weights, which become constants of the graph.
+
+        Returns:
+          The graph.
+        """
+        ...
+
+    def inputs(self, raw: dict[str, Any]) -> dict[str, np.ndarray]:
+        """A source's batch as the graph reads it; all that is left to the host."""
+        ...
+
+    def hidden(self, inputs: dict[str, np.ndarray], shown: str) -> dict[str, np.ndarray]:
+        """The inputs of the same cases, shown in one of the ways."""
+        ...
+
+    def held(
+        self, shown: str, raw: dict[str, Any], rows: np.ndarray, found: dict[str, np.ndarray], limits: Limits
+    ) -> dict[str, Held]:
+        """Compares what an artefact says of some cases.
+
+        Args:
+          shown: How they were shown.
+          raw: Their batch.
+          rows: Which cases of `source` they are.
+          found: Outputs of the artefact.
+          limits: What may differ.
+
+        Returns:
+          By what is predicted.
+        """
+        ...
+
+    def points(self) -> dict[str, dict[str, Any]]:
+        """Operating points in the graph, by the way a case is shown; JSON."""
+        ...
+
+    def needs(self) -> dict[str, Any]:
+        """What the host must know beside the ports; JSON for the card."""
+        ...
+
+    def texts(self) -> dict[str, Any]:
+        """What a device fills its reports from; JSON."""
+        ...
+
+
+def text_ports(tokens: int) -> dict[str, Port]:
+    """Ports of a text that the model reads in so many tokens, of which the first marks the beginning."""
+    length = tokens - 1
+    return {
+        "text": Port((length,), "int32", "1", f"first {length} UTF-8 bytes of the text, then zeros"),
+        "text_bytes": Port((), "int32", "bytes", "length of the whole text, 0 where it is missing"),
+    }
+
+
+def text_inputs(texts: Sequence[str], port: Port) -> dict[str, np.ndarray]:
+    """The host's part of reading texts.
 
     Args:
-      task: The task.
-      sizes: Voxels of each picture as the cases come, before they are cropped or padded to what the model reads.
+      texts: One a case, empty where it is missing.
+      port: Of `text_ports`.
 
     Returns:
-      By name.
+      "text" and "text_bytes".
     """
-    model, found = task.config.model, {}
-    for name in b.PICTURES:
-        if name in model.modalities:
-            rank = len(getattr(model, name).size)
-            axes = "z, y, x"[-3 * rank + 2 :]
-            found[name] = Port(sizes[name], "float32", "HU", f"Hounsfield units, axes {axes}; anything where missing")
-            found[f"{name}_spacing"] = Port((rank,), "float32", "mm", f"edges of a voxel, {axes}; 1 where missing")
-            found[f"has_{name}"] = Port((), "bool", "1", f"whether the case has the {name}")
-    if "table" in model.modalities:
-        fields = ", ".join(f"{field.name} ({field.unit})" for field in RECORD_FIELDS)
-        found["table"] = Port((len(RECORD_FIELDS),), "float32", "see meaning", f"record, NaN where unknown: {fields}")
-    if "text" in model.modalities:
-        length = model.text_tokens - 1
-        found["text"] = Port((length,), "int32", "1", f"first {length} UTF-8 bytes of the record's text, then zeros")
-        found["text_bytes"] = Port((), "int32", "bytes", "length of the whole text, 0 where it is missing")
-    return found
-
-
-def raw_inputs(raw: dict[str, Any], wanted: dict[str, Port]) -> dict[str, np.ndarray]:
-    """Turns a source's batch into what the graph reads; all that is left to the host.
-
-    Args:
-      raw: What `Source.read_batch` returned.
-      wanted: From `ports`.
-
-    Returns:
-      Arrays with a leading batch axis.
-    """
-    count, found = len(raw["case_id"]), {}
-    for name, port in wanted.items():
-        if name == "text":
-            encoded = [text.encode("utf-8") for text in raw.get("text", [""] * count)]
-            found["text_bytes"] = np.array([len(text) for text in encoded], np.int32)
-            rows = [list(text[: port.shape[0]].ljust(port.shape[0], b"\0")) for text in encoded]
-            found["text"] = np.array(rows, np.int32).reshape(count, *port.shape)
-        elif name.startswith("has_"):
-            found[name] = np.asarray(raw.get(name, np.full(count, name.removeprefix("has_") in raw)), bool)
-        elif name in b.PICTURES:
-            picture = raw.get(name, np.zeros((count, *port.shape), np.int16))
-            grey = picture.dtype == np.uint8
-            picture = picture.astype(np.float32)
-            found[name] = picture * np.float32(GREY_HU) + np.float32(LOW_HU) if grey else picture
-        elif name != "text_bytes":
-            missing = np.nan if name == "table" else 1.0
-            found[name] = np.asarray(raw.get(name, np.full((count, *port.shape), missing)), np.float32)
-    return found
-
-
-def exported_graph(task: Medical, model: R1, params: Any, points: Points) -> Graph:
-    """Puts everything between a raw case and its calls into one function of arrays.
-
-    Args:
-      task: The task.
-      model: The model.
-      params: Its weights, which become constants of the graph.
-      points: Operating points by reported mode, then by finding.
-
-    Returns:
-      (arrays of `ports` with a leading batch axis) -> predictions by finding, and `call.FINDING` of each binary one:
-      1 at or above the threshold of what the case has, else 0.
-    """
-    read = functools.partial(model.apply, {"params": jax.tree.map(jnp.asarray, params)})
-    mode = {name: jnp.asarray(hidden) for name, hidden in MODES["both"].items()}
-
-    def graph(inputs: dict[str, Array]) -> dict[str, Array]:
-        batch = {name: x for name, x in inputs.items() if name not in ("table", "text", "text_bytes")}
-        if "table" in inputs:
-            batch |= standardise(inputs["table"])
-        if "text" in inputs:
-            batch["text"], batch["text_valid"] = tokenize(inputs["text"], inputs["text_bytes"])
-        found = task.outcomes(read, batch, mode)
-        binary = [name for name in found if FINDING[name].kind == "binary"]
-        calls = {CALL + name: found[name] >= _threshold(name, batch, points) for name in binary}
-        return found | {name: call.astype(jnp.int32) for name, call in calls.items()}
-
-    return graph
-
-
-def standardise(table: Float[Array, "B F"]) -> dict[str, Array]:
-    """Brings record fields to order one, as `collate` does on the host, and says which cases have any."""
-    center = jnp.asarray([field.center for field in RECORD_FIELDS], jnp.float32)[None]
-    scale = jnp.asarray([field.scale for field in RECORD_FIELDS], jnp.float32)[None]
-    return {"table": (table - center) / scale, "has_table": ~jnp.all(jnp.isnan(table), axis=1)}
+    (length,) = port.shape
+    encoded = [text.encode("utf-8") for text in texts]
+    rows = [list(text[:length].ljust(length, b"\0")) for text in encoded]
+    return {
+        "text": np.array(rows, np.int32).reshape(len(encoded), length),
+        "text_bytes": np.array([len(text) for text in encoded], np.int32),
+    }
 
 
 def tokenize(text: Int[Array, "B n"], length: Int[Array, " B"]) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:
@@ -145,21 +168,3 @@ def tokenize(text: Int[Array, "B n"], length: Int[Array, " B"]) -> tuple[Int[Arr
     valid = (place <= last) & (length[:, None] > 0)
     tokens = jnp.where(place == last, tokenizer.EOS, tokens)
     return jnp.where(valid, tokens, tokenizer.PAD), valid
-
-
-def _threshold(name: str, batch: dict[str, Array], points: Points) -> Float[Array, " B"]:
-    """Operating threshold of each case, by what it has; NaN, which nothing reaches, where none is known."""
-    pictures = [batch[f"has_{picture}"] for picture in b.PICTURES if picture in batch]
-    records = [batch["has_table"]] if "table" in batch else []
-    records += [batch["text_valid"][:, 0]] if "text" in batch else []
-    main = next(iter(points))
-
-    def of(mode: str) -> Float[Array, ""]:
-        point = points.get(mode, points[main]).get(name)
-        return jnp.asarray(np.nan if point is None else point.threshold, jnp.float32)
-
-    if not (pictures and records):
-        return jnp.broadcast_to(of(main), next(iter(batch.values())).shape[:1])
-    has_picture, has_record = (functools.reduce(jnp.logical_or, flags) for flags in (pictures, records))
-    alone = jnp.where(has_picture, of("image_only"), of("record_only"))
-    return jnp.where(has_picture & has_record, of("both"), alone)

@@ -23,9 +23,10 @@ from r1jax.serve.export_graph import Graph, Port
 
 REQUIREMENTS = ("litert-converter==0.5.0", "ai-edge-quantizer==0.10.0")
 """What the converter's environment holds; its interface is private, hence the exact versions."""
-KEPT = r".*/(merge_[01]|stage_[01]_\w+|spacing|where|head_\w+)/.*"
-"""Weights that stay fp32 with int8: those nearest to the pictures, and the heads. They are few bytes and most of the
-error."""
+KEPT = r".*/(volume|image|series|table|text|where|head_\w+)/.*"
+"""Layers that compute in fp32 with int8, since they are most of the error: encoders and heads, all but the decoder."""
+FINE = r".*/(merge_[01]|stage_0_\w+|head_\w+)/.*"
+"""Those of them whose weights are stored as fp16, which are few bytes; all other weights are stored as int8."""
 MODEL = "model.tflite"
 COMPLETE = "complete"
 """File in the converter's environment once all is installed: an interpreter alone may be what a crash left."""
@@ -83,7 +84,7 @@ def _make_environment(home: Path) -> None:
 
 
 def write_model(
-    folder: Path, graph: Graph, wanted: dict[str, Port], *, int8: bool, converter: Path
+    folder: Path, graph: Graph, wanted: dict[str, Port], *, weights: str, converter: Path
 ) -> tuple[dict[str, str], dict[str, jax.ShapeDtypeStruct]]:
     """Writes the edge network and its runner.
 
@@ -91,7 +92,7 @@ def write_model(
       folder: Where to.
       graph: From `exported_graph`, in fp32.
       wanted: What it reads.
-      int8: Whether the weights become int8.
+      weights: "float" leaves them in fp32, "fp16" and "int8" store them in fewer bits.
       converter: Python that has the converter.
 
     Returns:
@@ -113,8 +114,9 @@ def write_model(
             "do": "convert",
             "source": str(source),
             "target": str(folder / MODEL),
-            "int8": int8,
+            "int8": weights == "int8",
             "kept": KEPT,
+            "fine": {"float": None, "fp16": ".*", "int8": FINE}[weights],
             **names,
         }
         versions = _work(converter, asked)

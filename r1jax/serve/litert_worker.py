@@ -8,10 +8,13 @@ converter answers what it does not understand with a segmentation fault. Its Pyt
 
 import importlib.metadata
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
+LEAST = 256
+"""Numbers from which a constant that is left in fp32 is stored in fewer bits: below, its scales and place cost more."""
 MISSING = 3
 """Exit code: a package of the converter is not installed."""
 PACKAGES = ("litert-converter", "ai-edge-quantizer", "ai-edge-litert")
@@ -21,9 +24,9 @@ def convert(asked: dict[str, Any]) -> None:
     """Turns StableHLO text into a .tflite file.
 
     Args:
-      asked: "source", "target" (files), "inputs", "outputs" (names in the order of the program), "int8": whether the
-        weights of products and convolutions become int8, one scale an output channel, and "kept": regular expression
-        of the names of those that do not.
+      asked: "source", "target" (files), "inputs", "outputs" (names in the order of the program), "int8": whether
+        products compute in int8 but for those whose names match "kept", a regular expression, and "fine": of the
+        constants that are stored as fp16, all others being int8, one scale a channel; None leaves all in fp32.
     """
     from litert_converter.mlir import ir, passmanager
     from litert_converter.mlir._mlir_libs import converter_api_ext as api
@@ -40,11 +43,12 @@ def convert(asked: dict[str, Any]) -> None:
         api.run_convert_to_tfl_passes(module, passmanager.PassManager(), config)
         target = Path(asked["target"])
         target.write_bytes(api.export_flatbuffer_to_bytes(module.operation))
-    if asked["int8"]:
-        target.write_bytes(_quantized(target, asked["kept"]))
+    if asked["fine"] is not None:
+        content = _quantized(target, asked["kept"]) if asked["int8"] else bytearray(target.read_bytes())
+        target.write_bytes(_narrowed(content, asked["fine"]))
 
 
-def _quantized(model: Path, kept: str) -> bytes:
+def _quantized(model: Path, kept: str) -> bytearray:
     """Dynamic int8: weights are stored as int8, activations become int8 row by row within each product."""
     from ai_edge_quantizer import quantizer, recipe
 
@@ -55,7 +59,99 @@ def _quantized(model: Path, kept: str) -> bytes:
         for regex, operation in ((".*", "BATCH_MATMUL"), (kept, "*"))
     ]
     engine.load_quantization_recipe([*recipe.dynamic_wi8c_afp32(), *apart])
-    return bytes(engine.quantize(None).quantized_model)
+    return bytearray(engine.quantize(None).quantized_model)
+
+
+def _narrowed(content: bytearray, fine: str) -> bytes:
+    """Stores what is fp32 still (embeddings, layers that compute in fp32) in fewer bits, widened where it is used."""
+    import numpy as np
+    from ai_edge_litert import schema_py_generated as schema
+    from ai_edge_litert.tools import flatbuffer_utils
+
+    model = flatbuffer_utils.read_model_from_bytearray(content)
+    (graph,) = model.subgraphs
+    widen = schema.OperatorCodeT()
+    widen.builtinCode = widen.deprecatedBuiltinCode = schema.BuiltinOperator.DEQUANTIZE
+    widen.version = 5  # the first that takes one scale a channel
+    model.operatorCodes.append(widen)
+    added = []
+    for place, tensor in enumerate(list(graph.tensors)):
+        data = model.buffers[tensor.buffer].data
+        if tensor.type != schema.TensorType.FLOAT32 or data is None or len(data) < 4 * LEAST:
+            continue
+        weights = np.frombuffer(bytes(data), np.float32).reshape(tensor.shape)
+        matrix = sum(size > 1 for size in weights.shape) > 1  # a vector's numbers share no scale
+        if not matrix or not (np.abs(weights) < np.finfo(np.float16).max).all():
+            continue
+        stored = schema.TensorT()
+        stored.shape, stored.hasRank, stored.buffer = tensor.shape, tensor.hasRank, len(model.buffers)
+        if re.fullmatch(fine, tensor.name.decode()):
+            stored.type, codes = schema.TensorType.FLOAT16, weights.astype(np.float16)
+        else:
+            codes, scale, axis = _rounded(weights)
+            stored.type, stored.quantization = schema.TensorType.INT8, schema.QuantizationParametersT()
+            stored.quantization.scale, stored.quantization.quantizedDimension = scale, axis
+            stored.quantization.zeroPoint = np.zeros(scale.shape, np.int64)
+        model.buffers.append(schema.BufferT())
+        model.buffers[-1].data = codes.reshape(-1).view(np.uint8)
+        tensor.buffer = 0
+        operation = schema.OperatorT()
+        operation.opcodeIndex, operation.inputs = len(model.operatorCodes) - 1, [len(graph.tensors)]
+        operation.outputs = [place]
+        graph.tensors.append(stored)
+        added.append(operation)
+    graph.operators = added + list(graph.operators)
+    return _packed(model)
+
+
+def _rounded(weights: Any) -> tuple[Any, Any, int]:
+    """Codes of -127 to 127, one scale along the first axis that is longer than 1, and that axis."""
+    import numpy as np
+
+    axis = next((axis for axis, size in enumerate(weights.shape) if size > 1), 0)
+    others = tuple(other for other in range(weights.ndim) if other != axis)
+    scale = np.maximum(np.abs(weights).max(axis=others, keepdims=True) / 127, np.finfo(np.float32).tiny)
+    return np.rint(weights / scale).astype(np.int8), scale.reshape(-1).astype(np.float32), axis
+
+
+def _packed(model: Any) -> bytes:
+    """The file without the names of its tensors, and with each list of numbers once, however often it occurs.
+
+    There is a zero point of 8 bytes to every scale: in a small model they are a tenth of the file.
+    """
+    import flatbuffers
+    import numpy as np
+
+    class Sharing(flatbuffers.Builder):
+        """Lets equal vectors be one."""
+
+        def __init__(self) -> None:
+            super().__init__(1024)
+            self.places: dict[tuple[str, bytes], int] = {}
+
+        def CreateNumpyVector(self, x: np.ndarray) -> int:  # noqa: N802 (the package's name)
+            key = x.dtype.str, x.tobytes()
+            if key not in self.places:
+                self.places[key] = super().CreateNumpyVector(x)
+            return self.places[key]
+
+    (graph,) = model.subgraphs
+    used = {tensor.buffer for tensor in graph.tensors} | {about.buffer for about in model.metadata or ()}
+    for place, buffer in enumerate(model.buffers):
+        kept = buffer.data is not None and place in used
+        buffer.data = np.frombuffer(bytes(buffer.data), np.uint8) if kept else None
+    for operation in graph.operators:
+        operation.inputs, operation.outputs = (np.asarray(x, np.int32) for x in (operation.inputs, operation.outputs))
+    for tensor in graph.tensors:
+        tensor.name, tensor.shape = None, np.asarray(tensor.shape, np.int32)
+        about = tensor.quantization
+        if about is None or about.scale is None:
+            tensor.quantization = None
+        else:
+            about.zeroPoint = np.asarray(about.zeroPoint, np.int64)
+    builder = Sharing()
+    builder.Finish(model.Pack(builder), file_identifier=b"TFL3")
+    return bytes(builder.Output())
 
 
 def run(asked: dict[str, Any]) -> None:

@@ -1,13 +1,12 @@
 """The benchmark of scoring one payment: what its processes are given, and the tables of what they took."""
 
+import json
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 
 from benchmarks import latency_child
 from benchmarks.latency import TITLES, part, table, write_rows
-from r1jax.config import Config, TaskConfig
 from r1jax.data.transaction_history import History
 from r1jax.data.transaction_rows import parse, records, take
 from r1jax.data.transaction_state import KeptHistory
@@ -15,7 +14,7 @@ from r1jax.data.transactions import DAY, Names
 from tests.data.streams import draw_table
 
 
-def test_a_process_goes_on_from_the_history_that_it_is_left(tmp_path, monkeypatch):
+def test_a_process_goes_on_from_the_history_that_it_is_left(tmp_path):
     stream = draw_table(rows=40, unknown=0.0)
     for name, rows in (("earlier.jsonl", slice(0, 30)), ("rows.jsonl", slice(30, 40))):
         write_rows(part(stream, rows), tmp_path / name)
@@ -25,8 +24,7 @@ def test_a_process_goes_on_from_the_history_that_it_is_left(tmp_path, monkeypatc
             take(kept.live, parse(record, Names())._replace(fraud=bool(fraud)))
     kept.save()
     kept.close()
-    trained = SimpleNamespace(config=lambda: Config(task=TaskConfig(name="finance")))
-    monkeypatch.setattr(latency_child, "find_checkpoint", lambda _: trained)
+    (tmp_path / "history.json").write_text(json.dumps({"delay": 7 * DAY, "events": 64}))
     predict, _ = latency_child.WAYS["history"](str(tmp_path), "a run")
     known = np.where(np.arange(40) < 30, stream.fraud, np.float32(np.nan))  # no label comes later
     wanted = History(replace(stream, fraud=known), 7 * DAY, 64)

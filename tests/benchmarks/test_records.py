@@ -32,8 +32,8 @@ def test_gains_are_differences_and_every_training_is_told(judged):
     assert "| peer | " in text and f"auroc of each training alone: {found['seeds'][0]['auroc']:.3f}." in text
 
 
-def parts(kind, path, *modalities):
-    task = TaskConfig(name="records", records=kind)
+def parts(kind, path, *modalities, **asked):
+    task = TaskConfig(name="records", records=kind, **asked)
     task = RecordsTask(Config(model=ModelConfig(modalities=modalities), task=task, data=DataConfig(path=str(path))))
     return task.source("train"), task.source("val")
 
@@ -48,3 +48,17 @@ def test_peers_give_a_probability_of_each_class(tmp_path):
     assert len(found) == 5
     for probability in found.values():
         np.testing.assert_allclose(probability.sum(axis=1), 1, rtol=1e-6)
+
+
+def test_a_peer_is_told_what_the_model_learns_from(tmp_path):
+    lines = write_phrases(tmp_path / "x.txt").read_text("utf-8").splitlines(keepends=True)
+    path = tmp_path / "Sentences_AllAgree.txt"
+    path.write_text("".join(line for line in lines if "@negative" not in line), "utf-8")
+    (tmp_path / "Sentences_66Agree.txt").write_text("".join(lines), "utf-8")
+    train, _ = parts("sentiment", path, "text", agreement=True)
+    _, judged = parts("sentiment", tmp_path / "x.txt", "text")
+    found = {name: called.argmax(axis=1) for name, called in svm(train, judged).items()}
+    assert list(found) == ["TF-IDF, linear SVM", "TF-IDF, linear SVM, by agreement"]
+    label = judged.records.label[judged.rows]
+    assert (label == 0).any() and not (found["TF-IDF, linear SVM"] == 0).any()
+    np.testing.assert_array_equal(found["TF-IDF, linear SVM, by agreement"], label)

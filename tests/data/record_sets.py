@@ -39,6 +39,21 @@ def write_phrases(path: Path, sentences=60, seed=0) -> Path:
     return path
 
 
+def write_agreement(folder: Path) -> Path:
+    """Three files of one PhraseBank: the name in the first sentence is broken in two ways; one label is missing."""
+    files = {
+        "50": (
+            "Lemmink+\ufffdinen 's profit rose@positive\nSales fell@negative\nOrders rose@positive\n"
+            "Sales are flat@neutral\nNobody knows@\nIt opened a shop@neutral\n"
+        ),
+        "75": "Lemmink+\ufffdinen 's profit rose@positive\nOrders rose@positive\nSales fell@negative\n",
+        "All": "Lemmink+ñinen 's profit rose@positive\n",
+    }
+    for level, text in files.items():
+        (folder / f"Sentences_{level}Agree.txt").write_text(text, "utf-8")
+    return folder
+
+
 def write_stocks(folder: Path, days=420, seed=0) -> Path:
     """Prices of three stocks from April 2014 on, and tweets; the third stock lacks a day."""
     rng = np.random.default_rng(seed)

@@ -59,7 +59,7 @@ class SlowStore(MemoryStore):
     def read_blocks(self, blocks):
         self.asked.release()
         if self.slow is None or set(blocks) & set(self.slow):
-            assert self.go.wait(20)
+            assert self.go.wait(200)
         return super().read_blocks(blocks)
 
 

@@ -122,4 +122,4 @@ sys.exit(max(codes) != 0)
 @pytest.mark.parametrize("kind", ["lmdb", "redis"])
 def test_forked_readers_open_their_own(tmp_path, kind, request):
     url = f"lmdb:{tmp_path}" if kind == "lmdb" else request.getfixturevalue("redis_server").url
-    subprocess.run([sys.executable, "-c", FORKER, url], check=True, cwd=ROOT, timeout=120)
+    subprocess.run([sys.executable, "-c", FORKER, url], check=True, cwd=ROOT, timeout=240)

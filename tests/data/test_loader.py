@@ -269,7 +269,7 @@ def test_workers_end_with_the_training_process(how, tmp_path):
     (tmp_path / "left.py").write_text(LEFT)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(tmp_path / "left.py"), how]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == (0 if how == "left" else -9), done.stderr
     pid, end = int(done.stdout), time.monotonic() + 120
     while Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]:

@@ -278,7 +278,7 @@ def test_reading_waits_for_a_datanode_that_restarts(hdfs, tmp_path):
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(store.read_blocks, [4])
         hdfs.start_datanode()
-        assert_rows(answer.result(timeout=60)[0], range(32, 40))
+        assert_rows(answer.result(timeout=200)[0], range(32, 40))
 
 
 def test_a_server_that_takes_connections_and_says_nothing_is_an_error_in_time(monkeypatch, s3_url):

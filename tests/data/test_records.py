@@ -31,6 +31,13 @@ def test_records_are_a_source():
     assert len(prints) == 4
 
 
+def test_a_sentence_is_the_same_whatever_letters_its_file_broke():
+    said = ["Lemmink+ñinen 's profit rose", "Lemmink\ufffdinen 's profit rose", "利润 2010 上升", "利润 2010 下降"]
+    records = Records(list("abcd"), np.zeros(4, np.int32), text=said)
+    one, other, *rest = RecordCases("four", records, np.arange(4)).identities()
+    assert one == other and len({one, *rest}) == 3
+
+
 def test_folds_part_all_cases_and_keep_the_shares_of_the_classes():
     label = np.random.default_rng(0).choice(3, 103, p=[0.6, 0.3, 0.1]).astype(np.int32)
     folds = np.stack([held_out(label, 5, fold, 7) for fold in range(5)])
@@ -140,7 +147,7 @@ def test_wrong_sentences_are_refused(tmp_path, text, message):
     (tmp_path / "x.txt").write_text(text)
     with pytest.raises(UserError, match=message):
         read_phrases(str(tmp_path / "x.txt"))
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="does not exist, or is no file: name a file of sentences by --data.path"):
         read_phrases(str(tmp_path / "absent.txt"))
 
 
@@ -232,6 +239,18 @@ def test_tweets_of_five_trading_days_are_read_the_newest_first(stocks):
         written = tweets.created_at.dt.tz_localize(None)
         own = tweets[(tweets.ticker == ticker) & (written >= first) & (written < day)]
         assert read.text[row] == " / ".join(own.sort_values("created_at", ascending=False).text)
+
+
+def test_a_tweet_of_midnight_is_of_the_day_that_begins(stocks, tmp_path):
+    shutil.copy(stocks / "prices_raw.parquet", tmp_path)
+    days = np.unique(pq.read_table(stocks / "prices_raw.parquet")["Date"].to_numpy().astype("datetime64[us]"))[100:103]
+    written = [days[0] - np.timedelta64(1, "us"), days[1]]
+    tweets = pa.table({"ticker": ["AA"] * 2, "created_at": written, "text": ["before", "midnight"]})
+    pq.write_table(tweets, tmp_path / "tweets.parquet")
+    read = read_stocks(str(tmp_path))
+    rows = [read.ids.index(f"AA-{day.astype('datetime64[D]')}") for day in days]
+    assert [read.text[row] for row in rows] == ["before", "before", "midnight / before"]
+    np.testing.assert_allclose(read.table[rows, -COUNTS], np.log1p([1, 0, 1]) - 1, rtol=1e-6)
 
 
 def test_tweets_are_counted_over_the_days_before(stocks, tmp_path):

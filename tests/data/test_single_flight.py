@@ -42,15 +42,15 @@ def test_waiting_is_counted_and_a_failure_reaches_all_and_is_not_kept():
 
     def fail(numbers):
         started.set()
-        assert go.wait(20)
+        assert go.wait(200)
         raise ValueError("cold")
 
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(flight.fetch, [1], nothing, fail)
-        assert started.wait(20)
+        assert started.wait(200)
         second = pool.submit(flight.fetch, [1, 2], nothing, lambda numbers: {number: number for number in numbers})
         go.set()
         for one in (first, second):
             with pytest.raises(ValueError, match="cold"):
-                one.result(20)
+                one.result(200)
     assert flight.fetch([1], nothing, lambda numbers: {1: 5}).values == {1: 5}

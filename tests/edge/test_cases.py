@@ -1,7 +1,6 @@
 """The device reads an .npz file as r1jax does, and refuses what it cannot read."""
 
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +11,8 @@ from r1jax.edge import __main__ as command
 from r1jax.edge.artefact import FORMAT, RUNNER, SUM, TEXTS, Artefact, InputError, card_sum
 from r1jax.edge.cases import case_inputs, missing_of, points_of, read_cases
 from r1jax.serve.export_card import write_card
-from r1jax.serve.export_graph import Port, ports, raw_inputs
+from r1jax.serve.export_graph import Port
+from r1jax.serve.export_medical import ports, raw_inputs
 from r1jax.serve.export_texts import report_texts
 from r1jax.tasks.medical.task import Medical
 from tests.serve.exported import write_cases
@@ -23,7 +23,7 @@ WORDS = report_texts()
 
 def card_of(wanted: dict[str, Port]) -> dict:
     inputs = {name: port._asdict() | {"shape": list(port.shape)} for name, port in wanted.items()}
-    return {"inputs": inputs, "modalities": ["volume", "table", "text"], "operating_points": {}}
+    return {"task": "medical", "inputs": inputs, "modalities": ["volume", "table", "text"], "operating_points": {}}
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +165,8 @@ def device(tmp_path, monkeypatch, wanted):
     """The command with a model that finds a long axis of 3 mm in every case."""
     card = card_of(wanted) | {"checkpoint": {"sha256": "a" * 64}, "model": "m", "versions": {"r1jax": "1"}}
     found = {"long_axis_mm": np.asarray(3.0)}
-    model = SimpleNamespace(card=card, texts=WORDS, predict=lambda inputs: found)
+    model = Artefact.__new__(Artefact)  # without files and without an interpreter
+    model.card, model.texts, model.predict = card, WORDS, lambda inputs: found
     monkeypatch.setattr(command, "Artefact", lambda *_: model)
     np.savez(tmp_path / "cases.npz", age=[61.0, 62.0], case_id=["a", "b"])
 
@@ -180,6 +181,21 @@ def test_every_case_has_its_report(tmp_path, device, capsys):
     device("--output", str(tmp_path / "reports"))
     assert sorted(file.name for file in (tmp_path / "reports").iterdir()) == ["a.json", "a.xml", "b.json", "b.xml"]
     assert capsys.readouterr().out == "2 reports, JSON and XML\n"
+
+
+def test_a_case_that_has_nothing_leaves_no_report_of_another(tmp_path, device, capsys):
+    np.savez(tmp_path / "cases.npz", age=[61.0, np.nan], case_id=["a", "b"])
+    with pytest.raises(SystemExit, match="2"):
+        device("--output", str(tmp_path / "reports"))
+    assert "case 'b' has none of volume, table, text" in capsys.readouterr().err
+    assert not (tmp_path / "reports").exists()
+
+
+def test_an_artefact_of_a_task_without_reports_is_refused(device, monkeypatch, capsys):
+    monkeypatch.setattr(command, "REPORTS", {})
+    with pytest.raises(SystemExit, match="2"):
+        device()
+    assert "of the medical task, which this program has no reports of" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

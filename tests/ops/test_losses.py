@@ -25,6 +25,13 @@ def test_cross_entropy_equals_closed_form(smoothing):
     np.testing.assert_allclose(gradient, np.exp(log_probs) - target, rtol=0, atol=1e-6)
 
 
+def test_each_case_can_be_smoothed_by_its_own_share():
+    logits, labels = jnp.asarray([[0.3, -1.2, 2.0], [2.0, 0.5, -1.0]]), jnp.asarray([1, 0])
+    each = cross_entropy(logits, labels, smoothing=jnp.asarray([0.0, 0.3]))
+    for row, smoothing in enumerate((0.0, 0.3)):
+        np.testing.assert_allclose(each[row], cross_entropy(logits, labels, smoothing=smoothing)[row], rtol=1e-6)
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_binary_cross_entropy_equals_closed_form(smoothing):
     logits = np.array([-30.0, -3.0, -0.1, 0.0, 0.4, 5.0, 30.0], np.float32)

@@ -7,9 +7,12 @@ from typing import Any
 
 import jax
 import numpy as np
+import pytest
 
 from r1jax.config import Config
 from r1jax.models.r1 import R1
+from r1jax.serve.export_command import ExportArguments, Opened, write
+from r1jax.tasks.finance.task import Finance
 from r1jax.tasks.medical.schema import RECORD_FIELDS
 from r1jax.tasks.medical.task import Medical
 from r1jax.train.checkpoint import Checkpoint
@@ -28,18 +31,30 @@ POINTS = {
 
 
 def write_checkpoint(folder: Path, **changes: Any) -> Checkpoint:
-    """A checkpoint with random averaged weights, large enough for cases to differ."""
+    """A medical checkpoint of random weights."""
     tiny = get_config()
     config = Config(**{f.name: getattr(tiny, f.name) for f in dataclasses.fields(tiny)} | changes)
-    task = Medical(config)
+    return write_random(folder, Medical(config), POINTS)
+
+
+def write_random(folder: Path, task: Medical | Finance, points: dict[str, Any]) -> Checkpoint:
+    """A checkpoint with random averaged weights, large enough for cases to differ, and given operating points."""
+    config = task.config
     source, model = task.source("val"), R1(config.model, task.heads)
     batch = example_batch(source, task, 1)
     shapes, rng = jax.eval_shape(lambda: init_state(config, model, task, batch)), np.random.default_rng(0)
     state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
     ema = jax.tree.map(lambda leaf: (0.3 * rng.standard_normal(leaf.shape)).astype(np.float32), shapes.ema)
     assert isinstance(state, TrainState)
-    meta = {"validation": {"score": 0.5, "operating_points": POINTS}, **describe(source, task.pipeline)}
+    meta = {"validation": {"score": 0.5, "operating_points": points}, **describe(source, task.pipeline)}
     return write_sealed(folder, state._replace(ema=ema), config, json.loads(json.dumps(meta)))
+
+
+def export_to_jax(folder: Path, opened: Opened) -> Path:
+    """The exported program, which agrees."""
+    pytest.importorskip("flatbuffers", reason="JAX writes exported programs by it: r1jax[export]")
+    assert write(folder, opened, ExportArguments(checkpoint="", output=""), None)["agrees"]
+    return folder
 
 
 def write_cases(file: Path, raw: dict[str, Any]) -> None:

@@ -16,12 +16,13 @@ from r1jax.data.synthetic import SyntheticCases
 from r1jax.edge.artefact import SUM, card_sum
 from r1jax.errors import UserError
 from r1jax.serve import export_command, export_jax
-from r1jax.serve.export_command import ExportArguments, Opened, export, limits_of, open_checkpoint, write
-from r1jax.serve.export_gate import FP32, HALF, INT8, compare
-from r1jax.serve.export_graph import Port, exported_graph, ports, raw_inputs, standardise, tokenize
+from r1jax.serve.export_command import ExportArguments, Opened, export, limits_of, open_checkpoint
+from r1jax.serve.export_gate import FP16, FP32, HALF, INT8, compare
+from r1jax.serve.export_graph import Port, tokenize
+from r1jax.serve.export_medical import at_least, raw_inputs, standardise
 from r1jax.tasks.medical.batch import collate
 from r1jax.train.checkpoint import Checkpoint
-from tests.serve.exported import write_checkpoint
+from tests.serve.exported import export_to_jax, write_checkpoint
 from tests.train.tiny import get_config
 
 WITHOUT_R1JAX = """
@@ -54,10 +55,7 @@ def opened(checkpoint) -> Opened:
 
 @pytest.fixture(scope="module")
 def exported(opened, tmp_path_factory) -> Path:
-    pytest.importorskip("flatbuffers", reason="JAX writes exported programs by it: r1jax[export]")
-    folder = tmp_path_factory.mktemp("exported")
-    assert write(folder, opened, ExportArguments(checkpoint="", output=""), None)["agrees"]
-    return folder
+    return export_to_jax(tmp_path_factory.mktemp("exported"), opened)
 
 
 def ports_of(folder: Path) -> dict[str, Port]:
@@ -67,19 +65,21 @@ def ports_of(folder: Path) -> dict[str, Port]:
 
 def test_a_process_without_r1jax_gives_the_checkpoint_s_predictions(opened, exported, tmp_path):
     card = json.loads((exported / "card.json").read_text())
-    np.savez(tmp_path / "in.npz", **raw_inputs(opened.scored.source.read_batch(np.arange(12)), ports_of(exported)))
+    np.savez(
+        tmp_path / "in.npz", **raw_inputs(opened.exported.scored.source.read_batch(np.arange(12)), ports_of(exported))
+    )
     script = tmp_path / "call.py"
     script.write_text(WITHOUT_R1JAX)
     files = [str(exported), str(tmp_path / "in.npz"), str(tmp_path / "out.npz")]
     subprocess.run([sys.executable, "-I", str(script), *files], check=True)
     found = dict(np.load(tmp_path / "out.npz"))
     assert found.keys() == card["outputs"].keys()
-    for name, expected in opened.scored.predicted["both"].items():
+    for name, expected in opened.exported.scored.predicted["both"].items():
         np.testing.assert_allclose(found[name], expected, atol=1e-5)
     called = {name for name in found if name.startswith("call.")}
     assert called == {"call.nodule_present", "call.malignancy"}
     for name in called:
-        threshold = opened.points["both"][name.removeprefix("call.")].threshold
+        threshold = opened.exported.operating["both"][name.removeprefix("call.")].threshold
         np.testing.assert_array_equal(found[name], found[name.removeprefix("call.")] >= threshold)
 
 
@@ -104,6 +104,13 @@ def run(exported):
     return export_jax.read_model(exported)
 
 
+def test_a_threshold_between_two_scores_that_follow_each_other_parts_them():
+    for low in np.random.default_rng(0).uniform(0, 1, 50).astype(np.float32):
+        high = np.nextafter(low, np.float32(1))
+        threshold = float(low) / 2 + float(high) / 2
+        assert low < at_least(threshold) and high >= at_least(threshold) and at_least(float(low)) == low
+
+
 @pytest.mark.parametrize("wrong", ["malignancy", "call.malignancy", "center_mm", "not finite"])
 def test_a_model_that_says_something_else_does_not_agree(opened, exported, run, wrong):
     def spoiled(inputs):
@@ -112,7 +119,7 @@ def test_a_model_that_says_something_else_does_not_agree(opened, exported, run, 
         changes = {"malignancy": 2e-5, "call.malignancy": flipped, "center_mm": 0.01, "not finite": np.nan}
         return found | {name: found[name] + changes[wrong]}
 
-    agreement = compare(spoiled, ports_of(exported), opened.scored, FP32)
+    agreement = compare(spoiled, opened.exported, FP32)
     assert not agreement["agrees"]
     named = agreement["findings"]["texture" if wrong == "not finite" else wrong.removeprefix("call.")]
     assert (named["largest_difference"] > named["limit"]) == (wrong != "call.malignancy")
@@ -126,7 +133,7 @@ def test_rounding_is_let_through_where_numbers_are_narrow(opened, exported, run,
         found = run(inputs)
         return found | {"malignancy": found["malignancy"].astype(jnp.bfloat16).astype(np.float32)}
 
-    agreement = compare(rounded, ports_of(exported), opened.scored, limits)
+    agreement = compare(rounded, opened.exported, limits)
     assert agreement["agrees"] == agrees
     assert 1e-5 < agreement["findings"]["malignancy"]["largest_difference"] < 4e-3
 
@@ -175,7 +182,7 @@ def test_grey_values_become_hounsfield_units():
     ("words", "message"),
     [
         (["nowhere", "--output", "new"], "nowhere does not exist"),
-        (["RUN", "--output", "new", "--int8"], "--int8 is of --to litert"),
+        (["RUN", "--output", "new", "--weights", "int8"], "--weights int8 is of --to litert"),
         (["RUN", "--output", "."], "is there already"),
         (["RUN"], "no output was named"),
         (["RUN", "--output", "new", "--to", "onnx"], "one of jax, litert"),
@@ -215,28 +222,29 @@ def test_a_device_is_held_to_the_checkpoint_in_its_own_precision(tmp_path, chang
     edge = open_checkpoint(checkpoint, asked)
     assert edge.config.model == dataclasses.replace(model, precision="fp32", quant=())
     assert {leaf.dtype for leaf in jax.tree.leaves(edge.params)} == {np.dtype(np.float32)}
-    wanted = ports(edge.task, {"volume": (16, 16, 16)})
-    run = jax.jit(exported_graph(edge.task, edge.model, edge.params, edge.points))
-    agreement = compare(lambda inputs: jax.device_get(run(inputs)), wanted, edge.scored, limits_of(model, asked))
+    run = jax.jit(edge.exported.graph(edge.task, edge.model, edge.params))
+    agreement = compare(lambda inputs: jax.device_get(run(inputs)), edge.exported, limits_of(model, asked))
     assert agreement["findings"]["malignancy"]["largest_difference"] > 1e-5  # an fp32 copy would differ by less
     assert agreement["agrees"]
 
 
 @pytest.mark.parametrize(
-    ("to", "int8", "change", "limits"),
+    ("to", "weights", "change", "limits"),
     [
-        ("jax", False, {}, FP32),
-        ("jax", False, {"precision": "bf16"}, HALF),
-        ("jax", False, {"quant": ("int8",)}, FP32),
-        ("litert", False, {}, FP32),
-        ("litert", False, {"precision": "fp16"}, HALF),
-        ("litert", False, {"quant": ("int8",)}, INT8),
-        ("litert", True, {"precision": "bf16"}, INT8),
+        ("jax", "float", {}, FP32),
+        ("jax", "float", {"precision": "bf16"}, HALF),
+        ("jax", "float", {"quant": ("int8",)}, FP32),
+        ("litert", "float", {}, FP32),
+        ("litert", "float", {"precision": "fp16"}, HALF),
+        ("litert", "float", {"quant": ("int8",)}, INT8),
+        ("litert", "fp16", {"precision": "bf16"}, FP16),
+        ("litert", "fp16", {"quant": ("int8",)}, INT8),
+        ("litert", "int8", {"precision": "bf16"}, INT8),
     ],
 )
-def test_limits_are_those_of_what_rounds(to, int8, change, limits):
+def test_limits_are_those_of_what_rounds(to, weights, change, limits):
     trained = dataclasses.replace(get_config().model, **change)
-    assert limits_of(trained, ExportArguments(checkpoint="", output="", to=to, int8=int8)) == limits
+    assert limits_of(trained, ExportArguments(checkpoint="", output="", to=to, weights=weights)) == limits
 
 
 def test_a_full_disk_leaves_nothing(tmp_path):

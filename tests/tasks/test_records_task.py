@@ -58,6 +58,8 @@ def test_parts_are_folds_or_periods(stocks, credit):
     days = {split: earlier.source(split).records.day[earlier.source(split).rows] for split in ("train", "val")}
     june, august = (int(np.datetime64(day).astype(int)) for day in ("2015-06-01", "2015-08-01"))
     assert days["train"].max() < june <= days["val"].min() and days["val"].max() < august
+    with pytest.raises(UserError, match="data.fold is 4, but it must be below 4 for stocks, an earlier period"):
+        RecordsTask(replace(stocks.config, data=replace(stocks.config.data, fold=4)))
 
 
 def test_what_the_records_lack_is_refused(tmp_path):
@@ -68,14 +70,6 @@ def test_what_the_records_lack_is_refused(tmp_path):
         validate(Config(model=ModelConfig(modalities=("table",)), task=TaskConfig(name="records")))
     with pytest.raises(UserError, match="model.text_ngrams is 8, but it must be 0 for the language task"):
         validate(Config(model=ModelConfig(modalities=("text",), text_ngrams=8), task=TaskConfig(name="language")))
-    with pytest.raises(UserError, match="data.fold is 4, but it must be below 4 for stocks, an earlier period"):
-        validate(
-            Config(
-                model=ModelConfig(modalities=("table",)),
-                task=TaskConfig(name="records", records="stocks"),
-                data=DataConfig(path="a", fold=4),
-            )
-        )
     with pytest.raises(UserError, match="data.mix"):
         mixed = DataConfig(path="a", mix=("b",), weights=(1, 1))
         validate(Config(model=ModelConfig(modalities=("table",)), task=TaskConfig(name="records"), data=mixed))
@@ -90,6 +84,41 @@ def test_cut_texts_and_classes_are_told(tmp_path):
     assert task.text_warnings(two) == ["1 of 2 texts are longer than 23 bytes, and their ends are not read"]
     read = task.collate(two.read_batch(np.arange(2)))["text"]
     np.testing.assert_array_equal(read[0], read[1])
+
+
+def test_what_lies_beside_is_learned_from_and_never_judged(tmp_path):
+    lines = write_phrases(tmp_path / "x.txt").read_text("utf-8").splitlines(keepends=True)
+    path = tmp_path / "Sentences_AllAgree.txt"
+    path.write_text("".join(lines[:40]), "utf-8")
+    (tmp_path / "Sentences_66Agree.txt").write_text("".join(lines), "utf-8")
+    alone, agreed = made("sentiment", path, "text"), made("sentiment", path, "text", agreement=True)
+    for split in ("val", "all"):
+        np.testing.assert_array_equal(agreed.source(split).rows, alone.source(split).rows)
+    learned = agreed.source("train").rows
+    np.testing.assert_array_equal(learned[learned < 40], alone.source("train").rows)
+    np.testing.assert_array_equal(learned[learned >= 40], np.arange(40, 60))
+    assert agreed.remarks(agreed.source("train"))[1] == (
+        "note: 20 of them come from other files of the folder; annotators disagreed on 20"
+    )
+    batch = agreed.collate(agreed.source("train").read_batch(np.arange(4)))
+    _, targets = agreed.prepare(jax.tree.map(jnp.asarray, batch))
+    np.testing.assert_array_equal(targets["agreed"], np.ones(4))
+    lone = made("sentiment", tmp_path / "x.txt", "text", agreement=True)
+    assert "data.path is no Sentences_*Agree.txt with others beside it" in lone.remarks(lone.source("train"))[1]
+
+
+def test_annotators_that_disagreed_soften_a_label(tmp_path):
+    task = made("sentiment", tmp_path / "x.txt", "text", agreement=True)
+    logits = np.random.default_rng(0).standard_normal((3, 3))
+    label, agreed = np.array([0, 2, 1]), np.array([1.0, 0.58, 0.875])
+    target = np.where(np.eye(3)[label] == 1, agreed[:, None], (1 - agreed[:, None]) / 2)
+    expected = -(target * np.log(np.asarray(jax.nn.softmax(logits)))).sum(axis=1).mean()
+    targets = {"class": jnp.asarray(label, jnp.int32), "agreed": jnp.asarray(agreed, jnp.float32)}
+    output = Output({"class": jnp.asarray(logits, jnp.float32)}, (), None, None, None, None)
+    found, _ = task.loss(output, Inputs(), targets, jnp.float32(0))
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    with pytest.raises(UserError, match="task.agreement is True, but it must be False: only sentences have files"):
+        validate(replace(task.config, task=replace(task.config.task, records="credit")))
 
 
 def test_modes_hide_numbers_or_text(stocks):

@@ -46,6 +46,7 @@ class Policy(NamedTuple):
         Returns:
           0 to 3.
         """
+        score = score.astype(np.float64)  # beside fp32 scores NumPy would round a threshold, maybe down to a score
         alert = score >= self.review
         return (score >= self.step_up).astype(np.int64) + alert + (alert & (probability >= self.block))
 

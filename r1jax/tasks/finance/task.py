@@ -193,7 +193,7 @@ class Finance:
         return np.float32(np.log(self.config.task.finance.negatives_kept))
 
     def outcomes(
-        self, read: Callable[..., Output], batch: dict[str, Array], mode: dict[str, Bool[Array, ""]]
+        self, read: Callable[..., Output], batch: dict[str, Array], mode: dict[str, Bool[Array, "..."]]
     ) -> dict[str, Array]:
         """Probability of fraud among all payments, not only those that were kept for training.
 
@@ -202,7 +202,7 @@ class Finance:
         Args:
           read: The model with its weights.
           batch: From `collate`.
-          mode: An entry of `MODES`.
+          mode: An entry of `MODES`; of each switch one value, or one a case.
 
         Returns:
           "fraud" [B].

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Key
 from r1jax.config import Config
 from r1jax.data import tokenizer
 from r1jax.data.credit_files import read_credit
+from r1jax.data.phrase_agreement import read_agreed
 from r1jax.data.phrase_files import CLASSES, read_phrases
 from r1jax.data.pipeline import Preprocessed, open_pipeline, original
 from r1jax.data.records import UNKNOWN, RecordCases, Records, held_out, in_periods, known
@@ -67,6 +68,11 @@ class RecordsTask:
         """
         if "text" in config.model.modalities:
             tokenizer.check_vocabulary(config.model.decoder.vocab_size)
+        fold, periods = config.data.fold, len(EARLIER) - 1
+        if config.task.records == "stocks" and fold is not None and fold >= periods:
+            raise UserError(
+                f"data.fold is {fold}, but it must be below {periods} for stocks, an earlier period (docs/records.md)"
+            )
         self.config, self.kind = config, KINDS[config.task.records]
         self.heads = (("class", len(self.kind.outcomes or self.kind.classes)),)
         self.pipeline = open_pipeline(config.data.preprocess, config.data.plugins)
@@ -83,7 +89,7 @@ class RecordsTask:
         """
         data = self.config.data
         if self._opened is None:
-            self._opened = self.kind.read(data.path)
+            self._opened = (read_agreed if self.config.task.agreement else self.kind.read)(data.path)
         records = self._opened
         name = f"{data.path}, {split}"
         rows = np.flatnonzero(self._part(records, split))
@@ -107,8 +113,9 @@ class RecordsTask:
     def _part(self, records: Records, split: str) -> np.ndarray:
         """Which records are of a part."""
         data = self.config.data
+        own = np.ones(len(records.ids), bool) if records.beside is None else ~records.beside
         if split == "all":
-            return np.ones(len(records.ids), bool)
+            return own
         if records.day is not None:
             ends = ENDS if data.fold is None else EARLIER[data.fold : data.fold + 2]
             return in_periods(records.day, split, ends)
@@ -117,7 +124,8 @@ class RecordsTask:
                 f"{data.path} has no test part, only folds: score the validation by --data.split val, or another file "
                 "by --data.path FILE --data.split all"
             )
-        held = held_out(records.label, data.folds, data.fold or 0, data.seed)
+        held = np.zeros_like(own)
+        held[own] = held_out(records.label[own], data.folds, data.fold or 0, data.seed)
         return held if split == "val" else ~held
 
     def remarks(self, source: Source) -> list[str]:
@@ -126,7 +134,22 @@ class RecordsTask:
         assert isinstance(cases, RecordCases)
         counts = np.bincount(cases.records.label[cases.rows], minlength=len(self.kind.classes))
         told = ", ".join(f"{count} {name}" for name, count in zip(self.kind.classes, counts, strict=True))
-        return [f"note: to learn from are {told}", *(f"warning: {line}" for line in self.text_warnings(cases))]
+        return [
+            f"note: to learn from are {told}",
+            *self._agreement(cases),
+            *(f"warning: {line}" for line in self.text_warnings(cases)),
+        ]
+
+    def _agreement(self, cases: RecordCases) -> list[str]:
+        """How much of what is learned from comes from other files, and how sure it is."""
+        records, rows = cases.records, cases.rows
+        if not self.config.task.agreement:
+            return []
+        if records.agreed is None:
+            return ["note: data.path is no Sentences_*Agree.txt with others beside it, so that all labels count alike"]
+        other = 0 if records.beside is None else int(records.beside[rows].sum())
+        unsure = int((records.agreed[rows] < 1).sum())
+        return [f"note: {other} of them come from other files of the folder; annotators disagreed on {unsure}"]
 
     def text_warnings(self, cases: RecordCases) -> list[str]:
         """What of the texts the model cannot read."""
@@ -140,7 +163,7 @@ class RecordsTask:
     def collate(self, raw: dict[str, Any]) -> dict[str, np.ndarray]:
         """Turns a source's batch into a flat dict of arrays of the modalities that the model reads."""
         reads = self.config.model.modalities
-        batch = {name: raw[name] for name in ("target.class", "target.outcome") if name in raw}
+        batch = {name: raw[name] for name in ("target.class", "target.agreed", "target.outcome") if name in raw}
         batch |= {name: raw[name] for name in ("table", "series") if name in reads}
         if "text" in reads:
             batch["text"], batch["text_valid"] = tokenizer.encode_batch(raw["text"], self.config.model.text_tokens)
@@ -154,7 +177,7 @@ class RecordsTask:
           keys: A key for each case, of its randomness in training; None at evaluation.
 
         Returns:
-          What the model reads, "class", and "outcome" where there is one.
+          What the model reads, "class", and "agreed" and "outcome" where there are such.
         """
         arrays = {name: value for name, value in batch.items() if "target." not in name}
         targets = {name.removeprefix("target."): value for name, value in batch.items() if "target." in name}
@@ -197,8 +220,12 @@ class RecordsTask:
         """Cross-entropy of the known labels, and the balance loss; arguments as in `Task`."""
         task, label, own = self.config.task, targets["class"], self.weights(inputs, targets)
         weights = weights or own
-        learned = targets.get("outcome", label)
-        losses = cross_entropy(output.heads["class"], jnp.maximum(learned, 0), smoothing=task.label_smoothing)
+        learned, logits = targets.get("outcome", label), output.heads["class"]
+        smoothing: float | Float[Array, " B"] = task.label_smoothing
+        if "agreed" in targets:  # the other classes share what the annotators left, where that is more
+            classes = logits.shape[-1]
+            smoothing = jnp.maximum(smoothing, (1 - targets["agreed"]) * (classes / (classes - 1)))
+        losses = cross_entropy(logits, jnp.maximum(learned, 0), smoothing=smoothing)
         parts = {"class": weighted_mean(losses, (label != UNKNOWN).astype(jnp.float32), weights["class"])}
         total = parts["class"]
         if output.router:
