@@ -3,12 +3,13 @@
     python benchmarks/quantization.py --output benchmarks/results/quantization.json --seeds 0 1 2 3 4     hours on a CPU
     python benchmarks/quantization.py --output q.json --tiny --cases 64 --sequences 64                    minutes
 
-Every seed (of weights and of the order of cases) trains three runs of equal length: one of floats, the control, and two
-whose second half has rounded products (int8, and int4 weights). The first is quantized to each of the `AFTER` forms by
-`r1jax quantize`, the others by their own rules. All are scored on the same generated test cases, none of which was
-trained on; each change is that against the run of floats of its seed, its interval from resampling cases in pairs. A
-model that was trained with rounding is another model, not the same one rounded: its change holds the noise of training
-too. Sizes are those of whole checkpoint folders.
+Every seed (of weights and of the order of cases) trains five runs of equal length: one of floats, the control, and four
+whose second half has rounded products (int8: with a scale a token, with running ranges, and with these for down_proj
+too; and int4 weights). The first is quantized to each of the `AFTER` forms by `r1jax quantize`, the others by their own
+rules. All are scored on the same generated test cases, none of which was trained on; each change is that against the
+run of floats of its seed, its interval from resampling cases in pairs. A model that was trained with rounding is
+another model, not the same one rounded: its change holds the noise of training too. Sizes are those of whole checkpoint
+folders.
 
 The file is written after every form, and a form that it has is not done again: a run that was cut off, or ends by
 `--minutes`, goes on where it was. Seeds may run beside each other, each with a file of its own that `--rows` joins.
@@ -52,7 +53,12 @@ AFTER = {
     "a fifth of fp32": ("--budget", "0.2"),
 }
 """Forms made after training, and what `r1jax quantize` is told for each."""
-TRAINED = {"int8, trained": ("int8",), "int4 weights, trained": ("int4",)}
+TRAINED = {
+    "int8, trained": ("int8",),
+    "int8, running ranges, trained": ("int8_running",),
+    "int8, all ranges running, trained": (".=int8:int8/running",),
+    "int4 weights, trained": ("int4",),
+}
 """Forms that were trained, with their `--quant`."""
 FORMS = (FLOAT, *AFTER, *TRAINED)
 TINY = ["--train.steps", "4", "--train.warmup_steps", "1", "--train.eval_every", "4", "--data.val_cases", "64"]

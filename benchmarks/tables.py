@@ -21,6 +21,7 @@ from benchmarks import (  # noqa: E402
     data,
     decode,
     edge,
+    edge_exports,
     fraud,
     fusion,
     h100,
@@ -65,12 +66,12 @@ SECTIONS = (
     ),
     Section(
         "fraud_handbook: is a payment fraud, in the week after what was learned from",
-        {"fraud": fraud.table, "fraud_gpu": fraud.table},
+        {"fraud": fraud.table, "fraud_0804": fraud.table, "fraud_0818": fraud.table, "fraud_gpu": fraud.table},
     ),
     Section("Time from a payment to its score", {"latency": latency.table, "latency_gpu": latency.table}),
     Section(
         "Credit, sentiment and stocks beside simple models",
-        {"records": records.table, "records_fpb": records.table, "records_stocknet": records.table},
+        {f"records_{name}": records.table for name in ("uci", "fpb", "stocknet")},
     ),
     Section("Hit rates of the cache", {"cache": cache.table}),
     Section("Reading shuffled cases", {"data": data.table}),
@@ -81,6 +82,10 @@ SECTIONS = (
     Section("One compiled program instead of many operations", {"fusion": fusion.table, "fusion_cpu": fusion.table}),
     Section("The loop around the step", {"overhead": overhead.table, "overhead_cpu": overhead.table}),
     Section("A medical checkpoint on one CPU core", {"edge": edge.table}),
+    Section(
+        "Size and agreement of edge exports",
+        {"edge_exports_medical": edge_exports.table, "edge_exports_finance": edge_exports.table},
+    ),
     Section("Several devices", {"pipeline": pipeline.table, "scaling": scaling.table, "one_device": one_device.table}),
 )
 

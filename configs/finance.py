@@ -11,7 +11,8 @@ The public stream of the Fraud Detection Handbook, by path (docs/finance.md says
 
     python train.py --config configs/finance.py:handbook --data.path transactions.parquet --platform cuda
 
-Measured so far: the same in small on a CPU, and once on a GPU in bf16, which went wrong; docs/finance.md says how.
+Measured so far: the same in small on a CPU, AUPRC .788 and recall at a false-positive rate of 0.3 % .773 as the mean of
+two trainings; and, before its features were joined, once on a GPU in bf16, which went wrong (docs/finance.md).
 """
 
 from r1jax.config import (
@@ -22,6 +23,7 @@ from r1jax.config import (
     FinanceConfig,
     ModelConfig,
     SeriesConfig,
+    TableConfig,
     TaskConfig,
     TrainConfig,
 )
@@ -115,6 +117,7 @@ def _handbook() -> Config:
             modalities=("series", "table"),
             decoder=_decoder(128, experts=96, dense=256),
             series=SeriesConfig(layers=2, bins=24),
+            table=TableConfig(joined=256),
             dropout=0.1,
         ),
         task=TaskConfig(

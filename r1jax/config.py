@@ -89,8 +89,13 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class TableConfig:
-    """Bidirectional encoder of record fields, one token a field; missing fields have their own embedding."""
+    """Encoder of record fields: one token a field, or all of them at once; missing fields are told apart."""
 
+    joined: Natural = 0
+    """Width of two layers over piecewise-linear features of all fields, which make one token; then only `bins` counts
+    of what follows. 0 makes one token a field, by periodic features and transformer layers over the fields."""
+    bins: Count = 24
+    """Pieces of each value from -3 to 3, of equal length, where fields are joined."""
     layers: Natural = 1
     frequencies: Count = 2
     """Periodic features of each numeric value; many of them learn single patients by heart."""
@@ -123,7 +128,8 @@ class ModelConfig:
     text_tokens: Count = 96
     """Longest text in tokens; longer text is cut."""
     text_ngrams: Natural = 0
-    """Buckets of hashed words, pairs and pieces of words that are read beside a text's bytes; 0 leaves them out."""
+    """Buckets of hashed words, pairs and pieces of words, whose scores are added to those of the heads; 0 leaves them
+    out."""
     dropout: Share = 0.1
     lora_rank: Natural = 0
     """Rank of adapters on the decoder's attention, dense and shared feed-forward; above 0, nothing else is trained, and
@@ -137,8 +143,8 @@ class ModelConfig:
     """Activations that the backward pass computes again instead of keeping them (docs/training.md): attention scores;
     all but products; whole blocks; or all but products, which wait in the host's memory."""
     quant: tuple[str, ...] = ()
-    """What products are rounded to: int8, int8_weights, int4, fp8, or rules on the paths of weights such as
-    "experts=int4/64:int8" (docs/quantization.md); the first that matches counts. --quant is short for this."""
+    """What products are rounded to: int8, int8_running, int8_weights, int4, fp8, or rules on the paths of weights such
+    as "experts=int4/64:int8" (docs/quantization.md); the first that matches counts. --quant is short for this."""
     scan_layers: bool = False
     """Compile the decoder's layers of one kind as one loop: faster to compile, one more copy of their weights."""
 
@@ -202,6 +208,9 @@ class TaskConfig:
     fields: tuple[str, ...] = ()
     """Findings to learn; empty means every field of the task's schema."""
     label_smoothing: Share = 0.02
+    loss: Literal["cross_entropy", "squared_hinge"] = "cross_entropy"
+    """Of the records task's class: squared_hinge tells each class from the others with a margin, as a linear SVM does,
+    which suits sparse n-grams; a label then counts by how many annotators more chose it than did not."""
     modality_dropout: Annotated[float, Bounds("from 0 to 0.5", 0.0, math.nextafter(0.5, 1.0))] = 0.25
     """Chance that a training case hides its images, and as large a chance that it hides its record."""
     augment: Literal["none", "flips", "affine"] = "flips"
@@ -311,6 +320,9 @@ class TrainConfig:
     rules: tuple[str, ...] = ()
     """PATTERN=RATE or PATTERN=RATE:DECAY, factors on learning rate and weight decay of the weights in whose path the
     regular expression occurs, such as "embed_tokens=0.5:1"; the first that matches counts (docs/training.md)."""
+    sgd: tuple[str, ...] = ()
+    """Regular expressions on paths, as in rules: these weights are moved by SGD with momentum b1 instead of AdamW, and
+    their decay is added to the gradient. Rates of SGD are larger: give one by rules (docs/training.md)."""
     warmup_steps: Natural = 50
     weight_decay: Weight = 0.05
     b1: Share = 0.9
@@ -324,6 +336,8 @@ class TrainConfig:
     """Decay of the weight average that is evaluated and served; 0 keeps none, and evaluates the raw weights."""
     quant_start: Fraction = 0.0
     """Share of the run after which the products are rounded as model.quant says; until then they are of floats."""
+    quant_freeze: Fraction = 0.8
+    """Share of the run after which the ranges of activations stay as they are, where model.quant has /running."""
     router_bias_rate: Weight = 1e-3
     """Step of the bias-only load balancing (gamma of DeepSeek-V3)."""
     router_bias_until: Fraction = 1.0

@@ -15,6 +15,7 @@ from r1jax.config import (
     ModelConfig,
     SeriesConfig,
     TableConfig,
+    TrainConfig,
     VisionConfig,
     from_dict,
 )
@@ -66,14 +67,22 @@ def _relations(config: Config) -> Iterator[tuple[bool, str, str]]:
     rule = f"after the warmup ({train.warmup_steps} of {train.steps} steps)"
     yield train.schedule != "step" or late, "train.milestones", rule
     yield all(map(_is_rule, train.rules)), "train.rules", "a list of PATTERN=RATE or PATTERN=RATE:DECAY"
+    yield all(map(_is_pattern, train.sgd)), "train.sgd", "a list of regular expressions on the paths of weights"
     kept = train.moments_on == "device" or (config.mesh.pipe == 1 and not config.debug.eager)
     yield kept, "train.moments_on", "device with mesh.pipe or debug.eager"
     quant, presets = config.model.quant, ", ".join(QUANT_PRESETS)
-    form = "PATTERN=WEIGHTS[/BLOCK][:ACTIVATIONS[:GRADIENTS]]"
+    form = "PATTERN=WEIGHTS[/BLOCK][:ACTIVATIONS[/running][:GRADIENTS]]"
     yield all(map(_is_quant_rule, quant)), "model.quant", f"a list of {presets} or {form} (docs/quantization.md)"
     yield not (quant and config.model.scan_layers), "model.scan_layers", "False with model.quant, which names layers"
     yield not quant or config.mesh.pipe == 1, "mesh.pipe", "1 with model.quant, which names layers"
     yield bool(quant) or not train.quant_start, "train.quant_start", "0 without model.quant"
+    running = any(rule.running for rule in quant_rules(quant))
+    rule = "0 with /running in model.quant: beside adapters no ranges are learned"
+    yield not (running and config.model.lora_rank), "model.lora_rank", rule
+    usual = TrainConfig.quant_freeze
+    yield running or train.quant_freeze == usual, "train.quant_freeze", f"{usual}, as model.quant has no /running"
+    rule = f"above train.quant_start ({train.quant_start}), from which on ranges are learned"
+    yield not running or train.quant_freeze > train.quant_start, "train.quant_freeze", rule
     codes, mesh = quant and config.model.lora_rank and not train.quant_start, config.mesh
     for axis in ("fsdp", "tensor", "expert", "sequence"):
         rule = "1 with model.quant and model.lora_rank, whose codes are whole on every device; take mesh.data"
@@ -145,6 +154,14 @@ def _is_rule(text: str) -> bool:
     return True
 
 
+def _is_pattern(text: str) -> bool:
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return bool(text)
+
+
 class QuantRule(NamedTuple):
     """What one entry of `model.quant` says of the weights that it matches."""
 
@@ -158,15 +175,19 @@ class QuantRule(NamedTuple):
     """int8, rounded stochastically; None leaves the backward pass in floats."""
     block: int | None = None
     """Numbers of a row of weights that share a scale; None is the whole row."""
+    running: bool = False
+    """Whether all activations of a weight share a range that training learns; otherwise each row has its own."""
 
 
 QUANT_PRESETS = {
     "int8": (".=int8:int8",),
+    "int8_running": ("down_proj=int8:int8", ".=int8:int8/running"),
     "int8_weights": (".=int8",),
     "int4": ("(embed_tokens|lm_head|position|queries|missing)=int8", ".=int4/128"),
     "fp8": (".=fp8:fp8",),
 }
-"""Rules by a short name; int4 keeps 8 bits for what is looked up or added, and for the language head."""
+"""Rules by a short name; int4 keeps 8 bits for what is looked up or added, and for the language head. The inputs of
+down_proj are products of two activations, whose outliers one range for all would not bear: each row keeps its own."""
 ACTIVATIONS = {"int8": ("int8",), "int4": ("int8",), "fp8": ("fp8",), "affine8": (), "float": ()}
 """What may be multiplied with each type of weights."""
 
@@ -175,7 +196,7 @@ def quant_rules(entries: tuple[str, ...]) -> tuple[QuantRule, ...]:
     """Reads `model.quant`.
 
     Args:
-      entries: PATTERN=WEIGHTS[/BLOCK][:ACTIVATIONS[:GRADIENTS]], or names of presets.
+      entries: PATTERN=WEIGHTS[/BLOCK][:ACTIVATIONS[/running][:GRADIENTS]], or names of presets.
 
     Returns:
       The rules in order.
@@ -190,7 +211,7 @@ def read_quant_rule(text: str) -> QuantRule:
     """Reads one rule of `model.quant`.
 
     Args:
-      text: PATTERN=WEIGHTS[/BLOCK][:ACTIVATIONS[:GRADIENTS]].
+      text: PATTERN=WEIGHTS[/BLOCK][:ACTIVATIONS[/running][:GRADIENTS]].
 
     Returns:
       The rule.
@@ -202,7 +223,9 @@ def read_quant_rule(text: str) -> QuantRule:
     weights, *more = types.split(":")
     weights, slash, block = weights.partition("/")
     activations, gradients = [*more, None, None][:2]
-    rule = QuantRule(pattern, weights, activations, gradients, int(block) if slash else None)
+    running = activations is not None and activations.endswith("/running")
+    activations = activations.removesuffix("/running") if running else activations
+    rule = QuantRule(pattern, weights, activations, gradients, int(block) if slash else None, running)
     sound = weights in ACTIVATIONS and activations in (None, *ACTIVATIONS[weights]) and len(more) < 3
     # Gradients contract over the outputs, each of which must have one scale.
     sound &= gradients is None or (gradients, activations, rule.block) == ("int8", "int8", None)
@@ -294,6 +317,10 @@ def decoder_relations(decoder: DecoderConfig) -> Iterator[tuple[bool, str, str]]
 def _task_relations(config: Config) -> Iterator[tuple[bool, str, str]]:
     """Yields what each task asks of the model."""
     kinds = config.model.modalities
+    known = config.task.name == "records" or config.task.loss == "cross_entropy"
+    yield known, "task.loss", f"cross_entropy: the {config.task.name} task has no other"
+    rule = "0 with task.loss squared_hinge, whose labels are of one class"
+    yield config.task.loss == "cross_entropy" or not config.task.label_smoothing, "task.label_smoothing", rule
     if config.task.name == "medical":
         yield bool(set(kinds) - {"text"}), "model.modalities", "at least one modality besides text"
         yield "series" not in kinds, "model.modalities", "without series, which the medical task has none of"

@@ -321,6 +321,7 @@ def test_tuples_are_lists_of_words_only_where_the_field_is_a_list():
         "task.fields",
         "train.milestones",
         "train.rules",
+        "train.sgd",
         "data.plugins",
         "data.mix",
         "data.weights",

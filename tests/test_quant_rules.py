@@ -17,6 +17,11 @@ def test_rules_and_presets_are_read_in_order():
         QuantRule("a=b", "int8", "int8", "int8"),
         QuantRule(".", "int8", "int8"),
     )
+    assert quant_rules(("a=int4/64:int8/running", "int8_running")) == (
+        QuantRule("a", "int4", "int8", None, 64, running=True),
+        QuantRule("down_proj", "int8", "int8"),
+        QuantRule(".", "int8", "int8", running=True),
+    )
     assert all(quant_rules((name,)) for name in QUANT_PRESETS)
 
 
@@ -35,12 +40,16 @@ def test_rules_and_presets_are_read_in_order():
         ".=fp8:fp8:int8",
         ".=int4/8:int8:int8",
         ".=int8:int8:int8:int8",
+        ".=int8:/running",
+        ".=int8:int8/run",
+        ".=float:int8/running",
+        ".=int8:int8:int8/running",
     ],
 )
 def test_what_is_no_rule_is_refused(entry):
     config = Config()
     with pytest.raises(
-        UserError, match=r"model\.quant is .*a list of int8, int8_weights, int4, fp8 or PATTERN=WEIGHTS"
+        UserError, match=r"model\.quant is .*a list of int8, int8_running, int8_weights, int4, fp8 or PATTERN=WEIGHTS"
     ):
         validate(replace(config, model=replace(config.model, quant=(entry,))))
 
@@ -68,3 +77,21 @@ def test_codes_beside_adapters_are_divided_over_no_devices():
     with pytest.raises(UserError, match=r"mesh\.fsdp is 2, but it must be 1 with model\.quant and model\.lora_rank"):
         validate(adapted)
     validate(replace(adapted, train=replace(config.train, quant_start=0.5)))  # which keeps floats
+
+
+def test_ranges_that_no_run_could_learn_are_refused():
+    config = Config()
+    running = replace(config, model=replace(config.model, quant=("experts=int8:int8", "int8_running")))
+    validate(running)
+    validate(replace(running, train=replace(config.train, quant_start=0.5, quant_freeze=1.0)))
+    for field, told, wrong in (
+        ("lora_rank is 2", "0 with /running", replace(running, model=replace(running.model, lora_rank=2))),
+        ("quant_freeze is 0.5", "0.8, as", replace(config, train=replace(config.train, quant_freeze=0.5))),
+        (
+            "quant_freeze is 0.5",
+            r"above train\.quant_start \(0\.5\)",
+            replace(running, train=replace(config.train, quant_start=0.5, quant_freeze=0.5)),
+        ),
+    ):
+        with pytest.raises(UserError, match=f"{field}, but it must be {told}"):
+            validate(wrong)

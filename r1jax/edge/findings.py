@@ -4,6 +4,7 @@ import argparse
 
 from .artefact import Artefact, InputError
 from .cases import case_inputs, missing_of, read_cases
+from .progress import counted
 from .report import ReportWriter
 from .spelling import FHIR, write_report
 
@@ -38,7 +39,8 @@ def report_findings(asked: argparse.Namespace, artefact: Artefact, created: str,
         if len(missing) == len(card["modalities"]):
             raise InputError(f"case {case!r} has none of {', '.join(missing)}: leave it out or fill it in")
     asked.output.mkdir(parents=True, exist_ok=True)
-    for row, (case, missing) in enumerate(zip(ids, lacking, strict=True)):
+    for row in counted("cases", len(ids)):
+        case, missing = ids[row], lacking[row]
         inputs = case_inputs(card, arrays, record_texts, row)
         text = record_texts[row] if record_texts and "text" in inputs else ""
         table = arrays["table"][row] if "table" in arrays else None

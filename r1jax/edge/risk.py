@@ -11,6 +11,7 @@ import numpy as np
 
 from .artefact import Artefact, InputError
 from .cases import read_arrays, refuse_twice, strings_of, text_inputs
+from .progress import counted
 from .report import NOT_TEXT
 from .spelling import RISK_REPORT, write_report
 
@@ -50,9 +51,9 @@ def report_risks(asked: argparse.Namespace, artefact: Artefact, created: str, fi
     if scores.exists():
         raise InputError(f"--output {asked.output} has {SCORES} of an earlier run: name a new folder, or remove it")
     # All of them before anything is written: a number that cannot be reported leaves nothing behind.
-    inputs = (payment_inputs(card, payments, row) for row in range(count))
-    cases = payments["case_id"]
-    verdicts = [verdict(case, artefact.predict(values), texts) for case, values in zip(cases, inputs, strict=True)]
+    cases, verdicts = payments["case_id"], []
+    for row in counted("payments", count):
+        verdicts.append(verdict(cases[row], artefact.predict(payment_inputs(card, payments, row)), texts))
     alerts = [row for row, found in enumerate(verdicts) if texts["bands"].index(found["band"]) >= texts["alert"]]
     asked.output.mkdir(parents=True, exist_ok=True)
     for row in alerts:

@@ -15,11 +15,13 @@ from jaxtyping import Array, Bool, Float
 from r1jax.models.decoder import Decoder
 from r1jax.models.layers import Linear
 from r1jax.models.moe import Router, select_experts
+from r1jax.models.ngrams import NgramScores
 from r1jax.models.r1 import R1, Inputs, Output
 from r1jax.models.series import StreamEncoder
 
 Features = dict[str, Float[Array, "B _ _"]]
-"""By name: "text" is the embedded tokens, "stream_0" and so on the features of each event of a stream."""
+"""By name: "text" is the embedded tokens, "ngrams" what those of a text say, "stream_0" and so on the features of each
+event of a stream."""
 Chosen = dict[str, Bool[Array, "*T E"]]
 """By name of the router: whether a token chose an expert."""
 
@@ -108,6 +110,8 @@ def _tapped(
         module = context.module
         if isinstance(module, Decoder) and context.method_name == "embed":
             return tap("text", call(*args, **kwargs))
+        if isinstance(module, NgramScores) and context.method_name == "__call__":
+            return tap("ngrams", call(*args, **kwargs)[:, None])[:, 0]
         if isinstance(module, Linear) and isinstance(module.parent, StreamEncoder) and module.name == "events":
             return call(tap(module.parent.name, args[0]), *args[1:], **kwargs)
         if isinstance(module, Router) and context.method_name == "__call__":

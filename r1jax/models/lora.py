@@ -27,27 +27,33 @@ class Lora(NamedTuple):
 
 
 def split_adapters(params: Any) -> tuple[Any, Any]:
-    """Separates the adapters from the weights that they adapt.
+    """Separates the adapters from the weights that they adapt."""
+    return split_tree(params, PARTS)
+
+
+def split_tree(params: Any, names: tuple[str, ...]) -> tuple[Any, Any]:
+    """Separates the arrays of some names from the others.
 
     Args:
       params: Parameter tree.
+      names: Last parts of their paths.
 
     Returns:
-      Trees of the adapters and of everything else; groups without content are left out.
+      Trees of these arrays and of everything else; groups without content are left out.
     """
-    adapters, rest = {}, {}
+    named, rest = {}, {}
     for name, part in params.items():
         if isinstance(part, dict):
-            for tree, inner in zip((adapters, rest), split_adapters(part), strict=True):
+            for tree, inner in zip((named, rest), split_tree(part, names), strict=True):
                 if inner:
                     tree[name] = inner
         else:
-            (adapters if name in PARTS else rest)[name] = part
-    return adapters, rest
+            (named if name in names else rest)[name] = part
+    return named, rest
 
 
 def join_trees(a: Any, b: Any) -> Any:
-    """Undoes `split_adapters`: one tree with the content of two that share no array."""
+    """Undoes `split_tree`: one tree with the content of two that share no array."""
     both = {name: join_trees(a[name], b[name]) for name in a.keys() & b.keys()}
     return {name: both.get(name, a.get(name, b.get(name))) for name in sorted(a.keys() | b.keys())}
 

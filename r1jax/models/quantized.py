@@ -19,11 +19,17 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from r1jax.errors import UserError, nearest
 from r1jax.ops.axes import gathered
 from r1jax.ops.quantize import Quantized
-from r1jax.ops.quantized_dot import Ruled, Scheme, quantized_dot, rounded
+from r1jax.ops.quantized_dot import Ruled, Scheme, quantized_dot, ranged_dot, rounded
 from r1jax.validation import QuantRule, quant_rules
 
 Role = Literal["linear", "experts", "embedding", "convolution", "fields", "head"]
 """What a weight is to its module: how it is multiplied, and so how its rows lie."""
+
+RANGED = ("linear", "convolution")
+"""Roles whose inputs can have one range: each group of experts and each field would need its own, and the loss
+multiplies the language head in parts."""
+RANGE = "input_range"
+"""Name, beside a weight, of the range that its inputs have had in training: a number of the tree, and no weight."""
 
 
 class Use(NamedTuple):
@@ -93,7 +99,7 @@ def scheme_for(path: tuple[str, ...], role: Role, shape: tuple[int, ...], inputs
         return None
     # A row of an embedding is looked up, so that there is nothing else to be rounded.
     acts = (None, None) if role == "embedding" else (rule.activations, rule.gradients)
-    return Scheme(rule.weights, *acts, rule.block)
+    return Scheme(rule.weights, *acts, rule.block, rule.running and role in RANGED)
 
 
 def rule_of(name: str, rules: tuple[QuantRule, ...]) -> QuantRule | None:
@@ -126,7 +132,11 @@ def rounded_product(
       Array of x's dtype.
     """
     whole = jax.tree.map(lambda part: gathered(part, (*module.path, name)), weight)
-    return quantized_dot(x, whole, scheme, key=rounding_key(module, scheme))
+    key = rounding_key(module, scheme)
+    if not scheme.running or isinstance(weight, Quantized):
+        return quantized_dot(x, whole, scheme, key=key)
+    span = module.param(RANGE, nn.initializers.zeros, (), jnp.float32)
+    return ranged_dot(x, whole, scheme, span, key=key)
 
 
 def added(module: nn.Module, name: str, weight: Array | Quantized, dtype: DTypeLike) -> Array:
@@ -204,6 +214,26 @@ def check_rules(rules: tuple[str, ...], names: list[str], device: Any) -> None:
             )
     if any(rule.activations == "fp8" for rule in read):
         check_fp8("model.quant asks for products of fp8", device)
+
+
+def check_ranges(rules: tuple[str, ...], uses: list[Use]) -> None:
+    """Refuses rules that ask for a running range where no weight can have one.
+
+    Args:
+      rules: `model.quant`.
+      uses: Of the model.
+
+    Raises:
+      UserError: Names the rule.
+    """
+    read = quant_rules(rules)
+    able = {rule_of(use.name, read) for use in uses if use.role in RANGED}
+    for rule in read:
+        if rule.running and rule not in able:
+            raise UserError(
+                f"model.quant: no weight that follows the pattern {rule.pattern!r} can have a running range (experts, "
+                "fields, embeddings and the language head have none): leave out /running"
+            )
 
 
 def check_fp8(asked: str, device: Any) -> None:

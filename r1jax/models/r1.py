@@ -1,5 +1,6 @@
 """R1: encoders of each modality, the DeepSeek-V3 decoder over their tokens and the text, heads at query tokens."""
 
+import itertools
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -12,11 +13,11 @@ from r1jax.models.initial import normal
 from r1jax.models.layers import Linear
 from r1jax.models.lora import Lora
 from r1jax.models.moe import RouterStats
-from r1jax.models.ngrams import NgramSummary
+from r1jax.models.ngrams import NgramScores
 from r1jax.models.precision import PRECISIONS
 from r1jax.models.quantized import added, parameter, rounding_by
 from r1jax.models.series import SeriesEncoder
-from r1jax.models.table import TableEncoder
+from r1jax.models.table import JoinedTableEncoder, TableEncoder
 from r1jax.models.text import TextSummary
 from r1jax.models.vision import VisionEncoder
 from r1jax.ops.axes import constrain
@@ -94,15 +95,20 @@ class R1(nn.Module):
         if "series" in c.modalities:
             self.series = SeriesEncoder(c.series, width, self.dtype, c.dropout, c.remat)
         if "table" in c.modalities:
-            self.table = TableEncoder(c.table, width, self.dtype, c.dropout, c.remat)
+            if c.table.joined:
+                self.table = JoinedTableEncoder(c.table, width, self.dtype, c.dropout)
+            else:
+                self.table = TableEncoder(c.table, width, self.dtype, c.dropout, c.remat)
         if not self.heads:
             return
         if "text" in c.modalities:
             self.text = TextSummary(width, self.dtype, c.dropout)
             if c.text_ngrams:
-                self.ngrams = NgramSummary(c.text_ngrams, width, self.dtype, c.dropout)
+                self.ngrams = NgramScores(c.text_ngrams, sum(size for _, size in self.heads), self.dtype, c.dropout)
         self.queries = parameter(self, "queries", normal(0.02), (len(self.heads), width))
-        self.head = {name: Linear(size, jnp.float32, bias=True) for name, size in self.heads}
+        # Beside n-grams the decoder starts silent: a random opinion of it would first have to be unlearned by them.
+        std = 0.0 if c.text_ngrams and "text" in c.modalities else None
+        self.head = {name: Linear(size, jnp.float32, bias=True, init_std=std) for name, size in self.heads}
 
     def encode(
         self, inputs: Inputs, *, cases: Int[Array, " B"] | None
@@ -155,8 +161,6 @@ class R1(nn.Module):
             tokens, exist = [*tokens, text], [*exist, inputs.text_valid]
             if self.heads:
                 read = self.text(text, inputs.text_valid, cases=cases)
-                if self.config.text_ngrams:
-                    read = read + self.ngrams(inputs.text, inputs.text_valid, cases=cases)
                 summary = summary + jnp.where(jnp.any(inputs.text_valid, axis=1)[:, None], read, 0)
         if self.heads:
             # Queries start from the summaries: a direct way for gradients, which attention over many tokens dilutes.
@@ -169,6 +173,10 @@ class R1(nn.Module):
         hidden, router = self.decoder(x, positions, valid, cases=cases)
         last = hidden[:, -len(self.heads) :].astype(jnp.float32)
         heads = {name: self.head[name](last[:, i]) for i, (name, _) in enumerate(self.heads)}
+        if self.heads and inputs.text is not None and self.config.text_ngrams:
+            said = self.ngrams(inputs.text, inputs.text_valid, cases=cases)
+            ends = list(itertools.accumulate(size for _, size in self.heads))[:-1]
+            heads = {name: heads[name] + part for name, part in zip(heads, jnp.split(said, ends, axis=1), strict=True)}
         states = second = weight = None
         if language and inputs.text is not None:
             text = slice(first, first + inputs.text.shape[1])

@@ -4,6 +4,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+LEAST = 0.02
+"""Of a class that is scored below all margins: it is not impossible."""
+
 
 def cross_entropy(
     logits: Float[Array, "*B V"], labels: Int[Array, "*B"], *, smoothing: float | Float[Array, "*B"] = 0.0
@@ -12,6 +15,26 @@ def cross_entropy(
     log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     hit = jnp.take_along_axis(log_probs, labels[..., None], axis=-1)[..., 0]
     return -(1 - smoothing) * hit - smoothing * jnp.mean(log_probs, axis=-1)
+
+
+def squared_hinge(scores: Float[Array, "*B V"], labels: Int[Array, "*B"]) -> Float[Array, "*B"]:
+    """Squared hinge loss of each class against the others, summed, in fp32.
+
+    It is that of LIBLINEAR's support vector machines (Fan et al. 2008); `hinge_probabilities` says what scores mean.
+    """
+    scores = scores.astype(jnp.float32)
+    side = 2 * jax.nn.one_hot(labels, scores.shape[-1], dtype=jnp.float32) - 1
+    return jnp.sum(jnp.square(jax.nn.relu(1 - side * scores)), axis=-1)
+
+
+def hinge_probabilities(scores: Float[Array, "*B V"]) -> Float[Array, "*B V"]:
+    """Probability of each class from scores that `squared_hinge` trained.
+
+    The loss is least at the score 2 p - 1 (Zhang 2004, section 3), so that a class has (1 + score) / 2, but at least
+    `LEAST`, over the sum of all classes.
+    """
+    told = jnp.clip((1 + scores.astype(jnp.float32)) / 2, LEAST, 1.0)
+    return told / jnp.sum(told, axis=-1, keepdims=True)
 
 
 def binary_cross_entropy(

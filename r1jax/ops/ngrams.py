@@ -9,6 +9,8 @@ from jaxtyping import Array, Bool, Int, UInt32
 
 PIECES = (3, 4, 5)
 """Lengths in bytes of the pieces of words; the space before or after a word belongs to it."""
+GROUPS = ((0, len(PIECES)), (len(PIECES), len(PIECES) + 2))
+"""Of the last axis of `hashed_ngrams`: pieces, and words with pairs of words."""
 _FIRST = 3  # byte b is token b + 3
 _SPACE, _ZERO = 32, 48
 _FACTOR = 0x01000193

@@ -34,8 +34,9 @@ class Quantized(NamedTuple):
     """What 0 stands for, of affine kinds."""
     balance: Float[Array, "1 I"] | None = None
     """Powers of two by which each column of a weight was multiplied before it was rounded, and its input is divided."""
-    span: Float[Array, "1 1"] | None = None
-    """Largest magnitude of the inputs of a weight, divided by their balance; None takes that of each row."""
+    span: Float[Array, "..."] | None = None
+    """Largest magnitude of the inputs of a weight, divided by their balance: [1, 1], or while a range is not yet known
+    that of each of their blocks; None takes that of each."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -50,7 +51,7 @@ def quantize(
     block: int | None = None,
     scale_dtype: DTypeLike = jnp.float32,
     bits: UInt32[Array, "*rows I"] | None = None,
-    span: Float[Array, "1 1"] | None = None,
+    span: Float[Array, "..."] | None = None,
 ) -> Quantized:
     """Rounds to the nearest number of a kind (ties to even), or at random to one of the two neighbours.
 
@@ -60,7 +61,8 @@ def quantize(
       block: Numbers that share a scale; None is the whole row.
       scale_dtype: What the scale is rounded to before it is used.
       bits: Random; with them rounding is stochastic, and right on average. Integers only.
-      span: Largest magnitude that counts, for all rows; what is beyond it is clipped. Symmetric kinds only.
+      span: Largest magnitude that counts, of all rows or of each block; what is beyond it is clipped. Symmetric kinds
+        only.
 
     Returns:
       Numbers and scales.
@@ -74,7 +76,7 @@ def quantize(
         q = jnp.clip(jnp.round((wide - _column(zero)) / _column(scale)), 0, 255)
         return Quantized(_row(q, x.shape[-1]).astype(jnp.uint8), scale, zero)
     # Multiplied, not divided: of x / 127 compilers make either, and they differ in the last bit.
-    largest = jnp.max(jnp.abs(wide), axis=-1) if span is None else jnp.full(wide.shape[:-1], span[0, 0])
+    largest = jnp.max(jnp.abs(wide), axis=-1) if span is None else jnp.broadcast_to(span, wide.shape[:-1])
     scale = jnp.maximum(largest * np.float32(1 / BOUND[kind]), FLOOR).astype(scale_dtype)
     q = wide / _column(scale)
     if kind != "fp8":
@@ -82,6 +84,11 @@ def quantize(
         q = jnp.round(q) if unit is None else jnp.floor(q + unit)
     q = jnp.clip(q, -BOUND[kind], BOUND[kind])
     return Quantized(_row(q, x.shape[-1]).astype(TYPE[kind]), scale)
+
+
+def magnitudes(x: Float[Array, "*rows I"], block: int | None) -> Float[Array, "*rows blocks"]:
+    """The largest magnitude of each block, in fp32."""
+    return jnp.max(jnp.abs(_blocks(x.astype(jnp.float32), block)), axis=-1)
 
 
 def dequantize(q: Quantized, dtype: DTypeLike = jnp.float32) -> Float[Array, "*rows I"]:

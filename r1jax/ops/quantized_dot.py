@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from r1jax.ops.hashed_bits import hashed_bits
-from r1jax.ops.quantize import Kind, Quantized, block_length, block_of, dequantize, quantize
+from r1jax.ops.quantize import Kind, Quantized, block_length, block_of, dequantize, magnitudes, quantize
 from r1jax.ops.weight_only import weight_only_dot
 
 LONGEST = 2**17
@@ -35,6 +35,8 @@ class Scheme(NamedTuple):
     """Whether the backward pass multiplies int8 too, its gradients rounded stochastically."""
     block: int | None = None
     """Numbers of a row that share a scale; None is the whole row."""
+    running: bool = False
+    """Whether the module of the weight keeps one range of all inputs, as training has seen them."""
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["weight", "key"], meta_fields=["scheme"])
@@ -128,6 +130,53 @@ def quantized_dot(
     if scheme.activations is None:
         return _weight_only(x, trained, codes)
     return _product(scheme, x, trained, codes, key)
+
+
+def ranged_dot(
+    x: Float[Array, "*B I"],
+    weight: Float[Array, "O I"],
+    scheme: Scheme,
+    span: Float[Array, ""],
+    *,
+    key: PRNGKeyArray | None = None,
+) -> Float[Array, "*B O"]:
+    """X w^T of rounded numbers, all inputs in one range that is learned from them.
+
+    Args:
+      x: Rows; what is beyond the range is clipped.
+      weight: Floats to be rounded.
+      scheme: How; its activations are rounded.
+      span: The range, fp32; of 0, which is none yet, each block has its own. Its "gradient" is the largest magnitude of
+        x, and not a slope: who differentiates lets the range follow it (Jacob et al. 2018, section 3.1).
+      key: As in `quantized_dot`.
+
+    Returns:
+      Array of x's dtype.
+    """
+    codes, x = weight_codes(weight, scheme), _watched(x, span)
+    each = magnitudes(x, block_of(codes))
+    spans = jax.lax.stop_gradient(jnp.where(span > 0, span, each))
+    return quantized_dot(x, weight, scheme, codes=codes._replace(span=spans), key=key)
+
+
+@jax.custom_vjp
+def _watched(x: Array, span: Array) -> Array:
+    """The inputs; gradients stop at those beyond the range, which move no output: they are clipped to one number."""
+    return x
+
+
+def _watched_forward(x: Array, span: Array) -> tuple[Array, tuple[Array, Array]]:
+    size = jnp.abs(x.astype(jnp.float32))
+    return x, ((size <= span) | (span <= 0), jnp.max(size))
+
+
+def _watched_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    inside, largest = saved
+    # Clipped codes hide what is not finite; 0 times it is NaN, by which the step is refused.
+    return jnp.where(inside, gradient, (0 * largest).astype(gradient.dtype)), largest
+
+
+_watched.defvjp(_watched_forward, _watched_backward)
 
 
 @jax.custom_vjp

@@ -143,7 +143,13 @@ def _reference_sums(model: R1, task: Finance, params: Any, batch: dict[str, Arra
     inputs, _ = task.prepare(batch)
     sums = {}
     for name, x in record(model, params, inputs).items():
-        valid = inputs.text_valid if name == "text" else inputs.series_valid[:, int(name.removeprefix("stream_"))]
+        match name:
+            case "text":
+                valid = inputs.text_valid
+            case "ngrams":
+                valid = jnp.any(inputs.text_valid, axis=1, keepdims=True)
+            case _:
+                valid = inputs.series_valid[:, int(name.removeprefix("stream_"))]
         axes = (0, 1) if name == "text" else (0,)
         sums[name] = _sums(x, valid[..., None], axes)
     if inputs.table is not None:
@@ -176,6 +182,9 @@ def _contributions(
     begin = {
         name: jnp.broadcast_to(start[name] if x.ndim == 2 else start[name][None], x.shape) for name, x in end.items()
     }
+    if "ngrams" in end:  # where there is no note, there is nothing to be said
+        noted = jnp.any(inputs.text_valid, axis=1)[:, None, None]
+        begin["ngrams"] = jnp.where(noted, begin["ngrams"], end["ngrams"])
 
     def output(x: Features) -> Float[Array, " B"]:
         shown = inputs if inputs.table is None else inputs._replace(table=x["table"])
@@ -188,6 +197,8 @@ def _contributions(
     streams = [parts[f"stream_{i}"] for i in range(inputs.series.shape[1])]
     events = jnp.stack([_by_channel(x, channels) for x in streams], axis=1)
     text = jnp.sum(parts["text"], axis=-1) if "text" in parts else nothing
+    if "ngrams" in parts:
+        text = text.at[:, 0].add(jnp.sum(parts["ngrams"], axis=(1, 2)))
     return parts.get("table", nothing), events, text, found.baseline, found.output
 
 

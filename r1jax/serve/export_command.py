@@ -18,6 +18,7 @@ import numpy as np
 from r1jax.arguments import EvalArguments, EvalData
 from r1jax.cli import load_arguments
 from r1jax.config import Config, Count, MeshConfig, ModelConfig, Positive
+from r1jax.data.filesystem import is_remote
 from r1jax.disk import sha256
 from r1jax.edge.artefact import TEXTS
 from r1jax.errors import UserError
@@ -25,12 +26,14 @@ from r1jax.models.r1 import R1
 from r1jax.parallel.mesh import make_mesh
 from r1jax.parallel.platform import start_platform
 from r1jax.serve import export_jax, export_litert
-from r1jax.serve.evaluate import restore_served, scoring_config
+from r1jax.serve.evaluate import restore_served, same_path, scoring_config
 from r1jax.serve.export_card import describe_export, describe_ports, write_card
 from r1jax.serve.export_finance import FinanceExport
 from r1jax.serve.export_gate import FP16, FP32, HALF, INT8, Subset, agreement_lines, compare
 from r1jax.serve.export_graph import Exported, Limits
 from r1jax.serve.export_medical import MedicalExport
+from r1jax.serve.export_rounding import CALIBRATION, CHECKED, RoundingCases, round_weights
+from r1jax.serve.quantize_report import MOST
 from r1jax.tasks.catalog import TASKS
 from r1jax.tasks.task import Task
 from r1jax.train.checkpoint import Checkpoint
@@ -65,8 +68,8 @@ class ExportArguments:
     """jax: a program for CPU and CUDA, any batch, run by JAX; litert: for a device, one case at a time, run by LiteRT
     and reported by a script beside it."""
     weights: Literal["float", "fp16", "int8"] = "float"
-    """Of litert, how they are stored: as fp32; as fp16, which is half of it and nearly the same model; or as int8, the
-    heads' as fp16, which not every model bears (docs/export.md)."""
+    """Of litert, how they are stored: as fp32; as fp16, which is half of it and nearly the same model; or as int8, but
+    fp16 where that matters most to calls and int4 where it hardly matters (some minutes, docs/export.md)."""
     converter: str | None = None
     """Python of an environment that has the LiteRT converter; none takes that which --install makes."""
     install: bool = False
@@ -89,6 +92,8 @@ class Opened(NamedTuple):
     params: Any
     exported: Exported
     """With what the checkpoint says of the cases, in its own precision."""
+    rounding: RoundingCases | None = None
+    """Of --weights int8."""
 
 
 def export(words: list[str]) -> int:
@@ -168,7 +173,9 @@ def open_checkpoint(checkpoint: Checkpoint, asked: ExportArguments) -> Opened:
     source = task.source(config.data.split)
     source = Subset(source, export_of.chosen(source, asked.cases))
     params = restore_served(checkpoint, config, network, task, mesh, source)
-    exported = export_of(checkpoint, Evaluator(network, task, mesh), params, source)
+    evaluator = Evaluator(network, task, mesh)
+    rounding = rounding_cases(checkpoint, evaluator, params, asked) if asked.weights == "int8" else None
+    exported = export_of(checkpoint, evaluator, params, source)
     weights = jax.tree.map(np.asarray, params)
     if asked.to == "litert":  # an edge device has neither bf16 nor loops, and its converter rounds by itself
         plain = dataclasses.replace(config.model, precision="fp32", scan_layers=False, quant=())
@@ -176,7 +183,48 @@ def open_checkpoint(checkpoint: Checkpoint, asked: ExportArguments) -> Opened:
         task = TASKS[config.task.name](config)
         network = R1(plain, task.heads)
         weights = jax.tree.map(lambda x: x.astype(np.float32) if x.dtype == jnp.bfloat16 else x, weights)
-    return Opened(checkpoint, config, task, network, weights, exported)
+    return Opened(checkpoint, config, task, network, weights, exported, rounding)
+
+
+def rounding_cases(checkpoint: Checkpoint, evaluator: Evaluator, params: Any, asked: ExportArguments) -> RoundingCases:
+    """Training cases of the checkpoint's own data.
+
+    Args:
+      checkpoint: The checkpoint.
+      evaluator: Compiled forward pass of its config.
+      params: Weights to serve.
+      asked: The command line.
+
+    Returns:
+      Cases to round by, and others with what the checkpoint says of them.
+
+    Raises:
+      UserError: They are not here, or those that the export is compared on are among them.
+    """
+    config, data = evaluator.task.config, checkpoint.config().data
+    if config.data.split in ("train", "all") and same_path(config.data.path, data.path):
+        raise UserError(
+            f"--weights int8 rounds weights by training cases, and data.split is {config.data.split!r}: compare the "
+            "export on others by --data.split test, or export by --weights fp16"
+        )
+    if data.path is not None and not (is_remote(data.path) or Path(data.path).exists()):
+        raise UserError(
+            f"--weights int8 rounds weights by training cases, and {data.path}, which {checkpoint.path} was trained "
+            "on, is not here: bring it back, or export by --weights fp16"
+        )
+    # Not the config of --data.path, to which training cases may be history.
+    own = EvalArguments(checkpoint=asked.checkpoint, alerts_per_day=asked.alerts_per_day)
+    task, export_of = TASKS[config.task.name](scoring_config(checkpoint, own)), EXPORTS[config.task.name]
+    source = task.source("train")
+    rows = export_of.chosen(source, CALIBRATION + CHECKED)
+    rounds_by = np.arange(len(rows)) % (1 + CHECKED // CALIBRATION) == 0
+    if rounds_by.all():
+        raise UserError(
+            f"--weights int8 rounds weights by training cases, and {source.name} has {len(source)}: export by "
+            "--weights fp16"
+        )
+    train, checked = Subset(source, rows[rounds_by]), Subset(source, rows[~rounds_by])
+    return RoundingCases(train, export_of(checkpoint, evaluator, params, checked))
 
 
 def write(folder: Path, opened: Opened, asked: ExportArguments, converter: Path | None) -> dict[str, Any]:
@@ -191,8 +239,17 @@ def write(folder: Path, opened: Opened, asked: ExportArguments, converter: Path 
     Returns:
       The agreement; if it does agree, the card holds it too.
     """
-    wanted = opened.exported.ports
-    graph = opened.exported.graph(opened.task, opened.model, opened.params)
+    wanted, params, kinds = opened.exported.ports, opened.params, dict[str, str]()
+    if opened.rounding is not None:
+        checked, count = opened.rounding.checked, min(len(opened.rounding.train), CALIBRATION)
+        print(f"rounding weights by {count} training cases", file=sys.stderr)
+        constants = export_litert.read_constants(
+            checked.graph(opened.task, opened.model, params), checked.ports, converter
+        )
+        params, kinds, held = round_weights(opened.rounding, opened.task, opened.model, params, constants)
+        if not held["agrees"]:
+            print(f"warning: no rounding agrees on cases of {held['data']['name']}; the last is taken", file=sys.stderr)
+    graph = opened.exported.graph(opened.task, opened.model, params)
     run: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
     if converter is None:
         largest, outputs = export_jax.write_model(folder, graph, wanted)
@@ -200,13 +257,16 @@ def write(folder: Path, opened: Opened, asked: ExportArguments, converter: Path 
         versions, kind = {"jax": jax.__version__}, "exported"
         run = export_jax.read_model(folder)
     else:
-        versions, outputs = export_litert.write_model(folder, graph, wanted, weights=asked.weights, converter=converter)
+        narrow = asked.weights != "float"
+        versions, outputs, stored = export_litert.write_model(folder, graph, wanted, narrow=narrow, converter=converter)
         (folder / TEXTS).write_text(json.dumps(opened.exported.texts(), ensure_ascii=False, indent=1) + "\n", "utf-8")
         made = {"file": export_litert.MODEL, "batch": "1", "precision": "fp32"}
         kind = "edge"
         if asked.weights != "float":
             made["precision"] = f"{asked.weights} weights"
             kind += f", {asked.weights} weights"
+            made["stored"] = {"bytes": stored, "weights": kinds}
+            print(stored_line(asked.weights, stored))
         run = functools.partial(export_litert.run_model, folder, converter=converter)
     card = describe_export(opened.checkpoint, opened.config, opened.exported, kind, versions)
     card |= {"to": asked.to, **made, **describe_ports(wanted, outputs)}
@@ -216,6 +276,29 @@ def write(folder: Path, opened: Opened, asked: ExportArguments, converter: Path 
     if agreement["agrees"]:
         write_card(folder, card | {"agreement": agreement})
     return agreement
+
+
+def stored_line(asked: str, stored: dict[str, int]) -> str:
+    """How the weights of an edge file are stored.
+
+    Args:
+      asked: int8 or fp16.
+      stored: Bytes by type.
+
+    Returns:
+      A line of text.
+
+    Raises:
+      UserError: int8 was asked for, and most of the bytes are not of that.
+    """
+    share = {name: size / sum(stored.values()) for name, size in stored.items()}
+    if asked == "int8" and share["int8"] <= MOST:
+        raise UserError(
+            f"only {share['int8']:.1%} of the bytes of the weights are int8, so that the file cannot be called that: "
+            "export by --weights fp16"
+        )
+    told = ", ".join(f"{part:.1%} {name}" for name, part in share.items() if part)
+    return f"weights: {told} of {sum(stored.values()):,} bytes"
 
 
 def limits_of(trained: ModelConfig, asked: ExportArguments) -> Limits:

@@ -40,6 +40,7 @@ class FinanceExport:
     """
 
     notice = NOTICE
+    decided = ("score",)
     generated = "Trained on generated payments: no person, no bank."
 
     def __init__(self, checkpoint: Checkpoint, evaluator: Evaluator, params: Any, source: Any) -> None:

@@ -32,12 +32,14 @@ class Limits:
     """Largest differences that are let through.
 
     Attributes:
-      probability: Of any probability.
+      probability: Of a probability on which a call or a band hangs.
+      level: Of that of a level of a rating, on which none does.
       mm: Of lengths and positions.
       near: A decision may differ where the checkpoint's probability is this close to the threshold.
     """
 
     probability: float
+    level: float
     mm: float
     near: float = 0.0
 
@@ -63,6 +65,7 @@ class Exported(Protocol):
       source: The cases that the export is compared on.
       ports: What the graph reads.
       shown: Names of the ways to show a case, the one that shows all first.
+      decided: Names of the outputs, probabilities, on which calls hang.
       notice: What the model is not.
       generated: Said of a model that was trained on generated cases.
     """
@@ -70,6 +73,7 @@ class Exported(Protocol):
     source: Source
     ports: dict[str, Port]
     shown: tuple[str, ...]
+    decided: tuple[str, ...]
     notice: str
     generated: str
 

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import zipapp
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -21,15 +21,22 @@ from r1jax.models.moe import dense_mixtures
 from r1jax.serve import litert_worker
 from r1jax.serve.export_graph import Graph, Port
 
-REQUIREMENTS = ("litert-converter==0.5.0", "ai-edge-quantizer==0.10.0")
+REQUIREMENTS = ("litert-converter==0.5.0", "ai-edge-litert==2.3.0")
 """What the converter's environment holds; its interface is private, hence the exact versions."""
-KEPT = r".*/(volume|image|series|table|text|where|head_\w+)/.*"
-"""Layers that compute in fp32 with int8, since they are most of the error: encoders and heads, all but the decoder."""
-FINE = r".*/(merge_[01]|stage_0_\w+|head_\w+)/.*"
-"""Those of them whose weights are stored as fp16, which are few bytes; all other weights are stored as int8."""
 MODEL = "model.tflite"
 COMPLETE = "complete"
 """File in the converter's environment once all is installed: an interpreter alone may be what a crash left."""
+
+
+class Written(NamedTuple):
+    """An edge network on disk."""
+
+    versions: dict[str, str]
+    """Of the converter's packages."""
+    outputs: dict[str, jax.ShapeDtypeStruct]
+    """By name, for a batch of 1."""
+    stored: dict[str, int]
+    """Bytes of the weights by type, without their scales; {} of a file of fp32."""
 
 
 def default_environment() -> Path:
@@ -83,24 +90,62 @@ def _make_environment(home: Path) -> None:
         raise
 
 
-def write_model(
-    folder: Path, graph: Graph, wanted: dict[str, Port], *, weights: str, converter: Path
-) -> tuple[dict[str, str], dict[str, jax.ShapeDtypeStruct]]:
+def write_model(folder: Path, graph: Graph, wanted: dict[str, Port], *, narrow: bool, converter: Path) -> Written:
     """Writes the edge network and its runner.
 
     Args:
       folder: Where to.
       graph: From `exported_graph`, in fp32.
       wanted: What it reads.
-      weights: "float" leaves them in fp32, "fp16" and "int8" store them in fewer bits.
+      narrow: Stores matrices that are codes times scales as int8, and others as fp16; otherwise all are fp32.
       converter: Python that has the converter.
 
     Returns:
-      Versions of the converter's packages, and the outputs by name, for a batch of 1.
+      What is known of the file.
 
     Raises:
       UserError: The converter is missing or fails.
     """
+    told, outputs = _convert(graph, wanted, folder / MODEL, converter, narrow=narrow)
+    with tempfile.TemporaryDirectory() as place:
+        package = Path(place) / "package"
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(Path(edge.__file__).parent, package / "r1jax_edge", ignore=ignored)
+        zipapp.create_archive(package, folder / RUNNER, main="r1jax_edge.__main__:main")
+    return Written(told["versions"], outputs, told["stored"])
+
+
+def read_constants(graph: Graph, wanted: dict[str, Port], converter: Path) -> list[np.ndarray]:
+    """The matrices of the edge network as the converter makes them, in fp32.
+
+    Args:
+      graph: From `exported_graph`, in fp32.
+      wanted: What it reads.
+      converter: Python that has the converter.
+
+    Returns:
+      Arrays of two axes or more.
+
+    Raises:
+      UserError: The converter is missing or fails.
+    """
+    with tempfile.TemporaryDirectory() as place:
+        file = Path(place) / "constants.npz"
+        _convert(graph, wanted, Path(place) / MODEL, converter, constants=str(file))
+        with np.load(file) as found:
+            return list(found.values())
+
+
+def _convert(
+    graph: Graph,
+    wanted: dict[str, Port],
+    target: Path,
+    converter: Path,
+    *,
+    narrow: bool = False,
+    constants: str | None = None,
+) -> tuple[dict[str, Any], dict[str, jax.ShapeDtypeStruct]]:
+    """Has the worker convert a graph for one case; what it says, and the outputs by name."""
     one = {name: jax.ShapeDtypeStruct((1, *port.shape), np.dtype(port.dtype)) for name, port in wanted.items()}
     with dense_mixtures():
         # One platform: a program for several takes the platform's number as a further input.
@@ -109,22 +154,17 @@ def write_model(
     with tempfile.TemporaryDirectory() as place:
         source = Path(place) / "model.mlir"
         source.write_text(program.mlir_module())  # text: of serialized bytecode the converter dies
-        names = {"inputs": sorted(one), "outputs": sorted(outputs)}
         asked = {
             "do": "convert",
             "source": str(source),
-            "target": str(folder / MODEL),
-            "int8": weights == "int8",
-            "kept": KEPT,
-            "fine": {"float": None, "fp16": ".*", "int8": FINE}[weights],
-            **names,
+            "target": str(target),
+            "inputs": sorted(one),
+            "outputs": sorted(outputs),
+            "narrow": narrow,
+            "constants": constants,
         }
-        versions = _work(converter, asked)
-        package = Path(place) / "package"
-        ignored = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(Path(edge.__file__).parent, package / "r1jax_edge", ignore=ignored)
-        zipapp.create_archive(package, folder / RUNNER, main="r1jax_edge.__main__:main")
-    return versions, {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in outputs.items()}
+        told = _work(converter, asked)
+    return told, {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in outputs.items()}
 
 
 def run_model(folder: Path, inputs: dict[str, np.ndarray], converter: Path) -> dict[str, np.ndarray]:
@@ -149,8 +189,8 @@ def run_model(folder: Path, inputs: dict[str, np.ndarray], converter: Path) -> d
             return dict(found)
 
 
-def _work(converter: Path, asked: dict[str, Any]) -> dict[str, str]:
-    """Has the worker do one thing; gives the versions of its packages."""
+def _work(converter: Path, asked: dict[str, Any]) -> dict[str, Any]:
+    """Has the worker do one thing; gives what it says of it, and the versions of its packages."""
     with tempfile.NamedTemporaryFile("w", suffix=".json") as request:
         request.write(json.dumps(asked))
         request.flush()

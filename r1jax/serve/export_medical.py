@@ -58,6 +58,7 @@ class MedicalExport:
         modes = shown_modes(reads, source.schema.modalities)
         self._modes = {shown: MODES[mode] for mode, shown in modes.items()}
         self.shown = tuple(self._modes)
+        self.decided = tuple(name for name in self.scored.predicted[self.shown[0]] if FINDING[name].kind == "binary")
         given = {item.name: item.shape for item in source.schema.fields}
         read = {name: getattr(task.config.model, name).size for name in b.PICTURES if name in reads}
         self.ports = ports(task, {name: tuple(given.get(name, size)) for name, size in read.items()})
@@ -93,7 +94,7 @@ class MedicalExport:
         held = {}
         for name, values in self.scored.predicted[shown].items():
             kind = FINDING[name].kind
-            allowed = limits.probability if kind in ("binary", "rating") else limits.mm
+            allowed = {"binary": limits.probability, "rating": limits.level}.get(kind, limits.mm)
             theirs, ours = values[rows].astype(np.float64), found[name].astype(np.float64)
             difference = np.nan_to_num(np.abs(ours - theirs), nan=np.inf)
             if kind == "binary":

@@ -8,25 +8,34 @@ converter answers what it does not understand with a segmentation fault. Its Pyt
 
 import importlib.metadata
 import json
-import re
+import math
 import sys
 from pathlib import Path
 from typing import Any
 
 LEAST = 256
-"""Numbers from which a constant that is left in fp32 is stored in fewer bits: below, its scales and place cost more."""
+"""Numbers from which a matrix is stored in fewer bits: below, its scales and its place cost more than it saves."""
+STEPS = {"int4": 7, "int8": 127}
+"""Largest code of each kind, of either sign."""
+ON_GRID = 1e-3
+"""Largest distance of a weight from a code, in steps, at which it is that code: fp32 leaves some 1e-5."""
+DEFAULTS = ("MulOptionsT", "AddOptionsT", "SubOptionsT", "DivOptionsT")
+"""Options that say nothing where no activation is fused: their absence is read alike."""
 MISSING = 3
 """Exit code: a package of the converter is not installed."""
-PACKAGES = ("litert-converter", "ai-edge-quantizer", "ai-edge-litert")
+PACKAGES = ("litert-converter", "ai-edge-litert")
 
 
-def convert(asked: dict[str, Any]) -> None:
+def convert(asked: dict[str, Any]) -> dict[str, Any]:
     """Turns StableHLO text into a .tflite file.
 
     Args:
-      asked: "source", "target" (files), "inputs", "outputs" (names in the order of the program), "int8": whether
-        products compute in int8 but for those whose names match "kept", a regular expression, and "fine": of the
-        constants that are stored as fp16, all others being int8, one scale a channel; None leaves all in fp32.
+      asked: "source", "target" (files), "inputs", "outputs" (names in the order of the program), "narrow": whether
+        matrices are stored in fewer bits, by `_narrowed`, and "constants": .npz file for the matrices of the
+        program as the converter made them, which folds what a norm multiplies by into the weights behind it; or None.
+
+    Returns:
+      "stored": bytes of the weights in the file by their type.
     """
     from litert_converter.mlir import ir, passmanager
     from litert_converter.mlir._mlir_libs import converter_api_ext as api
@@ -43,75 +52,142 @@ def convert(asked: dict[str, Any]) -> None:
         api.run_convert_to_tfl_passes(module, passmanager.PassManager(), config)
         target = Path(asked["target"])
         target.write_bytes(api.export_flatbuffer_to_bytes(module.operation))
-    if asked["fine"] is not None:
-        content = _quantized(target, asked["kept"]) if asked["int8"] else bytearray(target.read_bytes())
-        target.write_bytes(_narrowed(content, asked["fine"]))
+    if asked["constants"]:
+        _write_constants(bytearray(target.read_bytes()), asked["constants"])
+    if not asked["narrow"]:
+        return {"stored": {}}
+    content, stored = _narrowed(bytearray(target.read_bytes()))
+    target.write_bytes(content)
+    return {"stored": stored}
 
 
-def _quantized(model: Path, kept: str) -> bytearray:
-    """Dynamic int8: weights are stored as int8, activations become int8 row by row within each product."""
-    from ai_edge_quantizer import quantizer, recipe
+def _write_constants(content: bytearray, file: str) -> None:
+    import numpy as np
+    from ai_edge_litert import schema_py_generated as schema
+    from ai_edge_litert.tools import flatbuffer_utils
 
-    engine = quantizer.Quantizer(str(model))
-    # LiteRT has no batched product with an int8 left side; here those are of activations and of small weights.
-    apart = [
-        {"regex": regex, "operation": operation, "algorithm_key": "no_quantize", "op_config": {}}
-        for regex, operation in ((".*", "BATCH_MATMUL"), (kept, "*"))
-    ]
-    engine.load_quantization_recipe([*recipe.dynamic_wi8c_afp32(), *apart])
-    return bytearray(engine.quantize(None).quantized_model)
+    model = flatbuffer_utils.read_model_from_bytearray(content)
+    held = [(tensor, model.buffers[tensor.buffer].data) for tensor in model.subgraphs[0].tensors]
+    fp32 = [(x.shape, data) for x, data in held if x.type == schema.TensorType.FLOAT32 and data is not None]
+    np.savez(file, *(np.frombuffer(bytes(data), np.float32).reshape(shape) for shape, data in fp32 if len(shape) > 1))
 
 
-def _narrowed(content: bytearray, fine: str) -> bytes:
-    """Stores what is fp32 still (embeddings, layers that compute in fp32) in fewer bits, widened where it is used."""
+def _narrowed(content: bytearray) -> tuple[bytes, dict[str, int]]:
+    """Stores matrices as int4 or int8 where that is exact and as fp16 elsewhere; they are widened where they are used.
+
+    What becomes codes is decided before, by who rounds weights to codes and scales (export_rounding.py), so that
+    nothing is rounded to less than fp16 here, and no name of a tensor matters.
+    """
     import numpy as np
     from ai_edge_litert import schema_py_generated as schema
     from ai_edge_litert.tools import flatbuffer_utils
 
     model = flatbuffer_utils.read_model_from_bytearray(content)
     (graph,) = model.subgraphs
-    widen = schema.OperatorCodeT()
-    widen.builtinCode = widen.deprecatedBuiltinCode = schema.BuiltinOperator.DEQUANTIZE
-    widen.version = 5  # the first that takes one scale a channel
-    model.operatorCodes.append(widen)
+    widen = _operation_code(model, schema.BuiltinOperator.DEQUANTIZE, version=6)  # the first of int4
+    added, stored = [], {"int4": 0, "int8": 0, "fp16": 0, "fp32": 0}
+    for place, tensor in enumerate(list(graph.tensors)):
+        data = model.buffers[tensor.buffer].data
+        if tensor.type != schema.TensorType.FLOAT32 or data is None:
+            continue
+        weights = np.frombuffer(bytes(data), np.float32).reshape(tensor.shape)
+        if not storable(weights.shape) or not (np.abs(weights) < np.finfo(np.float16).max).all():
+            stored["fp32"] += weights.nbytes
+            continue
+        narrow = schema.TensorT()
+        narrow.shape, narrow.hasRank, narrow.buffer = tensor.shape, tensor.hasRank, len(model.buffers)
+        found = _codes(weights)
+        if found is None:
+            narrow.type, values = schema.TensorType.FLOAT16, weights.astype(np.float16)
+            stored["fp16"] += values.nbytes
+        else:
+            kind, values, scale, axis = found
+            narrow.type, narrow.quantization = (
+                getattr(schema.TensorType, kind.upper()),
+                schema.QuantizationParametersT(),
+            )
+            narrow.quantization.scale, narrow.quantization.quantizedDimension = scale, axis
+            narrow.quantization.zeroPoint = np.zeros(scale.shape, np.int64)
+            values = _packed_int4(values) if kind == "int4" else values
+            stored[kind] += values.nbytes
+        model.buffers.append(schema.BufferT())
+        model.buffers[-1].data = values.reshape(-1).view(np.uint8)
+        tensor.buffer = 0
+        operation = schema.OperatorT()
+        operation.opcodeIndex, operation.inputs, operation.outputs = widen, [len(graph.tensors)], [place]
+        graph.tensors.append(narrow)
+        added.append(operation)
+    graph.operators = added + _triangles(model) + list(graph.operators)
+    return _packed(model), stored
+
+
+def storable(shape: Any) -> bool:
+    """Whether tensors of a shape are stored in fewer bits: of numbers enough, and no vectors, which share no scale."""
+    return math.prod(shape) >= LEAST and sum(size > 1 for size in shape) > 1
+
+
+def _codes(weights: Any) -> tuple[str, Any, Any, int] | None:
+    """Kind, codes, one scale a channel, and the axis of these, where weights are exactly that; otherwise None."""
+    import numpy as np
+
+    for kind, steps in STEPS.items():
+        for axis in range(weights.ndim):
+            others = tuple(other for other in range(weights.ndim) if other != axis)
+            scale = np.maximum(np.abs(weights).max(axis=others, keepdims=True) / steps, np.finfo(np.float32).tiny)
+            exact = weights / scale
+            codes = np.rint(exact)
+            if weights.shape[axis] > 1 and (np.abs(exact - codes) < ON_GRID).all():
+                return kind, codes.astype(np.int8), scale.reshape(-1).astype(np.float32), axis
+    return None
+
+
+def _packed_int4(codes: Any) -> Any:
+    """Two codes a byte, the first in the lower half."""
+    import numpy as np
+
+    halves = codes.reshape(-1).view(np.uint8) & 0xF
+    halves = np.pad(halves, (0, halves.size % 2))
+    return halves[::2] | (halves[1::2] << 4)
+
+
+def _triangles(model: Any) -> list[Any]:
+    """Operations that make the masks of causal attention, which are constants of a byte a pair, from T numbers."""
+    import numpy as np
+    from ai_edge_litert import schema_py_generated as schema
+
+    (graph,) = model.subgraphs
     added = []
     for place, tensor in enumerate(list(graph.tensors)):
         data = model.buffers[tensor.buffer].data
-        if tensor.type != schema.TensorType.FLOAT32 or data is None or len(data) < 4 * LEAST:
+        if tensor.type != schema.TensorType.BOOL or data is None or len(data) < 4 * LEAST or len(tensor.shape) < 2:
             continue
-        weights = np.frombuffer(bytes(data), np.float32).reshape(tensor.shape)
-        matrix = sum(size > 1 for size in weights.shape) > 1  # a vector's numbers share no scale
-        if not matrix or not (np.abs(weights) < np.finfo(np.float16).max).all():
+        *_, rows, columns = tensor.shape
+        if rows != columns or bytes(data) != np.tri(rows, dtype=bool).tobytes():
             continue
-        stored = schema.TensorT()
-        stored.shape, stored.hasRank, stored.buffer = tensor.shape, tensor.hasRank, len(model.buffers)
-        if re.fullmatch(fine, tensor.name.decode()):
-            stored.type, codes = schema.TensorType.FLOAT16, weights.astype(np.float16)
-        else:
-            codes, scale, axis = _rounded(weights)
-            stored.type, stored.quantization = schema.TensorType.INT8, schema.QuantizationParametersT()
-            stored.quantization.scale, stored.quantization.quantizedDimension = scale, axis
-            stored.quantization.zeroPoint = np.zeros(scale.shape, np.int64)
         model.buffers.append(schema.BufferT())
-        model.buffers[-1].data = codes.reshape(-1).view(np.uint8)
+        model.buffers[-1].data = np.arange(rows, dtype=np.int32).view(np.uint8)
+        for shape in ((rows, 1), (1, rows)):
+            places = schema.TensorT()
+            places.type, places.hasRank, places.buffer = schema.TensorType.INT32, True, len(model.buffers) - 1
+            places.shape = [1] * (len(tensor.shape) - 2) + [*shape]
+            graph.tensors.append(places)
         tensor.buffer = 0
         operation = schema.OperatorT()
-        operation.opcodeIndex, operation.inputs = len(model.operatorCodes) - 1, [len(graph.tensors)]
-        operation.outputs = [place]
-        graph.tensors.append(stored)
+        operation.opcodeIndex = _operation_code(model, schema.BuiltinOperator.GREATER_EQUAL, version=1)
+        operation.inputs, operation.outputs = [len(graph.tensors) - 2, len(graph.tensors) - 1], [place]
         added.append(operation)
-    graph.operators = added + list(graph.operators)
-    return _packed(model)
+    return added
 
 
-def _rounded(weights: Any) -> tuple[Any, Any, int]:
-    """Codes of -127 to 127, one scale along the first axis that is longer than 1, and that axis."""
-    import numpy as np
+def _operation_code(model: Any, operator: int, version: int) -> int:
+    """Adds an operator to those that the model names; its place among them."""
+    from ai_edge_litert import schema_py_generated as schema
 
-    axis = next((axis for axis, size in enumerate(weights.shape) if size > 1), 0)
-    others = tuple(other for other in range(weights.ndim) if other != axis)
-    scale = np.maximum(np.abs(weights).max(axis=others, keepdims=True) / 127, np.finfo(np.float32).tiny)
-    return np.rint(weights / scale).astype(np.int8), scale.reshape(-1).astype(np.float32), axis
+    code = schema.OperatorCodeT()
+    code.builtinCode = code.deprecatedBuiltinCode = operator
+    code.version = version
+    model.operatorCodes.append(code)
+    return len(model.operatorCodes) - 1
 
 
 def _packed(model: Any) -> bytes:
@@ -141,9 +217,13 @@ def _packed(model: Any) -> bytes:
         kept = buffer.data is not None and place in used
         buffer.data = np.frombuffer(bytes(buffer.data), np.uint8) if kept else None
     for operation in graph.operators:
+        options = operation.builtinOptions
+        if type(options).__name__ in DEFAULTS and options.fusedActivationFunction == 0:
+            operation.builtinOptions, operation.builtinOptionsType = None, 0
         operation.inputs, operation.outputs = (np.asarray(x, np.int32) for x in (operation.inputs, operation.outputs))
     for tensor in graph.tensors:
         tensor.name, tensor.shape = None, np.asarray(tensor.shape, np.int32)
+        tensor.hasRank = not len(tensor.shape)  # a shape that is there says it
         about = tensor.quantization
         if about is None or about.scale is None:
             tensor.quantization = None
@@ -154,11 +234,14 @@ def _packed(model: Any) -> bytes:
     return bytes(builder.Output())
 
 
-def run(asked: dict[str, Any]) -> None:
+def run(asked: dict[str, Any]) -> dict[str, Any]:
     """Has the exported folder's own runner predict cases.
 
     Args:
       asked: "folder", "inputs" (.npz file, cases first) and "outputs" (.npz file to write).
+
+    Returns:
+      Nothing more.
     """
     import numpy as np
 
@@ -170,13 +253,14 @@ def run(asked: dict[str, Any]) -> None:
     count = len(next(iter(inputs.values())))
     found = [artefact.predict({name: values[row] for name, values in inputs.items()}) for row in range(count)]
     np.savez(asked["outputs"], **{name: np.stack([one[name] for one in found]) for name in found[0]})
+    return {}
 
 
 if __name__ == "__main__":
     request = json.loads(Path(sys.argv[1]).read_text())
     try:
-        {"convert": convert, "run": run}[request["do"]](request)
+        told = {"convert": convert, "run": run}[request["do"]](request)
     except ImportError as error:
         print(error, file=sys.stderr)
         sys.exit(MISSING)
-    print(json.dumps({name: importlib.metadata.version(name) for name in PACKAGES}))
+    print(json.dumps({"versions": {name: importlib.metadata.version(name) for name in PACKAGES}, **told}))

@@ -27,6 +27,7 @@ from r1jax.train.checkpoint import Checkpoint
 from r1jax.train.checkpoints import find_checkpoint, write_sealed
 from r1jax.train.evaluation import Evaluator
 from r1jax.train.quantized import FOLDER, schemes_of, with_codes, write_codes
+from r1jax.train.ranges import split_ranges, with_ranges
 from r1jax.train.step import weights_of
 
 HELP = """\
@@ -39,7 +40,7 @@ Examples:
   r1jax quantize runs/medical --to int8 --activations static --output runs/medical-static
   r1jax quantize runs/medical --to int8 --balance False --output runs/base    # for adapters to be trained on
   r1jax quantize runs/medical --budget 0.2 --output runs/medical-mixed    # bits by what each weight does to outputs
-  r1jax quantize runs/medical-qat --output runs/medical-qat-int8      # as it was trained, by its own model.quant
+  r1jax quantize runs/medical-qat --output runs/medical-qat-int8      # as it was trained, with its ranges
 """
 
 
@@ -92,9 +93,10 @@ def quantize_checkpoint(words: list[str]) -> int:
     mesh, task = make_mesh(MeshConfig()), TASKS[config.task.name](config)
     task.pipeline.restore(checkpoint.meta().get("preprocess", {"steps": [], "statistics": {}}))
     floats = R1(dataclasses.replace(config.model, quant=()), task.heads)
+    trained = R1(dataclasses.replace(config.model, quant=checkpoint.config().model.quant), task.heads)
     train, validation = task.source("train"), task.source("val")
     batch = calibration_batch(task.collate, train, asked.calibration)
-    params = restore_served(checkpoint, config, floats, task, mesh, train)
+    ranges, params = split_ranges(restore_served(checkpoint, config, trained, task, mesh, train))
     uses = weights_of(floats, task, batch)
     budget: dict[str, Any] = {}
     if asked.budget is not None:
@@ -110,9 +112,11 @@ def quantize_checkpoint(words: list[str]) -> int:
                 "smaller --budget"
             )
         # A checkpoint that was trained with its own rules is stored as it was trained.
-        seen = {} if asked.to is None and not budget else inputs_seen(floats, task, params, batch)
+        kept = asked.to is None and not budget
+        seen = {} if kept else inputs_seen(floats, task, params, batch)
         static = asked.activations == "static"
         codes = choose_codes(params, uses, seen, static=static, balance=asked.balance and not budget)
+        codes = with_ranges(codes, ranges) if kept else codes
     rounded = with_codes(params, codes)
     kinds = {name: scheme.weights for name, (_, scheme) in chosen.items()}
     _write(output, rounded, kinds, checkpoint, dataclasses.replace(checkpoint.config(), model=config.model))

@@ -184,9 +184,7 @@ def gptq(weight: np.ndarray, square: np.ndarray, like: Quantized) -> Quantized:
     """
     length = weight.shape[1]
     step = block_length(length, like.scale.shape[1])
-    hessian = np.array(square, np.float64)
-    hessian[np.diag_indices(length)] += DAMPING * max(np.trace(hessian) / length, 1e-12)
-    factor = np.linalg.cholesky(np.linalg.inv(hessian)).T  # upper; its rows say what later columns make good
+    factor = passing_on(square)
     rest, values, scales = weight.copy(), np.zeros(weight.shape), np.zeros(like.scale.shape, np.float32)
     for i in range(length):
         if i % step == 0:
@@ -197,6 +195,20 @@ def gptq(weight: np.ndarray, square: np.ndarray, like: Quantized) -> Quantized:
         lost = (rest[:, i] - values[:, i] * scale) / factor[i, i]
         rest[:, i:] -= np.outer(lost, factor[i, i:])
     return Quantized(jnp.asarray(values, jnp.int8), jnp.asarray(scales, jnp.bfloat16))
+
+
+def passing_on(square: Float[np.ndarray, "I I"]) -> Float[np.ndarray, "I I"]:
+    """How GPTQ passes errors on: row i says what later columns make good of a column's, upper triangular.
+
+    Args:
+      square: X^T X of the inputs.
+
+    Returns:
+      The Cholesky factor of the damped inverse.
+    """
+    hessian, length = np.array(square, np.float64), len(square)
+    hessian[np.diag_indices(length)] += DAMPING * max(np.trace(hessian) / length, 1e-12)
+    return np.linalg.cholesky(np.linalg.inv(hessian)).T
 
 
 def _leaf(tree: Any, name: str) -> Any:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from r1jax.ops import pipeline
+from r1jax.train.ranges import is_range
 
 T = TypeVar("T")
 
@@ -31,7 +32,7 @@ def sum_over(function: Callable[[Any], T], parts: Any) -> T:
     """Sums a function over microbatches in a loop of the compiled program, in fp32 where a number is narrower.
 
     Args:
-      function: Takes a microbatch; returns a tree of sums.
+      function: Takes a microbatch; returns a tree of sums. What it has for a range is the largest, and no sum.
       parts: From `divide`.
 
     Returns:
@@ -42,7 +43,10 @@ def sum_over(function: Callable[[Any], T], parts: Any) -> T:
         return function(first)
 
     def add(total: T, part: Any) -> tuple[T, None]:
-        return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, function(part)), None
+        return jax.tree_util.tree_map_with_path(join, total, function(part)), None
+
+    def join(path: tuple[Any, ...], a: Array, b: Array) -> Array:
+        return jnp.maximum(a, b) if is_range(path) else a + b.astype(a.dtype)
 
     def zero(x: jax.ShapeDtypeStruct) -> Array:
         return jnp.zeros(x.shape, jnp.float32 if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype)

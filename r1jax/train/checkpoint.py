@@ -19,6 +19,7 @@ from r1jax.errors import UserError
 from r1jax.parallel.agree import from_first
 from r1jax.parallel.mesh import shard_tree
 from r1jax.train.quantized import coded, holds_codes
+from r1jax.train.ranges import split_ranges
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
@@ -179,7 +180,7 @@ class Checkpoint:
         """Verifies the checkpoint and looks for its decoder: the averaged weights where there are some.
 
         Returns:
-          The group of the state that it lies in, and its tree of shapes and dtypes.
+          The group of the state that it lies in, and its tree of shapes and dtypes, without ranges of activations.
 
         Raises:
           UserError: The checkpoint is damaged or holds no decoder.
@@ -189,7 +190,7 @@ class Checkpoint:
         group = next((g for g in ("ema", "params") if "decoder" in (stored.get(g) or {})), None)
         if group is None:
             raise UserError(f"checkpoint {self.path} holds no decoder: give one that r1jax has trained or imported")
-        return group, stored[group]["decoder"]
+        return group, split_ranges(stored[group]["decoder"])[1]
 
     def restore_decoder(self, mesh: Mesh | None = None, dtype: DTypeLike | None = None) -> dict[str, Any]:
         """Verifies the checkpoint and reads its decoder alone: the averaged weights where there are some.

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import jax
 
 from r1jax.config import DecoderConfig, ModelConfig
-from r1jax.models.ngrams import RANK
 from r1jax.models.r1 import Inputs
 from r1jax.models.series import STATES
+from r1jax.models.table import JOINED_LAYERS
 from r1jax.tasks.task import Task
 
 Product = dict[str, int | float]
@@ -217,6 +217,9 @@ def _table(config: ModelConfig, inputs: Inputs) -> Iterator[Term]:
     """Field embeddings, bidirectional layers, projection and summary of the record."""
     if inputs.table is not None:
         cases, fields = inputs.table.shape
+        if config.table.joined:
+            yield _joined(config, cases, fields)
+            return
         width, features = config.decoder.hidden_size, 2 * config.table.frequencies + 2
         each: Product = {"fields": cases * fields, "I": features, "D": width}
         yield Term("table: fields", (each,))
@@ -225,19 +228,25 @@ def _table(config: ModelConfig, inputs: Inputs) -> Iterator[Term]:
         yield Term("table: projection, summary", ends)
 
 
+def _joined(config: ModelConfig, cases: int, fields: int) -> Term:
+    """Layers over the features of all fields, projection and summary."""
+    hidden, each = config.table.joined, config.table.bins + 2
+    first: Product = {"cases": cases, "fields": fields, "I": each, "H": hidden}
+    others: Product = {"cases": cases, "layers": JOINED_LAYERS - 1, "H": hidden, "H'": hidden}
+    return Term("table: joined", (first, others, {"cases": cases, "H": hidden, "2 D": 2 * config.decoder.hidden_size}))
+
+
 def _text(config: ModelConfig, inputs: Inputs, summarised: bool) -> Iterator[Term]:
     """Two convolutions of eight bytes over the text, and its summary, where there are task heads."""
     if inputs.text is not None and summarised:
         (cases, length), width = inputs.text.shape, config.decoder.hidden_size
         convolutions = {"tokens": cases * length, "2 x 8 taps": 16, "D": width, "D'": width}
         yield Term("text: summary", (convolutions, {"cases": cases, "2 D": 2 * width, "D": width}))
-        if config.text_ngrams:
-            yield Term("text: n-grams", ({"cases": cases, "R": RANK, "D": width},))
 
 
 def _modality_tokens(config: ModelConfig, inputs: Inputs) -> int:
     """Places that the encoders take in the decoder's sequence."""
-    count = 0 if inputs.table is None else inputs.table.shape[1]
+    count = 0 if inputs.table is None else 1 if config.table.joined else inputs.table.shape[1]
     count += 0 if inputs.series is None else inputs.series.shape[1] * (config.series.tokens + 1)
     for name, shape in (("volume", inputs.volume), ("image", inputs.image)):
         if shape is not None:

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from r1jax.models.lora import split_tree
+from r1jax.models.ngrams import RARITY
 from r1jax.ops.axes import constrain
 from r1jax.ops.pipeline import STACKED
 
@@ -22,8 +24,9 @@ def layer_metrics(params: Any, gradients: Any, updates: Any, order: tuple[int, .
 
     Returns:
       `weight_norm.PART`, `gradient_norm.PART` and `update_ratio.PART`; a part is a module at the top of the tree, a
-      layer of the decoder, or all heads together.
+      layer of the decoder, or all heads together. How rare n-grams are is measured, and is no part's weight.
     """
+    params = split_tree(params, (RARITY,))[1]
     weights, slopes, moved = (_norms(tree, order) for tree in (params, gradients, updates))
     found = {}
     for name in weights:

@@ -1,4 +1,4 @@
-"""AdamW with warmup and one of five ways to decay; weight decay on matrices only, unless a rule says otherwise."""
+"""AdamW with warmup and one of five ways to decay, and SGD for chosen weights; decay on matrices, or by rules."""
 
 import re
 from typing import Any
@@ -10,6 +10,7 @@ from jaxtyping import Array, Int
 
 from r1jax.config import TrainConfig
 from r1jax.errors import UserError
+from r1jax.models.ngrams import RARITY
 from r1jax.ops.pipeline import STACKED
 from r1jax.validation import Rule, read_rule
 
@@ -57,21 +58,23 @@ def schedule(config: TrainConfig) -> optax.Schedule:
 
 
 def make_optimizer(config: TrainConfig, order: tuple[int, ...] = ()) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW, slower for the decoder; the routers' biases are left to their own rule.
+    """Clip by global norm, then AdamW or SGD, slower for the decoder; the routers' biases are left to their own rule.
 
     Args:
       config: Rates, decay, clipping and rules for single weights.
-      order: Numbers of the layers that are stacked, where some are.
+      order: Numbers of the layers that are stacked, or will be, where some are.
 
     Returns:
-      An optax transformation over the parameter tree; its `init` raises UserError where a rule matches no weight.
+      An optax transformation over the parameter tree; its `init` raises UserError where a rule or a pattern of
+      `train.sgd` matches no weight, or some layers of a pipeline.
     """
     rules, rate = tuple(map(read_rule, config.rules)), schedule(config)
 
     def label(path: tuple[Any, ...], _: Any) -> str:
-        if _name(path) == BALANCE_BIAS:
+        if _name(path) in (BALANCE_BIAS, RARITY):
             return "balance"
-        return "decoder" if path[0].key == "decoder" else "encoders"
+        part = "decoder" if path[0].key == "decoder" else "encoders"
+        return f"{part} by sgd" if _by_sgd(path, config.sgd, order) else part
 
     def adamw(factor: float) -> optax.GradientTransformation:
         return optax.chain(
@@ -80,12 +83,22 @@ def make_optimizer(config: TrainConfig, order: tuple[int, ...] = ()) -> optax.Gr
             optax.scale_by_learning_rate(lambda step: factor * rate(step)),
         )
 
+    def sgd(factor: float) -> optax.GradientTransformation:
+        return optax.chain(
+            _add_decay(config.weight_decay, rules, order),  # L2: within the momentum, as a part of the loss
+            optax.trace(config.b1),
+            optax.scale_by_learning_rate(lambda step: factor * rate(step)),
+        )
+
     groups = {"encoders": adamw(1.0), "decoder": adamw(config.decoder_rate), "balance": optax.set_to_zero()}
+    if config.sgd:
+        groups |= {"encoders by sgd": sgd(1.0), "decoder by sgd": sgd(config.decoder_rate)}
     labels = lambda params: jax.tree_util.tree_map_with_path(label, params)  # noqa: E731
     inner = optax.chain(optax.clip_by_global_norm(config.clip_norm), optax.multi_transform(groups, labels))
 
     def init(params: Any) -> Any:
         _check_rules(params, rules, order)
+        _check_sgd(params, config.sgd, order)
         return inner.init(params)
 
     def update(gradients: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
@@ -135,6 +148,35 @@ def _check_rules(params: Any, rules: tuple[Rule, ...], order: tuple[int, ...]) -
                 f"train.rules: no trained weight follows the pattern {rule.pattern!r}, or earlier rules take all that "
                 f"it matches; weights are called {some}, ..."
             )
+
+
+def _by_sgd(path: tuple[Any, ...], patterns: tuple[str, ...], order: tuple[int, ...]) -> bool:
+    """Whether a pattern occurs in the weight's name, or in that of any layer that is stacked in it."""
+    return any(re.search(pattern, name) for pattern in patterns for name in _names(path, order))
+
+
+def _check_sgd(params: Any, patterns: tuple[str, ...], order: tuple[int, ...]) -> None:
+    """Refuses a pattern that no weight has in its name, and some of the layers that are stacked, or will be."""
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    names = [name for path in paths for name in _names(path, order)]
+    for pattern in patterns:
+        if not any(re.search(pattern, name) for name in names):
+            raise UserError(
+                f"train.sgd: no trained weight follows the pattern {pattern!r}; weights are called "
+                f"{', '.join(names[:3])}, ..."
+            )
+    layers = [f"decoder/layers_{i}/" for i in order]
+    for name in names:
+        layer = next((layer for layer in layers if name.startswith(layer)), None)
+        chosen = next((pattern for pattern in patterns if re.search(pattern, name)), None)
+        if layer is None or chosen is None:
+            continue
+        for other in (name.replace(layer, one, 1) for one in layers):
+            if not any(re.search(pattern, other) for pattern in patterns):
+                raise UserError(
+                    f"train.sgd: the pattern {chosen!r} chooses {name} and not {other}: layers of a pipeline "
+                    "(mesh.pipe) have one optimizer, so choose all or none"
+                )
 
 
 def _add_decay(weight_decay: float, rules: tuple[Rule, ...], order: tuple[int, ...]) -> optax.GradientTransformation:

@@ -19,6 +19,7 @@ from r1jax.data.pipeline import Pipeline, changed, original, parts
 from r1jax.data.source import Source
 from r1jax.errors import UserError
 from r1jax.fields import to_dict, to_json
+from r1jax.models.ngrams import RARITY
 from r1jax.models.r1 import R1
 from r1jax.parallel.agree import from_first, is_first
 from r1jax.parallel.mesh import shard_tree
@@ -31,6 +32,7 @@ from r1jax.train.guard import JUMPS
 from r1jax.train.history import History
 from r1jax.train.provenance import environment, provenance
 from r1jax.train.quantized import holds_codes
+from r1jax.train.rarity import with_known, with_rarity
 from r1jax.train.saver import Saver
 from r1jax.train.start import RECORD, made_of_codes, start_from
 from r1jax.train.step import Batch, TrainState, check_offload, encode_frozen, init_state, state_shardings
@@ -202,8 +204,12 @@ def restore_or_init(
     made = replace(config, model=replace(config.model, quant=())) if rounds else config
     place = shard_tree(mesh, jax.eval_shape(lambda: init_state(made, model, task, batch))) if rounds else where
     fresh = jax.jit(lambda: init_state(made, model, task, batch), out_shardings=place)()
+    fresh = with_rarity(fresh, config, task, source, run.watch.beat)
     if config.train.init:
+        measured = fresh.params.get("ngrams", {}).get(RARITY)
         fresh, said = start_from(config.train.init, fresh, config.model, run.workdir)
+        if measured is not None and not config.model.lora_rank:  # beside adapters nothing is learned of n-grams
+            fresh = with_known(fresh, measured)
     if rounds:
         fresh = jax.jit(lambda state: encode_frozen(state, model, task, batch), out_shardings=where)(fresh)
     return _settled(into_stages(fresh, mesh, stages), config, mesh), said

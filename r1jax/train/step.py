@@ -15,9 +15,9 @@ from r1jax.config import Config, DecoderConfig
 from r1jax.errors import UserError
 from r1jax.models.lora import join_trees, split_adapters
 from r1jax.models.precision import PRECISIONS, stored
-from r1jax.models.quantized import Use, check_rules, rounding_by, uses
+from r1jax.models.quantized import Use, check_ranges, check_rules, rounding_by, uses
 from r1jax.models.r1 import R1, Inputs
-from r1jax.ops.pipeline import STACKED, Stages
+from r1jax.ops.pipeline import STACKED, Stages, stages_of
 from r1jax.ops.rounding import round_like
 from r1jax.parallel.mesh import batch_sharding, shard_tree, traced_for
 from r1jax.parallel.stages import stacked, stages_on
@@ -26,6 +26,7 @@ from r1jax.train.accumulate import divide, sum_over
 from r1jax.train.layer_metrics import layer_metrics
 from r1jax.train.optimizer import BALANCE_BIAS, make_optimizer, schedule, updates_done
 from r1jax.train.quantized import holds_codes, nearest_codes, with_codes
+from r1jax.train.ranges import follow, is_range, split_ranges
 from r1jax.train.scaling import LossScale, ScaledState, first_scale, next_scale
 
 Batch = dict[str, Any]
@@ -70,7 +71,9 @@ def init_state(config: Config, model: R1, task: Task, batch: Batch) -> TrainStat
     state = TrainState(jnp.zeros((), jnp.int32), jax.random.key_data(key), stored(params, precision), None, averaged)
     if holds_codes(config):
         state = encode_frozen(state, model, task, batch)
-    optimizer = make_optimizer(config.train).init(_divide(params, config)[0])
+    pipe = config.mesh.pipe  # its layers will be stacked, and must have one optimizer
+    order = stages_of(config.model.decoder, pipe, config.mesh.interleave).order if pipe > 1 else ()
+    optimizer = make_optimizer(config.train, order).init(_divide(params, config)[0])
     kept_in = precision.moments or config.train.moments
     optimizer = jax.tree.map(lambda x: x.astype(kept_in) if jnp.issubdtype(x.dtype, jnp.floating) else x, optimizer)
     return state._replace(optimizer=ScaledState(optimizer, first_scale()) if precision.scaled else optimizer)
@@ -96,9 +99,12 @@ def encode_frozen(state: TrainState, model: R1, task: Task, batch: Batch) -> Tra
     )
 
 
-def _divide(params: Any, config: Config) -> tuple[Any, Any]:
-    """What is trained and what is not: with adapters they alone, otherwise everything."""
-    return split_adapters(params) if config.model.lora_rank else (params, {})
+def _divide(params: Any, config: Config) -> tuple[Any, Any, Any]:
+    """What is trained, what is not, and ranges of activations: with adapters they alone are trained."""
+    if config.model.lora_rank:
+        return *split_adapters(params), {}
+    ranges, weights = split_ranges(params)
+    return weights, {}, ranges
 
 
 def abstract_state(config: Config, model: R1, task: Task, mesh: Mesh | AbstractMesh, batch: Batch) -> TrainState:
@@ -180,7 +186,7 @@ def batch_gradients(
       config: Parts, and the depth of the decoder.
       model: The model.
       task: Batch, loss.
-      trained: Weights to differentiate by.
+      trained: Weights to differentiate by, and ranges of activations.
       frozen: The other weights.
       batch: From `task.collate`.
       key: Randomness of the step.
@@ -188,8 +194,9 @@ def batch_gradients(
       scale: Factor on the loss while it is differentiated; the gradients are divided by it.
 
     Returns:
-      Gradients in fp32, the scalar loss, its parts, the tokens of each expert of each mixture layer, and for each of
-      these layers how many choices waited for a second exchange between devices (none where there is no exchange).
+      Gradients in fp32, with the largest input in the place of each range; the scalar loss, its parts, the tokens of
+      each expert of each mixture layer, and for each of these layers how many choices waited for a second exchange
+      between devices (none where there is no exchange).
     """
     augment, dropout = jax.random.split(key)
     cases = jnp.arange(len(jax.tree.leaves(batch)[0]))
@@ -218,7 +225,10 @@ def batch_gradients(
         return gradients, *sums
 
     gradients, *sums = sum_over(one, microbatches)
-    gradients = _wide(gradients) if scale is None else jax.tree.map(lambda g: g / scale, _wide(gradients))
+    gradients = _wide(gradients)
+    if scale is not None:
+        unscaled = lambda path, g: g if is_range(path) else g / scale  # noqa: E731
+        gradients = jax.tree_util.tree_map_with_path(unscaled, gradients)
     return gradients, *sums
 
 
@@ -259,14 +269,17 @@ def make_step(config: Config, model: R1, task: Task, stages: Stages | None = Non
 
     def step(state: TrainState, batch: Batch, limit: Float[Array, ""]) -> tuple[TrainState, dict[str, Array]]:
         share = state.step.astype(jnp.float32) / config.train.steps
-        old, frozen = _divide(state.params, config)
+        old, frozen, ranges = _divide(state.params, config)
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key[:2], impl="threefry2x32"), state.step)
         draws, rounding, rounding_moments = jax.random.split(key, 3)
         kept, scaling = state.optimizer if isinstance(state.optimizer, ScaledState) else (state.optimizer, None)
         scale = scaling.scale if scaling else None
         gradients, loss, parts, loads, waited = gradients_by_now(
-            config, model, task, old, frozen, batch, draws, share, scale
+            config, model, task, join_trees(old, ranges), frozen, batch, draws, share, scale
         )
+        if ranges:
+            seen, gradients = split_ranges(gradients)
+            ranges = follow(ranges, seen, share, config.train)
         updates, moments = optimizer.update(gradients, _wide(kept), _wide(old))
         new = round_like(rounding, optax.apply_updates(_wide(old), updates), old)
         moments = round_like(rounding_moments, moments, kept)
@@ -280,22 +293,24 @@ def make_step(config: Config, model: R1, task: Task, stages: Stages | None = Non
             metrics[f"router.{i}.violation"] = jnp.max(load) / jnp.maximum(jnp.mean(load), 1e-9) - 1
         for i, count in enumerate(waited):
             metrics[f"router.{i}.waited"] = count.astype(jnp.float32)
-        done = TrainState(state.step + 1, state.key, join_trees(new, frozen), moments, _average(state, new, config))
+        average = _average(state, new, ranges, config)
+        params = join_trees(join_trees(new, frozen), ranges)
+        done = TrainState(state.step + 1, state.key, params, moments, average)
         return _if_sound(state._replace(optimizer=kept), done, scaling, metrics, limit)
 
     return step
 
 
-def _average(state: TrainState, new: Any, config: Config) -> Any:
-    """The moving average with new trained weights in it."""
+def _average(state: TrainState, new: Any, ranges: Any, config: Config) -> Any:
+    """The moving average with new trained weights in it, and ranges as they are."""
     if not config.train.ema:
         return state.ema
     # Averaging over the steps so far keeps the first average from being the random start.
     count = state.step.astype(jnp.float32)
     decay = jnp.minimum(config.train.ema, (1 + count) / (10 + count))
-    average, unmoved = _divide(state.ema, config)
+    average, unmoved, _ = _divide(state.ema, config)
     average = jax.tree.map(lambda old, new: old * decay + new * (1 - decay), average, _wide(new))
-    return join_trees(average, unmoved)
+    return join_trees(join_trees(average, unmoved), ranges)
 
 
 def _wide(tree: Any) -> Any:
@@ -349,7 +364,7 @@ def check_offload(config: Config, device: Any) -> None:
 
 
 def check_quant(model: R1, task: Task, batch: Batch, device: Any) -> None:
-    """Refuses rules of `model.quant` that no weight follows, and types that a device does not multiply.
+    """Refuses rules of `model.quant` that no weight can follow, and types that a device does not multiply.
 
     Args:
       model: The model.
@@ -361,8 +376,9 @@ def check_quant(model: R1, task: Task, batch: Batch, device: Any) -> None:
       UserError: Names the rule.
     """
     if model.config.quant:
-        names = [use.name for use in weights_of(model, task, batch)]
-        check_rules(model.config.quant, names, device)
+        found = weights_of(model, task, batch)
+        check_rules(model.config.quant, [use.name for use in found], device)
+        check_ranges(model.config.quant, found)
 
 
 def weights_of(model: R1, task: Task, batch: Batch) -> list[Use]:

@@ -1,4 +1,4 @@
-"""The n-gram summary of a text: its sum, its dropout, and its place in the model."""
+"""The scores of a text's n-grams: their sum, their dropout, and their place in the model."""
 
 from dataclasses import replace
 
@@ -8,9 +8,9 @@ import numpy as np
 from jax import export
 
 from r1jax.data.tokenizer import encode_batch
-from r1jax.models.ngrams import RANK, NgramSummary
+from r1jax.models.ngrams import RARITY, NgramScores
 from r1jax.models.r1 import R1, Inputs
-from r1jax.ops.ngrams import ngrams_of
+from r1jax.ops.ngrams import PIECES, hashed_ngrams, ngrams_of
 from tests.models.test_r1 import CONFIG
 
 TEXTS = ("profit rose", "Profit fell , fell 3 %", "")
@@ -19,23 +19,28 @@ BUCKETS = 512
 
 def make(length=24):
     tokens, valid = map(jnp.asarray, encode_batch(TEXTS, length))
-    module = NgramSummary(BUCKETS, 5, dropout=0.5)
+    module = NgramScores(BUCKETS, 5, dropout=0.5)
     rng = np.random.default_rng(0)
     params = {
-        "embed_tokens": jnp.asarray(rng.standard_normal((BUCKETS, RANK)), jnp.float32),
-        "summary": {"weight": jnp.asarray(rng.standard_normal((5, RANK)), jnp.float32)},
+        "embed_tokens": jnp.asarray(rng.standard_normal((BUCKETS, 5)), jnp.float32),
+        RARITY: jnp.asarray(rng.integers(0, 3, BUCKETS), jnp.float32),
     }
     return jax.jit(lambda tokens, valid: module.apply({"params": params}, tokens, valid)), params, tokens, valid
 
 
-def test_it_sums_what_different_ngrams_say_over_the_root_of_their_number():
+def test_it_sums_what_pieces_and_words_say_each_with_weights_of_norm_1():
     apply, params, tokens, valid = make()
     found = apply(tokens, valid)
+    said, rarity = (np.asarray(params[name], float) for name in ("embed_tokens", RARITY))
     for row, text in enumerate(TEXTS):
-        counted = ngrams_of(text, BUCKETS)
-        total = sum((np.asarray(params["embed_tokens"][i], float) for i in counted), np.zeros(RANK))
-        expected = np.asarray(params["summary"]["weight"]) @ total / max(len(counted), 1) ** 0.5
+        ids, exist = map(np.asarray, hashed_ngrams(tokens[row : row + 1], valid[row : row + 1], BUCKETS))
+        expected = np.zeros(5)
+        for kinds in (slice(0, len(PIECES)), slice(len(PIECES), None)):
+            once = np.unique(ids[..., kinds][exist[..., kinds]])
+            weight = rarity[once] / max(np.linalg.norm(rarity[once]), 1e-3)
+            expected += weight @ said[once] / 2**0.5
         np.testing.assert_allclose(found[row], expected, atol=1e-5)
+        assert bool(text) == bool(np.any(expected))
     assert max(ngrams_of(TEXTS[1], BUCKETS).values()) > 1
     longer, more = make(40)[2:]
     np.testing.assert_allclose(apply(longer, more), found, atol=1e-5)
@@ -51,8 +56,8 @@ def test_it_is_exported_for_any_number_of_texts():
 
 def test_dropout_leaves_whole_ngrams_out():
     _, params, tokens, valid = make()
-    params = params | {"embed_tokens": jnp.ones((BUCKETS, RANK))}
-    module = NgramSummary(BUCKETS, 5, dropout=0.5)
+    params = params | {"embed_tokens": jnp.ones((BUCKETS, 5))}
+    module = NgramScores(BUCKETS, 5, dropout=0.5)
 
     @jax.jit
     def drawn(key):
@@ -72,7 +77,7 @@ def test_the_model_reads_them_where_the_config_has_buckets():
     )
     config = replace(config, decoder=decoder)
     tokens, valid = map(jnp.asarray, encode_batch(TEXTS[:2], 6))
-    heads, inputs = (("class", 3),), Inputs(text=tokens, text_valid=valid)
+    heads, inputs = (("class", 3), ("other", 2)), Inputs(text=tokens, text_valid=valid)
     model, rng = R1(config, heads), np.random.default_rng(0)
 
     def shapes(module):
@@ -82,7 +87,13 @@ def test_the_model_reads_them_where_the_config_has_buckets():
     params = jax.tree.map(lambda s: jnp.asarray(rng.standard_normal(s.shape), jnp.float32), shapes(model))
     silent = params | {"ngrams": jax.tree.map(jnp.zeros_like, params["ngrams"])}
     apply = jax.jit(lambda params, valid: model.apply({"params": params}, inputs._replace(text_valid=valid)).heads)
-    heard, unheard = (np.asarray(apply(tree, valid)["class"]) for tree in (params, silent))
-    assert np.abs(heard - unheard).max() > 1e-3
+    heard, unheard = apply(params, valid), apply(silent, valid)
+    said = NgramScores(BUCKETS, 5).apply({"params": params["ngrams"]}, tokens, valid)
+    assert np.abs(said).max() > 1e-2
+    for name, part in {"class": said[:, :3], "other": said[:, 3:]}.items():
+        np.testing.assert_allclose(heard[name] - unheard[name], part, atol=1e-4)
     nothing = jnp.zeros_like(valid)
     np.testing.assert_array_equal(apply(params, nothing)["class"], apply(silent, nothing)["class"])
+    fresh = jax.jit(lambda: model.init(jax.random.key(0), inputs))()["params"]
+    for part in apply(fresh, valid).values():  # no random opinion of the decoder, which n-grams would have to unlearn
+        np.testing.assert_array_equal(part, 0)

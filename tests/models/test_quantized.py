@@ -11,11 +11,13 @@ import pytest
 
 from r1jax.config import DecoderConfig, ModelConfig, TableConfig, VisionConfig
 from r1jax.errors import UserError
-from r1jax.models.quantized import check_rules, rounding_by, scheme_for, uses
+from r1jax.models.lora import join_trees
+from r1jax.models.quantized import RANGE, check_ranges, check_rules, rounding_by, scheme_for, uses
 from r1jax.models.r1 import R1, Inputs
 from r1jax.models.table import TableEncoder
 from r1jax.ops.quantized_dot import Scheme
 from r1jax.train.quantized import nearest_codes, with_codes
+from r1jax.train.ranges import split_ranges, with_ranges
 
 HEADS = (("nodule_present", 1), ("center_mm", 3))
 CONFIG = ModelConfig(
@@ -150,6 +152,23 @@ def test_stored_codes_serve_what_was_trained(quant, found, params, inputs):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=atol), trained, served)
 
 
+def test_codes_with_ranges_serve_what_was_trained_with_them(found, params, inputs):
+    """Convolutions, encoders and heads too; half of the weights have met no input yet."""
+    model = model_of("int8_running")
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), inputs, language=True))["params"]
+    ranges, _ = split_ranges(shapes)
+    values = [jnp.float32(i % 2) for i in range(len(jax.tree.leaves(ranges)))]
+    ranges = jax.tree.unflatten(jax.tree.structure(ranges), values)
+    with rounding_by(model.config.quant):
+        codes = with_ranges(nearest_codes(params, found), ranges)
+    assert 0 < sum(q.span is not None for q in codes.values()) < len(values)
+    forward = jax.jit(lambda p, x: run(model, p, x))
+    trained, served = forward(join_trees(params, ranges), inputs), forward(with_codes(params, codes), inputs)
+    jax.tree.map(np.testing.assert_array_equal, trained, served)
+    free = forward(join_trees(params, jax.tree.map(jnp.zeros_like, ranges)), inputs)
+    assert not np.array_equal(free[1], trained[1])
+
+
 def test_modules_divide_inputs_by_the_balance_of_a_weight(found, params, inputs):
     """Weights that are all multiplied by a power of two, and their inputs divided by it, serve the same numbers."""
     rng, model = np.random.default_rng(2), model_of("int8")
@@ -164,6 +183,23 @@ def test_modules_divide_inputs_by_the_balance_of_a_weight(found, params, inputs)
     forward = jax.jit(lambda p, x: run(model, p, x))
     before, after = (forward(with_codes(params, codes), inputs) for codes in (plain, balanced))
     jax.tree.map(np.testing.assert_array_equal, before, after)
+
+
+def test_a_running_range_stands_beside_each_weight_that_can_have_one(found, inputs):
+    init = model_of("head_=int8:int8", "int8_running").init
+    shapes = jax.eval_shape(lambda: init(jax.random.key(0), inputs, language=True))["params"]
+    names = {jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in jax.tree.leaves_with_path(shapes)}
+    able = {use.name for use in found if use.role in ("linear", "convolution")}
+    able = {name for name in able if not name.startswith("head_") and "down_proj" not in name}
+    kept = {name.removesuffix(RANGE) + "weight" for name in names if name.endswith(RANGE)}
+    assert kept == able and "volume/stage_0_block_0/first/weight" in kept
+    assert {(x.shape, x.dtype.name) for name, x in names.items() if name.endswith(RANGE)} == {((), "float32")}
+
+
+def test_a_running_range_that_no_weight_can_have_is_refused(found):
+    check_ranges(("experts=int8:int8", "int8_running"), found)
+    with pytest.raises(UserError, match=r"'mlp/experts' can have a running range .*leave out /running"):
+        check_ranges(("mlp/experts=int8:int8/running", "int8_running"), found)
 
 
 def test_the_first_rule_that_matches_counts():

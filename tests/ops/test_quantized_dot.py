@@ -16,6 +16,7 @@ from r1jax.ops.quantized_dot import (
     multiply,
     quantized_dot,
     quantized_dot_reference,
+    ranged_dot,
     rounded,
     weight_codes,
 )
@@ -206,3 +207,70 @@ def test_balance_and_span_of_a_weight_reach_its_inputs(scheme):
     slope = pull(jnp.ones_like(y))[0]
     stands = np.asarray(dequantize(codes), np.float64).sum(axis=0)
     np.testing.assert_allclose(slope, np.broadcast_to(stands, slope.shape), rtol=0, atol=1e-5 * np.abs(stands).max())
+
+
+RUNNING = [Scheme("int8", "int8", running=True), Scheme("int4", "int8", block=7), Scheme("fp8", "fp8")]
+
+
+@pytest.mark.parametrize("scheme", RUNNING, ids=str)
+def test_inputs_in_one_range_are_clipped_and_gradients_stop_beyond_it(scheme):
+    x, w, g, span = normal(5, 24), normal(8, 24), normal(5, 8), 1.25
+
+    @jax.jit
+    def slopes(x, w, span):
+        return jax.grad(lambda *a: jnp.sum(ranged_dot(a[0], a[1], scheme, a[2]) * g), argnums=(0, 1, 2))(x, w, span)
+
+    y, (to_x, to_w, seen) = jax.jit(lambda *a: ranged_dot(*a[:2], scheme, a[2]))(x, w, span), slopes(x, w, span)
+    if scheme.activations == "int8":
+        scale = np.float64(np.float32(span) * np.float32(1 / 127))
+        held = np.clip(np.round(np.asarray(x, np.float64) / scale), -127, 127) * scale
+    else:
+        held = np.asarray(jnp.clip(x / (span / 448), -448, 448).astype(jnp.float8_e4m3fn), np.float64) * span / 448
+    weight = np.asarray(dequantize(weight_codes(w, scheme)), np.float64)
+    np.testing.assert_allclose(y, held @ weight.T, rtol=0, atol=2e-5)
+    inside = np.abs(x) <= span
+    assert 0.5 < inside.mean() < 0.95
+    np.testing.assert_allclose(to_x, np.where(inside, np.asarray(g, np.float64) @ weight, 0), rtol=0, atol=2e-5)
+    np.testing.assert_allclose(to_w, np.asarray(g, np.float64).T @ held, rtol=0, atol=2e-5)
+    assert seen == np.abs(x).max()
+
+
+@pytest.mark.parametrize("scheme", RUNNING, ids=str)
+def test_a_frozen_range_trains_what_stored_codes_serve_bit_for_bit(scheme):
+    x, w, span = normal(5, 24), normal(8, 24), jnp.float32(1.7)
+    codes = jax.jit(lambda w: weight_codes(w, scheme))(w)._replace(span=jnp.full((1, 1), span))
+    trained = jax.jit(lambda x, w, span: ranged_dot(x, w, scheme, span))(x, w, span)
+    served = jax.jit(lambda x, codes: quantized_dot(x, codes, scheme))(x, codes)
+    np.testing.assert_array_equal(trained, served)
+
+
+@pytest.mark.parametrize("scheme", RUNNING, ids=str)
+def test_without_a_range_yet_each_row_has_its_own(scheme):
+    x, w, g = normal(5, 24), normal(8, 24), normal(5, 8)
+    new, old = (
+        jax.jit(jax.value_and_grad(lambda x, w, dot=dot: jnp.sum(dot(x, w) * g), argnums=(0, 1)))(x, w)
+        for dot in (
+            lambda x, w: ranged_dot(x, w, scheme, jnp.float32(0)),
+            lambda x, w: quantized_dot(x, w, scheme),
+        )
+    )
+    jax.tree.map(np.testing.assert_array_equal, new, old)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_reaches_the_gradient_though_it_is_clipped(bad):
+    x, w = jnp.asarray(np.where(np.arange(24).reshape(3, 8) == 10, bad, 0.5), jnp.float32), normal(4, 8)
+    to_x = jax.jit(jax.grad(lambda x: jnp.sum(ranged_dot(x, w, RUNNING[0], jnp.float32(1)))))(x)
+    assert np.isnan(to_x[1, 2])
+
+
+def test_rows_on_several_devices_have_one_largest_input():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    x, w = normal(16, 24), normal(8, 24)
+    rows, whole = (jax.NamedSharding(mesh, jax.P(*axes)) for axes in (("data",), ()))
+    largest = jax.jit(
+        jax.grad(lambda span, x: jnp.sum(ranged_dot(x, w, RUNNING[0], span))),
+        in_shardings=(whole, rows),
+        out_shardings=whole,
+    )(jnp.float32(1), x)
+    assert largest == np.abs(x).max()

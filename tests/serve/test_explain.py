@@ -1,15 +1,18 @@
 """Reasons on a small model of streams, table and notes: nothing is lost, and what is not there adds nothing."""
 
+from unittest import mock
+
 import jax
 import numpy as np
 import pytest
 
 from r1jax.config import Config, DecoderConfig, FinanceConfig, ModelConfig, SeriesConfig, TableConfig, TaskConfig
 from r1jax.data.transaction_history import FEATURES
+from r1jax.models.ngrams import NgramScores
 from r1jax.models.r1 import R1
 from r1jax.parallel.mesh import make_mesh
 from r1jax.serve import explain as module
-from r1jax.serve.explain import explain
+from r1jax.serve.explain import Explainer, explain
 from r1jax.tasks.finance.batch import EVENT_FEATURES
 from r1jax.tasks.finance.reasons import by_concept
 from r1jax.tasks.finance.task import Finance
@@ -31,8 +34,9 @@ CONFIG = Config(
         ),
         remat="full",
         series=SeriesConfig(layers=0, bins=4, tokens=1, num_attention_heads=2),
-        table=TableConfig(layers=0),
+        table=TableConfig(joined=8, bins=12),
         text_tokens=16,
+        text_ngrams=64,
     ),
     task=TaskConfig(
         name="finance", finance=FinanceConfig(events=6, negatives_kept=0.25, simulated_customers=20, simulated_days=40)
@@ -48,8 +52,22 @@ def explained():
     inputs, _ = task.prepare(jax.tree.map(jax.numpy.asarray, task.collate(source.read_batch(np.arange(2)))))
     params = jax.jit(lambda key: model.init(key, inputs)["params"])(jax.random.key(0))
     params = jax.tree.map(lambda x: 2 * x, params)  # weights large enough to matter
+    rng = np.random.default_rng(0)
+    for part, name in (("head_fraud", "weight"), ("ngrams", "embed_tokens")):  # which begin at 0
+        params[part][name] = jax.numpy.asarray(rng.standard_normal(params[part][name].shape), jax.numpy.float32)
     mesh, typical = make_mesh(CONFIG.mesh), np.arange(8, 48)
-    return source, lambda chosen: explain(model, task, mesh, params, source, chosen, typical), task, model, params
+    made = {}
+
+    def compiled(model, task, weights, steps):
+        """One for each number of steps: weights are an argument of its programs."""
+        made.setdefault(steps, Explainer(model, task, weights, steps)).params = weights
+        return made[steps]
+
+    def again(chosen, weights=params):
+        with mock.patch.object(module, "Explainer", compiled):
+            return explain(model, task, mesh, weights, source, chosen, typical)
+
+    return source, again, task, model, params
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +100,22 @@ def test_what_is_not_there_adds_nothing(explained, found):
     for row, length in enumerate(lengths):
         assert not found.text[row, length:].any()
     assert np.abs(found.events[raw["series_valid"]]).max() > 1e-4 and np.abs(found.table).max() > 1e-4
+
+
+def test_what_ngrams_say_beyond_typical_notes_stands_at_the_beginning_of_the_note(explained, found, monkeypatch):
+    source, again, task, _, params = explained
+    monkeypatch.setattr(module, "FINER", 1)
+
+    rows = np.concatenate([CHOSEN, np.arange(8, 40)])  # of the typical ones, whole batches
+    batch = task.collate(source.read_batch(rows))
+    text, valid = batch["text"], batch["text_valid"]
+    scores = jax.jit(NgramScores(64, 1).apply)({"params": params["ngrams"]}, text, valid)
+    own, typical = np.split(np.asarray(scores)[:, 0], [len(CHOSEN)])
+    noted, there = np.split(valid.any(axis=1), [len(CHOSEN)])
+    expected = np.where(noted, own - typical[there].mean(), 0)
+    assert noted.any() and np.abs(expected).max() > 0.05
+    silent = {**params, "ngrams": jax.tree.map(jax.numpy.zeros_like, params["ngrams"])}
+    np.testing.assert_allclose(found.text[:, 0] - again(CHOSEN, silent).text[:, 0], expected, atol=1e-4)
 
 
 def test_what_does_not_add_up_is_computed_in_finer_steps(explained, monkeypatch):

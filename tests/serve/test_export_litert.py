@@ -21,11 +21,11 @@ from r1jax.data.synthetic import SyntheticCases
 from r1jax.edge.artefact import FORMAT, RUNNER, TEXTS
 from r1jax.edge.risk import SCORES
 from r1jax.errors import UserError
-from r1jax.serve import export_litert, litert_worker
+from r1jax.serve import export_litert
 from r1jax.serve.export_card import write_card
 from r1jax.serve.export_command import export
 from r1jax.serve.export_graph import Port
-from r1jax.serve.export_litert import FINE, find_converter, write_model
+from r1jax.serve.export_litert import find_converter, read_constants, write_model
 from r1jax.tasks.finance.task import Finance
 from tests.serve.exported import write_cases, write_checkpoint
 from tests.serve.exported_finance import write_checkpoint as write_finance_checkpoint
@@ -55,20 +55,20 @@ def double(inputs):
 )
 def test_a_converter_that_fails_is_one_sentence(tmp_path, body, message):
     with pytest.raises(UserError, match=message) as caught:
-        write_model(tmp_path, double, WANTED, weights="float", converter=converter_that(tmp_path, body))
+        write_model(tmp_path, double, WANTED, narrow=False, converter=converter_that(tmp_path, body))
     assert "\n" not in str(caught.value)
     assert [file.name for file in tmp_path.iterdir()] == ["python"]
 
 
 def test_a_python_without_the_converter_is_told_apart(tmp_path):
     with pytest.raises(UserError, match="lacks a package of the LiteRT converter .*litert_converter"):
-        write_model(tmp_path, double, WANTED, weights="float", converter=Path(sys.executable))
+        write_model(tmp_path, double, WANTED, narrow=False, converter=Path(sys.executable))
 
 
 def test_a_converter_that_cannot_be_run_is_named(tmp_path):
     (tmp_path / "python").write_text("not a program")
     with pytest.raises(UserError, match="cannot be run"):
-        write_model(tmp_path, double, WANTED, weights="float", converter=tmp_path / "python")
+        write_model(tmp_path, double, WANTED, narrow=False, converter=tmp_path / "python")
 
 
 def test_an_installation_that_fails_leaves_no_half_environment(tmp_path, monkeypatch):
@@ -113,18 +113,19 @@ def test_an_installed_converter_is_found(tmp_path, monkeypatch):
     assert find_converter(None, install=False) == python
 
 
-@pytest.mark.parametrize(
-    ("weights", "int8", "fine"), [("float", False, None), ("fp16", False, ".*"), ("int8", True, FINE)]
-)
-def test_the_converter_is_told_how_weights_are_stored(tmp_path, weights, int8, fine):
-    told = tmp_path / "told.json"
-    body = f"""cp "$3" {told}; exec {sys.executable} -c '
+def test_the_constants_of_the_converted_program_are_read(tmp_path):
+    """A stand-in writes them; the model that it writes beside them is dropped."""
+    body = f"""exec {sys.executable} -c '
 import json, sys
-open(json.load(open(sys.argv[1]))["target"], "w").write("model")
-print(json.dumps(dict(converter="1")))' "$3\""""
-    write_model(tmp_path, double, WANTED, weights=weights, converter=converter_that(tmp_path, body))
-    asked = json.loads(told.read_text())
-    assert (asked["int8"], asked["fine"]) == (int8, fine)
+import numpy as np
+asked = json.load(open(sys.argv[1]))
+assert asked["narrow"] is False
+open(asked["target"], "w").write("model")
+np.savez(asked["constants"], np.ones((2, 3)), np.zeros((1, 2)))
+print(json.dumps(dict(versions=dict(converter="1"), stored=dict())))' "$3\""""
+    found = read_constants(double, WANTED, converter_that(tmp_path, body))
+    assert [x.shape for x in found] == [(2, 3), (1, 2)] and (found[0] == 1).all()
+    assert [file.name for file in tmp_path.iterdir()] == ["python"]
 
 
 def test_the_package_beside_the_model_runs_as_one_file(tmp_path):
@@ -133,10 +134,13 @@ def test_the_package_beside_the_model_runs_as_one_file(tmp_path):
 import json, sys
 asked = json.load(open(sys.argv[1]))
 assert "stablehlo.multiply" in open(asked["source"]).read() and asked["inputs"] == ["x"]
+assert asked["narrow"] is True and asked["constants"] is None
 open(asked["target"], "w").write("model")
-print(json.dumps(dict(converter="1")))' "$3\""""
-    versions, outputs = write_model(tmp_path, double, WANTED, weights="int8", converter=converter_that(tmp_path, body))
-    assert versions == {"converter": "1"} and outputs["y"].shape == (1, 2)
+print(json.dumps(dict(versions=dict(converter="1"), stored=dict(int8=7))))' "$3\""""
+    versions, outputs, stored = write_model(
+        tmp_path, double, WANTED, narrow=True, converter=converter_that(tmp_path, body)
+    )
+    assert versions == {"converter": "1"} and outputs["y"].shape == (1, 2) and stored == {"int8": 7}
     sums = dict.fromkeys(["model.tflite", TEXTS, RUNNER], "0" * 64)
     write_card(tmp_path, {"format": FORMAT, "file": "model.tflite", "sha256": sums})
     np.savez(tmp_path / "cases.npz", age=[60.0])
@@ -147,18 +151,6 @@ print(json.dumps(dict(converter="1")))' "$3\""""
         done.stderr
         == f"error: {tmp_path / 'model.tflite'} is missing or not what was exported: copy the folder again\n"
     )
-
-
-@pytest.mark.parametrize(("shape", "axis"), [((5, 64), 0), ((1, 12, 8), 1), ((4, 3, 3, 2), 0)])
-def test_weights_that_are_stored_as_int8_are_right_to_half_a_step_of_their_channel(shape, axis):
-    weights = np.random.default_rng(0).normal(size=shape).astype(np.float32)
-    weights[(0,) * (axis + 1)] = 0  # a channel without any weight
-    codes, scale, along = litert_worker._rounded(weights)
-    assert along == axis and codes.dtype == np.int8 and scale.shape == (shape[axis],)
-    step = np.moveaxis(np.broadcast_to(scale, (*np.delete(shape, axis), shape[axis])), -1, axis)
-    assert (np.abs(codes * step - weights) <= step * 0.5001).all()
-    largest = np.abs(codes).max(axis=tuple(other for other in range(len(shape)) if other != axis))
-    assert largest[0] == 0 and (largest[1:] == 127).all()
 
 
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")

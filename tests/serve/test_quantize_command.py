@@ -25,7 +25,8 @@ from r1jax.tasks.catalog import TASKS
 from r1jax.train.checkpoint import Checkpoint
 from r1jax.train.checkpoints import CheckpointFolder
 from r1jax.train.plan import example_batch
-from r1jax.train.quantized import is_codes
+from r1jax.train.quantized import is_codes, path_of
+from r1jax.train.ranges import is_range, split_ranges
 from r1jax.train.run import describe
 from r1jax.train.step import init_state
 from tests.train.experiment import one_device
@@ -170,6 +171,39 @@ def test_rules_that_round_nothing_are_refused(trained, tmp_path, monkeypatch):
 def test_what_cannot_be_done_is_said(trained, quantized, words, told):
     with pytest.raises(UserError, match=told):
         dispatch(["quantize", str(trained), *words, "--output", str(quantized)])
+
+
+def test_a_run_with_ranges_is_stored_as_it_was_trained(tmp_path):
+    """Bit for bit; where no input has been met the codes have no range, and a decoder alone needs none."""
+    config = replace(get_config(), model=replace(get_config().model, quant=("int8_running",)))
+    task = TASKS[config.task.name](config)
+    source, model = task.source("train"), R1(config.model, task.heads)
+    batch = example_batch(source, task, 4)
+    with jax.numpy_dtype_promotion("standard"):
+        state = jax.jit(lambda: init_state(config, model, task, batch))()
+    unmet = "decoder/layers_0/self_attn/o_proj"
+    known = lambda path, x: x if path_of(path[:-1]) == unmet else jnp.float32(1.25)  # noqa: E731
+    ema = jax.tree_util.tree_map_with_path(lambda path, x: known(path, x) if is_range(path) else x, state.ema)
+    meta = {"step": 1, "validation": None, **describe(source, task.pipeline)}
+    CheckpointFolder(tmp_path / "checkpoints").save(1, state._replace(ema=ema), config, meta)
+    words = ["--output", str(tmp_path / "codes"), "--calibration", "4", "--batch_size", "8", "--resamples", "2"]
+    with mock.patch.object(quantize_command, "make_mesh", lambda _: one_device()):
+        assert dispatch(["quantize", str(tmp_path), *words]) == 0
+    codes = restore_served(Checkpoint(tmp_path / "codes"), config, model, task, one_device(), source)
+    spans = {path_of(p): x.span for p, x in jax.tree_util.tree_leaves_with_path(codes, is_leaf=is_codes) if is_codes(x)}
+    attention = {name: span for name, span in spans.items() if "self_attn" in name}
+    assert attention.pop(f"{unmet}/weight") is None and len(attention) == 2 * 4 - 1
+    assert all(span == 1.25 for span in attention.values()) and spans["decoder/lm_head/weight"] is None
+    assert split_ranges(codes)[0] == {}
+
+    @jax.jit
+    def forward(params):
+        output = model.apply({"params": params}, task.prepare(batch)[0], language=True)
+        return output.text_logits, output.mtp_logits
+
+    jax.tree.map(np.testing.assert_array_equal, forward(ema), forward(codes))
+    served = CheckpointFolder(tmp_path / "checkpoints").best().restore_decoder()
+    assert split_ranges(served)[0] == {} and "weight" in served["layers_0"]["self_attn"]["o_proj"]
 
 
 PROMPTS, GREEDY = [[1, 40, 7], [9]], GenerationSettings(max_new_tokens=8, page_size=8)

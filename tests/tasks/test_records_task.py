@@ -12,6 +12,7 @@ from r1jax.config import Config, DataConfig, ModelConfig, TaskConfig
 from r1jax.data.records import RecordCases, Records
 from r1jax.errors import UserError
 from r1jax.models.r1 import Inputs, Output
+from r1jax.ops.losses import hinge_probabilities, squared_hinge
 from r1jax.tasks.records.figures import record_figures, statistics
 from r1jax.tasks.records.task import MODES, RecordsTask
 from r1jax.tasks.task import Task
@@ -119,6 +120,40 @@ def test_annotators_that_disagreed_soften_a_label(tmp_path):
     np.testing.assert_allclose(found, expected, rtol=1e-6)
     with pytest.raises(UserError, match="task.agreement is True, but it must be False: only sentences have files"):
         validate(replace(task.config, task=replace(task.config.task, records="credit")))
+
+
+def test_squared_hinges_are_learned_and_their_scores_are_probabilities(tmp_path):
+    task = made("sentiment", tmp_path / "x.txt", "text", agreement=True, loss="squared_hinge")
+    scores = np.array([[0.5, -2.0, 0.2], [-1.5, 0.0, 1.5], [-3.0, -3.0, -3.0]], np.float32)
+    label, agreed = np.array([0, 2, 1]), np.array([1.0, 0.58, 0.875])
+    hinges = np.maximum(1 - np.where(np.eye(3)[label] == 1, 1, -1) * scores, 0) ** 2
+    targets = {"class": jnp.asarray(label, jnp.int32), "agreed": jnp.asarray(agreed, jnp.float32)}
+    output = Output({"class": jnp.asarray(scores)}, (), None, None, None, None)
+    found, _ = task.loss(output, Inputs(), targets, jnp.float32(0))
+    np.testing.assert_allclose(found, (hinges.sum(axis=1) * [1.0, 0.16, 0.75]).mean(), rtol=1e-6)
+    batch = {
+        "target.class": targets["class"],
+        "text": jnp.zeros((3, 2), jnp.int32),
+        "text_valid": jnp.ones((3, 2), bool),
+    }
+    told = task.outcomes(lambda _: output, batch, jax.tree.map(jnp.asarray, MODES["both"]))["class"]
+    np.testing.assert_allclose(told[0], np.array([0.75, 0.02, 0.6]) / 1.37, rtol=1e-5)
+    np.testing.assert_allclose(told[1:], [[0.02 / 1.52, 0.5 / 1.52, 1 / 1.52], [1 / 3] * 3], rtol=1e-5)
+    with pytest.raises(UserError, match="task.label_smoothing is 0.02, but it must be 0 with task.loss squared_hinge"):
+        validate(replace(task.config, task=replace(task.config.task, label_smoothing=0.02)))
+    with pytest.raises(UserError, match="task.loss is 'squared_hinge', but it must be cross_entropy: the finance task"):
+        validate(Config(task=TaskConfig(name="finance", loss="squared_hinge")))
+
+
+def test_a_score_of_twice_the_share_less_one_has_the_least_squared_hinge():
+    share = np.array([0.7, 0.2, 0.1], np.float32)
+
+    def expected(scores):
+        return sum(p * squared_hinge(scores, jnp.asarray(i)) for i, p in enumerate(share))
+
+    best = jnp.asarray(2 * share - 1)
+    np.testing.assert_allclose(jax.grad(expected)(best), 0, atol=1e-6)
+    np.testing.assert_allclose(hinge_probabilities(best), share, rtol=1e-6)
 
 
 def test_modes_hide_numbers_or_text(stocks):

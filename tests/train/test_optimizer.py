@@ -8,6 +8,7 @@ import pytest
 
 from r1jax.config import Config, TrainConfig
 from r1jax.errors import UserError
+from r1jax.ops.pipeline import STACKED
 from r1jax.train.layer_metrics import layer_metrics
 from r1jax.train.optimizer import BALANCE_BIAS, decays, make_optimizer, schedule
 from r1jax.validation import validate
@@ -184,6 +185,38 @@ def test_a_rule_that_nothing_follows_is_refused(rules):
 def test_a_rule_that_cannot_be_read_is_refused(rule):
     with pytest.raises(UserError, match="train.rules is .* a list of PATTERN=RATE or PATTERN=RATE:DECAY"):
         validate(Config(train=TrainConfig(rules=(rule,))))
+
+
+def test_chosen_weights_are_moved_by_sgd_with_momentum_and_l2():
+    rng = np.random.default_rng(0)
+    gradients = [jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), TREE) for _ in range(4)]
+    config = replace(CONFIG, clip_norm=100.0, decoder_rate=0.5)
+    plain, _ = run(config, TREE, gradients)
+    got, state = run(replace(config, sgd=("embed_tokens", "head_a/weight"), rules=("head=1:3",)), TREE, gradients)
+    for (part, name), factor, decay in ((("decoder", "embed_tokens"), 0.5, 0.0), (("head_a", "weight"), 1.0, 0.3)):
+        weight, momentum = np.ones(TREE[part][name].shape), 0.0
+        for step, gradient in enumerate(gradients):
+            momentum = CONFIG.b1 * momentum + np.asarray(gradient[part][name]) + decay * weight
+            weight = weight - factor * float(schedule(CONFIG)(step)) * momentum
+        np.testing.assert_allclose(got[part][name], weight, rtol=1e-5)
+    np.testing.assert_array_equal(got["decoder"]["norm"]["weight"], plain["decoder"]["norm"]["weight"])
+    moments = sorted(leaf.shape for leaf in jax.tree.leaves(state) if leaf.ndim)
+    assert moments == [(2,), (2,), (2,), (2,), (2, 2), (3, 2)]  # one number a weight, where AdamW has two
+
+
+def test_patterns_of_sgd_that_choose_nothing_or_half_a_pipeline_are_refused():
+    with pytest.raises(UserError, match="train.sgd: no trained weight follows the pattern 'ngrams/'"):
+        make_optimizer(replace(CONFIG, sgd=("ngrams/",))).init(TREE)
+    with pytest.raises(UserError, match=r"train.sgd is \('\(',\), but it must be a list of regular expressions"):
+        validate(Config(train=TrainConfig(sgd=("(",))))
+    tree = {"decoder": {STACKED: {"weight": jnp.ones((2, 3))}}}
+    with pytest.raises(UserError, match="train.sgd: the pattern 'layers_1' chooses decoder/layers_1/weight and not"):
+        make_optimizer(replace(CONFIG, sgd=("layers_1",)), (0, 1)).init(tree)
+    apart = {"decoder": {f"layers_{i}": {"weight": jnp.ones(3)} for i in range(3)}}  # as a run has them at its start
+    with pytest.raises(UserError, match="chooses decoder/layers_1/weight and not decoder/layers_2/weight"):
+        make_optimizer(replace(CONFIG, sgd=("layers_1",)), (1, 2)).init(apart)
+    for sgd in (("layers_1", "layers_2"), ("layers_[012]/",), ("layers_0",)):  # all that are stacked, or none of them
+        make_optimizer(replace(CONFIG, sgd=sgd), (1, 2)).init(apart)
 
 
 def test_norms_of_layers():

@@ -12,6 +12,7 @@ import pytest
 from r1jax.errors import UserError
 from r1jax.ops.quantize import quantize
 from r1jax.train.quantized import is_codes, read_codes, write_codes
+from r1jax.train.ranges import split_ranges
 from r1jax.train.step import NO_LIMIT
 from tests.train.experiment import make_experiment
 
@@ -81,7 +82,7 @@ def test_a_run_begins_in_floats_and_rounds_from_its_start():
     """The first half has the loss of the model of floats, the second that of rounded products, and all weights move."""
     flags = (
         "--quant",
-        ".=int4:int8",
+        ".=int4:int8/running",
         "--train.quant_start",
         "0.5",
         "--model.dropout",
@@ -104,6 +105,7 @@ def test_a_run_begins_in_floats_and_rounds_from_its_start():
         state, metrics = run.step(run.init()._replace(step=jnp.asarray(step, jnp.int32)), batch, NO_LIMIT)
         np.testing.assert_allclose(metrics["loss"], loss(quant, share, batch), rtol=1e-6)
         assert abs(float(metrics["loss"] - loss(rules if step == 0 else (), share, batch))) > 1e-4
+        assert all((x > 0) == (step > 0) for x in jax.tree.leaves(split_ranges(state.params)[0]))
     pairs = zip(jax.tree_util.tree_leaves_with_path(run.fresh.params), jax.tree.leaves(state.params), strict=True)
     still = [jax.tree_util.keystr(path) for (path, old), new in pairs if np.array_equal(old, new)]
     assert not [name for name in still if "bias" not in name], "no gradient passed the rounding to these weights"
@@ -112,3 +114,8 @@ def test_a_run_begins_in_floats_and_rounds_from_its_start():
 def test_a_rule_that_nothing_follows_ends_a_run_before_it_is_compiled():
     with pytest.raises(UserError, match=r"'o_prj'.*did you mean"):
         make_experiment("--quant", "o_prj=int8", file="tiny_language.py")
+
+
+def test_a_running_range_for_experts_alone_ends_a_run_before_it_is_compiled():
+    with pytest.raises(UserError, match=r"'mlp/experts' can have a running range .*leave out /running"):
+        make_experiment("--quant", "mlp/experts=int8:int8/running", "int8", file="tiny_language.py")

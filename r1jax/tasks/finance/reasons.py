@@ -101,7 +101,7 @@ class Contributions(NamedTuple):
     events: Float[np.ndarray, "N S K C"]
     """By stream, event and number: `EVENT_FEATURES`, then the state of the label."""
     text: Float[np.ndarray, "N T"]
-    """By token of the note."""
+    """By token of the note; the first, which marks its beginning, holds what its n-grams say."""
     baseline: Float[np.ndarray, "N"]
     output: Float[np.ndarray, "N"]
     """Log-odds at both ends."""

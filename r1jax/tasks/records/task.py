@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from r1jax.config import Config
 from r1jax.data import tokenizer
@@ -20,7 +20,7 @@ from r1jax.data.stock_features import COUNTS
 from r1jax.data.stock_files import EARLIER, ENDS, read_stocks
 from r1jax.errors import UserError
 from r1jax.models.r1 import Inputs, Output
-from r1jax.ops.losses import cross_entropy, weighted_mean
+from r1jax.ops.losses import cross_entropy, hinge_probabilities, squared_hinge, weighted_mean
 from r1jax.tasks.finance.batch import hide
 from r1jax.tasks.records.figures import record_figures
 from r1jax.tasks.task import Figures
@@ -217,15 +217,12 @@ class RecordsTask:
         share: Float[Array, ""],
         weights: dict[str, Float[Array, ""]] | None = None,
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
-        """Cross-entropy of the known labels, and the balance loss; arguments as in `Task`."""
+        """What `task.loss` says of the known labels, and the balance loss; arguments as in `Task`."""
         task, label, own = self.config.task, targets["class"], self.weights(inputs, targets)
         weights = weights or own
-        learned, logits = targets.get("outcome", label), output.heads["class"]
-        smoothing: float | Float[Array, " B"] = task.label_smoothing
-        if "agreed" in targets:  # the other classes share what the annotators left, where that is more
-            classes = logits.shape[-1]
-            smoothing = jnp.maximum(smoothing, (1 - targets["agreed"]) * (classes / (classes - 1)))
-        losses = cross_entropy(logits, jnp.maximum(learned, 0), smoothing=smoothing)
+        losses = self._losses(
+            output.heads["class"], jnp.maximum(targets.get("outcome", label), 0), targets.get("agreed")
+        )
         parts = {"class": weighted_mean(losses, (label != UNKNOWN).astype(jnp.float32), weights["class"])}
         total = parts["class"]
         if output.router:
@@ -233,6 +230,19 @@ class RecordsTask:
             parts["balance"] = balance * (own["balance"] / weights["balance"])
             total = total + task.balance_weight * parts["balance"]
         return total, parts
+
+    def _losses(
+        self, logits: Float[Array, "B C"], label: Int[Array, " B"], agreed: Float[Array, " B"] | None
+    ) -> Float[Array, " B"]:
+        """Loss of each case; the fewer annotators agreed, the less its label is believed."""
+        if self.config.task.loss == "squared_hinge":
+            # By the majority's lead: a label that no more choose than reject teaches nothing.
+            return squared_hinge(logits, label) * (1.0 if agreed is None else jnp.maximum(2 * agreed - 1, 0))
+        smoothing: float | Float[Array, " B"] = self.config.task.label_smoothing
+        if agreed is not None:  # the other classes share what the annotators left, where that is more
+            classes = logits.shape[-1]
+            smoothing = jnp.maximum(smoothing, (1 - agreed) * (classes / (classes - 1)))
+        return cross_entropy(logits, label, smoothing=smoothing)
 
     def modes(self) -> dict[str, dict[str, bool]]:
         """What can be shown: with numbers and text, or what was counted in it, also each alone."""
@@ -257,7 +267,8 @@ class RecordsTask:
         if len(self.modes()) > 1:
             everyone = jnp.ones(targets["class"].shape, bool)
             inputs = self._hide(inputs, everyone & mode["hide_numbers"], everyone & mode["hide_text"])
-        said = jax.nn.softmax(read(inputs).heads["class"], axis=-1)
+        hinge = self.config.task.loss == "squared_hinge"
+        said = (hinge_probabilities if hinge else jax.nn.softmax)(read(inputs).heads["class"])
         if self.kind.outcomes:
             of = np.asarray(self.kind.outcomes)  # summed, as a product would be rounded more coarsely on a GPU
             said = jnp.stack([said[:, of == i].sum(axis=1) for i in range(len(self.kind.classes))], axis=1)
