@@ -50,6 +50,7 @@ from r1jax.models.quantized import rounding_by, uses  # noqa: E402
 from r1jax.models.served import Served, fused  # noqa: E402
 from r1jax.ops import latent_attention_kernel, row_products, row_products_kernel  # noqa: E402
 from r1jax.ops.latent_attention import PagedLatents, mix_latents  # noqa: E402
+from r1jax.ops.precision import exact_products  # noqa: E402
 from r1jax.serve.rounds import State, run_rounds  # noqa: E402
 from r1jax.train.quantized import nearest_codes, with_codes  # noqa: E402
 
@@ -172,22 +173,58 @@ class Loop:
         return self.state.tokens
 
 
-def first_logits(config: DecoderConfig, quant: tuple[str, ...], params: Any, rows: int, context: int) -> jax.Array:
-    """Logits after one token, so that both sides can be compared."""
-    model, state = Decoder(config, BF16), start(config, rows, context, GenerationSettings(4, page_size=PAGE))
+def first_logits(config: DecoderConfig, quant: tuple[str, ...], rows: int, context: int) -> Callable[..., jax.Array]:
+    """What gives the logits after one token of weights of either side, so that both can be compared.
+
+    In fp32 it is the truth that both sides round, behind the same cache.
+    """
+    state = start(config, rows, context, GenerationSettings(4, page_size=PAGE))
     positions, valid = state.length[:, None], jnp.ones((rows, 1), bool)
 
-    @jax.jit
-    def run(params: Any, cache: LatentCache) -> jax.Array:
+    @functools.partial(jax.jit, static_argnums=2)
+    def run(params: Any, cache: LatentCache, dtype: Any) -> jax.Array:
+        model, held = Decoder(config, dtype), params.rest if isinstance(params, Served) else params
+        cache = cache._replace(pages=tuple(pool.astype(dtype) for pool in cache.pages))
         with rounding_by(quant, ("decoder",)):
-            apply = functools.partial(model.apply, {"params": params.rest if isinstance(params, Served) else params})
+            apply = functools.partial(model.apply, {"params": held})
             x = apply(state.feed, method="embed")
             if isinstance(params, Served):
                 x, _ = fused_decode(model.config, params, x, positions, valid, cache)
-                return next_logits(model, params, x, params.rest["norm"]["weight"])
+                return next_logits(model, params, x, held["norm"]["weight"])
             return apply(apply(x, positions, valid, cache, fresh=False, method="cached")[0], method="logits")
 
-    return run(params, state.cache)
+    def logits(params: Any, dtype: Any = BF16) -> jax.Array:
+        with exact_products(dtype):
+            return run(params, state.cache, dtype)
+
+    return logits
+
+
+def agree_case(config: DecoderConfig, rows: int, context: int) -> dict[str, Any]:
+    """How far both sides of a mixture are from fp32 and from each other, as it is and with experts that are settled.
+
+    Roundings decide between experts that score nearly alike, and other experts give other numbers. A bias that outweighs
+    all scores leaves the experts' shares, and no choice.
+    """
+    logits = first_logits(config, (), rows, context)
+    found: dict[str, Any] = {}
+    for name, params in (("free", weights(config)), ("settled", settled(weights(config)))):
+        exact = logits(jax.tree.map(lambda x: x.astype(jnp.float32), params), jnp.float32)
+        modules, joined = logits(params), logits(fused(params, config, BF16))
+        sides = {"modules": (modules, exact), "fused": (joined, exact), "apart": (joined, modules)}
+        found |= {f"{name}_{side}": differ(*pair) for side, pair in sides.items()}
+    return found
+
+
+def settled(params: Any) -> Any:
+    """The weights, with the same experts for all tokens of a layer."""
+
+    def settle(path: Any, x: jax.Array) -> jax.Array:
+        if path[-1].key != "e_score_correction_bias":
+            return x
+        return 8.0 * jax.random.permutation(jax.random.key(len(path[0].key)), len(x)).astype(x.dtype)
+
+    return jax.tree_util.tree_map_with_path(settle, params)
 
 
 def step_case(
@@ -196,7 +233,7 @@ def step_case(
     """Milliseconds a token of every row, and what its products and its attention read in that time."""
     both, told = ways(config, quant), {}
     if name == "fused":
-        told["apart"] = differ(*(first_logits(config, quant, params, rows, context) for params in both.values()))
+        told["apart"] = differ(*map(first_logits(config, quant, rows, context), both.values()))
     loop = Loop(config, quant, both[name], rows, context, tokens)
     taken, spread = (x / tokens for x in seconds(loop, samples))
     read = bytes_read(config, both["modules"])

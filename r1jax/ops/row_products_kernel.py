@@ -147,6 +147,7 @@ def _summed(
         places = [pl.ds((k * ahead + n) * depth, depth) for n in range(ahead)]
         read = [[w[:, at] for w in weights] for at in places]
         for at, tiles in zip(places, read, strict=True):
+            tiles = [_floats(w) for w in tiles]
             gain = None if gain_ref is None else gain_ref[at].astype(jnp.float32)
             for t in range(count):
                 row = x_ref[t, at].astype(jnp.float32)
@@ -154,9 +155,17 @@ def _summed(
                     squares[t] = squares[t] + row * row
                     row = row * gain
                 for j, w in enumerate(tiles):
-                    sums[j][t] = sums[j][t] + w.astype(jnp.float32) * row[None, :]
+                    sums[j][t] = sums[j][t] + w * row[None, :]
         return [list(own) for own in sums], squares
 
     start = ([[zeros(rows, depth)] * count for _ in weights], [zeros(depth)] * count)
     sums, squares = jax.lax.fori_loop(0, deep // (depth * ahead), step, start)
     return [[jnp.sum(own, axis=1) for own in part] for part in sums], [jnp.sum(part) for part in squares]
+
+
+def _floats(codes: Array) -> Array:
+    """fp32 of numbers of a weight."""
+    if codes.dtype != jnp.int8:
+        return codes.astype(jnp.float32)
+    bits = (codes.astype(jnp.int32) & 0xFF) ^ 0x4B000080
+    return jax.lax.bitcast_convert_type(bits, jnp.float32) - (2.0**23 + 128)
