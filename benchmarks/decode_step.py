@@ -6,8 +6,8 @@
 `one` is a token at batch 1 of a dense decoder of 1 B weights behind a short context, `mixture` the same of V2-Lite cut
 to four layers, `many` 64 rows behind 8,192 tokens, beside transformers. Both sides take the same weights and the same
 cache, and their logits are compared first.
-`profile` names the ten costliest kernels of a token and the pauses between kernels. `attention` is the cache's reader
-alone, `product` a row times each weight of a layer, by tiles. Results are written after each case.
+`profile` names the ten costliest kernels of a token and the pauses between kernels. `agree` holds both sides of the
+mixture against fp32, for 8 rows. Results are written after each case; decode_tiles.py has single kernels.
 """
 
 import argparse
@@ -48,8 +48,7 @@ from r1jax.models.decoding import decode as fused_decode  # noqa: E402
 from r1jax.models.decoding import next_logits  # noqa: E402
 from r1jax.models.quantized import rounding_by, uses  # noqa: E402
 from r1jax.models.served import Served, fused  # noqa: E402
-from r1jax.ops import latent_attention_kernel, row_products, row_products_kernel  # noqa: E402
-from r1jax.ops.latent_attention import PagedLatents, mix_latents  # noqa: E402
+from r1jax.ops import row_products  # noqa: E402
 from r1jax.ops.precision import exact_products  # noqa: E402
 from r1jax.serve.rounds import State, run_rounds  # noqa: E402
 from r1jax.train.quantized import nearest_codes, with_codes  # noqa: E402
@@ -203,8 +202,8 @@ def first_logits(config: DecoderConfig, quant: tuple[str, ...], rows: int, conte
 def agree_case(config: DecoderConfig, rows: int, context: int) -> dict[str, Any]:
     """How far both sides of a mixture are from fp32 and from each other, as it is and with experts that are settled.
 
-    Roundings decide between experts that score nearly alike, and other experts give other numbers. A bias that outweighs
-    all scores leaves the experts' shares, and no choice.
+    Roundings decide between experts that score nearly alike, and other experts give other numbers. A bias that
+    outweighs all scores leaves the experts' shares, and no choice.
     """
     logits = first_logits(config, (), rows, context)
     found: dict[str, Any] = {}
@@ -343,63 +342,6 @@ def copy_case(copied: int, samples: int) -> dict[str, Any]:
     return {"ms": 1e3 * taken, "iqr_ms": 1e3 * spread, "tb_per_s": 2 * copied / taken / 1e12}
 
 
-def product_case(
-    way: Callable[..., jax.Array], rows: int, shape: tuple[int, int], settings: dict[str, Any], samples: int
-) -> dict[str, Any]:
-    """Few rows times weights one after another, more than a cache holds, with what stands before or after them."""
-    wide, deep = shape
-    count = max(2, 2**28 // (2 * wide * deep)) if wide > 1024 else 2
-    x, every = normal(1, rows, deep), [normal(2 + i, wide, deep) * deep**-0.5 for i in range(count)]
-    exact = row_products.row_product_reference(x.astype(jnp.float32), every[0].astype(jnp.float32), **settings)
-
-    # The next row depends on the last result, as in a model, so that nothing runs side by side.
-    def run(x: jax.Array, held: list[jax.Array]) -> list[jax.Array]:
-        found = []
-        for w in held:
-            found.append(way(x, w, **settings))
-            x, _ = jax.lax.optimization_barrier((x, found[-1]))
-        return found
-
-    compiled = jax.jit(run).lower(x, every).compile()
-    taken, spread = seconds(lambda: compiled(x, every), samples)
-    return {
-        "ms": 1e3 * taken / count,
-        "iqr_ms": 1e3 * spread / count,
-        "tb_per_s": 2 * wide * deep * count / taken / 1e12,
-        "error": differ(compiled(x, every)[0], exact),
-    }
-
-
-def attention_case(scale: Scale, tile: latent_attention_kernel.Tile | None, samples: int) -> dict[str, Any]:
-    """The cache's reader of many rows, by a kernel or by XLA."""
-    config, rows = replace(scale.one, num_hidden_layers=1), scale.rows
-    state = start(config, rows, scale.context, GenerationSettings(scale.tokens, page_size=PAGE))
-    widths = config.kv_lora_rank, config.qk_rope_head_dim
-    q, rope = (normal(9 + i, rows, 1, config.num_attention_heads, n) for i, n in enumerate(widths))
-    positions, valid = state.length[:, None] - 1, jnp.ones((rows, 1), bool)
-
-    def by_kernel(q: jax.Array, rope: jax.Array, cache: PagedLatents) -> jax.Array:
-        limit = jnp.broadcast_to(positions, (rows, config.num_attention_heads))
-        parts = latent_attention_kernel.attend_pages(
-            *(q[:, 0], rope[:, 0], *cache, limit), scale=0.05, tile=tile, interpret=jax.default_backend() == "cpu"
-        )
-        return latent_attention_kernel.join(parts)[:, None].astype(q.dtype)
-
-    def by_xla(q: jax.Array, rope: jax.Array, cache: PagedLatents) -> jax.Array:
-        return mix_latents(q, rope, cache, positions, valid, scale=0.05)
-
-    cache = PagedLatents(state.cache.pages[0], state.cache.table)
-    run = jax.jit(by_xla if tile is None else by_kernel)
-    taken, spread = seconds(functools.partial(run, q, rope, cache), samples)
-    read = 2 * rows * scale.context * sum(widths)
-    return {
-        "ms": 1e3 * taken,
-        "iqr_ms": 1e3 * spread,
-        "tb_per_s": read / taken / 1e12,
-        "apart": differ(run(q, rope, cache), jax.jit(by_xla)(q, rope, cache)),
-    }
-
-
 def transformers_case(config: DecoderConfig, scale: Scale, samples: int) -> dict[str, Any]:
     """The same rows and weights in transformers, behind as many tokens."""
     from benchmarks import decode  # it needs more packages than the rest
@@ -435,50 +377,11 @@ def cases(scale: Scale, samples: int) -> Iterator[tuple[str, Callable[[], dict[s
     for name in sides:
         run = functools.partial(step_case, mixture, (), name, 1, scale.behind, scale.answer, few)
         yield f"mixture bf16, {name}", run
+    yield "agree mixture", functools.partial(agree_case, mixture, row_products.MOST, scale.behind)
     yield "profile mixture, fused", functools.partial(profile_case, mixture, "fused", scale.behind, scale.answer)
     for name in sides:
         run = functools.partial(step_case, one, ("int8_weights",), name, 1, scale.behind, scale.answer, few)
         yield f"one int8_weights, {name}", run
-    yield from product_cases(one, few)
-    yield "attention XLA", functools.partial(attention_case, scale, None, few)
-    for tile in (
-        (16, 32, 4, 2, 396),
-        (16, 64, 8, 2, 264),
-        (16, 32, 4, 3, 396),
-        (16, 32, 4, 2, 264),
-        (16, 16, 4, 3, 396),
-    ):
-        run = functools.partial(attention_case, scale, latent_attention_kernel.Tile(*tile), few)
-        yield f"attention kernel {'/'.join(map(str, tile))}", run
-
-
-def product_cases(c: DecoderConfig, samples: int) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
-    """Each product of a layer and the head, by XLA and by tiles."""
-    wide, inner = c.hidden_size, c.intermediate_size
-    normed = {"gain": jnp.ones(wide), "eps": 1e-6}
-    queries = c.num_attention_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim)
-    shapes: dict[str, tuple[tuple[int, int], dict[str, Any]]] = {
-        "gate_up": ((2 * inner, wide), normed | {"paired": True}),
-        "down": ((wide, inner), {"added": normal(0, 1, wide)}),
-        "q_kv": ((queries + c.kv_lora_rank + c.qk_rope_head_dim, wide), normed),
-        "head": ((c.vocab_size, wide), normed),
-    }
-    tiles = ((4, 1024, 2, 4), (2, 2048, 2, 4), (4, 512, 2, 2), (2, 1024, 2, 2), (8, 512, 2, 4), (4, 2048, 2, 8))
-    found: dict[str, Callable[..., jax.Array]] = {"XLA": row_products.row_product_reference}
-    for tile in tiles:
-        found["/".join(map(str, tile))] = functools.partial(
-            row_products_kernel.rows_times_weight,
-            tile=row_products_kernel.Tile(*tile),
-            interpret=jax.default_backend() == "cpu",
-        )
-    for name, (shape, settings) in shapes.items():
-        for way, product in found.items():
-            yield f"product {name} {way}", functools.partial(product_case, product, 1, shape, settings, samples)
-    shape, settings = shapes["gate_up"]
-    for rows in (2, 4, 8):
-        for way, product in list(found.items())[:2]:
-            run = functools.partial(product_case, product, rows, shape, settings, samples)
-            yield f"product gate_up {way}, {rows} rows", run
 
 
 def table(rows: list[dict]) -> str:
@@ -495,6 +398,10 @@ def table(rows: list[dict]) -> str:
             )
             lines += [f"    {k['us']:8.1f} us {k['calls']:6.1f} x {k['kernel']}" for k in row["costliest"]]
             lines += [f"    {us:8.1f} us pause after {name}" for name, us in row["pauses_after"].items()]
+            continue
+        if row["name"].startswith("agree"):
+            told = (f"{k} {v:.1e}" for k, v in row.items() if k not in ("name", "seconds"))
+            lines.append(f"{row['name']:44} {', '.join(told)}")
             continue
         rate = row.get("tb_per_s", row.get("reads_tb_per_s"))
         told = f"{rate:7.2f}" if rate else f"{'':7}"

@@ -29,26 +29,32 @@ class Tile(NamedTuple):
     warps: int = 4
 
 
-TILE = Tile()
+TILES = {1: Tile(4, 2048, 2, 4), 2: Tile()}
+"""By the bytes of a number of the weight."""
 LEAST = 64
 """Numbers of a row that a program reads at a time at least."""
 
 
-def size_of(width: int, count: int, tile: Tile = TILE) -> tuple[int, int]:
+def size_of(width: int, count: int, tile: Tile) -> tuple[int, int]:
     """Rows of the weight, and numbers of each that are read at a time: a power of two that divides the width."""
     most = max(LEAST, tile.depth // (1 << (count - 1).bit_length()))
     depth = min(width & -width, most)
     return tile.rows * min(4, most // depth), depth
 
 
-def fits(x: Float[Array, "T J"], weight: Float[Array, "O I"] | Quantized, tile: Tile = TILE) -> bool:
+def tile_of(weight: Float[Array, "O I"] | Quantized) -> Tile:
+    """The tile of a kind of weight."""
+    return TILES[1 if isinstance(weight, Quantized) else 2]
+
+
+def fits(x: Float[Array, "T J"], weight: Float[Array, "O I"] | Quantized, tile: Tile | None = None) -> bool:
     """Whether the weight is whole tiles, of floats or of codes with one scale a row and none of a column."""
     if isinstance(weight, Quantized):
         plain = weight.scale.shape[-1] == 1 and weight.zero is None and weight.balance is None
         known = plain and weight.values.dtype == jnp.int8
     else:
         known = weight.dtype == x.dtype
-    rows, depth = size_of(weight.shape[1], len(x), tile)
+    rows, depth = size_of(weight.shape[1], len(x), tile or tile_of(weight))
     return known and weight.shape[0] % (2 * rows) == 0 and depth >= LEAST
 
 
@@ -60,7 +66,7 @@ def rows_times_weight(
     eps: float = 0.0,
     added: Float[Array, "T O"] | None = None,
     paired: bool = False,
-    tile: Tile = TILE,
+    tile: Tile | None = None,
     interpret: bool = False,
 ) -> Float[Array, "T F"]:
     """`row_product`, whose arguments these are, in one launch.
@@ -72,12 +78,13 @@ def rows_times_weight(
       eps: Of the norm.
       added: To the result.
       paired: Whether the weight is gate above up, of a SwiGLU after the product.
-      tile: How the weight is cut.
+      tile: How the weight is cut; None takes that of its kind.
       interpret: Whether JAX computes it without Triton, as a test on a CPU does.
 
     Returns:
       Array of x's dtype, summed in fp32; F is O, or half of it where it is paired.
     """
+    tile = tile or tile_of(weight)
     count, deep, wide = len(x), weight.shape[1], weight.shape[0] // (2 if paired else 1)
     rows, depth = size_of(deep, count, tile)
     ahead = max(n for n in range(1, tile.ahead + 1) if deep // depth % n == 0)
