@@ -25,12 +25,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.45")  # torch wants the rest
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # a profile is of a program that was timed before
-    os.environ |= {
-        "JAX_COMPILATION_CACHE_DIR": tempfile.mkdtemp(),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
@@ -413,6 +407,33 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def markdown(report: dict) -> str:
+    """The tables of benchmarks/README.md: steps, and the costliest kernels of a token."""
+    rows = [row for row in report["results"] if "refused" not in row]
+    copy = next(row["tb_per_s"] for row in rows if row["name"] == "ceiling copy")
+    lines = ["| case | ms a token of all rows | reads, TB/s | of the copy | first logits apart | launches a token |"]
+    lines.append("|---|---|---|---|---|---|")
+    for row in rows:
+        if "ms" in row:
+            rate = row.get("tb_per_s", row.get("reads_tb_per_s"))
+            shown = ["", ""] if rate is None else [f"{rate:.2f}", f"{rate / copy:.0%}"]
+            shown.append(f"{row['apart']:.1e}" if "apart" in row else "")
+            shown.append(f"{sum(row['launches'].values())}" if "launches" in row else "")
+            lines.append(f"| {row['name']} | {row['ms']:.3f} ± {row['iqr_ms'] / 2:.3f} | {' | '.join(shown)} |")
+    lines += ["", "| profile | kernels | us in them | costliest, us |", "|---|---|---|---|"]
+    for row in rows:
+        if "costliest" in row:
+            named = ", ".join(f"{k['calls']:.0f} x `{k['kernel']}` {k['us']:.0f}" for k in row["costliest"][:7])
+            lines.append(
+                f"| {row['name'].removeprefix('profile ')} | {row['kernels']:.0f} | {row['us']:.0f} | {named} |"
+            )
+    for row in rows:
+        if row["name"].startswith("agree"):
+            told = (f"{k.replace('_', ' ')} {v:.1e}" for k, v in row.items() if k not in ("name", "seconds"))
+            lines += ["", f"{row['name']}: {', '.join(told)}."]
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, type=Path, help="JSON to write")
@@ -422,6 +443,10 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=600, help="seconds after which no other case begins")
     args = parser.parse_args()
     began, rows = time.monotonic(), []
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.45")  # torch wants the rest
+    if jax.config.jax_compilation_cache_dir is None:  # a profile is of a program that was timed before
+        jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp())
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     result = environment() | {"results": rows}
     result["command"] = " ".join(["python benchmarks/decode_step.py", *sys.argv[1:]])
     result["kernels"] = row_products.takes_triton()
