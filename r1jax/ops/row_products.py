@@ -83,20 +83,20 @@ def row_product_reference(
 
 @functools.cache
 def _kernel_agrees() -> bool:
-    """Tries the kernel on this device: norm, SwiGLU and residual with floats, and with codes."""
+    """Tries the kernel on this device: norm, SwiGLU and residual with floats, and with codes, of no even width."""
     from r1jax.ops.row_products_kernel import rows_times_weight
 
     rng = np.random.default_rng(0)
     codes = Quantized(
-        rng.integers(-127, 128, (64, 512)).astype(np.int8), rng.uniform(0.001, 0.002, (64, 1)).astype(jnp.bfloat16)
+        rng.integers(-127, 128, (64, 704)).astype(np.int8), rng.uniform(0.001, 0.002, (64, 1)).astype(jnp.bfloat16)
     )
-    gain = rng.uniform(0.5, 2, 512).astype(np.float32)
+    gain = rng.uniform(0.5, 2, 704).astype(np.float32)
 
     def both(product, codes: Quantized, x: Array, w: Array, added: Array) -> Array:
         first = product(x, w, gain=jnp.asarray(gain), eps=1e-6, paired=True)
         return first + product(x, codes, added=added)
 
-    arrays = [rng.standard_normal(shape).astype(jnp.bfloat16) for shape in ((3, 512), (128, 512), (3, 64))]
+    arrays = [rng.standard_normal(shape).astype(jnp.bfloat16) for shape in ((3, 704), (128, 704), (3, 64))]
     arrays[1] = (arrays[1].astype(np.float32) * 0.05).astype(jnp.bfloat16)
     fast = functools.partial(both, rows_times_weight, jax.tree.map(jnp.asarray, codes))
     slow = functools.partial(both, row_product_reference, jax.tree.map(jnp.asarray, codes))

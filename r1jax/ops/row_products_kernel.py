@@ -5,7 +5,6 @@ product, the SwiGLU or the residual after it are in the product's own kernel: x 
 (x * g) W^T / rms(x), and every program sums the squares of the row beside its own products.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -35,11 +34,12 @@ LEAST = 64
 """Numbers of a row that a program reads at a time at least."""
 
 
-def size_of(width: int, count: int, tile: Tile) -> tuple[int, int]:
-    """Rows of the weight, and numbers of each that are read at a time: a power of two that divides the width."""
+def size_of(width: int, count: int, tile: Tile) -> tuple[int, int, list[int]]:
+    """Rows of the weight, numbers of each that are read at a time, and in what powers of two the rest is read."""
     most = max(LEAST, tile.depth // (1 << (count - 1).bit_length()))
-    depth = min(width & -width, most)
-    return tile.rows * min(4, most // depth), depth
+    depth = min(most, 1 << (width.bit_length() - 1))
+    rest = width % depth
+    return tile.rows * min(4, most // depth), depth, [n for n in (depth >> i for i in range(1, 16)) if rest & n]
 
 
 def tile_of(weight: Float[Array, "O I"] | Quantized) -> Tile:
@@ -48,14 +48,16 @@ def tile_of(weight: Float[Array, "O I"] | Quantized) -> Tile:
 
 
 def fits(x: Float[Array, "T J"], weight: Float[Array, "O I"] | Quantized, tile: Tile | None = None) -> bool:
-    """Whether the weight is whole tiles, of floats or of codes with one scale a row and none of a column."""
+    """Whether the weight is whole tiles of rows, of floats or of codes with one scale a row and none of a column."""
     if isinstance(weight, Quantized):
         plain = weight.scale.shape[-1] == 1 and weight.zero is None and weight.balance is None
         known = plain and weight.values.dtype == jnp.int8
     else:
         known = weight.dtype == x.dtype
-    rows, depth = size_of(weight.shape[1], len(x), tile or tile_of(weight))
-    return known and weight.shape[0] % (2 * rows) == 0 and depth >= LEAST
+    wide, deep = weight.shape
+    rows, _, _ = size_of(deep, len(x), tile or tile_of(weight))
+    counted = wide * deep < 2**31  # by Triton's 32 bits
+    return known and counted and wide % (2 * rows) == 0 and deep % LEAST == 0
 
 
 def rows_times_weight(
@@ -86,7 +88,7 @@ def rows_times_weight(
     """
     tile = tile or tile_of(weight)
     count, deep, wide = len(x), weight.shape[1], weight.shape[0] // (2 if paired else 1)
-    rows, depth = size_of(deep, count, tile)
+    rows, depth, rest = size_of(deep, count, tile)
     ahead = max(n for n in range(1, tile.ahead + 1) if deep // depth % n == 0)
     whole = pl.BlockSpec((count, deep), lambda i: (0, 0))
     part = pl.BlockSpec((count, rows), lambda i: (0, i))
@@ -107,7 +109,7 @@ def rows_times_weight(
         x_ref, gain_ref = next(held), None if gain is None else next(held)
         weights = [(next(held), next(held) if isinstance(weight, Quantized) else None) for _ in range(halves)]
         added_ref, out_ref = None if added is None else next(held), next(held)
-        sums, squares = _summed(x_ref, gain_ref, [w for w, _ in weights], depth, ahead)
+        sums, squares = _summed(x_ref, gain_ref, [w for w, _ in weights], depth, ahead, rest)
         for t in range(count):
             shrink = 1.0 if gain is None else jax.lax.rsqrt(squares[t] / deep + eps)
             parts = [
@@ -139,19 +141,21 @@ def _rows(rows: int, array: Array, first: int) -> pl.BlockSpec:
 
 
 def _summed(
-    x_ref: Any, gain_ref: Any, weights: list[Any], depth: int, ahead: int
+    x_ref: Any, gain_ref: Any, weights: list[Any], depth: int, ahead: int, rest: list[int]
 ) -> tuple[list[list[Array]], list[Array]]:
     """Products of each row of x with the rows of each weight, [weight][t], and the sum of the squares of each row of x.
 
     A program keeps as many sums for each as it reads numbers at a time: threads exchange nothing before the end.
     """
     count, deep = x_ref.shape
-    zeros: Callable[..., Array] = lambda *shape: jnp.zeros(shape, jnp.float32)  # noqa: E731
     rows = weights[0].shape[0]
 
-    def step(k: Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
+    def none(depth: int) -> tuple[Any, Any]:
+        wide, narrow = (jnp.zeros(shape, jnp.float32) for shape in ((rows, depth), (depth,)))
+        return [[wide] * count for _ in weights], [narrow] * count
+
+    def add(carry: tuple[Any, Any], places: list[Any]) -> tuple[Any, Any]:
         sums, squares = [list(own) for own in carry[0]], list(carry[1])
-        places = [pl.ds((k * ahead + n) * depth, depth) for n in range(ahead)]
         read = [[w[:, at] for w in weights] for at in places]
         for at, tiles in zip(places, read, strict=True):
             tiles = [_floats(w) for w in tiles]
@@ -165,9 +169,17 @@ def _summed(
                     sums[j][t] = sums[j][t] + w * row[None, :]
         return [list(own) for own in sums], squares
 
-    start = ([[zeros(rows, depth)] * count for _ in weights], [zeros(depth)] * count)
-    sums, squares = jax.lax.fori_loop(0, deep // (depth * ahead), step, start)
-    return [[jnp.sum(own, axis=1) for own in part] for part in sums], [jnp.sum(part) for part in squares]
+    def step(k: Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
+        return add(carry, [pl.ds((k * ahead + n) * depth, depth) for n in range(ahead)])
+
+    parts = [jax.lax.fori_loop(0, deep // (depth * ahead), step, none(depth))]
+    reached = deep - sum(rest)
+    for size in rest:
+        parts.append(add(none(size), [pl.ds(reached, size)]))
+        reached += size
+    # Each part is summed by itself, over numbers of its own length.
+    sums, squares = jax.tree.map(lambda *own: sum(jnp.sum(x, axis=-1) for x in own), *parts)
+    return sums, squares
 
 
 def _floats(codes: Array) -> Array:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from r1jax.ops import row_products, row_products_kernel
-from r1jax.ops.quantize import dequantize, quantize
+from r1jax.ops.quantize import Quantized, dequantize, quantize
 from r1jax.ops.row_products import row_product, row_product_reference
 from r1jax.ops.row_products_kernel import Tile, fits, rows_times_weight
 
@@ -33,12 +33,12 @@ def exact(x, weight, gain=None, eps=0.0, added=None, paired=False):
 
 @pytest.mark.parametrize("codes", [False, True], ids=["floats", "codes"])
 @pytest.mark.parametrize("product", [row_product_reference, INTERPRETED], ids=["reference", "kernel"])
-@pytest.mark.parametrize("count", [1, 3])
-def test_products_with_what_stands_before_and_after_them(product, codes, count):
-    x, weight = normal(count, 256 + 9), normal(8, 256) * 0.1  # of the rows the first 256 numbers count
+@pytest.mark.parametrize(("count", "width"), [(1, 256), (3, 704)])  # whole tiles, and 64 numbers besides
+def test_products_with_what_stands_before_and_after_them(product, codes, count, width):
+    x, weight = normal(count, width + 9), normal(8, width) * 0.1  # the rows' last 9 numbers do not count
     held = quantize(weight, "int8", scale_dtype=jnp.bfloat16) if codes else weight
     plain = dequantize(held) if codes else weight
-    gain, added = normal(256), normal(count, 8)
+    gain, added = normal(width), normal(count, 8)
     ways = [{}, {"gain": gain, "eps": 0.3}, {"gain": gain, "eps": 0.3, "paired": True}, {"added": added}]
     for way in ways:
         found = product(x, held, **way)
@@ -49,15 +49,18 @@ def test_products_with_what_stands_before_and_after_them(product, codes, count):
 def test_the_kernel_leaves_what_is_not_whole_tiles():
     x = normal(1, 256)
     assert fits(x, normal(32, 256)) and not fits(x, normal(24, 256)) and not fits(normal(1, 96), normal(32, 96))
+    many = (jax.ShapeDtypeStruct((2**23, n), kind) for n, kind in ((256, jnp.int8), (1, jnp.bfloat16)))
+    assert not fits(x, Quantized(*many))  # more numbers than 32 bits count
     assert not fits(x, normal(32, 256).astype(jnp.bfloat16))  # floats of another dtype
     assert fits(x, quantize(normal(32, 256), "int8")) and not fits(x, quantize(normal(32, 256), "int8", block=128))
     assert not fits(x, quantize(normal(32, 256), "fp8"))
 
 
 def test_rows_of_any_number_take_tiles_that_fit_the_registers():
-    sizes = [row_products_kernel.size_of(4096, count) for count in (1, 2, 3, 4, 8)]
-    assert sizes == [(4, 1024), (4, 512), (4, 256), (4, 256), (4, 128)]
-    assert row_products_kernel.size_of(1536, 1) == (8, 512) and row_products_kernel.size_of(10944, 1) == (16, 64)
+    size_of = functools.partial(row_products_kernel.size_of, tile=Tile(4, 1024))
+    assert [size_of(4096, n) for n in (1, 2, 3, 8)] == [(4, 1024, []), (4, 512, []), (4, 256, []), (4, 128, [])]
+    assert size_of(1536, 1) == (4, 1024, [512]) and size_of(10944, 1) == (4, 1024, [512, 128, 64])
+    assert size_of(192, 1) == (16, 128, [64])
 
 
 def test_few_rows_in_bf16_take_the_kernel_where_it_agrees(monkeypatch):
