@@ -28,7 +28,7 @@ class Tile(NamedTuple):
     warps: int = 4
 
 
-TILES = {1: Tile(4, 2048, 2, 4), 2: Tile()}
+TILES = {1: Tile(2, 1024, 2, 2), 2: Tile()}
 """By the bytes of a number of the weight."""
 LEAST = 64
 """Numbers of a row that a program reads at a time at least."""
@@ -158,7 +158,6 @@ def _summed(
         sums, squares = [list(own) for own in carry[0]], list(carry[1])
         read = [[w[:, at] for w in weights] for at in places]
         for at, tiles in zip(places, read, strict=True):
-            tiles = [_floats(w) for w in tiles]
             gain = None if gain_ref is None else gain_ref[at].astype(jnp.float32)
             for t in range(count):
                 row = x_ref[t, at].astype(jnp.float32)
@@ -166,7 +165,7 @@ def _summed(
                     squares[t] = squares[t] + row * row
                     row = row * gain
                 for j, w in enumerate(tiles):
-                    sums[j][t] = sums[j][t] + w * row[None, :]
+                    sums[j][t] = sums[j][t] + w.astype(jnp.float32) * row[None, :]
         return [list(own) for own in sums], squares
 
     def step(k: Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
@@ -180,11 +179,3 @@ def _summed(
     # Each part is summed by itself, over numbers of its own length.
     sums, squares = jax.tree.map(lambda *own: sum(jnp.sum(x, axis=-1) for x in own), *parts)
     return sums, squares
-
-
-def _floats(codes: Array) -> Array:
-    """fp32 of numbers of a weight."""
-    if codes.dtype != jnp.int8:
-        return codes.astype(jnp.float32)
-    bits = (codes.astype(jnp.int32) & 0xFF) ^ 0x4B000080
-    return jax.lax.bitcast_convert_type(bits, jnp.float32) - (2.0**23 + 128)
