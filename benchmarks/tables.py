@@ -66,7 +66,7 @@ SECTIONS = (
     ),
     Section(
         "fraud_handbook: is a payment fraud, in the week after what was learned from",
-        {"fraud": fraud.table, "fraud_0804": fraud.table, "fraud_0818": fraud.table, "fraud_gpu": fraud.table},
+        dict.fromkeys(("fraud_seed0", "fraud_seed1", "fraud_seed2", "fraud_0818", "fraud_bf16"), fraud.table),
     ),
     Section("Time from a payment to its score", {"latency": latency.table, "latency_gpu": latency.table}),
     Section(
