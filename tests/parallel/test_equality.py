@@ -39,12 +39,7 @@ def mesh(**sizes):
 
 EACH_AXIS = [{"data": 8}, {"fsdp": 8}, {"tensor": 4}, {"expert": 8}, {"sequence": 8}]
 """Alone; tests/parallel/test_pipeline.py has `pipe`."""
-MIXED = [
-    {"data": 2, "expert": 4},
-    {"expert": 4, "tensor": 2},
-    {"expert": 2, "sequence": 4},
-    {"fsdp": 2, "sequence": 2, "tensor": 2},
-]
+MIXED = [{"expert": 2, "sequence": 4}, {"fsdp": 2, "sequence": 2, "tensor": 2}]
 IN_ALL = {"fsdp": 2, "expert": 2, "tensor": 2}
 """The mesh of which the quick run of the tests has the training with dropout."""
 

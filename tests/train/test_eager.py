@@ -12,7 +12,13 @@ from r1jax.train import recover
 from r1jax.train.eager import eager_step, run
 from r1jax.train.run import open_run
 from r1jax.train.step import NO_LIMIT
-from tests.train.experiment import optax_promotes
+from tests.train.experiment import make_experiment, optax_promotes
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """Without pictures: every operation of every shape is a program of its own here."""
+    return make_experiment("--model.modalities", "table", "text", "--task.modality_dropout", "0")
 
 
 @pytest.fixture(scope="module")
