@@ -36,7 +36,8 @@ hypothesis.settings.load_profile("r1jax")
 gc.disable()  # until all tests are collected: nothing of what is imported goes away
 
 
-def pytest_collection_finish() -> None:
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop() -> None:
     gc.freeze()  # nor is it looked at again
     gc.enable()
 
