@@ -5,8 +5,10 @@
 
 A dense DeepSeek-V3 with random weights. `decode` is one token a step behind a context, `batch` the forward pass of many
 rows, both through the decoder that `r1jax generate` and `eval.py` run; `product` is one product of its size, with the
-rounding of activations and the scales; `vector` is a row times a weight, over more weights than a cache holds. Each
-kind has a child process of its own, which takes its variants in turn; results are written after each case.
+rounding of activations and the scales; `tile` is what the kernel for Hopper makes of codes, cut in one way or another;
+`rounding` is that of activations alone; `vector` is a row times a weight, over more weights than a cache holds. Cases
+called XLA are what the kernels take the place of. Each kind has a child process of its own, which takes its variants in
+turn; results are written after each case.
 """
 
 import argparse
@@ -20,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -32,9 +35,10 @@ from r1jax.arguments import GenerationSettings  # noqa: E402
 from r1jax.config import DecoderConfig  # noqa: E402
 from r1jax.models.decoder import Decoder, LatentCache  # noqa: E402
 from r1jax.models.quantized import rounding_by, uses  # noqa: E402
+from r1jax.ops import quantized_dot as quantized  # noqa: E402
 from r1jax.ops.latent_attention import empty_pages  # noqa: E402
-from r1jax.ops.quantize import Quantized, quantize  # noqa: E402
-from r1jax.ops.quantized_dot import Scheme, quantized_dot  # noqa: E402
+from r1jax.ops.quantize import TYPE, Kind, Quantized, quantize  # noqa: E402
+from r1jax.ops.quantized_dot import Scheme, input_codes, multiply, quantized_dot  # noqa: E402
 from r1jax.ops.weight_only import weight_only_dot  # noqa: E402
 from r1jax.ops.weight_only_kernel import Tile, row_times_codes  # noqa: E402
 from r1jax.serve.rounds import State, run_rounds  # noqa: E402
@@ -42,6 +46,8 @@ from r1jax.train.quantized import nearest_codes, with_codes  # noqa: E402
 
 PATIENCE = 120.0
 """Seconds without a word after which a child is given up."""
+PATIENCE_WITH_TILES = 20.0
+"""The same of tiles, which compile fast and of which one may hang."""
 GOALS = {"decode int8_weights": 1.6, "product int8": 1.6, "product fp8": 1.6, "batch int8": 1.3}
 """Times faster than bf16 that cases whose names begin so should be."""
 CACHE_BYTES = 2**28
@@ -163,7 +169,7 @@ def decode_case(s: Sizes, quant: tuple[str, ...], cache: str, samples: int) -> d
 
 
 @functools.cache
-def forward(s: Sizes, quant: tuple[str, ...]) -> tuple[Any, tuple[Any, jax.Array]]:
+def forward(s: Sizes, quant: tuple[str, ...], by_xla: bool) -> tuple[Any, tuple[Any, jax.Array]]:
     """The compiled forward pass of a batch, and its arguments."""
     model, params = Decoder(decoder_config(s), BF16, prefix=True), served(s, quant)
     tokens = jax.random.randint(jax.random.key(1), (s.rows, s.length), 0, s.vocabulary)
@@ -172,12 +178,16 @@ def forward(s: Sizes, quant: tuple[str, ...]) -> tuple[Any, tuple[Any, jax.Array
         with rounding_by(quant):
             return model.apply({"params": params}, tokens, method=reads)
 
-    return jax.jit(run).lower(params, tokens).compile(), (params, tokens)
+    jitted = jax.jit(run)
+    if by_xla:
+        with mock.patch.object(quantized, "_on_hopper", lambda x, codes: False):
+            return jitted.lower(params, tokens).compile(), (params, tokens)
+    return jitted.lower(params, tokens).compile(), (params, tokens)
 
 
-def batch_case(s: Sizes, quant: tuple[str, ...], samples: int) -> dict[str, Any]:
+def batch_case(s: Sizes, quant: tuple[str, ...], by_xla: bool, samples: int) -> dict[str, Any]:
     """Milliseconds of the forward pass of a batch."""
-    (compiled, arguments), (plain, known) = forward(s, quant), forward(s, ())
+    (compiled, arguments), (plain, known) = forward(s, quant, by_xla), forward(s, (), False)
     taken, spread = seconds(lambda: compiled(*arguments), samples)
     return {
         "ms": 1e3 * taken,
@@ -188,17 +198,15 @@ def batch_case(s: Sizes, quant: tuple[str, ...], samples: int) -> dict[str, Any]
     }
 
 
-def product_case(scheme: Scheme | None, shape: tuple[int, int, int], samples: int) -> dict[str, Any]:
+def product_case(
+    way: Callable[[jax.Array, Any], jax.Array], kind: Kind | None, shape: tuple[int, int, int], samples: int
+) -> dict[str, Any]:
     """One product of the model: activations are rounded and sums are scaled within what is timed."""
     rows, wide, deep = shape
     x, w = normal(1, rows, deep), normal(2, wide, deep)
     exact = jnp.einsum("RI,OI->RO", x[:256], w, preferred_element_type=jnp.float32)
-    if scheme is None:
-        run, held = (lambda x, w: jnp.einsum("RI,OI->RO", x, w)), w
-    else:
-        run = lambda x, w: quantized_dot(x, w, scheme)  # noqa: E731
-        held = quantize(w, scheme.weights, scale_dtype=jnp.bfloat16)
-    lowered = jax.jit(run).lower(x, held)
+    held = w if kind is None else quantize(w, kind, scale_dtype=BF16)
+    lowered = jax.jit(way).lower(x, held)
     compiled = lowered.compile()
     taken, spread = seconds(lambda: compiled(x, held), samples)
     return {
@@ -208,6 +216,50 @@ def product_case(scheme: Scheme | None, shape: tuple[int, int, int], samples: in
         "error": differ(compiled(x, held)[:256], exact),
         "asked": re.findall(r"dot_general.*: \((.*)\)", lowered.as_text()),
         "products": products_of(compiled.as_text()),
+    }
+
+
+def tile_case(kind: Kind, tiling: tuple[int, ...], shape: tuple[int, int, int], samples: int) -> dict[str, Any]:
+    """The kernel alone, of codes that are there already; every number of its result is compared with XLA's."""
+    from r1jax.ops.quantized_dot_hopper import Tiling, scaled_product
+
+    rows, wide, deep = shape
+    x, w = quantize(normal(1, rows, deep), kind), quantize(normal(2, wide, deep), kind, scale_dtype=BF16)
+    arrays = x.values, w.values, x.scale[:, 0], w.scale[:, 0]
+    compiled = jax.jit(lambda *arrays: scaled_product(*arrays, BF16, tiling=Tiling(*tiling))).lower(*arrays).compile()
+    found = compiled(*arrays)
+    taken, spread = seconds(lambda: compiled(*arrays), samples)
+    return {
+        "ms": 1e3 * taken,
+        "iqr_ms": 1e3 * spread,
+        "tflops": 2 * rows * wide * deep / taken / 1e12,
+        "error": differ(found, jax.jit(multiply)(x, w)),
+    }
+
+
+def rounding_case(kind: Kind, by_xla: bool, rows: int, deep: int, samples: int) -> dict[str, Any]:
+    """Rows of activations become codes; reads and writes are those of one pass."""
+    x = normal(1, rows, deep)
+
+    def xla(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        codes = quantize(x, kind)
+        return codes.values, codes.scale[:, 0]
+
+    def ours(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        from r1jax.ops.quantized_dot_hopper import row_codes
+
+        return row_codes(x, kind)
+
+    way = xla if by_xla else ours
+    compiled = jax.jit(way).lower(x).compile()
+    taken, spread = seconds(lambda: compiled(x), samples)
+    (values, scale), (known, known_scale) = compiled(x), jax.jit(xla)(x)
+    return {
+        "ms": 1e3 * taken,
+        "iqr_ms": 1e3 * spread,
+        "tb_per_s": x.size * (x.dtype.itemsize + jnp.dtype(TYPE[kind]).itemsize) / taken / 1e12,
+        "other_codes": int(jnp.sum(values.astype(jnp.float32) != known.astype(jnp.float32))),
+        "other_scales": int(jnp.sum(scale != known_scale)),
     }
 
 
@@ -260,7 +312,7 @@ def products_of(text: str) -> list[str]:
     """The kinds of products in a compiled program: type of the result, and what forms it, with how often."""
     found: dict[str, int] = {}
     for line in text.splitlines():
-        call = re.search(r'= \(?(\w+)\[.*custom_call_target="([^"]*(?:matmul|gemm|fmha|cudnn)[^"]*)"', line)
+        call = re.search(r'= \(?(\w+)\[.*custom_call_target="([^"]*(?:matmul|gemm|fmha|cudnn|mosaic)[^"]*)"', line)
         dot = re.search(r"= (\w+)\[[^=]*\bdot\(", line)
         if call or dot:
             name = f"{call[1]} {call[2]}" if call else f"{dot[1]} dot"
@@ -268,14 +320,34 @@ def products_of(text: str) -> list[str]:
     return [f"{count} x {name}" for name, count in sorted(found.items())]
 
 
-INT8, FP8 = Scheme("int8", "int8"), Scheme("fp8", "fp8")
+def xla_dot(x: jax.Array, w: Quantized, kind: Kind) -> jax.Array:
+    """`quantized_dot` where there is no kernel."""
+    return multiply(input_codes(x, kind, w), w).astype(x.dtype)
+
+
+def bf16_dot(x: jax.Array, w: jax.Array) -> jax.Array:
+    return jnp.einsum("RI,OI->RO", x, w)
+
+
+TILES = (
+    (128, 256, 4, 8, 1, 1, 2),
+    (128, 256, 4, 8, 1, 2, 2),
+    (128, 256, 3, 8, 1, 2, 4),
+    (128, 256, 4, 16, 1, 2, 2),
+    (128, 256, 4, 8, 0, 2, 2),
+    (256, 128, 4, 8, 1, 2, 2),
+    (128, 256, 4, 4, 1, 1, 2),
+    (128, 192, 4, 8, 1, 2, 4),
+    (128, 128, 5, 8, 1, 2, 2),
+)
+"""Of `quantized_dot_hopper.Tiling`."""
 
 
 def cases(s: Sizes, samples: int) -> Iterator[tuple[str, str, Callable[[], dict[str, Any]]]]:
     """Child, name and function of each case, the most important ones first."""
     shapes = [(s.wide, s.hidden), (s.hidden, s.wide), (s.hidden, s.hidden), (s.vocabulary, s.hidden)]
     ways: dict[str, tuple[Callable, str | None]] = {
-        "bf16": (lambda x, w: jnp.einsum("RI,OI->RO", x, w), None),
+        "bf16": (bf16_dot, None),
         "bf16 summed": (summed, None),
         "int8 ours": (weight_only_dot, "int8"),
         "int8 library": (library_dot, "int8"),
@@ -295,12 +367,37 @@ def cases(s: Sizes, samples: int) -> Iterator[tuple[str, str, Callable[[], dict[
         ("int8_weights, int8 cache", ("int8_weights",), "int8"),
     ):
         yield "decode", f"decode {name}", functools.partial(decode_case, s, quant, cache, samples)
-    for name, quant in (("bf16", ()), ("int8", ("int8",)), ("fp8", ("fp8",))):
-        yield "batch", f"batch {name}", functools.partial(batch_case, s, quant, samples)
+    rows = s.rows * s.length
+    for name, quant, by_xla in (
+        ("bf16", (), False),
+        ("int8", ("int8",), False),
+        ("fp8", ("fp8",), False),
+        ("int8 XLA", ("int8",), True),
+    ):
+        yield "batch", f"batch {name}", functools.partial(batch_case, s, quant, by_xla, samples)
+    products: dict[str, tuple[Callable, Kind | None]] = {
+        "bf16": (bf16_dot, None),
+        "int8": (functools.partial(quantized_dot, scheme=Scheme("int8", "int8")), "int8"),
+        "fp8": (functools.partial(quantized_dot, scheme=Scheme("fp8", "fp8")), "fp8"),
+        "int8 XLA": (functools.partial(xla_dot, kind="int8"), "int8"),
+        "fp8 XLA": (functools.partial(xla_dot, kind="fp8"), "fp8"),
+    }
     for wide, deep in shapes:
-        for name, scheme in (("bf16", None), ("int8", INT8), ("fp8", FP8)):
-            run = functools.partial(product_case, scheme, (s.rows * s.length, wide, deep), samples)
+        for name, (way, kind) in products.items():
+            run = functools.partial(product_case, way, kind, (rows, wide, deep), samples)
             yield "product", f"product {name} {wide}x{deep}", run
+    for wide, deep in shapes[:2]:
+        plain = functools.partial(product_case, bf16_dot, None, (rows, wide, deep), samples)
+        yield "tile", f"tile bf16 {wide}x{deep}", plain
+        for kind, tiles in (("int8", TILES), ("fp8", TILES[:2])):
+            for tiling in tiles:
+                run = functools.partial(tile_case, kind, tiling, (rows, wide, deep), samples)
+                yield "tile", f"tile {kind} {'/'.join(map(str, tiling))} {wide}x{deep}", run
+    for deep in dict.fromkeys(deep for _, deep in shapes):
+        for kind in ("int8", "fp8"):
+            for name, by_xla in (("", False), (" XLA", True)):
+                run = functools.partial(rounding_case, kind, by_xla, rows, deep, samples)
+                yield "rounding", f"rounding {kind}{name} {deep}", run
 
 
 def child(args: argparse.Namespace) -> None:
@@ -328,21 +425,51 @@ def run_child(names: list[str], args: argparse.Namespace, note: Callable[[dict],
         text=True,
         env=environment,
     )
-    return follow(process, names, PATIENCE, args.end, note)
+    patience = PATIENCE_WITH_TILES if names[0].startswith("tile") else PATIENCE
+    return follow(process, names, patience, args.end, note)
+
+
+def times_bf16(row: dict, rows: list[dict]) -> float | None:
+    """How many times as fast a case is as bf16 of the same kind, size and run; None where that was not measured."""
+    kind, *_, size = row["name"].split()
+    plain = f"{kind} bf16 {size}" if kind in ("product", "tile", "vector") else f"{kind} bf16"
+    found = (other["ms"] for other in rows if other["name"] == plain and other.get("run") == row.get("run"))
+    ms = next(found, None)
+    return None if ms is None else ms / row["ms"]
+
+
+def markdown(report: dict) -> str:
+    """The table of benchmarks/README.md."""
+    rows = [row for row in report["results"] if "refused" not in row]
+    lines = [
+        "| case | run | ms | times bf16 | TB/s | TFLOP/s | error | goal, times bf16 |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        times, goals = times_bf16(row, rows), [g for name, g in GOALS.items() if row["name"].startswith(name)]
+        cells = [
+            row["name"],
+            str(row.get("run", 1)),
+            f"{row['ms']:.3f} ± {row['iqr_ms'] / 2:.3f}" if row["ms"] > 0.1 else f"{row['ms']:.4f}",
+            f"{times:.2f}" if times else "",
+            f"{row['tb_per_s']:.2f}" if "tb_per_s" in row else "",
+            f"{row['tflops']:.0f}" if "tflops" in row else "",
+            f"{row['error']:.1e}" if "error" in row else "",
+            f"{goals[0]}" if goals and "XLA" not in row["name"] else "",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, *(["", report["note"]] if "note" in report else [])])
 
 
 def table(rows: list[dict]) -> str:
     """One line a case, beside bf16 of the same kind and size."""
     lines = [f"{'case':44}{'ms':>9}{'x bf16':>8}{'TB/s':>7}{'TFLOP/s':>9}{'error':>9}"]
-    known = {row["name"]: row["ms"] for row in rows if "ms" in row}
     for row in rows:
         if "refused" in row:
             lines.append(f"{row['name']:44} {row['refused'][:140]}")
             continue
-        kind, *_ = row["name"].split()
-        size = f" {row['name'].split()[-1]}" if kind in ("product", "vector") else ""
-        plain = known.get(f"{kind} bf16{size}")
-        times = f"{plain / row['ms']:8.2f}" if plain else f"{'':8}"
+        faster = times_bf16(row, rows)
+        times = f"{faster:8.2f}" if faster else f"{'':8}"
         rate = f"{row['tb_per_s']:7.2f}" if "tb_per_s" in row else f"{'':7}"
         flops = f"{row['tflops']:9.0f}" if "tflops" in row else f"{'':9}"
         error = f"{row['error']:9.1e}" if "error" in row else ""

@@ -89,13 +89,8 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class TableConfig:
-    """Encoder of record fields: one token a field, or all of them at once; missing fields are told apart."""
+    """Bidirectional encoder of record fields, one token a field; missing fields have their own embedding."""
 
-    joined: Natural = 0
-    """Width of two layers over piecewise-linear features of all fields, which make one token; then only `bins` counts
-    of what follows. 0 makes one token a field, by periodic features and transformer layers over the fields."""
-    bins: Count = 24
-    """Pieces of each value from -3 to 3, of equal length, where fields are joined."""
     layers: Natural = 1
     frequencies: Count = 2
     """Periodic features of each numeric value; many of them learn single patients by heart."""

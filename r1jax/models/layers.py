@@ -1,7 +1,6 @@
 """Building blocks that decoder and encoders share."""
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
@@ -12,6 +11,7 @@ from r1jax.models.quantized import parameter, rounded_product, scheme_for
 from r1jax.models.remat import Remat, attention, kept
 from r1jax.ops.axes import constrain, gathered
 from r1jax.ops.hashed_bits import hashed_bits
+from r1jax.ops.norm import rms_norm
 from r1jax.ops.quantize import Quantized
 from r1jax.ops.quantized_dot import rounded
 
@@ -90,9 +90,7 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         weight = self.param("weight", nn.initializers.ones, (x.shape[-1],), jnp.float32)
-        wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.eps)
-        return (wide * jnp.broadcast_to(weight.astype(jnp.float32), wide.shape)).astype(x.dtype)
+        return rms_norm(x, weight, self.eps)
 
 
 class MLP(nn.Module):

@@ -17,7 +17,7 @@ from r1jax.models.ngrams import NgramScores
 from r1jax.models.precision import PRECISIONS
 from r1jax.models.quantized import added, parameter, rounding_by
 from r1jax.models.series import SeriesEncoder
-from r1jax.models.table import JoinedTableEncoder, TableEncoder
+from r1jax.models.table import TableEncoder
 from r1jax.models.text import TextSummary
 from r1jax.models.vision import VisionEncoder
 from r1jax.ops.axes import constrain
@@ -95,10 +95,7 @@ class R1(nn.Module):
         if "series" in c.modalities:
             self.series = SeriesEncoder(c.series, width, self.dtype, c.dropout, c.remat)
         if "table" in c.modalities:
-            if c.table.joined:
-                self.table = JoinedTableEncoder(c.table, width, self.dtype, c.dropout)
-            else:
-                self.table = TableEncoder(c.table, width, self.dtype, c.dropout, c.remat)
+            self.table = TableEncoder(c.table, width, self.dtype, c.dropout, c.remat)
         if not self.heads:
             return
         if "text" in c.modalities:

@@ -1,4 +1,4 @@
-"""Encoders of record fields (Gorishniy et al. 2022): one token a field by periodic features, or all fields at once."""
+"""Encoder of record fields: one token a field, periodic features of its value (Gorishniy et al. 2022)."""
 
 import math
 
@@ -10,15 +10,11 @@ from jaxtyping import Array, Float, Int
 
 from r1jax.config import TableConfig
 from r1jax.models.initial import normal
-from r1jax.models.layers import Dropout, EncoderLayer, Linear, RMSNorm
+from r1jax.models.layers import EncoderLayer, Linear, RMSNorm
 from r1jax.models.quantized import added, parameter, rounding_key, scheme_for
 from r1jax.models.remat import Remat, block
-from r1jax.models.series import piecewise_linear
 from r1jax.ops.axes import constrain, gathered
 from r1jax.ops.quantized_dot import quantized_dot
-
-JOINED_LAYERS = 2
-"""Of `JoinedTableEncoder`."""
 
 
 class TableEncoder(nn.Module):
@@ -75,39 +71,3 @@ class TableEncoder(nn.Module):
         joined = jnp.concatenate([fields_alone, jnp.mean(x, axis=1)], axis=-1)
         summary = Linear(self.features, self.dtype, name="summary")(joined)
         return Linear(self.features, self.dtype, name="projection")(x), summary
-
-
-class JoinedTableEncoder(nn.Module):
-    """One token of decoder width from standardised values: two layers over piecewise-linear features of all fields.
-
-    The first layer draws thresholds in any field and adds them up over the fields, as boosted trees do; it takes fewer
-    operations than attention between tokens of single fields.
-    """
-
-    config: TableConfig
-    features: int
-    dtype: DTypeLike = jnp.float32
-    dropout: float = 0.0
-
-    @nn.compact
-    def __call__(
-        self, values: Float[Array, "B F"], *, cases: Int[Array, " B"] | None = None
-    ) -> tuple[Float[Array, "B 1 D"], Float[Array, "B D"]]:
-        """Encodes a batch.
-
-        Args:
-          values: Standardised fields, NaN where missing; about -3 to 3, where the pieces are.
-          cases: Index of each case in the batch, for dropout; None leaves it out.
-
-        Returns:
-          One token, and a summary.
-        """
-        missing = jnp.isnan(values)[..., None]
-        pieces = piecewise_linear(jnp.where(missing, 0.0, values[..., None]), self.config.bins)
-        x = jnp.concatenate([jnp.where(missing, 0.0, pieces), missing.astype(pieces.dtype)], axis=-1)
-        x = x.reshape(x.shape[0], -1)
-        for i in range(JOINED_LAYERS):
-            x = nn.silu(Linear(self.config.joined, self.dtype, bias=True, name=f"joined_{i}")(x))
-            x = Dropout(self.dropout)(x, cases)
-        token = Linear(self.features, self.dtype, name="projection")(x)
-        return token[:, None], Linear(self.features, self.dtype, name="summary")(x)

@@ -84,15 +84,20 @@ def write_latents(
       The cache with the tokens in it; what stood at their places before is gone.
     """
     count, page = jax.tree.leaves(cache.pages)[0].shape[:2]
-    column = jnp.minimum(positions // page, cache.table.shape[1] - 1)
-    place = jnp.take_along_axis(cache.table, column, axis=1) * page + positions % page
-    place = jnp.where(valid, place, count * page).reshape(-1)  # outside of the pool: dropped
+    place = jnp.where(valid, places(cache, positions), count * page).reshape(-1)  # outside of the pool: dropped
 
     def put(pool: Array, new: Array) -> Array:
         flat = pool.reshape(count * page, -1).at[place]
         return flat.set(new.astype(pool.dtype).reshape(len(place), -1), mode="drop").reshape(pool.shape)
 
     return cache._replace(pages=jax.tree.map(put, cache.pages, _held_as(cache.pages, entries)))
+
+
+def places(cache: PagedLatents, positions: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Where in the pool the token of each position of its row lies, page * tokens a page + offset."""
+    page = jax.tree.leaves(cache.pages)[0].shape[1]
+    column = jnp.minimum(positions // page, cache.table.shape[1] - 1)
+    return jnp.take_along_axis(cache.table, column, axis=1) * page + positions % page
 
 
 def _held_as(pages: Pages, entries: Float[Array, "B T C"]) -> Float[Array, "B T C"] | Coded:
@@ -116,7 +121,7 @@ def latent_attention(
     """Absorbed attention: queries go into the latent space, so that no key and no value is ever expanded.
 
     With W_k and W_v the halves of `kv_b` of a head, its score is (W_k^T q_nope) . c + q_rope . k_rope and its output
-    W_v sum_s p_s c_s. An online softmax in fp32 walks over the pages up to the longest row that is still alive.
+    W_v sum_s p_s c_s.
 
     Args:
       q_nope: Queries without position.
@@ -130,17 +135,46 @@ def latent_attention(
     Returns:
       Array of q_nope's dtype.
     """
-    pages, table = cache
-    batch, length, heads, width = q_nope.shape
-    (rank, page), dtype = (kv_b.shape[1], jax.tree.leaves(pages)[0].shape[1]), q_nope.dtype
+    (heads, width), dtype = q_nope.shape[2:], q_nope.dtype
     matrix, by_row = _factors(kv_b, dtype)
-    w_k, w_v = jnp.split(matrix.reshape(heads, -1, rank), [width], axis=1)
+    w_k, w_v = jnp.split(matrix.reshape(heads, -1, kv_b.shape[1]), [width], axis=1)
     if by_row is not None:
         by_k, by_v = jnp.split(by_row.reshape(heads, -1), [width], axis=1)
         q_nope = (q_nope.astype(jnp.float32) * by_k[None, None]).astype(dtype)
     absorbed = jnp.einsum("BTNH,NHR->BTNR", q_nope, w_k)
-    q = jnp.concatenate([absorbed, q_rope], axis=-1)
+    latent = mix_latents(absorbed, q_rope, cache, positions, valid, scale=scale)
+    out = jnp.einsum("BTNR,NHR->BTNH", latent, w_v)
+    return out if by_row is None else (out.astype(jnp.float32) * by_v[None, None]).astype(dtype)
 
+
+def mix_latents(
+    absorbed: Float[Array, "B T N R"],
+    q_rope: Float[Array, "B T N H"],
+    cache: PagedLatents,
+    positions: Int[Array, "B T"],
+    valid: Bool[Array, "B T"],
+    *,
+    scale: float,
+) -> Float[Array, "B T N R"]:
+    """The mean latent of what each query sees, weighted by the softmax of its scores.
+
+    An online softmax in fp32 walks over the pages up to the longest row that is still alive.
+
+    Args:
+      absorbed: Queries in the latent space, W_k^T q_nope.
+      q_rope: Rotary queries, turned, in half layout.
+      cache: As in `latent_attention`.
+      positions: As in `latent_attention`.
+      valid: As in `latent_attention`.
+      scale: Factor on the scores.
+
+    Returns:
+      Array of the queries' dtype.
+    """
+    pages, table = cache
+    (batch, length, heads, rank), dtype = absorbed.shape, absorbed.dtype
+    page = jax.tree.leaves(pages)[0].shape[1]
+    q = jnp.concatenate([absorbed, q_rope], axis=-1)
     columns = min(table.shape[1], max(1, TOKENS_A_STEP // page))
     table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % columns)))
     step = columns * page
@@ -173,9 +207,7 @@ def latent_attention(
         _, total, mixed = read(0, start)
     else:
         _, total, mixed = jax.lax.fori_loop(0, jnp.max(limit) // step + 1, read, start)
-    latent = mixed / jnp.where(total > 0, total, 1)[..., None]
-    out = jnp.einsum("BTNR,NHR->BTNH", latent.astype(dtype), w_v)
-    return out if by_row is None else (out.astype(jnp.float32) * by_v[None, None]).astype(dtype)
+    return (mixed / jnp.where(total > 0, total, 1)[..., None]).astype(dtype)
 
 
 def _factors(kv_b: Float[Array, "O R"] | Quantized, dtype: DTypeLike) -> tuple[Float[Array, "O R"], Array | None]:

@@ -76,7 +76,7 @@ def quantize(
         q = jnp.clip(jnp.round((wide - _column(zero)) / _column(scale)), 0, 255)
         return Quantized(_row(q, x.shape[-1]).astype(jnp.uint8), scale, zero)
     # Multiplied, not divided: of x / 127 compilers make either, and they differ in the last bit.
-    largest = jnp.max(jnp.abs(wide), axis=-1) if span is None else jnp.broadcast_to(span, wide.shape[:-1])
+    largest = _largest(wide) if span is None else jnp.broadcast_to(span, wide.shape[:-1])
     scale = jnp.maximum(largest * np.float32(1 / BOUND[kind]), FLOOR).astype(scale_dtype)
     q = wide / _column(scale)
     if kind != "fp8":
@@ -87,8 +87,13 @@ def quantize(
 
 
 def magnitudes(x: Float[Array, "*rows I"], block: int | None) -> Float[Array, "*rows blocks"]:
-    """The largest magnitude of each block, in fp32."""
-    return jnp.max(jnp.abs(_blocks(x.astype(jnp.float32), block)), axis=-1)
+    """The largest magnitude of each block, in fp32; infinite where one of its numbers is not finite."""
+    return _largest(_blocks(x.astype(jnp.float32), block))
+
+
+def _largest(wide: Array) -> Array:
+    """Of the last axis. NaN counts as infinite, since XLA's maximum of a large array passes over it on a CPU."""
+    return jnp.max(jnp.where(jnp.isnan(wide), jnp.inf, jnp.abs(wide)), axis=-1)
 
 
 def dequantize(q: Quantized, dtype: DTypeLike = jnp.float32) -> Float[Array, "*rows I"]:

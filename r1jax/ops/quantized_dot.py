@@ -6,6 +6,7 @@ the codes stand for. Both operands contract along their last axis, which a GPU m
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -16,13 +17,17 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from r1jax.ops.hashed_bits import hashed_bits
-from r1jax.ops.quantize import Kind, Quantized, block_length, block_of, dequantize, magnitudes, quantize
+from r1jax.ops.quantize import BOUND, TYPE, Kind, Quantized, block_length, block_of, dequantize, magnitudes, quantize
+from r1jax.ops.self_test import agrees, target
 from r1jax.ops.weight_only import weight_only_dot
 
 LONGEST = 2**17
 """Products of int8 that are summed in one int32: 127^2 times as many stay below 2^31."""
 TOGETHER = 16
 """Blocks of rows whose experts' weights are gathered at a time: of all, they would be as many matrices."""
+TRIED = (1088, 3904)
+"""Rows and columns of the product by which a kernel is tried: its last tiles overhang, and there are more of them than
+an H100 has multiprocessors, so that some form two."""
 
 
 class Scheme(NamedTuple):
@@ -129,7 +134,8 @@ def quantized_dot(
     trained = None if isinstance(weight, Quantized) else weight
     if scheme.activations is None:
         return _weight_only(x, trained, codes)
-    return _product(scheme, x, trained, codes, key)
+    on_kernel = _on_hopper(x, codes) and _hopper_agrees(scheme.activations)
+    return _product(_by_kernel if on_kernel else _by_compiler, scheme, x, trained, codes, key)
 
 
 def ranged_dot(
@@ -166,8 +172,8 @@ def _watched(x: Array, span: Array) -> Array:
 
 
 def _watched_forward(x: Array, span: Array) -> tuple[Array, tuple[Array, Array]]:
-    size = jnp.abs(x.astype(jnp.float32))
-    return x, ((size <= span) | (span <= 0), jnp.max(size))
+    inside = (jnp.abs(x.astype(jnp.float32)) <= span) | (span <= 0)
+    return x, (inside, jnp.max(magnitudes(x, None)))
 
 
 def _watched_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
@@ -278,18 +284,91 @@ def _of(codes: Quantized, expert: Array) -> Quantized:
     return jax.tree.map(lambda part: part[expert], codes)  # narrow numbers are gathered
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(scheme: Scheme, x: Array, weight: Array | None, codes: Quantized, key: Array | None) -> Array:
+Way = Callable[[Array, Literal["int8", "fp8"], Quantized], tuple[Quantized, Array]]
+"""Inputs, what they are rounded to and a weight -> their codes, and the product of both in the dtype of the inputs."""
+
+
+def _by_compiler(x: Array, kind: Literal["int8", "fp8"], codes: Quantized) -> tuple[Quantized, Array]:
+    """The way of whatever compiles the program."""
+    narrow = input_codes(x, kind, codes)
+    return narrow, multiply(narrow, codes).astype(x.dtype)
+
+
+def _by_kernel(x: Array, kind: Literal["int8", "fp8"], codes: Quantized) -> tuple[Quantized, Array]:
+    """The kernels for Hopper; under vmap the way of the compiler."""
+    from r1jax.ops import quantized_dot_hopper as kernels
+
+    @jax.custom_batching.custom_vmap
+    def run(x: Array, codes: Quantized) -> tuple[Quantized, Array]:
+        rows, plain = x.reshape(-1, x.shape[-1]), codes.balance is None and codes.span is None
+        if plain and kernels.fits_row(x.shape[-1]):
+            values, scale = kernels.row_codes(rows, kind)
+            narrow = Quantized(values.reshape(x.shape), scale.reshape(*x.shape[:-1], 1))
+        else:
+            narrow = input_codes(x, kind, codes)
+        scales = narrow.scale.reshape(-1), codes.scale[:, 0]
+        y = kernels.scaled_product(narrow.values.reshape(rows.shape), codes.values, *scales, x.dtype)
+        return narrow, y.reshape(*x.shape[:-1], -1)
+
+    @run.def_vmap
+    def batched(size: int, which: Any, x: Array, codes: Quantized) -> tuple[Any, Any]:
+        axes = jax.tree.map(lambda one: 0 if one else None, tuple(which))
+        found = jax.vmap(lambda x, codes: _by_compiler(x, kind, codes), axes, axis_size=size)(x, codes)
+        return found, jax.tree.map(lambda _: True, found)
+
+    return run(x, codes)
+
+
+def _on_hopper(x: Float[Array, "*B I"], codes: Quantized) -> bool:
+    """Whether the kernels take such a product, and no compiler would have to divide it among devices."""
+    device = target()
+    if device.platform != "gpu" or device.compute_capability != "9.0" or not (0, 11) <= jax.__version_info__ < (0, 12):
+        return False
+    from r1jax.ops import quantized_dot_hopper as kernels
+
+    mesh = jax.sharding.get_abstract_mesh()
+    whole = jax.device_count() == 1 or (not mesh.empty and mesh.are_all_axes_manual)
+    plain = x.dtype == jnp.bfloat16 and codes.values.dtype in (jnp.int8, jnp.float8_e4m3fn) and block_of(codes) is None
+    return whole and plain and codes.shape[1] <= LONGEST and kernels.fits(x.size // codes.shape[1], *codes.shape)
+
+
+@functools.cache
+def _hopper_agrees(kind: Literal["int8", "fp8"]) -> bool:
+    """Tries the kernels on this device."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((TRIED[0], 1024)).astype(jnp.bfloat16)
+    # NumPy's: JAX's own would become part of the program that is being traced.
+    values = np.clip(np.round(rng.standard_normal((TRIED[1], 1024)) * 40), -BOUND[kind], BOUND[kind])
+    codes = Quantized(values.astype(TYPE[kind]), rng.uniform(0.5, 2, (TRIED[1], 1)).astype(jnp.bfloat16))
+    exact = codes.values.astype(np.float32) * codes.scale.astype(np.float32)
+
+    def fast(x: Array) -> Array:
+        return _product(_by_kernel, Scheme(kind, kind), x, None, jax.tree.map(jnp.asarray, codes), None)
+
+    def slow(x: Array) -> Array:
+        return straight_through(x, quantize(x, kind)) @ jnp.asarray(exact).T
+
+    return agrees(f"the kernel of {kind} products", fast, slow, (x,))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _product(way: Way, scheme: Scheme, x: Array, weight: Array | None, codes: Quantized, key: Array | None) -> Array:
     """The product with codes; the weight that they were made from takes its gradient."""
-    return _forward(scheme, x, weight, codes, key)[0]
+    return _forward(way, scheme, x, weight, codes, key)[0]
 
 
 def _forward(
-    scheme: Scheme, x: Array, weight: Array | None, codes: Quantized, key: Array | None
+    way: Way, scheme: Scheme, x: Array, weight: Array | None, codes: Quantized, key: Array | None
 ) -> tuple[Array, tuple[Quantized, Any, Quantized, Any, Array | None]]:
-    narrow = input_codes(x, scheme.activations, codes)
+    narrow, y = way(x, scheme.activations, codes)
     like = None if weight is None else jnp.zeros((), weight.dtype)
-    return multiply(narrow, codes).astype(x.dtype), (narrow, jnp.zeros((), x.dtype), codes, like, key)
+    return y, (narrow, jnp.zeros((), x.dtype), codes, like, key)
+
+
+def _product_backward(
+    way: Way, scheme: Scheme, saved: tuple[Quantized, Any, Quantized, Any, Array | None], gradient: Array
+) -> tuple[Array, Array | None, None, None]:
+    return _backward(scheme, saved, gradient)
 
 
 def _backward(
@@ -308,7 +387,7 @@ def _backward(
     return to_x.astype(x_like.dtype).reshape(x.values.shape), to_w, None, None
 
 
-_product.defvjp(_forward, _backward)
+_product.defvjp(_forward, _product_backward)
 
 
 def _narrow_gradients(

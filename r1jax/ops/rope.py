@@ -67,8 +67,20 @@ def apply_rope(
     Returns:
       Array of x's shape and dtype. Scores do not depend on the layout as long as queries and keys share it.
     """
-    angle = positions.astype(jnp.float32)[..., None] * jnp.asarray(frequencies)[None, None, :]
-    cos, sin = (magnitude * f(angle)[:, :, None, :] for f in (jnp.cos, jnp.sin))
+    cos, sin = (part[:, :, None] for part in rotary_factors(positions, frequencies, magnitude))
     wide = x.astype(jnp.float32)
     first, second = (wide[..., 0::2], wide[..., 1::2]) if interleave else jnp.split(wide, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    return jnp.concatenate(turn_halves(first, second, cos, sin), axis=-1).astype(x.dtype)
+
+
+def rotary_factors(
+    positions: Int[Array, "*T"], frequencies: Float[np.ndarray, " half"], magnitude: float
+) -> tuple[Float[Array, "*T half"], Float[Array, "*T half"]]:
+    """Cosine and sine of the angle of each pair, times a magnitude."""
+    angle = positions.astype(jnp.float32)[..., None] * jnp.asarray(frequencies).reshape(*[1] * positions.ndim, -1)
+    return magnitude * jnp.cos(angle), magnitude * jnp.sin(angle)
+
+
+def turn_halves(first: Array, second: Array, cos: Array, sin: Array) -> tuple[Array, Array]:
+    """Pairs of numbers, first members and second ones apart, turned by their angles."""
+    return first * cos - second * sin, second * cos + first * sin

@@ -20,8 +20,19 @@ def target() -> jax.Device:
     return chosen if isinstance(chosen, jax.Device) else jax.local_devices(backend=chosen)[0]
 
 
+def takes_triton() -> bool:
+    """Whether kernels that JAX itself gives to Triton run on the target, and no compiler would have to divide them."""
+    # JAX 0.12 has deprecated its Triton.
+    return target().platform == "gpu" and jax.device_count() == 1 and (0, 11) <= jax.__version_info__ < (0, 12)
+
+
 def agrees(
-    what: str, fast: Callable[..., Array], reference: Callable[..., Array], arrays: Sequence[np.ndarray | jax.Array]
+    what: str,
+    fast: Callable[..., Array],
+    reference: Callable[..., Array],
+    arrays: Sequence[np.ndarray | jax.Array],
+    *,
+    gradients: bool = True,
 ) -> bool:
     """Whether a kernel gives the values and gradients of its reference; warns where it does not.
 
@@ -37,33 +48,44 @@ def agrees(
       fast: Takes the arrays, returns one.
       reference: The same; is given the arrays in fp32.
       arrays: Small ones.
+      gradients: Whether the kernel has any.
 
     Returns:
       False also where the kernel cannot be compiled or run at all.
     """
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
-        trouble = thread.submit(_trouble_anywhere, fast, reference, arrays, target()).result()
+        trouble = thread.submit(_trouble_anywhere, fast, reference, arrays, target(), gradients).result()
     if trouble:
         warnings.warn(f"{what} is not used on this machine, which is slower: {trouble}", stacklevel=2)
     return not trouble
 
 
 def _trouble_anywhere(
-    fast: Callable[..., Array], reference: Callable[..., Array], arrays: Sequence[np.ndarray | jax.Array], device
+    fast: Callable[..., Array],
+    reference: Callable[..., Array],
+    arrays: Sequence[np.ndarray | jax.Array],
+    device: jax.Device,
+    gradients: bool,
 ) -> str | None:
     """What is wrong with a kernel here, or that something is in another process; None where nothing is."""
-    trouble = _trouble(fast, reference, arrays, device)
+    trouble = _trouble(fast, reference, arrays, device, gradients)
     if jax.process_count() > 1 and multihost_utils.process_allgather(np.int32(trouble is not None)).any():
         return trouble or "it failed in another process of the run"
     return trouble
 
 
 def _trouble(
-    fast: Callable[..., Array], reference: Callable[..., Array], arrays: Sequence[np.ndarray | jax.Array], device
+    fast: Callable[..., Array],
+    reference: Callable[..., Array],
+    arrays: Sequence[np.ndarray | jax.Array],
+    device: jax.Device,
+    gradients: bool,
 ) -> str | None:
     """What is wrong with a kernel; None where nothing is."""
 
     def everything(function: Callable[..., Array], *arrays: Array) -> tuple[Array, ...]:
+        if not gradients:
+            return (function(*arrays),)
         out, back = jax.vjp(function, *arrays)
         pull = jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape)
         return out, *back(pull.astype(out.dtype))

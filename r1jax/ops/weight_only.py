@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from r1jax.ops.quantize import Quantized, block_of, dequantize
-from r1jax.ops.self_test import agrees, target
+from r1jax.ops.self_test import agrees, takes_triton, target
 
 FEW = 2
 """Rows up to which a GPU sums products instead of calling a library, which would have the codes widened in memory."""
@@ -41,8 +41,8 @@ def weight_only_dot(x: Float[Array, "*B I"], codes: Quantized) -> Float[Array, "
 
 def _on_kernel(codes: Quantized) -> bool:
     """Whether the kernel takes such a weight, and no compiler would have to divide it among devices."""
-    if target().platform != "gpu" or jax.device_count() > 1 or not (0, 11) <= jax.__version_info__ < (0, 12):
-        return False  # JAX 0.12 has deprecated its Triton
+    if not takes_triton():
+        return False
     from r1jax.ops import weight_only_kernel
 
     return codes.values.dtype == jnp.int8 and weight_only_kernel.fits(codes)

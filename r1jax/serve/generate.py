@@ -16,6 +16,7 @@ from r1jax.errors import UserError
 from r1jax.models.decoder import Decoder
 from r1jax.models.lora import Lora, split_adapters
 from r1jax.models.quantized import check_fp8, rounding_by
+from r1jax.models.served import Served, can_be_fused, fused, unfused
 from r1jax.ops.latent_attention import bytes_a_token, empty_pages
 from r1jax.ops.precision import exact_products
 from r1jax.ops.quantize import Quantized
@@ -73,6 +74,8 @@ class Generator:
     ) -> None:
         """Takes the weights as they are placed; matrices are kept in `dtype`, and codes as codes.
 
+        What a step of decoding reads together is fused once, here; the tree that is given keeps its own arrays.
+
         Args:
           config: The decoder.
           params: Its parameter tree.
@@ -90,7 +93,14 @@ class Generator:
             check_fp8("model.quant asks for products of fp8", jax.devices()[0])
         self.model = Decoder(config, dtype, lora=lora)
         self.quant = quant
-        self.params = cast_matrices(params, dtype)
+        held = cast_matrices(params, dtype)
+        # Adapters and weights that are rounded anew in every product stay with the modules.
+        self.held = fused(held, config, dtype) if can_be_fused(held, quant) else held
+
+    @property
+    def params(self) -> Params:
+        """The weights as in the checkpoint, in the dtypes that they are held in."""
+        return unfused(self.held, self.model.config) if isinstance(self.held, Served) else self.held
 
     def cache_bytes(self, settings: GenerationSettings) -> int:
         """What a token takes in the cache of all layers."""
@@ -124,7 +134,7 @@ class Generator:
         """
         batch, pages = self._lay_out(prompts, attention_mask, rows, settings)
         with exact_products(self.model.dtype):
-            answers = _generate(self.model, self.quant, settings, pages, self.params, batch, jax.random.key(seed))
+            answers = _generate(self.model, self.quant, settings, pages, self.held, batch, jax.random.key(seed))
         return Generated(*map(np.asarray, answers))
 
     def stream(
@@ -155,7 +165,7 @@ class Generator:
         """
         batch, pages = self._lay_out(prompts, attention_mask, rows, settings)
         with exact_products(self.model.dtype):
-            state = _start(self.model, self.quant, settings, pages, self.params, batch, jax.random.key(seed))
+            state = _start(self.model, self.quant, settings, pages, self.held, batch, jax.random.key(seed))
         told = np.zeros(len(batch.lengths), np.int32)
         while True:
             # Copies: the next rounds write into the state's own memory.
@@ -167,7 +177,7 @@ class Generator:
                 return
             told = count
             with exact_products(self.model.dtype):
-                state = _advance(self.model, self.quant, settings, self.params, state, rounds)
+                state = _advance(self.model, self.quant, settings, self.held, state, rounds)
 
     def _lay_out(
         self,

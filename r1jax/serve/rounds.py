@@ -5,6 +5,7 @@ speculation (Leviathan et al. 2023; DeepSeek-V3, section 5.4.3) it reads MTP's g
 a second one where the guess was right. Rows advance at their own pace and end at their own time.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,6 +15,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from r1jax.arguments import GenerationSettings
 from r1jax.models.decoder import Decoder, LatentCache
+from r1jax.models.decoding import decode, decode_second, next_logits
+from r1jax.models.served import Served, unfused
 from r1jax.ops.latent_attention import empty_pages
 from r1jax.ops.quantize import Quantized
 from r1jax.serve.prompts import Batch
@@ -51,7 +54,7 @@ def run_rounds(
     Args:
       model: The decoder.
       settings: How tokens are chosen, and when a row ends.
-      params: Weights of the decoder.
+      params: Weights of the decoder, fused or as in the checkpoint.
       state: From `read_prompt`, or from here.
       most: Rounds at most; each gives every living row one token or two.
 
@@ -93,13 +96,14 @@ def read_prompt(
       model: The decoder.
       settings: How tokens are chosen, and when a row ends.
       pages: P, pages in each layer's pool.
-      params: Weights of the decoder.
+      params: Weights of the decoder, fused or as in the checkpoint.
       batch: Prompts, and which pages are whose.
       key: Of the draws.
 
     Returns:
       The state that `run_rounds` goes on from.
     """
+    params = unfused(params, model.config) if isinstance(params, Served) else params
     run = partial(model.apply, {"params": params})
     config, (size, length) = model.config, batch.tokens.shape
     layers = config.num_hidden_layers + settings.speculate
@@ -143,14 +147,12 @@ def read_prompt(
 
 def _round(model: Decoder, settings: GenerationSettings, params: Params, state: State) -> State:
     """One pass of the decoder over what each living row feeds: one token, or two with speculation."""
-    run = partial(model.apply, {"params": params})
+    read = _read_fused if isinstance(params, Served) else _read
     alive, feed = ~state.done, state.feed
     positions = state.length[:, None] + jnp.arange(feed.shape[1])[None]
     # A guess beyond the last token that a row may get has no page, and nobody will ask for what follows it.
     valid = alive[:, None] & (state.count[:, None] + jnp.arange(feed.shape[1])[None] <= settings.max_new_tokens)
-    embedded = run(feed, method="embed")
-    hidden, cache = run(embedded, positions, valid, state.cache, fresh=False, method="cached")
-    logits = run(hidden, method="logits")
+    logits, cache, guess = read(model, params, feed, positions, valid, state.cache)
     first, state = _choose(settings, logits[:, 0], state, alive)
     if not settings.speculate:
         return state._replace(cache=cache, length=_add(state.length, alive), feed=first[:, None])
@@ -158,17 +160,68 @@ def _round(model: Decoder, settings: GenerationSettings, params: Params, state: 
     right = alive & (first == feed[:, 1])
     second, state = _choose(settings, logits[:, 1], state, right & ~state.done)
     following = jnp.stack([first, second], axis=1)
-    valid = valid & jnp.stack([alive, right], axis=1)
-    states, cache = run(hidden, following, positions, valid, cache, fresh=False, method="predict_second_cached")
     last = right.astype(jnp.int32)  # the place that the next guess follows from; its logits are all that is needed
-    guess = _greedy(run(jnp.take_along_axis(states, last[:, None, None], axis=1), method="logits")[:, 0])
+    guessed, cache = guess(following, valid & jnp.stack([alive, right], axis=1), last)
     return state._replace(
         cache=cache,
         length=_add(state.length, alive, right),
-        feed=jnp.stack([jnp.where(right, second, first), guess], axis=1),
+        feed=jnp.stack([jnp.where(right, second, first), _greedy(guessed)], axis=1),
         drafted=_add(state.drafted, alive),
         accepted=_add(state.accepted, right),
     )
+
+
+Guess = Callable[[Int[Array, "B 2"], Bool[Array, "B 2"], Int[Array, " B"]], tuple[Float[Array, "B V"], LatentCache]]
+"""MTP's logits of the token after the one at a place of each row, given the tokens that follow those that were read."""
+
+
+def _read(
+    model: Decoder,
+    params: Params,
+    feed: Int[Array, "B W"],
+    positions: Int[Array, "B W"],
+    valid: Bool[Array, "B W"],
+    cache: LatentCache,
+) -> tuple[Float[Array, "B W V"], LatentCache, Guess]:
+    """Logits of what follows each token, the cache with the tokens in it, and what MTP would go on with."""
+    run = partial(model.apply, {"params": params})
+    hidden, held = run(run(feed, method="embed"), positions, valid, cache, fresh=False, method="cached")
+
+    def guess(
+        following: Int[Array, "B 2"], valid: Bool[Array, "B 2"], last: Int[Array, " B"]
+    ) -> tuple[Float[Array, "B V"], LatentCache]:
+        states, cache = run(hidden, following, positions, valid, held, fresh=False, method="predict_second_cached")
+        return run(_at(states, last), method="logits")[:, 0], cache
+
+    return run(hidden, method="logits"), held, guess
+
+
+def _read_fused(
+    model: Decoder,
+    served: Served,
+    feed: Int[Array, "B W"],
+    positions: Int[Array, "B W"],
+    valid: Bool[Array, "B W"],
+    cache: LatentCache,
+) -> tuple[Float[Array, "B W V"], LatentCache, Guess]:
+    """`_read` over fused weights."""
+    embed = partial(model.apply, {"params": served.rest}, method="embed")
+    states, held = decode(model.config, served, embed(feed), positions, valid, cache)
+
+    def guess(
+        following: Int[Array, "B 2"], valid: Bool[Array, "B 2"], last: Int[Array, " B"]
+    ) -> tuple[Float[Array, "B V"], LatentCache]:
+        second, cache = decode_second(model.config, served, states, embed(following), positions, valid, held)
+        return next_logits(model, served, _at(second, last), served.rest["mtp"]["shared_head_norm"]["weight"])[
+            :, 0
+        ], cache
+
+    return next_logits(model, served, states, served.rest["norm"]["weight"]), held, guess
+
+
+def _at(states: Float[Array, "B W D"], place: Int[Array, " B"]) -> Float[Array, "B 1 D"]:
+    """The state at a place of each row."""
+    return jnp.take_along_axis(states, place[:, None, None], axis=1)
 
 
 def _choose(

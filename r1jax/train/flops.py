@@ -15,7 +15,6 @@ import jax
 from r1jax.config import DecoderConfig, ModelConfig
 from r1jax.models.r1 import Inputs
 from r1jax.models.series import STATES
-from r1jax.models.table import JOINED_LAYERS
 from r1jax.tasks.task import Task
 
 Product = dict[str, int | float]
@@ -217,23 +216,12 @@ def _table(config: ModelConfig, inputs: Inputs) -> Iterator[Term]:
     """Field embeddings, bidirectional layers, projection and summary of the record."""
     if inputs.table is not None:
         cases, fields = inputs.table.shape
-        if config.table.joined:
-            yield _joined(config, cases, fields)
-            return
         width, features = config.decoder.hidden_size, 2 * config.table.frequencies + 2
         each: Product = {"fields": cases * fields, "I": features, "D": width}
         yield Term("table: fields", (each,))
         yield from _encoder_layers("table", config.table.layers, cases, fields, width)
         ends = ({"fields": cases * fields, "D": width, "D'": width}, {"cases": cases, "2 D": 2 * width, "D": width})
         yield Term("table: projection, summary", ends)
-
-
-def _joined(config: ModelConfig, cases: int, fields: int) -> Term:
-    """Layers over the features of all fields, projection and summary."""
-    hidden, each = config.table.joined, config.table.bins + 2
-    first: Product = {"cases": cases, "fields": fields, "I": each, "H": hidden}
-    others: Product = {"cases": cases, "layers": JOINED_LAYERS - 1, "H": hidden, "H'": hidden}
-    return Term("table: joined", (first, others, {"cases": cases, "H": hidden, "2 D": 2 * config.decoder.hidden_size}))
 
 
 def _text(config: ModelConfig, inputs: Inputs, summarised: bool) -> Iterator[Term]:
@@ -246,7 +234,7 @@ def _text(config: ModelConfig, inputs: Inputs, summarised: bool) -> Iterator[Ter
 
 def _modality_tokens(config: ModelConfig, inputs: Inputs) -> int:
     """Places that the encoders take in the decoder's sequence."""
-    count = 0 if inputs.table is None else 1 if config.table.joined else inputs.table.shape[1]
+    count = 0 if inputs.table is None else inputs.table.shape[1]
     count += 0 if inputs.series is None else inputs.series.shape[1] * (config.series.tokens + 1)
     for name, shape in (("volume", inputs.volume), ("image", inputs.image)):
         if shape is not None:

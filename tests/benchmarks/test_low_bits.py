@@ -1,6 +1,6 @@
 """What the benchmark of few bits reads out of compiled programs, and how it sets cases beside bf16."""
 
-from benchmarks.low_bits import SCALES, cases, products_of, table
+from benchmarks.low_bits import SCALES, cases, markdown, products_of, table
 
 PROGRAM = """
   %a = (s32[32,64]{1,0}, s8[33]{0}) custom-call(%x, %w), custom_call_target="__cublas$lt$matmul"
@@ -26,10 +26,17 @@ def test_cases_stand_beside_bf16_of_their_kind_and_size():
     assert "1.50" in lines[3] and lines[4].split()[-1] == "2.0000" and "no such type" in lines[5]
 
 
+def test_runs_are_not_compared_with_each_other():
+    one, two = ({"name": "batch bf16", "run": run, "ms": ms, "iqr_ms": 0.2} for run, ms in ((1, 30.0), (2, 20.0)))
+    fast = {"name": "batch int8", "run": 2, "ms": 10.0, "iqr_ms": 0.2, "error": 0.05}
+    lines = markdown({"results": [one, two, fast], "note": "Two runs."}).splitlines()
+    assert lines[4] == "| batch int8 | 2 | 10.000 ± 0.100 | 2.00 |  |  | 5.0e-02 | 1.3 |" and lines[-1] == "Two runs."
+
+
 def test_every_kind_of_case_has_its_bf16():
     names = [name for _, name, _ in cases(SCALES["full"], 1)]
     assert len(names) == len(set(names))
     for name in names:
         kind, *_, size = name.split()
-        plain = f"{kind} bf16 {size}" if kind in ("product", "vector") else f"{kind} bf16"
-        assert plain in names
+        plain = f"{kind} bf16 {size}" if kind in ("product", "tile", "vector") else f"{kind} bf16"
+        assert plain in names or kind == "rounding"

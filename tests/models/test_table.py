@@ -1,4 +1,4 @@
-"""The encoders of record fields: missing values, no NaN anywhere, periodic and piecewise-linear features."""
+"""The encoder of record fields: missing values, no NaN anywhere, periodic features."""
 
 import jax
 import jax.numpy as jnp
@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from r1jax.config import TableConfig
-from r1jax.models.quantized import uses
-from r1jax.models.table import JoinedTableEncoder, TableEncoder
+from r1jax.models.table import TableEncoder
 
 FIELDS, WIDTH = 3, 8
 
@@ -67,45 +66,3 @@ def test_the_summary_holds_the_plain_sum_of_fields_beside_what_the_layers_make_o
     normed = tokens / np.sqrt((tokens**2).mean(axis=1, keepdims=True) + 1e-6)
     joined = np.concatenate([tokens.mean(axis=0), normed.mean(axis=0)])
     np.testing.assert_allclose(summary[0], np.asarray(params["summary"]["weight"], float) @ joined, atol=1e-4)
-
-
-JOINED = JoinedTableEncoder(TableConfig(joined=5, bins=4), WIDTH)
-SOME = jnp.asarray([[0.3, -1.2, 2.0], [0.0, jnp.nan, 7.0]])
-
-
-@pytest.fixture(scope="module")
-def joined():
-    """Weights, with biases that are not zero."""
-    params = JOINED.init(jax.random.key(0), SOME)["params"]
-    rng = np.random.default_rng(0)
-    return jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape), jnp.float32), params)
-
-
-def test_joined_fields_are_two_layers_over_the_pieces_that_each_value_fills(joined):
-    token, summary = JOINED.apply({"params": joined}, SOME)
-    told = {  # the value, the pieces from -3, -1.5, 0 and 1.5 on, and whether it is missing
-        0.3: [0.3, 1, 1, 0.2, 0, 0],
-        -1.2: [-1.2, 1, 0.2, 0, 0, 0],
-        2.0: [2.0, 1, 1, 1, 1 / 3, 0],
-        0.0: [0.0, 1, 1, 0, 0, 0],
-        7.0: [7.0, 1, 1, 1, 1, 0],
-    }
-    absent = [0, 0, 0, 0, 0, 1]
-    x = np.array([[told.get(float(v), absent) for v in row] for row in np.round(np.asarray(SOME, float), 6)])
-    x = x.reshape(2, -1)
-    for i in range(2):
-        weights = joined[f"joined_{i}"]
-        x = x @ np.asarray(weights["weight"], float).T + np.asarray(weights["bias"], float)
-        x = x / (1 + np.exp(-x))
-    for found, name in ((token[:, 0], "projection"), (summary, "summary")):
-        np.testing.assert_allclose(found, x @ np.asarray(joined[name]["weight"], float).T, rtol=1e-4, atol=1e-4)
-
-
-def test_a_missing_value_of_joined_fields_has_no_gradient_and_makes_none_nan(joined):
-    slope = jax.grad(lambda values: jnp.sum(JOINED.apply({"params": joined}, values)[1] ** 2))(SOME)
-    assert np.isfinite(slope).all() and slope[1, 1] == 0 and np.abs(slope).max(axis=1).min() > 0
-
-
-def test_joined_fields_can_be_ruled_by_their_paths():
-    roles = {use.name: use.role for use in uses(JOINED.init, jax.random.key(0), SOME)}
-    assert roles == dict.fromkeys([f"{n}/weight" for n in ("joined_0", "joined_1", "projection", "summary")], "linear")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from r1jax.config import AlertConfig, Config, FinanceConfig, SeriesConfig, TableConfig, TaskConfig
+from r1jax.config import AlertConfig, Config, FinanceConfig, SeriesConfig, TaskConfig
 from r1jax.tasks.finance.operating import operating_points
 from r1jax.tasks.finance.task import Finance
 from r1jax.train.checkpoint import Checkpoint
@@ -22,7 +22,6 @@ def get_config() -> Config:
         tiny().model,
         modalities=("series", "table", "text"),
         series=SeriesConfig(layers=1, bins=4, tokens=2, num_attention_heads=2),
-        table=TableConfig(joined=16, bins=6),
         text_tokens=24,
     )
     task = TaskConfig(name="finance", label_smoothing=0.0, finance=finance)

@@ -34,7 +34,7 @@ CONFIG = Config(
         ),
         remat="full",
         series=SeriesConfig(layers=0, bins=4, tokens=1, num_attention_heads=2),
-        table=TableConfig(joined=8, bins=12),
+        table=TableConfig(layers=0),
         text_tokens=16,
         text_ngrams=64,
     ),

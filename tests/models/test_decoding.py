@@ -1,0 +1,152 @@
+"""Fused weights and the step over them against the modules over the checkpoint's tree."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from r1jax.config import DecoderConfig, YarnConfig
+from r1jax.models.decoder import Decoder, LatentCache
+from r1jax.models.decoding import decode, decode_second, next_logits
+from r1jax.models.lora import PARTS
+from r1jax.models.quantized import rounding_by
+from r1jax.models.served import can_be_fused, fused, unfused
+from r1jax.ops.latent_attention import PagedLatents
+from r1jax.ops.quantize import Quantized, dequantize, quantize
+
+COMPRESSED = DecoderConfig(
+    vocab_size=40,
+    hidden_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    q_lora_rank=12,
+    kv_lora_rank=7,
+    qk_nope_head_dim=6,
+    qk_rope_head_dim=4,
+    v_head_dim=5,
+    intermediate_size=24,
+    moe_intermediate_size=8,
+    num_experts_per_tok=3,
+    rope_scaling=YarnConfig(factor=8.0, original_max_position_embeddings=32),
+)
+DIRECT = replace(COMPRESSED, q_lora_rank=None, rope_interleave=False, n_shared_experts=0, rope_scaling=YarnConfig())
+PAGE, LENGTHS = 4, (7, 11, 3)
+
+
+def everything(decoder, tokens):
+    positions, valid = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape), jnp.ones(tokens.shape, bool)
+    hidden, _ = decoder(decoder.embed(tokens), positions, valid)
+    return decoder.logits(decoder.predict_second(hidden, tokens, positions, valid)[0])
+
+
+def params_of(config):
+    rng, tokens = np.random.default_rng(0), jnp.zeros((1, 4), jnp.int32)
+    shapes = jax.eval_shape(partial(Decoder(config).init, method=everything), jax.random.key(0), tokens)["params"]
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(leaf.ndim == 1, 0.3, leaf.shape), jnp.float32), shapes)
+
+
+def coded(params, kind="int8", block=None):
+    """The tree with codes of all matrices of the layers but the router's."""
+
+    def code(path, leaf):
+        ruled = leaf.ndim > 1 and path[0].key.startswith(("layers_", "lm_head")) and path[-2].key != "gate"
+        return quantize(leaf, kind, block=block, scale_dtype=jnp.bfloat16) if ruled else leaf
+
+    return jax.tree_util.tree_map_with_path(code, params)
+
+
+def equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.mark.parametrize("config", [COMPRESSED, DIRECT], ids=["compressed", "direct"])
+@pytest.mark.parametrize("codes", [False, True], ids=["floats", "codes"])
+def test_a_step_over_fused_weights_is_that_of_the_modules(config, codes):
+    params = coded(params_of(config)) if codes else params_of(config)
+    quant = ("layers_|lm_head=int8",) if codes else ()
+    assert can_be_fused(params, quant)
+    served, model = fused(params, config, jnp.float32), Decoder(config)
+    rng = np.random.default_rng(1)
+    table = jnp.asarray(rng.permutation(12).reshape(3, 4))
+    cache = LatentCache(tuple(jnp.asarray(rng.normal(size=(12, PAGE, 11)), jnp.float32) for _ in range(3)), table)
+    positions = jnp.asarray(LENGTHS)[:, None] + jnp.arange(2)[None]
+    valid = jnp.asarray([[True, True], [True, False], [False, False]])
+    x, following = (jnp.asarray(rng.normal(size=(3, 2, 16)), jnp.float32) for _ in range(2))
+
+    @jax.jit
+    def by_modules(x, following):
+        with rounding_by(quant, ("decoder",)):
+            run = partial(model.apply, {"params": params}, fresh=False)
+            hidden, held = run(x, positions, valid, cache, method="cached")
+
+            def second(decoder, hidden):  # `predict_second_cached` embeds tokens; here are embeddings
+                states, _, paged = decoder.mtp(
+                    hidden, following, positions, valid, cache=PagedLatents(held.pages[-1], table), fresh=False
+                )
+                return states, held._replace(pages=(*held.pages[:-1], paged.pages))
+
+            states, held = model.apply({"params": params}, hidden, method=second)
+            return *(model.apply({"params": params}, x, method="logits") for x in (hidden, states)), held
+
+    @jax.jit
+    def by_arrays(x, following):
+        with rounding_by(quant, ("decoder",)):
+            states, held = decode(config, served, x, positions, valid, cache)
+            second, held = decode_second(config, served, states, following, positions, valid, held)
+            norms = served.rest["norm"], served.rest["mtp"]["shared_head_norm"]
+            gains = (norm["weight"] for norm in norms)
+            return *(next_logits(model, served, x, g) for x, g in zip((states, second), gains, strict=True)), held
+
+    (logits, second, pages), (want, wanted, kept) = by_arrays(x, following), by_modules(x, following)
+    there = np.asarray(valid)
+    np.testing.assert_allclose(logits[there], want[there], rtol=0, atol=2e-6)
+    np.testing.assert_allclose(second[there], wanted[there], rtol=0, atol=2e-6)
+    for a, b, before in zip(pages.pages, kept.pages, cache.pages, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-6)
+        changed = (np.asarray(a) != np.asarray(before)).any(-1).sum()
+        assert changed == there.sum()
+
+
+@pytest.mark.parametrize("config", [COMPRESSED, DIRECT], ids=["compressed", "direct"])
+def test_fused_weights_are_the_checkpoints_number_by_number(config):
+    params = params_of(config)
+    equal(unfused(fused(params, config, jnp.float32), config), params)
+    codes = coded(params)
+    equal(unfused(fused(codes, config, jnp.float32), config), codes)
+
+
+def test_what_is_not_fused_is_shared():
+    """Of the arrays that a served model has besides those of the checkpoint, only what is fused is new."""
+    params = params_of(COMPRESSED)
+    held = {x.unsafe_buffer_pointer() for x in jax.tree.leaves(params)}
+    served = fused(params, COMPRESSED, jnp.float32)
+    new = sorted(x.shape for x in jax.tree.leaves(served) if x.unsafe_buffer_pointer() not in held)
+    dense, mixture = (48, 16), (16, 16)
+    each = [(12 + 7 + 4, 16), (20, 12), (2, 6, 7), (2, 5, 7)]  # q_kv, q_b, keys, values
+    assert new == sorted([*each * 3, dense, mixture, mixture])
+
+
+def test_what_cannot_be_fused_is_left_to_the_modules():
+    params = params_of(COMPRESSED)
+    codes = coded(params)
+    assert can_be_fused(params, ()) and can_be_fused(params, ("lm_head=int8",))
+    assert not can_be_fused(params, ("layers_1=int8",))  # floats that are rounded in every product
+    assert can_be_fused(codes, ("layers_=int8",)) and not can_be_fused(codes, ("layers_=int8:int8",))
+    gate = codes["layers_0"]["mlp"]["gate_proj"]
+    mixed = gate | {"weight": dequantize(gate["weight"])}
+    assert not can_be_fused(
+        codes | {"layers_0": codes["layers_0"] | {"mlp": codes["layers_0"]["mlp"] | {"gate_proj": mixed}}}, ()
+    )
+    balanced = jax.tree.map(
+        lambda x: x._replace(balance=jnp.ones((1, x.shape[-1]))) if isinstance(x, Quantized) else x,
+        codes,
+        is_leaf=lambda x: isinstance(x, Quantized),
+    )
+    assert not can_be_fused(balanced, ("layers_=int8",))
+    adapters = dict.fromkeys(PARTS, jnp.ones((2, 2)))
+    assert not can_be_fused(params | {"layers_1": params["layers_1"] | {"self_attn": adapters}}, ())
+    spread = jax.device_put(params, jax.sharding.NamedSharding(jax.make_mesh((2,), ("data",)), jax.P()))
+    assert not can_be_fused(spread, ())
