@@ -185,20 +185,23 @@ def mix_experts_dense(
       x: Tokens, in the dtype of the weights.
       scores: Affinities, fp32.
       bias: For the choice only.
-      gate_up: Stacked weights, gate above up; codes where `down` is of codes.
-      down: Stacked weights.
+      gate_up: Stacked weights, gate above up, or codes.
+      down: Stacked weights, or codes.
       config: K, groups and scaling.
 
     Returns:
       As `mix_experts`; equal to it up to the order of additions.
     """
     share, chosen = expert_shares(scores, bias, config), select_experts(scores, bias, config)[0]
-    if isinstance(gate_up, Ruled) and isinstance(down, Ruled):  # codes, whose inputs each have a scale of their own
+    if isinstance(gate_up, Ruled):
         flat = jax.tree.map(lambda part: part.reshape(-1, part.shape[-1]), gate_up.weight)
-        both = quantized_dot(x, flat, gate_up.scheme).reshape(*share.shape, -1)
+        both = quantized_dot(x, flat, gate_up.scheme)
+    else:
+        both = jnp.einsum("TD,FD->TF", x, gate_up.reshape(-1, x.shape[-1]))
+    both = both.reshape(*share.shape, -1)
+    if isinstance(down, Ruled):  # codes, whose inputs each have a scale of their own
         product = jax.vmap(lambda x, w: quantized_dot(x, w, down.scheme), in_axes=(1, 0), out_axes=1)
         return Mixed(jnp.sum(product(_swiglu(both, None), down.weight) * share[..., None], axis=1), chosen)
-    both = jnp.einsum("TD,FD->TF", x, gate_up.reshape(-1, x.shape[-1])).reshape(*share.shape, -1)
     hidden = _swiglu(both, share).reshape(x.shape[0], -1)
     output = jnp.einsum("TF,DF->TD", hidden, jnp.swapaxes(down, 0, 1).reshape(x.shape[-1], -1))
     return Mixed(output, chosen)

@@ -92,15 +92,17 @@ def test_the_dense_mixture_equals_the_sorted_one():
     assert "sort" not in program and "top_k" not in program
 
 
-def test_the_dense_mixture_of_codes_in_fp32_equals_the_sorted_one_of_int8():
-    """Their inputs are rounded alike, token by token and expert by expert."""
+@pytest.mark.parametrize("coded", [("gate_up_proj", "down_proj"), ("gate_up_proj",), ("down_proj",)], ids=str)
+def test_the_dense_mixture_of_codes_in_fp32_equals_the_sorted_one_of_int8(coded):
+    """Their inputs are rounded alike, token by token and expert by expert; rules may leave either weight a float."""
     module, rng, scheme = Experts(CONFIG, jnp.float32), np.random.default_rng(0), Scheme("int8", "int8")
     x = jnp.asarray(rng.standard_normal((2, 5, 6)), jnp.float32)
     scores, bias = jnp.asarray(rng.uniform(size=(2, 5, CONFIG.n_routed_experts)), jnp.float32), jnp.zeros(8)
     shapes = jax.eval_shape(module.init, jax.random.key(0), x, scores, bias)["params"]
-    codes = jax.tree.map(lambda leaf: weight_codes(jnp.asarray(rng.standard_normal(leaf.shape)), scheme), shapes)
-    in_fp32 = {name: q._replace(values=q.values.astype(jnp.float32)) for name, q in codes.items()}
-    with rounding_by(("int8",)):
+    floats = jax.tree.map(lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape), jnp.float32), shapes)
+    codes = floats | {name: weight_codes(floats[name], scheme) for name in coded}
+    in_fp32 = floats | {name: codes[name]._replace(values=codes[name].values.astype(jnp.float32)) for name in coded}
+    with rounding_by((f"{'|'.join(coded)}=int8:int8",)):
         sorted_out = jax.jit(module.apply)({"params": codes}, x, scores, bias).output
         with dense_mixtures():
             product = jax.jit(lambda *arguments: module.apply(*arguments).output)
