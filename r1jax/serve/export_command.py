@@ -279,7 +279,7 @@ def write(folder: Path, opened: Opened, asked: ExportArguments, converter: Path 
         made = {"file": export_jax.MODEL, "platforms": list(export_jax.PLATFORMS), "batch": f"1 to {largest}"}
         versions, kind, stored = {"jax": jax.__version__}, "exported", code_sizes(codes) if codes else {}
         kinds = codes.kinds if codes else {}
-        run = export_jax.read_model(folder)
+        run = export_jax.read_model(folder, largest)
     else:
         written = export_litert.write_model(
             folder,

@@ -58,14 +58,22 @@ def _program(graph: Graph, wanted: dict[str, Port], largest: int) -> export.Expo
         return None
 
 
-def read_model(folder: Path) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:
+def read_model(folder: Path, largest: int = LARGEST) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:
     """Reads what was written, as a process without r1jax does.
 
     Args:
       folder: Where it lies.
+      largest: Its largest batch; of more cases so many are run at a time.
 
     Returns:
       Inputs to outputs, cases first.
     """
     call = jax.jit(export.deserialize(bytearray((folder / MODEL).read_bytes())).call)
-    return lambda inputs: {name: np.asarray(x) for name, x in call(inputs).items()}
+
+    def run(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        count = len(next(iter(inputs.values())))
+        starts = range(0, count, largest)
+        parts = [call({name: x[first : first + largest] for name, x in inputs.items()}) for first in starts]
+        return {name: np.concatenate([np.asarray(part[name]) for part in parts]) for name in parts[0]}
+
+    return run

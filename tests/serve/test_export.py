@@ -253,6 +253,19 @@ def test_limits_are_those_of_what_rounds(to, weights, precision, scheme, limits)
     assert limits_of(trained, codes, ExportArguments(checkpoint="", output="", to=to, weights=weights)) == limits
 
 
+def test_more_cases_than_the_program_takes_at_once_are_run_in_parts(tmp_path):
+    """As finance reads 256 at a time, of which long texts leave a program fewer."""
+
+    def graph(inputs):
+        x = inputs["x"]
+        return {"y": x * 2 if x.shape[0] * x.shape[1] <= 2 * export_jax.LARGEST else -x}
+
+    largest, _ = export_jax.write_model(tmp_path, graph, {"x": Port((8,), "float32", "", "")})
+    assert largest == export_jax.LARGEST // 4
+    x = np.arange(8 * (2 * largest + 3), dtype=np.float32).reshape(-1, 8)
+    np.testing.assert_array_equal(export_jax.read_model(tmp_path, largest)({"x": x})["y"], 2 * x)
+
+
 def test_a_full_disk_leaves_nothing(tmp_path):
     with pytest.raises(UserError, match="No space left"), export_command.draft_folder(tmp_path / "new") as folder:
         (folder / "half").touch()
