@@ -126,10 +126,20 @@ def in_groups(own: OwnCodes) -> dict[str, GroupedCodes]:
     return found
 
 
-def code_sizes(own: OwnCodes) -> dict[str, int]:
-    """Bytes of the weights by type, without scales, as a program of JAX holds them; those of floats as "fp32"."""
+def code_sizes(own: OwnCodes, read: set[str]) -> dict[str, int]:
+    """Bytes of the weights by type, without scales, as a program of JAX holds them.
+
+    Args:
+      own: From `own_codes`.
+      read: Names of the weights that it holds.
+
+    Returns:
+      Bytes; those of floats as "fp32".
+    """
     found = {"fp32": 0}
     for path, x in jax.tree_util.tree_leaves_with_path(own.params, is_leaf=is_codes):
+        if path_of(path) not in read:
+            continue
         if not is_codes(x):
             found["fp32"] += 4 * x.size
             continue

@@ -277,8 +277,11 @@ def write(folder: Path, opened: Opened, asked: ExportArguments, converter: Path 
     if converter is None:
         largest, outputs = export_jax.write_model(folder, graph, wanted)
         made = {"file": export_jax.MODEL, "platforms": list(export_jax.PLATFORMS), "batch": f"1 to {largest}"}
-        versions, kind, stored = {"jax": jax.__version__}, "exported", code_sizes(codes) if codes else {}
-        kinds = codes.kinds if codes else {}
+        versions, kind, stored = {"jax": jax.__version__}, "exported", {}
+        if codes:
+            graph_of = functools.partial(opened.exported.graph, opened.task, opened.model)
+            read = export_jax.weights_read(graph_of, codes.params, wanted)
+            stored, kinds = code_sizes(codes, read), {name: x for name, x in codes.kinds.items() if name in read}
         run = export_jax.read_model(folder, largest)
     else:
         written = export_litert.write_model(

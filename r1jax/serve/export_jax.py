@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ from jax.errors import InconclusiveDimensionOperation
 
 from r1jax.errors import UserError
 from r1jax.serve.export_graph import Graph, Port
+from r1jax.train.quantized import is_codes, path_of
 
 MODEL = "model.jax"
 PLATFORMS = ("cpu", "cuda")
@@ -56,6 +58,27 @@ def _program(graph: Graph, wanted: dict[str, Port], largest: int) -> export.Expo
         if largest == 1:
             raise
         return None
+
+
+def weights_read(graph_of: Callable[[Any], Graph], params: Any, wanted: dict[str, Port]) -> set[str]:
+    """The weights that a program holds: not those of the language head, say, of which no output is made.
+
+    Args:
+      graph_of: From weights to a graph.
+      params: Floats and codes of whole bytes.
+      wanted: What the graph reads.
+
+    Returns:
+      Their names.
+    """
+    names = jax.tree_util.tree_map_with_path(
+        lambda path, x: jax.tree.map(lambda _: path_of(path), x), params, is_leaf=is_codes
+    )
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    one = {name: jax.ShapeDtypeStruct((1, *port.shape), np.dtype(port.dtype)) for name, port in wanted.items()}
+    program = export.export(jax.jit(lambda params, inputs: graph_of(params)(inputs)))(shapes, one)
+    read = set(program.module_kept_var_idx)  # of all arguments, weights first
+    return {name for place, name in enumerate(jax.tree.leaves(names)) if place in read}
 
 
 def read_model(folder: Path, largest: int = LARGEST) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:
