@@ -29,7 +29,7 @@ TILE = Tile()
 FEW = 32
 """Parts that are joined fast."""
 WIDEST = 512
-"""Numbers of a latent or rotary key; wider ones might find no place in shared memory, where a trial is of narrow ones."""
+"""Numbers of a latent or rotary key: the trial is of narrow ones, and wider ones might not fit into shared memory."""
 LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
