@@ -1,5 +1,6 @@
 """Strict settings of every test: eight CPU devices, no implicit promotion, run-time type checks, warnings as errors."""
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +31,15 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 hypothesis.settings.register_profile("r1jax", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("r1jax")
+
+
+gc.disable()  # until all tests are collected: nothing of what is imported goes away
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop() -> None:
+    gc.freeze()  # nor is it looked at again
+    gc.enable()
 
 
 def pytest_unconfigure() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+FAST += " --xla_cpu_parallel_codegen_split_count=1"  # the workers are as many as the cores
 """Programs that are compiled in a third of the time."""
 if version("jaxlib").startswith("0.10."):  # later ones have no other way to emit loops, and refuse the flag
     FAST += " --xla_cpu_use_fusion_emitters=false"

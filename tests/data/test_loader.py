@@ -120,7 +120,7 @@ def test_resuming_anywhere_with_anything_else_gives_the_remaining_batches(starts
         order = GlobalOrder(37, 8, trial) if trial % 2 else WindowOrder(starts, 8, trial, draw.randint(1, 5))
         whole = [order.batch(k).tolist() for k in range(24)]
         start, processes = draw.randrange(20), draw.choice([1, 2, 4, 8])
-        with_workers = trial % 6 == 0  # spawning takes most of the time
+        with_workers = trial % 10 == 0  # spawning takes most of the time
         processes = min(processes, 2) if with_workers else processes
         parts = []
         for index in range(processes):
@@ -138,7 +138,7 @@ def test_resuming_anywhere_with_anything_else_gives_the_remaining_batches(starts
         for batch, wanted in zip(joined[:3], whole[start:], strict=False):
             placed = jax.make_array_from_process_local_data(sharding, np.array(batch))
             assert len(placed.sharding.device_set) == devices and np.asarray(placed).tolist() == wanted, trial
-    assert spawned >= 9
+    assert spawned >= 5
 
 
 @pytest.mark.parametrize(("workers", "threads", "start"), [(1, 3, 5), (2, 1, 13), (3, 2, 4)])

@@ -26,9 +26,9 @@ from r1jax.parallel.stages import into_stages, out_of_stages, stages_on
 from r1jax.tasks.medical.task import Medical
 from r1jax.train.step import batch_gradients, init_state
 
-STEPS = 20
+STEPS = 5
 RATE = 0.001
-"""Small: steps amplify rounding, at twenty times this rate more than a thousandfold over the course."""
+"""Small: steps amplify rounding, at twenty times this rate more than a thousandfold over twenty."""
 SMALLEST = 1e-4
 """Norm below which a gradient is nothing but rounding: a bias before a softmax has none."""
 CONFIG = Config(

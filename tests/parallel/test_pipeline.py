@@ -42,7 +42,6 @@ def mesh(**sizes):
 @pytest.mark.parametrize(
     "sizes",
     [
-        {"pipe": 4},
         {"pipe": 2, "interleave": 2, "data": 2, "expert": 2},
         {"pipe": 4, "overlap": True, "tensor": 2},
         {"pipe": 2, "sequence": 2, "fsdp": 2},

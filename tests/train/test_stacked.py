@@ -91,7 +91,7 @@ def test_a_whole_step(monkeypatch):
     """AdamW, averages, routers, metrics; after some steps more, AdamW makes much of what is nothing but rounding."""
     monkeypatch.setattr(mesh_module, "SMALLEST_SHARDED", 64)
     tiny = get_config()
-    decoder = replace(tiny.model.decoder, num_hidden_layers=4, first_k_dense_replace=1)
+    decoder = replace(tiny.model.decoder, num_hidden_layers=4, first_k_dense_replace=1, num_nextn_predict_layers=0)
     train = replace(tiny.train, batch_size=8, warmup_steps=0, rules=("layers_2/=0.5:0",))
     config = replace(tiny, model=replace(tiny.model, decoder=decoder, dropout=0.0), train=train)
     task = Language(config)
