@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from r1jax.cli import Invocation, load_config
 from r1jax.config import LaunchConfig
+from r1jax.data.cache import cache_remarks
 from r1jax.errors import run_main
 from r1jax.models.r1 import R1
 from r1jax.parallel.agree import is_first, say
@@ -47,7 +48,7 @@ def run_experiment(invocation: Invocation) -> int:
     schedule_on(mesh, config)  # refuses what no pipeline can divide
     model = R1(config.model, task.heads)
     about = f"data: {source.name}, {len(source)} {task.unit}; validation {len(validation)}"
-    say("\n".join([about, *task.remarks(source)]))
+    say("\n".join([about, *cache_remarks(config), *task.remarks(source)]))
     batch = example_batch(source, task, config.train.batch_size)
     if invocation.mode == "dry-run":
         table = plan(config, model, task, mesh, batch)

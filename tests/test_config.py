@@ -260,6 +260,15 @@ def test_impossible_values_are_refused(config, told):
         validate(config)
 
 
+def test_periods_of_stocks_are_no_folds():
+    stocks = TaskConfig(name="records", records="stocks")
+    model = ModelConfig(modalities=("series", "table"))
+    validate(Config(model=model, task=stocks, data=DataConfig(path="stocks", fold=3, folds=2)))
+    credit = dataclasses.replace(stocks, records="credit")
+    with pytest.raises(UserError, match="data.fold is 3, but it must be below data.folds"):
+        validate(Config(model=model, task=credit, data=DataConfig(path="x", fold=3, folds=2)))
+
+
 def test_rules_that_do_not_apply_are_not_enforced():
     validate(decoder(n_routed_experts=4, scoring_func="softmax"))
     validate(Config(model=ModelConfig(volume=VisionConfig(layers=0, num_attention_heads=3))))

@@ -6,12 +6,28 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, TypeVar, runtime_checkable
 
-from r1jax.config import CacheConfig
+from r1jax.config import CacheConfig, Config
 from r1jax.data.cache_lmdb import LmdbTier
 from r1jax.data.cache_redis import RedisTier
 from r1jax.data.cache_values import NotStored
 
 T = TypeVar("T")
+
+
+def cache_remarks(config: Config) -> list[str]:
+    """Says that a shared cache is named in vain.
+
+    Args:
+      config: The experiment.
+
+    Returns:
+      A line, or none; of a folder of cases its reader says it, since that depends on the files.
+    """
+    url, generated = config.data.cache.url, config.data.path is None
+    if url in (None, "memory") or (config.task.name == "medical" and not generated):
+        return []
+    what = "generated cases go" if generated else f"what the {config.task.name} task reads goes"
+    return [f"note: data.cache.url is {url!r}, but {what} through no cache: leave it out"]
 
 
 @runtime_checkable

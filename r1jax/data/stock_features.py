@@ -4,6 +4,7 @@ A large loss is a large move first of all, and moves are told by how much the st
 how long ago its quarterly figures came, and by what is written about it.
 """
 
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -25,8 +26,8 @@ COUNT_DAYS = (1, 5, 20)
 """Trading days over which tweets are counted."""
 COUNTS = 8
 """Numbers from tweets."""
-RESULTS = ("earning", "eps", "results", "quarter")
-"""A tweet with one of these is about figures."""
+RESULTS = re.compile(r"\b(?:earnings?|eps|results|quarter(?:s|ly)?)\b", re.IGNORECASE)
+"""A tweet with one of these words is about figures; steps and headquarters are not."""
 CLOSED_HOUR = 20
 """From this hour on (UTC), New York is closed or about to: figures that come out then move the next day."""
 
@@ -151,7 +152,7 @@ def tweet_numbers(
     Returns:
       `COUNTS` numbers of order one.
     """
-    figures = np.array([any(word in text.lower() for word in RESULTS) for text in said], bool)
+    figures = np.array([RESULTS.search(text) is not None for text in said], bool)
     everything, late, about = (np.zeros(shape) for _ in range(3))
     inside = day < shape[1]
     for grid, chosen in ((everything, inside), (late, inside & (hour >= CLOSED_HOUR)), (about, inside & figures)):

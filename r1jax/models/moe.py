@@ -24,7 +24,7 @@ from r1jax.ops.axes import Placement, axes_of, gather_dimensions, gathered, plac
 from r1jax.ops.expert_exchange import exchange
 from r1jax.ops.grouped_matmul import grouped_matmul, plan_dispatch, scatter_choices, scatter_rows, sum_rows
 from r1jax.ops.quantize import Quantized
-from r1jax.ops.quantized_dot import Ruled, grouped_quantized_dot, rounded
+from r1jax.ops.quantized_dot import Ruled, grouped_quantized_dot, quantized_dot, rounded
 from r1jax.ops.weight_only import grouped_weight_only_dot
 
 ROWS = 128
@@ -174,8 +174,8 @@ def mix_experts_dense(
     x: Float[Array, "T D"],
     scores: Float[Array, "T E"],
     bias: Float[Array, " E"],
-    gate_up: Float[Array, "E F2 D"],
-    down: Float[Array, "E D F"],
+    gate_up: Float[Array, "E F2 D"] | Ruled,
+    down: Float[Array, "E D F"] | Ruled,
     *,
     config: DecoderConfig,
 ) -> Mixed:
@@ -185,18 +185,23 @@ def mix_experts_dense(
       x: Tokens, in the dtype of the weights.
       scores: Affinities, fp32.
       bias: For the choice only.
-      gate_up: Stacked weights, gate above up.
+      gate_up: Stacked weights, gate above up; codes where `down` is of codes.
       down: Stacked weights.
       config: K, groups and scaling.
 
     Returns:
       As `mix_experts`; equal to it up to the order of additions.
     """
-    share = expert_shares(scores, bias, config)
+    share, chosen = expert_shares(scores, bias, config), select_experts(scores, bias, config)[0]
+    if isinstance(gate_up, Ruled) and isinstance(down, Ruled):  # codes, whose inputs each have a scale of their own
+        flat = jax.tree.map(lambda part: part.reshape(-1, part.shape[-1]), gate_up.weight)
+        both = quantized_dot(x, flat, gate_up.scheme).reshape(*share.shape, -1)
+        product = jax.vmap(lambda x, w: quantized_dot(x, w, down.scheme), in_axes=(1, 0), out_axes=1)
+        return Mixed(jnp.sum(product(_swiglu(both, None), down.weight) * share[..., None], axis=1), chosen)
     both = jnp.einsum("TD,FD->TF", x, gate_up.reshape(-1, x.shape[-1])).reshape(*share.shape, -1)
     hidden = _swiglu(both, share).reshape(x.shape[0], -1)
     output = jnp.einsum("TF,DF->TD", hidden, jnp.swapaxes(down, 0, 1).reshape(x.shape[-1], -1))
-    return Mixed(output, select_experts(scores, bias, config)[0])
+    return Mixed(output, chosen)
 
 
 def expert_shares(scores: Float[Array, "T E"], bias: Float[Array, " E"], config: DecoderConfig) -> Float[Array, "T E"]:
@@ -244,7 +249,7 @@ def _grouped(
     if not isinstance(weight, Ruled):
         return grouped_matmul(rows, weight, block_expert)
     if weight.scheme.activations is None:
-        if isinstance(weight.weight, Quantized) and len(rows) < ROWS * len(block_expert):
+        if isinstance(weight.weight, Quantized) and rows.shape[0] < ROWS * block_expert.shape[0]:
             return grouped_weight_only_dot(rows, weight.weight, block_expert)
         return grouped_matmul(rows, rounded(weight.weight, weight.scheme, rows.dtype), block_expert)
     return grouped_quantized_dot(rows, weight.weight, block_expert, weight.scheme, key=weight.key)

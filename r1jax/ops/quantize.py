@@ -6,6 +6,7 @@ what an integer cast does with 128 differs from compiler to compiler. Scales of 
 
 from typing import Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
@@ -70,20 +71,28 @@ def quantize(
     wide = _blocks(x.astype(jnp.float32), block)
     zero = None
     if kind == "affine8":
-        zero = jnp.min(wide, axis=-1).astype(scale_dtype)
+        zero = _as_stored(jnp.min(wide, axis=-1), scale_dtype)
         span = jnp.max(wide, axis=-1) - zero.astype(jnp.float32)
-        scale = jnp.maximum(span * np.float32(1 / 255), FLOOR).astype(scale_dtype)
+        scale = _as_stored(jnp.maximum(span * np.float32(1 / 255), FLOOR), scale_dtype)
         q = jnp.clip(jnp.round((wide - _column(zero)) / _column(scale)), 0, 255)
         return Quantized(_row(q, x.shape[-1]).astype(jnp.uint8), scale, zero)
     # Multiplied, not divided: of x / 127 compilers make either, and they differ in the last bit.
     largest = _largest(wide) if span is None else jnp.broadcast_to(span, wide.shape[:-1])
-    scale = jnp.maximum(largest * np.float32(1 / BOUND[kind]), FLOOR).astype(scale_dtype)
+    scale = _as_stored(jnp.maximum(largest * np.float32(1 / BOUND[kind]), FLOOR), scale_dtype)
     q = wide / _column(scale)
     if kind != "fp8":
         unit = None if bits is None else _blocks((bits >> 8).astype(jnp.float32) * np.float32(2**-24), block)
         q = jnp.round(q) if unit is None else jnp.floor(q + unit)
     q = jnp.clip(q, -BOUND[kind], BOUND[kind])
     return Quantized(_row(q, x.shape[-1]).astype(TYPE[kind]), scale)
+
+
+def _as_stored(x: Float[Array, "*shape"], dtype: DTypeLike) -> Float[Array, "*shape"]:
+    """Rounds fp32 to what is stored: a cast to bf16 and back XLA may leave out of a program, this it may not."""
+    if dtype == jnp.float32:
+        return x
+    kept = jnp.finfo(dtype)
+    return jax.lax.reduce_precision(x, kept.nexp, kept.nmant).astype(dtype)
 
 
 def magnitudes(x: Float[Array, "*rows I"], block: int | None) -> Float[Array, "*rows blocks"]:

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.export import is_symbolic_dim
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
@@ -134,6 +135,9 @@ def quantized_dot(
     trained = None if isinstance(weight, Quantized) else weight
     if scheme.activations is None:
         return _weight_only(x, trained, codes)
+    if codes.values.dtype == jnp.float32:  # a device compares no numbers of six dimensions
+        flat = x.reshape(-1, x.shape[-1])
+        return _product(_by_compiler, scheme, flat, trained, codes, key).reshape(*x.shape[:-1], -1)
     on_kernel = _on_hopper(x, codes) and _hopper_agrees(scheme.activations)
     return _product(_by_kernel if on_kernel else _by_compiler, scheme, x, trained, codes, key)
 
@@ -231,7 +235,8 @@ def grouped_quantized_dot(
     codes, trained = weight_codes(weight, scheme), None if isinstance(weight, Quantized) else weight
     keys = None if key is None else jax.random.split(key, count)
     blocks = rows.reshape(count, -1, rows.shape[-1])
-    return _grouped(scheme, blocks, trained, codes, jnp.minimum(block_expert, last), keys).reshape(len(rows), -1)
+    products = _grouped(scheme, blocks, trained, codes, jnp.minimum(block_expert, last), keys)
+    return products.reshape(rows.shape[0], -1)  # of an exported program a number that has no `len`
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -248,6 +253,8 @@ def _grouped_forward(
 
     narrow, like = quantize(x, scheme.activations, block=block_of(codes)), jnp.zeros((), x.dtype)
     saved = narrow, like, codes, None if weight is None else jnp.zeros((), weight.dtype), own, keys
+    if is_symbolic_dim(own.shape[0]):  # of an exported program, which gathers all of them, as that of floats does
+        return jax.vmap(one)((narrow, own)), saved
     return jax.lax.map(one, (narrow, own), batch_size=TOGETHER), saved
 
 
@@ -420,7 +427,8 @@ def multiply(x: Quantized, w: Quantized) -> Float[Array, "*B O"]:
 
     Args:
       x: [*B, I], symmetric.
-      w: [O, I], symmetric, with as many blocks.
+      w: [O, I], symmetric, with as many blocks. Integers that are held in fp32 are multiplied and summed so, for what
+        multiplies no others; below 2^24 these sums are the same.
 
     Returns:
       What the codes' product stands for.
@@ -428,8 +436,11 @@ def multiply(x: Quantized, w: Quantized) -> Float[Array, "*B O"]:
     Raises:
       ValueError: More numbers share a scale than an int32 can sum.
     """
-    a, b = (v if v.dtype == jnp.float8_e4m3fn else v.astype(jnp.int8) for v in (x.values, w.values))
-    wide = jnp.float32 if a.dtype == jnp.float8_e4m3fn else jnp.int32
+    if w.values.dtype == jnp.float32:
+        a, b = x.values.astype(jnp.float32), w.values
+    else:
+        a, b = (v if v.dtype == jnp.float8_e4m3fn else v.astype(jnp.int8) for v in (x.values, w.values))
+    wide = jnp.int32 if a.dtype == jnp.int8 else jnp.float32
     count, length = w.scale.shape[-1], a.shape[-1]
     if wide == jnp.int32 and block_length(length, count) > LONGEST:
         raise ValueError(f"{block_length(length, count)} products overflow an int32: take blocks of at most {LONGEST}")

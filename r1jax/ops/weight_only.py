@@ -28,10 +28,10 @@ def weight_only_dot(x: Float[Array, "*B I"], codes: Quantized) -> Float[Array, "
     Returns:
       Array of x's dtype, summed in fp32.
     """
-    if x.size == x.shape[-1] and _on_kernel(codes) and _kernel_agrees():
+    if _on_kernel(codes) and x.size == x.shape[-1] and _kernel_agrees():
         return _kernel(x.reshape(-1), codes).reshape(*x.shape[:-1], -1)
     w, scale = _factors(codes, x)
-    if x.size <= FEW * x.shape[-1] and target().platform == "gpu":
+    if target().platform == "gpu" and x.size <= FEW * x.shape[-1]:
         wide = w.astype(jnp.float32).reshape(*[1] * (x.ndim - 1), *w.shape)
         y = jnp.sum(x.astype(jnp.float32)[..., None, :] * wide, axis=-1)
     else:
@@ -97,14 +97,14 @@ def grouped_weight_only_dot(
       Array of the rows' dtype, summed in fp32.
     """
     own = jnp.minimum(block_expert, codes.shape[0] - 1)
-    blocks = rows.reshape(len(own), -1, rows.shape[-1])
+    blocks = rows.reshape(own.shape[0], -1, rows.shape[-1])
     w, scale = _factors(jax.tree.map(lambda part: part[own], codes), rows)
-    if blocks.shape[1] <= FEW and target().platform == "gpu":
+    if target().platform == "gpu" and blocks.shape[1] <= FEW:
         y = jnp.sum(blocks.astype(jnp.float32)[:, :, None, :] * w.astype(jnp.float32)[:, None], axis=-1)
     else:
         y = jnp.einsum("nbI,nOI->nbO", blocks, w, preferred_element_type=jnp.float32)
     y = y if scale is None else y * scale[:, None, :, 0]
-    return y.astype(rows.dtype).reshape(len(rows), -1)
+    return y.astype(rows.dtype).reshape(rows.shape[0], -1)
 
 
 def _factors(codes: Quantized, like: Array) -> tuple[Float[Array, "*E O I"], Float[Array, "*E O 1"] | None]:

@@ -28,8 +28,9 @@ from r1jax.parallel.platform import start_platform
 from r1jax.serve import export_jax, export_litert
 from r1jax.serve.evaluate import restore_served, same_path, scoring_config
 from r1jax.serve.export_card import describe_export, describe_ports, write_card
+from r1jax.serve.export_codes import OwnCodes, activations_line, code_sizes, for_device, in_groups, own_codes
 from r1jax.serve.export_finance import FinanceExport
-from r1jax.serve.export_gate import FP16, FP32, HALF, INT8, Subset, agreement_lines, compare
+from r1jax.serve.export_gate import FP16, FP32, HALF, INT8, ROUNDED, Subset, agreement_lines, compare
 from r1jax.serve.export_graph import Exported, Limits
 from r1jax.serve.export_medical import MedicalExport
 from r1jax.serve.export_rounding import CALIBRATION, CHECKED, RoundingCases, round_weights
@@ -39,6 +40,7 @@ from r1jax.tasks.task import Task
 from r1jax.train.checkpoint import Checkpoint
 from r1jax.train.checkpoints import find_checkpoint
 from r1jax.train.evaluation import Evaluator
+from r1jax.train.quantized import in_four_bits
 
 HELP = """\
 r1jax export CHECKPOINT --output DIR: the model of a medical or a finance run with its preprocessing, calibration and
@@ -48,6 +50,7 @@ in DIR, the exported model must say what the checkpoint says, on cases of --data
 Examples:
   r1jax export runs/medical --output exported
   r1jax export runs/medical --to litert --weights fp16 --install --output edge
+  r1jax export runs/medical-int8 --output exported       # of r1jax quantize: its codes, and what they compute
   r1jax export runs/finance --to litert --install --alerts-per-day 50 --output edge
 """
 EXPORTS = {"medical": MedicalExport, "finance": FinanceExport}
@@ -69,7 +72,8 @@ class ExportArguments:
     and reported by a script beside it."""
     weights: Literal["float", "fp16", "int8"] = "float"
     """Of litert, how they are stored: as fp32; as fp16, which is half of it and nearly the same model; or as int8, but
-    fp16 where that matters most to calls and int4 where it hardly matters (some minutes, docs/export.md)."""
+    fp16 where that matters most to calls and int4 where it hardly matters (some minutes, docs/export.md). Codes of
+    the checkpoint stay as they are; this is of its other weights."""
     converter: str | None = None
     """Python of an environment that has the LiteRT converter; none takes that which --install makes."""
     install: bool = False
@@ -93,7 +97,9 @@ class Opened(NamedTuple):
     exported: Exported
     """With what the checkpoint says of the cases, in its own precision."""
     rounding: RoundingCases | None = None
-    """Of --weights int8."""
+    """Of --weights int8, where the checkpoint has no codes."""
+    codes: OwnCodes | None = None
+    """Of a checkpoint with `model.quant`; `params` are they, or for litert what they stand for."""
 
 
 def export(words: list[str]) -> int:
@@ -144,8 +150,6 @@ def open_checkpoint(checkpoint: Checkpoint, asked: ExportArguments) -> Opened:
       UserError: It is damaged, of another task, preprocesses cases by plug-ins, or does what the target cannot.
     """
     checkpoint.verify()
-    if checkpoint.quantized:
-        raise UserError(f"{checkpoint.path} is quantized: export what it was made from")
     checkpoint.refuse_codes()
     told = EvalArguments(checkpoint=asked.checkpoint, data=asked.data, alerts_per_day=asked.alerts_per_day)
     config = scoring_config(checkpoint, told)
@@ -173,17 +177,44 @@ def open_checkpoint(checkpoint: Checkpoint, asked: ExportArguments) -> Opened:
     source = task.source(config.data.split)
     source = Subset(source, export_of.chosen(source, asked.cases))
     params = restore_served(checkpoint, config, network, task, mesh, source)
+    codes = own_codes(config, task, params, source)
+    if codes is not None and asked.to == "litert" and "fp8" in codes.activations:
+        raise UserError(
+            f"{checkpoint.path} rounds activations to fp8 (model.quant {' '.join(config.model.quant)}), which LiteRT "
+            "has not: export it by --to jax"
+        )
     evaluator = Evaluator(network, task, mesh)
-    rounding = rounding_cases(checkpoint, evaluator, params, asked) if asked.weights == "int8" else None
+    # Codes of its own are not chosen anew.
+    rounds = asked.weights == "int8" and codes is None
+    rounding = rounding_cases(checkpoint, evaluator, params, asked) if rounds else None
     exported = export_of(checkpoint, evaluator, params, source)
-    weights = jax.tree.map(np.asarray, params)
-    if asked.to == "litert":  # an edge device has neither bf16 nor loops, and its converter rounds by itself
-        plain = dataclasses.replace(config.model, precision="fp32", scan_layers=False, quant=())
-        config = dataclasses.replace(config, model=plain)
-        task = TASKS[config.task.name](config)
-        network = R1(plain, task.heads)
-        weights = jax.tree.map(lambda x: x.astype(np.float32) if x.dtype == jnp.bfloat16 else x, weights)
-    return Opened(checkpoint, config, task, network, weights, exported, rounding)
+    config, params = exported_weights(config, params, codes, asked.to)
+    task = TASKS[config.task.name](config)
+    return Opened(checkpoint, config, task, R1(config.model, task.heads), params, exported, rounding, codes)
+
+
+def exported_weights(
+    config: Config, params: Any, codes: OwnCodes | None, to: Literal["jax", "litert"]
+) -> tuple[Config, Any]:
+    """Weights as the target holds them, and the config by which it computes.
+
+    Args:
+      config: Of the checkpoint.
+      params: Weights to serve.
+      codes: Of a checkpoint that has some.
+      to: The target.
+
+    Returns:
+      The config, and NumPy arrays.
+    """
+    if to == "jax":
+        held = params if codes is None else in_four_bits(codes.params, codes.kinds)
+        return config, jax.tree.map(np.asarray, held)
+    # An edge device has neither bf16 nor loops.
+    held, quant = (params, ()) if codes is None else for_device(codes, config.model.quant)
+    plain = dataclasses.replace(config.model, precision="fp32", scan_layers=False, quant=quant)
+    held = jax.tree.map(lambda x: np.asarray(x, np.float32 if x.dtype == jnp.bfloat16 else None), held)
+    return dataclasses.replace(config, model=plain), held
 
 
 def rounding_cases(checkpoint: Checkpoint, evaluator: Evaluator, params: Any, asked: ExportArguments) -> RoundingCases:
@@ -239,43 +270,71 @@ def write(folder: Path, opened: Opened, asked: ExportArguments, converter: Path 
     Returns:
       The agreement; if it does agree, the card holds it too.
     """
-    wanted, params, kinds = opened.exported.ports, opened.params, dict[str, str]()
-    if opened.rounding is not None:
-        checked, count = opened.rounding.checked, min(len(opened.rounding.train), CALIBRATION)
-        print(f"rounding weights by {count} training cases", file=sys.stderr)
-        constants = export_litert.read_constants(
-            checked.graph(opened.task, opened.model, params), checked.ports, converter
-        )
-        params, kinds, held = round_weights(opened.rounding, opened.task, opened.model, params, constants)
-        if not held["agrees"]:
-            print(f"warning: no rounding agrees on cases of {held['data']['name']}; the last is taken", file=sys.stderr)
+    wanted, codes, trained = opened.exported.ports, opened.codes, opened.checkpoint.config().model
+    params, kinds = (opened.params, {}) if opened.rounding is None else rounded_weights(opened, converter)
     graph = opened.exported.graph(opened.task, opened.model, params)
     run: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
     if converter is None:
         largest, outputs = export_jax.write_model(folder, graph, wanted)
         made = {"file": export_jax.MODEL, "platforms": list(export_jax.PLATFORMS), "batch": f"1 to {largest}"}
-        versions, kind = {"jax": jax.__version__}, "exported"
+        versions, kind, stored = {"jax": jax.__version__}, "exported", code_sizes(codes) if codes else {}
+        kinds = codes.kinds if codes else {}
         run = export_jax.read_model(folder)
     else:
-        narrow = asked.weights != "float"
-        versions, outputs, stored = export_litert.write_model(folder, graph, wanted, narrow=narrow, converter=converter)
+        written = export_litert.write_model(
+            folder,
+            graph,
+            wanted,
+            narrow=asked.weights != "float",
+            converter=converter,
+            codes=in_groups(codes) if codes else None,
+        )
+        versions, outputs, stored, found = written
+        kinds = {name: kind for name, kind in codes.kinds.items() if name in found} if codes else kinds
         (folder / TEXTS).write_text(json.dumps(opened.exported.texts(), ensure_ascii=False, indent=1) + "\n", "utf-8")
         made = {"file": export_litert.MODEL, "batch": "1", "precision": "fp32"}
         kind = "edge"
         if asked.weights != "float":
             made["precision"] = f"{asked.weights} weights"
             kind += f", {asked.weights} weights"
-            made["stored"] = {"bytes": stored, "weights": kinds}
-            print(stored_line(asked.weights, stored))
         run = functools.partial(export_litert.run_model, folder, converter=converter)
+    if stored:
+        made["stored"] = {"bytes": stored, "weights": kinds}
+        print(stored_line(asked.weights, stored))
+    if codes is not None:
+        made["quantized"] = {
+            "rules": list(trained.quant),
+            "activations": activations_line(codes, asked.to),
+        }
+        print(f"activations: {made['quantized']['activations']}")
     card = describe_export(opened.checkpoint, opened.config, opened.exported, kind, versions)
     card |= {"to": asked.to, **made, **describe_ports(wanted, outputs)}
     card["sha256"] = {file.name: sha256(file) for file in sorted(folder.iterdir())}
     write_card(folder, card)
-    agreement = compare(run, opened.exported, limits_of(opened.checkpoint.config().model, asked))
+    agreement = compare(run, opened.exported, limits_of(trained, codes, asked))
     if agreement["agrees"]:
         write_card(folder, card | {"agreement": agreement})
     return agreement
+
+
+def rounded_weights(opened: Opened, converter: Path) -> tuple[Any, dict[str, str]]:
+    """The weights of --weights int8, of a checkpoint that has no codes.
+
+    Args:
+      opened: The checkpoint.
+      converter: Python of the LiteRT converter.
+
+    Returns:
+      As in `RoundedWeights`.
+    """
+    checked, count = opened.rounding.checked, min(len(opened.rounding.train), CALIBRATION)
+    print(f"rounding weights by {count} training cases", file=sys.stderr)
+    graph = checked.graph(opened.task, opened.model, opened.params)
+    constants = export_litert.read_constants(graph, checked.ports, converter)
+    params, kinds, held = round_weights(opened.rounding, opened.task, opened.model, opened.params, constants)
+    if not held["agrees"]:
+        print(f"warning: no rounding agrees on cases of {held['data']['name']}; the last is taken", file=sys.stderr)
+    return params, kinds
 
 
 def stored_line(asked: str, stored: dict[str, int]) -> str:
@@ -301,19 +360,22 @@ def stored_line(asked: str, stored: dict[str, int]) -> str:
     return f"weights: {told} of {sum(stored.values()):,} bytes"
 
 
-def limits_of(trained: ModelConfig, asked: ExportArguments) -> Limits:
+def limits_of(trained: ModelConfig, codes: OwnCodes | None, asked: ExportArguments) -> Limits:
     """How far the exported model may be from the checkpoint, by what rounds numbers in one of them alone or otherwise.
 
     Args:
       trained: The checkpoint's own model.
+      codes: Its codes, if it has some.
       asked: The command line.
 
     Returns:
       The limits.
     """
-    if asked.weights == "int8" or (asked.to == "litert" and trained.quant):
+    if asked.to == "litert" and codes is not None and codes.activations:
+        return ROUNDED
+    if asked.weights == "int8" and codes is None:
         return INT8
-    if asked.weights == "fp16":
+    if asked.weights != "float":
         return FP16
     return FP32 if trained.precision == "fp32" else HALF
 

@@ -13,7 +13,7 @@ from r1jax.data.transaction_cases import TransactionCases
 from r1jax.data.transaction_history import CHANNELS, FEATURES
 from r1jax.errors import UserError
 from r1jax.models.r1 import R1
-from r1jax.serve.export_graph import Graph, Held, Limits, Port, text_inputs, text_ports, tokenize
+from r1jax.serve.export_graph import Graph, Held, Limits, Port, constants, text_inputs, text_ports, tokenize
 from r1jax.serve.scored import refuse_not_finite
 from r1jax.tasks.calibration import Calibration, Platt, from_json
 from r1jax.tasks.finance.alerts import ACTIONS, ALERT, BANDS, Policy, make_policy
@@ -40,6 +40,7 @@ class FinanceExport:
     """
 
     notice = NOTICE
+    batch = BATCH
     decided = ("score",)
     generated = "Trained on generated payments: no person, no bank."
 
@@ -189,10 +190,10 @@ def exported_graph(task: Finance, model: R1, params: Any, calibration: Calibrati
       (arrays of `ports` with a leading batch axis) -> "score" before calibration, "probability" after it, and "band",
       0 to 3.
     """
-    read = functools.partial(model.apply, {"params": jax.tree.map(jnp.asarray, params)})
     edges = [first_score(band, calibration, policy) for band in range(1, len(BANDS))]
 
     def graph(inputs: dict[str, Array]) -> dict[str, Array]:
+        read = functools.partial(model.apply, {"params": constants(params)})
         batch = {name: inputs[name] for name in ("series", "series_state", "series_valid")}
         batch["target.fraud"] = jnp.zeros(inputs["has_numbers"].shape, jnp.float32)  # its shape is asked for
         batch |= {"table": inputs["table"]} if "table" in inputs else {}

@@ -9,8 +9,6 @@ from jaxtyping import Bool
 
 from r1jax.serve.export_graph import Exported, Limits
 
-CHUNK = 64
-"""Cases that are run at once."""
 ENOUGH, SAME = 1000, 0.999
 """From so many decisions on, this share of them must be the same; of fewer, all."""
 
@@ -20,6 +18,9 @@ HALF = Limits(probability=1e-2, level=1e-2, mm=0.1, near=1e-3)
 """Of bf16 and fp16: a program that is compiled otherwise rounds its activations otherwise, in the third digit."""
 FP16 = Limits(probability=0.02, level=0.02, mm=0.5, near=1e-3)
 """Of weights that are stored as fp16: a token that lies between two experts may be routed to the other."""
+ROUNDED = Limits(probability=0.1, level=0.2, mm=2.0, near=1e-3)
+"""Of rounded activations that are computed in another order: at their edges they fall to other codes, as those of the
+checkpoint itself do in batches of another size."""
 INT8 = Limits(probability=0.1, level=0.2, mm=2.0)
 """Wide, for the decisions are what counts; a converter whose output collapses misses it by far. In 4,800 decisions
 a level's probability moved by .12 at most, and that of a call by .0075."""
@@ -62,8 +63,10 @@ def compare(
     """
     count, shown = len(exported.source), exported.shown
     rows, same = {}, np.ones((len(shown), count), bool)
-    for first in range(0, count, CHUNK):
-        chunk = np.arange(first, min(first + CHUNK, count))
+    for first in range(0, count, exported.batch):
+        # Whole batches: of another size a program is compiled otherwise, and rounded activations fall to other sides.
+        chunk = np.minimum(np.arange(first, first + exported.batch), count - 1)
+        real = min(exported.batch, count - first)
         raw = exported.source.read_batch(chunk)
         inputs = exported.inputs(raw)
         for index, way in enumerate(shown):
@@ -72,9 +75,9 @@ def compare(
                 empty = {"kind": held.kind, "largest_difference": 0.0, "limit": held.limit, "same": 0}
                 row = rows.setdefault(name, empty)
                 row["largest_difference"] = max(row["largest_difference"], float(held.difference.max()))
-                row["same"] += int(held.same.sum())
+                row["same"] += int(held.same[:real].sum())
                 if held.decides:
-                    same[index, chunk] &= held.same
+                    same[index, chunk[:real]] &= held.same[:real]
     return _verdict(rows, same, exported)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
@@ -11,7 +12,9 @@ from jaxtyping import Array, Bool, Float, Int
 from r1jax.data import tokenizer
 from r1jax.data.source import Source
 from r1jax.models.r1 import R1
+from r1jax.ops.quantize import pack_int4
 from r1jax.tasks.task import Task
+from r1jax.train.quantized import is_codes
 
 Graph = Callable[[dict[str, Array]], dict[str, Array]]
 """Arrays of the ports with a leading batch axis -> arrays by output, cases first."""
@@ -63,6 +66,7 @@ class Exported(Protocol):
 
     Attributes:
       source: The cases that the export is compared on.
+      batch: Cases that the checkpoint read at once.
       ports: What the graph reads.
       shown: Names of the ways to show a case, the one that shows all first.
       decided: Names of the outputs, probabilities, on which calls hang.
@@ -71,6 +75,7 @@ class Exported(Protocol):
     """
 
     source: Source
+    batch: int
     ports: dict[str, Port]
     shown: tuple[str, ...]
     decided: tuple[str, ...]
@@ -126,6 +131,44 @@ class Exported(Protocol):
     def texts(self) -> dict[str, Any]:
         """What a device fills its reports from; JSON."""
         ...
+
+
+class GroupedCodes(NamedTuple):
+    """Codes of a weight, in groups that have one scale each."""
+
+    kind: str
+    """int8 or int4."""
+    groups: Int[np.ndarray, "G b"]
+    """The last group of each row is filled up with zeros where it is shorter."""
+    scale: Float[np.ndarray, " G"]
+    row: int
+    """Numbers of a row."""
+
+
+def constants(params: Any) -> Any:
+    """Weights as constants of the program that is being traced; codes stay as narrow as they are.
+
+    Args:
+      params: Arrays and codes; of codes of 4 bits, which are JAX's own type, the program holds two a byte.
+
+    Returns:
+      What the model is applied with. A barrier keeps compilers from widening codes ahead of time, which would cost
+      memory, and from computing with other roundings than the checkpoint's own program, which is given its weights.
+    """
+
+    def constant(x: Any) -> Any:
+        if not is_codes(x):
+            return jnp.asarray(x)
+        if x.values.dtype == jnp.float32:
+            return jax.tree.map(jnp.asarray, x)
+        if x.values.dtype != jnp.int4:
+            return jax.lax.optimization_barrier(jax.tree.map(jnp.asarray, x))
+        packed = x._replace(values=jnp.asarray(pack_int4(np.asarray(x.values))))
+        held = jax.lax.optimization_barrier(jax.tree.map(jnp.asarray, packed))
+        halves = jnp.stack([held.values & 0xF, held.values >> 4], axis=-1).reshape(-1)[: x.values.size]
+        return held._replace(values=((halves ^ 8).astype(jnp.int8) - 8).reshape(x.values.shape))
+
+    return jax.tree.map(constant, params, is_leaf=is_codes)
 
 
 def text_ports(tokens: int) -> dict[str, Port]:

@@ -19,7 +19,7 @@ from r1jax.edge.artefact import RUNNER
 from r1jax.errors import UserError
 from r1jax.models.moe import dense_mixtures
 from r1jax.serve import litert_worker
-from r1jax.serve.export_graph import Graph, Port
+from r1jax.serve.export_graph import Graph, GroupedCodes, Port
 
 REQUIREMENTS = ("litert-converter==0.5.0", "ai-edge-litert==2.3.0")
 """What the converter's environment holds; its interface is private, hence the exact versions."""
@@ -37,6 +37,8 @@ class Written(NamedTuple):
     """By name, for a batch of 1."""
     stored: dict[str, int]
     """Bytes of the weights by type, without their scales; {} of a file of fp32."""
+    found: list[str]
+    """Names of the given codes that the file has."""
 
 
 def default_environment() -> Path:
@@ -90,7 +92,15 @@ def _make_environment(home: Path) -> None:
         raise
 
 
-def write_model(folder: Path, graph: Graph, wanted: dict[str, Port], *, narrow: bool, converter: Path) -> Written:
+def write_model(
+    folder: Path,
+    graph: Graph,
+    wanted: dict[str, Port],
+    *,
+    narrow: bool,
+    converter: Path,
+    codes: dict[str, GroupedCodes] | None = None,
+) -> Written:
     """Writes the edge network and its runner.
 
     Args:
@@ -99,6 +109,7 @@ def write_model(folder: Path, graph: Graph, wanted: dict[str, Port], *, narrow: 
       wanted: What it reads.
       narrow: Stores matrices that are codes times scales as int8, and others as fp16; otherwise all are fp32.
       converter: Python that has the converter.
+      codes: Of a checkpoint that has some, by name: they are stored as they are, and no other weights as codes.
 
     Returns:
       What is known of the file.
@@ -106,17 +117,17 @@ def write_model(folder: Path, graph: Graph, wanted: dict[str, Port], *, narrow: 
     Raises:
       UserError: The converter is missing or fails.
     """
-    told, outputs = _convert(graph, wanted, folder / MODEL, converter, narrow=narrow)
+    told, outputs = _convert(graph, wanted, folder / MODEL, converter, narrow=narrow, codes=codes)
     with tempfile.TemporaryDirectory() as place:
         package = Path(place) / "package"
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(Path(edge.__file__).parent, package / "r1jax_edge", ignore=ignored)
         zipapp.create_archive(package, folder / RUNNER, main="r1jax_edge.__main__:main")
-    return Written(told["versions"], outputs, told["stored"])
+    return Written(told["versions"], outputs, told["stored"], told["found"])
 
 
 def read_constants(graph: Graph, wanted: dict[str, Port], converter: Path) -> list[np.ndarray]:
-    """The matrices of the edge network as the converter makes them, in fp32.
+    """The numbers of the edge network as the converter makes them, in fp32.
 
     Args:
       graph: From `exported_graph`, in fp32.
@@ -124,7 +135,7 @@ def read_constants(graph: Graph, wanted: dict[str, Port], converter: Path) -> li
       converter: Python that has the converter.
 
     Returns:
-      Arrays of two axes or more.
+      Arrays, matrices and vectors.
 
     Raises:
       UserError: The converter is missing or fails.
@@ -143,6 +154,7 @@ def _convert(
     converter: Path,
     *,
     narrow: bool = False,
+    codes: dict[str, GroupedCodes] | None = None,
     constants: str | None = None,
 ) -> tuple[dict[str, Any], dict[str, jax.ShapeDtypeStruct]]:
     """Has the worker convert a graph for one case; what it says, and the outputs by name."""
@@ -154,6 +166,11 @@ def _convert(
     with tempfile.TemporaryDirectory() as place:
         source = Path(place) / "model.mlir"
         source.write_text(program.mlir_module())  # text: of serialized bytecode the converter dies
+        given = None
+        if codes is not None:
+            given = str(Path(place) / "codes.npz")
+            parts = {f"{name}.{part}": x for name, held in codes.items() for part, x in held._asdict().items()}
+            np.savez(given, **parts)
         asked = {
             "do": "convert",
             "source": str(source),
@@ -161,6 +178,7 @@ def _convert(
             "inputs": sorted(one),
             "outputs": sorted(outputs),
             "narrow": narrow,
+            "codes": given,
             "constants": constants,
         }
         told = _work(converter, asked)

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from r1jax.models.r1 import R1
-from r1jax.serve.export_graph import Graph, Held, Limits, Port, text_inputs, text_ports, tokenize
+from r1jax.serve.export_graph import Graph, Held, Limits, Port, constants, text_inputs, text_ports, tokenize
 from r1jax.serve.export_texts import report_texts
 from r1jax.serve.scored import Points, Scored, frozen_points, score
 from r1jax.tasks.medical import batch as b
@@ -36,6 +36,7 @@ class MedicalExport:
     """
 
     notice = NOTICE
+    batch = BATCH
     generated = f"Trained on generated cases. {SYNTHETIC}"
 
     def __init__(self, checkpoint: Checkpoint, evaluator: Evaluator, params: Any, source: Any) -> None:
@@ -194,10 +195,10 @@ def exported_graph(task: Medical, model: R1, params: Any, points: Points) -> Gra
       (arrays of `ports` with a leading batch axis) -> predictions by finding, and `call.FINDING` of each binary one:
       1 at or above the threshold of what the case has, else 0.
     """
-    read = functools.partial(model.apply, {"params": jax.tree.map(jnp.asarray, params)})
     mode = {name: jnp.asarray(hidden) for name, hidden in MODES["both"].items()}
 
     def graph(inputs: dict[str, Array]) -> dict[str, Array]:
+        read = functools.partial(model.apply, {"params": constants(params)})
         batch = {name: x for name, x in inputs.items() if name not in ("table", "text", "text_bytes")}
         if "table" in inputs:
             batch |= standardise(inputs["table"])
@@ -214,7 +215,9 @@ def exported_graph(task: Medical, model: R1, params: Any, points: Points) -> Gra
 def standardise(table: Float[Array, "B F"]) -> dict[str, Array]:
     """Brings record fields to order one, as `collate` does on the host, and says which cases have any."""
     center = jnp.asarray([field.center for field in RECORD_FIELDS], jnp.float32)[None]
-    scale = jnp.asarray([field.scale for field in RECORD_FIELDS], jnp.float32)[None]
+    scale = jnp.broadcast_to(jnp.asarray([field.scale for field in RECORD_FIELDS], jnp.float32)[None], table.shape)
+    # Behind a barrier they are no constants, for which XLA would multiply by the inverse: the last bit is the host's.
+    scale = jax.lax.optimization_barrier(scale)
     return {"table": (table - center) / scale, "has_table": ~jnp.all(jnp.isnan(table), axis=1)}
 
 

@@ -16,13 +16,15 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from r1jax.data.source import Source
+from r1jax.errors import UserError
 from r1jax.models.moe import dense_mixtures
 from r1jax.models.quantized import Use, observing
 from r1jax.models.r1 import R1
-from r1jax.serve.export_gate import CHUNK, INT8, compare
+from r1jax.serve.export_gate import INT8, compare
 from r1jax.serve.export_graph import Exported
 from r1jax.serve.litert_worker import STEPS, storable
 from r1jax.serve.quantize_budget import Option, choose
+from r1jax.serve.quantize_report import MOST
 from r1jax.serve.quantize_weights import SHARED, contracted, passing_on
 from r1jax.tasks.task import Task
 from r1jax.train.quantized import path_of, rows_of, weight_of, with_codes
@@ -30,6 +32,8 @@ from r1jax.train.quantized import path_of, rows_of, weight_of, with_codes
 CALIBRATION, MEASURED, CHECKED = 256, 32, 1024
 """Training cases by whose inputs weights are rounded, those of them whose outputs are compared with each weight rounded
 alone, and others by whose calls it is seen whether all of it suffices."""
+CHUNK = 64
+"""Training cases that are run at once."""
 DIFFERENT = 0.0005
 """Share of the `CHECKED` decisions that may differ: half of what the gate lets through, which has other cases."""
 SHARES = (0.9, 0.95, 1.0, 1.03, 1.06, 1.1, 1.2, 1.4)
@@ -38,8 +42,8 @@ LARGEST_LOG_ODDS = 7.0
 """Log odds beyond which no threshold lies that is worth a bit: p = 0.999."""
 
 
-BITS = {"int4": 4, "int8": 8}
-"""Of a code."""
+BITS = {"int4": 4, "int8": 8, "fp16": 16}
+"""Of a number."""
 OTHERS = 0.1
 """Weight of an output on which no call hangs, beside those on which one does."""
 LEAST_SPREAD = 1e-3
@@ -82,10 +86,13 @@ def round_weights(
       task: Of the config that is exported.
       model: Of fp32.
       params: Weights.
-      constants: Matrices of the converted program, see `folded`.
+      constants: Numbers of the converted program, see `folded`.
 
     Returns:
       The first choice, by rising size, whose calls on the `checked` cases are the checkpoint's; if none is, the last.
+
+    Raises:
+      UserError: Even if all of them are int8, most bytes of the file are not.
     """
     checked = cases.checked
 
@@ -102,12 +109,22 @@ def round_weights(
         for name, factor in factors.items()
         if factor is not None
     }
+    sizes = {name: tensors[name].size for name in rounded}
+    others = bytes_of_others(constants, sizes)
+    share = int8_share(dict.fromkeys(rounded, "int8"), sizes, others)
+    if share <= MOST:
+        raise UserError(
+            f"--weights int8: at most {share:.1%} of the bytes of the weights can be int8, so that the file could not "
+            "be called that (vectors and small matrices stay fp32): export by --weights fp16"
+        )
     run = jax.jit(predict)
     print(f"{len(rounded)} weights rounded: trying each alone, then how many bytes keep the calls", file=sys.stderr)
     found = storage_options(cases, run, params, rounded)
     int8 = sum(option.bytes for group in found.values() for option in group if option.rule == "int8")
     for share in SHARES:
-        kinds = {name: option.rule for name, option in choose(found, math.ceil(int8 * share)).items()}
+        kinds = mostly_int8(found, math.ceil(int8 * share), sizes, others)
+        if kinds is None:
+            continue
         trial = with_codes(params, {name: rounded[name][kind].weight for name, kind in kinds.items() if kind in STEPS})
         agreement = compare(lambda inputs, trial=trial: jax.device_get(run(trial, inputs)), checked, INT8)
         made = agreement["decisions"]
@@ -116,6 +133,64 @@ def round_weights(
         if agreement["agrees"] and made["of"] - made["same"] <= DIFFERENT * made["of"]:
             break
     return RoundedWeights(trial, kinds, agreement)
+
+
+def bytes_of_others(constants: list[np.ndarray], sizes: dict[str, int]) -> int:
+    """Bytes of the numbers of a narrow file that belong to none of the weights that are rounded.
+
+    Args:
+      constants: Of the converted program.
+      sizes: Numbers of each weight that may become codes, by name.
+
+    Returns:
+      Of vectors, small matrices and whatever else cannot be codes.
+    """
+    whole = sum(x.size * (2 if storable(x.shape) else 4) for x in constants)
+    return max(0, whole - 2 * sum(sizes.values()))
+
+
+def int8_share(kinds: dict[str, str], sizes: dict[str, int], others: int) -> float:
+    """Share of int8 in the bytes of a file's numbers, without scales.
+
+    Args:
+      kinds: Of the weights that are rounded, by name.
+      sizes: Numbers of each.
+      others: Bytes of all others.
+
+    Returns:
+      0 to 1.
+    """
+    taken = {name: math.ceil(sizes[name] * BITS[kind] / 8) for name, kind in kinds.items()}
+    return sum(size for name, size in taken.items() if kinds[name] == "int8") / max(1, others + sum(taken.values()))
+
+
+def mostly_int8(
+    found: dict[str, list[Option]], limit: int, sizes: dict[str, int], others: int
+) -> dict[str, str] | None:
+    """A kind of each weight, so that all fit, most of the bytes are int8, and outputs change little.
+
+    Bytes of other kinds are charged with a price that is doubled until int8 is most of what is chosen; the choice is
+    the best at its price, and at none where int8 is most anyway.
+
+    Args:
+      found: From `storage_options`.
+      limit: Bytes of all of them.
+      sizes: Numbers of each.
+      others: Bytes of the numbers that are not chosen.
+
+    Returns:
+      Kinds by name; None if int8 cannot be most within the limit.
+    """
+    largest = max(option.change for group in found.values() for option in group)
+    for price in (0.0, *(max(largest, 1e-12) * 2.0**step for step in range(-60, 11))):
+        charged = {
+            name: [o._replace(change=o.change + price * (0 if o.rule == "int8" else o.bytes)) for o in group]
+            for name, group in found.items()
+        }
+        kinds = {name: option.rule for name, option in choose(charged, limit).items()}
+        if int8_share(kinds, sizes, others) > MOST:
+            return kinds
+    return None
 
 
 def calibration_inputs(cases: RoundingCases, count: int) -> Iterator[dict[str, np.ndarray]]:

@@ -33,9 +33,9 @@ def with_rarity(
       seen: Is called after each part of the texts.
 
     Returns:
-      The state; as it is, where the model reads no n-grams.
+      The state; as it is, where the model reads no n-grams, or learns nothing of them beside adapters.
     """
-    if "ngrams" not in state.params:
+    if "ngrams" not in state.params or (config.train.init and config.model.lora_rank):
         return state
     measured = rarity(task, source, config.model.text_ngrams, seen)
     return _put(state, lambda old: jax.device_put(measured.astype(old.dtype), old.sharding))

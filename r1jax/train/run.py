@@ -208,7 +208,7 @@ def restore_or_init(
     if config.train.init:
         measured = fresh.params.get("ngrams", {}).get(RARITY)
         fresh, said = start_from(config.train.init, fresh, config.model, run.workdir)
-        if measured is not None and not config.model.lora_rank:  # beside adapters nothing is learned of n-grams
+        if measured is not None and not config.model.lora_rank:
             fresh = with_known(fresh, measured)
     if rounds:
         fresh = jax.jit(lambda state: encode_frozen(state, model, task, batch), out_shardings=where)(fresh)

@@ -2,8 +2,8 @@
 
 import pytest
 
-from r1jax.config import CacheConfig
-from r1jax.data.cache import Breaker, GuardedTier, SharedTier, open_tier
+from r1jax.config import CacheConfig, Config, DataConfig, TaskConfig
+from r1jax.data.cache import Breaker, GuardedTier, SharedTier, cache_remarks, open_tier
 from r1jax.data.cache_lmdb import LmdbTier
 from r1jax.data.cache_redis import RedisTier
 from r1jax.data.cache_values import NotStored
@@ -127,3 +127,19 @@ def test_the_password_comes_from_the_environment_and_is_never_told(monkeypatch):
     assert tier.name == "redis://host:7/2"
     asked = tier.client().connection_pool.connection_kwargs
     assert (asked["username"], asked["password"], asked["host"], asked["db"]) == ("me", "a/b@c:d%", "host", 2)
+
+
+@pytest.mark.parametrize(
+    ("task", "path", "url", "told"),
+    [
+        ("medical", None, "lmdb:x", "generated cases go through no cache: leave it out"),
+        ("finance", "x.csv", "redis://host", "what the finance task reads goes through no cache"),
+        ("medical", "cases", "lmdb:x", None),
+        ("medical", None, "memory", None),
+        ("medical", None, None, None),
+    ],
+)
+def test_a_cache_that_is_named_in_vain_is_said(task, path, url, told):
+    data = DataConfig(path=path, cache=CacheConfig(url=url))
+    found = cache_remarks(Config(task=TaskConfig(name=task), data=data))
+    assert (found == []) if told is None else (len(found) == 1 and told in found[0] and repr(url) in found[0])

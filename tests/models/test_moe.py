@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from r1jax.config import DecoderConfig
-from r1jax.models.moe import MoE, dense_mixtures, expert_shares, select_experts, sequence_balance_loss
+from r1jax.models.moe import Experts, MoE, dense_mixtures, expert_shares, select_experts, sequence_balance_loss
+from r1jax.models.quantized import rounding_by
+from r1jax.ops.quantized_dot import Scheme, weight_codes
 from r1jax.train.step import balance_routers
 
 CONFIG = DecoderConfig(
@@ -88,6 +90,23 @@ def test_the_dense_mixture_equals_the_sorted_one():
     np.testing.assert_allclose(dense_out, sorted_out, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(dense_stats.load, stats.load)
     assert "sort" not in program and "top_k" not in program
+
+
+def test_the_dense_mixture_of_codes_in_fp32_equals_the_sorted_one_of_int8():
+    """Their inputs are rounded alike, token by token and expert by expert."""
+    module, rng, scheme = Experts(CONFIG, jnp.float32), np.random.default_rng(0), Scheme("int8", "int8")
+    x = jnp.asarray(rng.standard_normal((2, 5, 6)), jnp.float32)
+    scores, bias = jnp.asarray(rng.uniform(size=(2, 5, CONFIG.n_routed_experts)), jnp.float32), jnp.zeros(8)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), x, scores, bias)["params"]
+    codes = jax.tree.map(lambda leaf: weight_codes(jnp.asarray(rng.standard_normal(leaf.shape)), scheme), shapes)
+    in_fp32 = {name: q._replace(values=q.values.astype(jnp.float32)) for name, q in codes.items()}
+    with rounding_by(("int8",)):
+        sorted_out = jax.jit(module.apply)({"params": codes}, x, scores, bias).output
+        with dense_mixtures():
+            product = jax.jit(lambda *arguments: module.apply(*arguments).output)
+            dense = product.lower({"params": in_fp32}, x, scores, bias)
+    assert "xi32>" not in "".join(line for line in dense.as_text().splitlines() if "dot_general" in line)
+    np.testing.assert_allclose(dense.compile()({"params": in_fp32}, x, scores, bias), sorted_out, rtol=1e-4, atol=1e-5)
 
 
 def test_bias_decides_who_wins_but_not_the_weight():

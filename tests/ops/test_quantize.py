@@ -115,3 +115,9 @@ def test_balanced_codes_stand_for_the_weight_that_was_balanced():
     q = quantize(w * jnp.broadcast_to(power, w.shape), "int8")
     stands = dequantize(q._replace(balance=power.astype(jnp.bfloat16)))
     np.testing.assert_array_equal(stands * jnp.broadcast_to(power, w.shape), dequantize(q))
+
+
+def test_a_scale_is_rounded_to_bf16_by_what_no_compiler_leaves_out():
+    """XLA may leave out a cast to bf16 and back, and then rounds by another scale than the one that is stored."""
+    rounded = jax.jit(lambda x: quantize(x, "int8", scale_dtype=jnp.bfloat16)).lower(jnp.ones((2, 3))).as_text()
+    assert "reduce_precision" in rounded and "format = e8m7" in rounded

@@ -15,9 +15,12 @@ from r1jax.data import tokenizer
 from r1jax.data.synthetic import SyntheticCases
 from r1jax.edge.artefact import SUM, card_sum
 from r1jax.errors import UserError
+from r1jax.models.quantized import Use
+from r1jax.ops.quantized_dot import Scheme
 from r1jax.serve import export_command, export_jax
+from r1jax.serve.export_codes import OwnCodes
 from r1jax.serve.export_command import ExportArguments, Opened, export, limits_of, open_checkpoint
-from r1jax.serve.export_gate import FP16, FP32, HALF, INT8, compare
+from r1jax.serve.export_gate import FP16, FP32, HALF, INT8, ROUNDED, compare
 from r1jax.serve.export_graph import Port, tokenize
 from r1jax.serve.export_medical import at_least, raw_inputs, standardise
 from r1jax.tasks.medical.batch import collate
@@ -214,37 +217,40 @@ def test_hashed_words_are_refused_for_litert(tmp_path):
         open_checkpoint(checkpoint, ExportArguments(checkpoint=str(checkpoint.path), output="new", to="litert"))
 
 
-@pytest.mark.parametrize("change", [{"precision": "bf16_pure"}, {"quant": ("int8",)}], ids=str)
-def test_a_device_is_held_to_the_checkpoint_in_its_own_precision(tmp_path, change):
-    model = dataclasses.replace(get_config().model, **change)
+def test_a_device_is_held_to_the_checkpoint_in_its_own_precision(tmp_path):
+    model = dataclasses.replace(get_config().model, precision="bf16_pure")
     checkpoint = write_checkpoint(tmp_path / "00000024", model=model)
     asked = ExportArguments(checkpoint=str(checkpoint.path), output="", cases=12, to="litert")
     edge = open_checkpoint(checkpoint, asked)
-    assert edge.config.model == dataclasses.replace(model, precision="fp32", quant=())
+    assert edge.config.model == dataclasses.replace(model, precision="fp32")
     assert {leaf.dtype for leaf in jax.tree.leaves(edge.params)} == {np.dtype(np.float32)}
     run = jax.jit(edge.exported.graph(edge.task, edge.model, edge.params))
-    agreement = compare(lambda inputs: jax.device_get(run(inputs)), edge.exported, limits_of(model, asked))
+    agreement = compare(lambda inputs: jax.device_get(run(inputs)), edge.exported, limits_of(model, None, asked))
     assert agreement["findings"]["malignancy"]["largest_difference"] > 1e-5  # an fp32 copy would differ by less
     assert agreement["agrees"]
 
 
 @pytest.mark.parametrize(
-    ("to", "weights", "change", "limits"),
+    ("to", "weights", "precision", "scheme", "limits"),
     [
-        ("jax", "float", {}, FP32),
-        ("jax", "float", {"precision": "bf16"}, HALF),
-        ("jax", "float", {"quant": ("int8",)}, FP32),
-        ("litert", "float", {}, FP32),
-        ("litert", "float", {"precision": "fp16"}, HALF),
-        ("litert", "float", {"quant": ("int8",)}, INT8),
-        ("litert", "fp16", {"precision": "bf16"}, FP16),
-        ("litert", "fp16", {"quant": ("int8",)}, INT8),
-        ("litert", "int8", {"precision": "bf16"}, INT8),
+        ("jax", "float", "fp32", None, FP32),
+        ("jax", "float", "bf16", None, HALF),
+        ("jax", "float", "fp32", Scheme("int8", "int8"), FP32),
+        ("litert", "float", "fp32", None, FP32),
+        ("litert", "float", "fp16", None, HALF),
+        ("litert", "float", "fp32", Scheme("int8"), FP32),
+        ("litert", "float", "fp32", Scheme("int8", "int8"), ROUNDED),
+        ("litert", "fp16", "bf16", None, FP16),
+        ("litert", "fp16", "fp32", Scheme("int4"), FP16),
+        ("litert", "fp16", "fp32", Scheme("int8", "int8"), ROUNDED),
+        ("litert", "int8", "bf16", None, INT8),
+        ("litert", "int8", "fp32", Scheme("int8"), FP16),
     ],
 )
-def test_limits_are_those_of_what_rounds(to, weights, change, limits):
-    trained = dataclasses.replace(get_config().model, **change)
-    assert limits_of(trained, ExportArguments(checkpoint="", output="", to=to, weights=weights)) == limits
+def test_limits_are_those_of_what_rounds(to, weights, precision, scheme, limits):
+    trained = dataclasses.replace(get_config().model, precision=precision)
+    codes = scheme and OwnCodes({}, {"x/weight": (Use("x/weight", "linear", (2, 2), None), scheme)})
+    assert limits_of(trained, codes, ExportArguments(checkpoint="", output="", to=to, weights=weights)) == limits
 
 
 def test_a_full_disk_leaves_nothing(tmp_path):

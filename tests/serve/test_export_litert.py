@@ -24,7 +24,7 @@ from r1jax.errors import UserError
 from r1jax.serve import export_litert
 from r1jax.serve.export_card import write_card
 from r1jax.serve.export_command import export
-from r1jax.serve.export_graph import Port
+from r1jax.serve.export_graph import GroupedCodes, Port
 from r1jax.serve.export_litert import find_converter, read_constants, write_model
 from r1jax.tasks.finance.task import Finance
 from tests.serve.exported import write_cases, write_checkpoint
@@ -122,7 +122,7 @@ asked = json.load(open(sys.argv[1]))
 assert asked["narrow"] is False
 open(asked["target"], "w").write("model")
 np.savez(asked["constants"], np.ones((2, 3)), np.zeros((1, 2)))
-print(json.dumps(dict(versions=dict(converter="1"), stored=dict())))' "$3\""""
+print(json.dumps(dict(versions=dict(converter="1"), stored=dict(), found=[])))' "$3\""""
     found = read_constants(double, WANTED, converter_that(tmp_path, body))
     assert [x.shape for x in found] == [(2, 3), (1, 2)] and (found[0] == 1).all()
     assert [file.name for file in tmp_path.iterdir()] == ["python"]
@@ -135,12 +135,17 @@ import json, sys
 asked = json.load(open(sys.argv[1]))
 assert "stablehlo.multiply" in open(asked["source"]).read() and asked["inputs"] == ["x"]
 assert asked["narrow"] is True and asked["constants"] is None
+import numpy as np
+given = np.load(asked["codes"])
+assert str(given["a/b.kind"]) == "int4" and given["a/b.groups"].tolist() == [[1, -7]] and given["a/b.row"] == 2
 open(asked["target"], "w").write("model")
-print(json.dumps(dict(versions=dict(converter="1"), stored=dict(int8=7))))' "$3\""""
-    versions, outputs, stored = write_model(
-        tmp_path, double, WANTED, narrow=True, converter=converter_that(tmp_path, body)
+print(json.dumps(dict(versions=dict(converter="1"), stored=dict(int8=7), found=["a/b"])))' "$3\""""
+    codes = {"a/b": GroupedCodes("int4", np.array([[1, -7]], np.int8), np.ones(1, np.float32), 2)}
+    versions, outputs, stored, found = write_model(
+        tmp_path, double, WANTED, narrow=True, converter=converter_that(tmp_path, body), codes=codes
     )
-    assert versions == {"converter": "1"} and outputs["y"].shape == (1, 2) and stored == {"int8": 7}
+    assert versions == {"converter": "1"} and outputs["y"].shape == (1, 2)
+    assert stored == {"int8": 7} and found == ["a/b"]
     sums = dict.fromkeys(["model.tflite", TEXTS, RUNNER], "0" * 64)
     write_card(tmp_path, {"format": FORMAT, "file": "model.tflite", "sha256": sums})
     np.savez(tmp_path / "cases.npz", age=[60.0])

@@ -19,9 +19,13 @@ from r1jax.serve.evaluate import scoring_config
 from r1jax.serve.export_command import EXPORTS, ExportArguments, open_checkpoint, rounding_cases, stored_line
 from r1jax.serve.export_finance import FinanceExport
 from r1jax.serve.export_rounding import (
+    BITS,
+    bytes_of_others,
     calibration_inputs,
     folded,
     gptq_rows,
+    int8_share,
+    mostly_int8,
     nearest,
     round_one,
     round_weights,
@@ -29,6 +33,7 @@ from r1jax.serve.export_rounding import (
     tensor_of,
 )
 from r1jax.serve.litert_worker import STEPS, _codes, _packed_int4, storable
+from r1jax.serve.quantize_budget import Option
 from r1jax.tasks.finance.task import Finance
 from r1jax.train.checkpoint import Checkpoint
 from r1jax.train.evaluation import Evaluator
@@ -49,7 +54,7 @@ def test_rounding_by_inputs_loses_less_and_stays_codes_of_one_scale_a_row(kind):
     inputs = RNG(1).normal(size=(200, 3)) @ RNG(2).normal(size=(3, 24)) + 0.1 * RNG(3).normal(size=(200, 24))
     found = gptq_rows(weight, inputs.T @ inputs, STEPS[kind])
     assert error(found, weight, inputs) < 0.3 * error(nearest(weight, 0, STEPS[kind]), weight, inputs)
-    is_kind, codes, scale, axis = _codes(found.astype(np.float32))
+    is_kind, codes, scale, axis, *_ = _codes(found.astype(np.float32))
     assert (is_kind, axis, codes.dtype) == (kind, 0, np.int8)
     np.testing.assert_allclose(codes * scale[:, None], found, rtol=1e-6)
     np.testing.assert_allclose(scale, np.abs(weight).max(axis=1) / STEPS[kind], rtol=1e-6)
@@ -74,7 +79,7 @@ def test_what_is_rounded_is_stored_without_further_loss(role, name, shape, kind)
     square = inputs.T @ inputs if role in ("linear", "convolution") else None
     found = round_one(use, weight, square, np.ones(inputs.shape[1]), kind)
     tensor = tensor_of(use, found.weight)  # as it will lie in the file
-    is_kind, codes, scale, axis = _codes(tensor)
+    is_kind, codes, scale, axis, *_ = _codes(tensor)
     assert is_kind == kind
     assert found.weight.shape == shape and len(scale) == found.channels == tensor.shape[axis]
     step = scale.reshape([-1 if place == axis else 1 for place in range(tensor.ndim)])
@@ -86,8 +91,8 @@ def test_numbers_that_are_no_codes_are_not_stored_as_int8():
     weight = RNG(0).normal(size=(6, 20)).astype(np.float32)
     assert _codes(weight) is None
     rounded = nearest(weight.astype(np.float64), 1, STEPS["int8"]).astype(np.float32)
-    kind, *_, axis = _codes(rounded)
-    assert (kind, axis) == ("int8", 1)
+    found = _codes(rounded)
+    assert (found.kind, found.axis) == ("int8", 1)
     rounded[2, 3] *= 1.01
     assert _codes(rounded) is None
 
@@ -140,8 +145,43 @@ def test_the_least_bytes_are_taken_that_keep_the_calls(opened, monkeypatch):
     assert len(tried) == 3 and rounded.agreement["agrees"]  # the least that agreed
     for fp16, int4, int8 in options.values():
         assert fp16.bytes > int8.bytes > int4.bytes and fp16.change == 0 < int8.change < int4.change
-    assert set(rounded.kinds.values()) == {"fp16"}  # there was room for all of them
-    assert abs(tried[0] - exact[0]) > 0 and tried[2] == exact[0]
+    assert abs(tried[0] - exact[0]) > abs(tried[2] - exact[0])
+    # There was room for all of them as fp16, but for the name of the file.
+    sizes = {name: (fp16.bytes // 2) for name, (fp16, *_) in options.items()}
+    assert set(rounded.kinds.values()) == {"fp16", "int8"} and int8_share(rounded.kinds, sizes, 0) > 0.5
+
+
+def test_int8_is_most_of_the_bytes_whatever_there_is_room_for():
+    changes = {"a": (0.0, 1.0, 50.0), "b": (0.0, 2.0, 90.0), "c": (0.0, 3.0, 70.0)}
+    sizes = dict.fromkeys(changes, 1000)
+    found = {
+        name: [
+            Option(kind, 1000 * BITS[kind] // 8, change)
+            for kind, change in zip(("fp16", "int8", "int4"), made, strict=True)
+        ]
+        for name, made in changes.items()
+    }
+    # All as fp16 would change nothing, and leave no int8; one as fp16 is 2,000 of 4,000 bytes, which is not most.
+    assert mostly_int8(found, 9000, sizes, 0) == {"a": "int8", "b": "int8", "c": "int8"}
+    # Of larger ones beside it the last may be fp16, as far as others leave int8 the larger part.
+    sizes, found["a"] = sizes | {"a": 3000}, [o._replace(bytes=3 * o.bytes) for o in found["a"]]
+    assert mostly_int8(found, 9000, sizes, 0) == {"a": "int8", "b": "int8", "c": "fp16"}
+    assert mostly_int8(found, 9000, sizes, 2000) == {"a": "int8", "b": "int8", "c": "int8"}
+    assert int8_share({"a": "int8", "b": "int8", "c": "fp16"}, sizes, 2000) == 0.5
+    assert mostly_int8(found, 9000, sizes, 5000) is None
+    assert mostly_int8(found, 3000, sizes, 0) is None  # no room for any but int4
+
+
+def test_a_file_that_cannot_be_int8_for_the_most_part_is_refused_before_anything_is_tried(opened, monkeypatch):
+    monkeypatch.setattr(export_rounding, "storage_options", lambda *_: pytest.fail("it was tried"))
+    vectors = [np.zeros(100_000, np.float32)]
+    with pytest.raises(UserError, match=r"at most \d\.\d% of the bytes of the weights can be int8.*--weights fp16"):
+        round_weights(opened.rounding, opened.task, opened.model, opened.params, vectors)
+
+
+def test_bytes_of_others_are_those_of_vectors_small_matrices_and_what_has_no_codes():
+    shapes = [(32, 32), (16, 64), (100,), (4, 4)]
+    assert bytes_of_others([np.zeros(shape) for shape in shapes], {"w": 1024}) == 2 * 1024 + 4 * 100 + 4 * 16
 
 
 def test_two_codes_of_4_bits_are_a_byte_the_first_in_its_lower_half():

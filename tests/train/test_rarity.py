@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from r1jax.config import Config, DataConfig, ModelConfig, TaskConfig
+from r1jax.config import Config, DataConfig, ModelConfig, TaskConfig, TrainConfig
 from r1jax.models.ngrams import RARITY
 from r1jax.ops.ngrams import ngrams_of
 from r1jax.tasks.records.task import RecordsTask
@@ -97,3 +97,11 @@ def test_a_fresh_state_and_its_average_have_it_and_no_step_changes_it(learned):
     assert np.abs(updates["ngrams"]["embed_tokens"]).min() > 0
     other = state._replace(params={"head": {}}, ema={})
     assert with_rarity(other, CONFIG, task, source) is other
+
+
+def test_beside_adapters_of_another_run_nothing_is_measured(learned, monkeypatch):
+    task, source = learned
+    monkeypatch.setattr(rarity_module, "rarity", lambda *_: pytest.fail("it was measured"))
+    state = TrainState(*[None] * len(TrainState._fields))._replace(params={"ngrams": {RARITY: jnp.ones(BUCKETS)}})
+    config = replace(CONFIG, train=TrainConfig(init="run"), model=replace(CONFIG.model, lora_rank=2))
+    assert with_rarity(state, config, task, source) is state
