@@ -470,8 +470,8 @@ def _without_joined(values: Any, source: str) -> Any:
         return values  # `build` says what is wrong with it
     if width := table.pop("joined", 0):
         raise UserError(
-            f"{source}: model.table.joined is {width!r}, a form of the table that r1jax no longer has; evaluate with the "
-            "revision that trained it, or train anew."
+            f"{source}: model.table.joined is {width!r}, a form of the table that r1jax no longer has; evaluate with "
+            "the revision that trained it, or train anew."
         )
     table.pop("bins", None)
     return values | {"model": values["model"] | {"table": table}}
