@@ -437,9 +437,9 @@ def markdown(report: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, type=Path, help="JSON to write")
-    parser.add_argument("--scale", choices=tuple(SCALES), default="full")
+    parser.add_argument("--scale", choices=tuple(SCALES), default="full", help="tiny: for a CPU, to try the script")
     parser.add_argument("--cases", nargs="+", default=[], help="only those whose names begin with one of these words")
-    parser.add_argument("--samples", type=int, default=20)
+    parser.add_argument("--samples", type=int, default=20, help="of each time")
     parser.add_argument("--limit", type=float, default=600, help="seconds after which no other case begins")
     args = parser.parse_args()
     began, rows = time.monotonic(), []

@@ -5,6 +5,7 @@ import operator
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+from r1jax.errors import UserError
 from r1jax.fields import Bounds, build, leaves
 
 Count = Annotated[int, Bounds("of at least 1", 1)]
@@ -458,7 +459,22 @@ def from_dict(values: Any, source: str = "config", *, stored: bool = False) -> C
     Raises:
       UserError: A key is unknown or missing, or a value does not fit its field.
     """
-    return build(Config, values, source, stored=stored)
+    return build(Config, _without_joined(values, source) if stored else values, source, stored=stored)
+
+
+def _without_joined(values: Any, source: str) -> Any:
+    """Leaves out what an older revision wrote of joined fields, which at 0 said what is done now."""
+    try:
+        table = dict(values["model"]["table"])
+    except (TypeError, KeyError, ValueError):
+        return values  # `build` says what is wrong with it
+    if width := table.pop("joined", 0):
+        raise UserError(
+            f"{source}: model.table.joined is {width!r}, a form of the table that r1jax no longer has; evaluate with "
+            "the revision that trained it, or train anew."
+        )
+    table.pop("bins", None)
+    return values | {"model": values["model"] | {"table": table}}
 
 
 def differences(a: Config, b: Config) -> list[tuple[str, Any, Any]]:

@@ -187,6 +187,17 @@ def test_a_stored_config_of_an_older_revision_takes_defaults_for_what_came_later
         from_dict(raw, stored=True)
 
 
+def test_a_stored_config_may_name_the_joined_table_that_went_where_it_was_not_used():
+    raw = to_dict(Config())
+    raw["model"]["table"] |= {"joined": 0, "bins": 24}
+    assert from_dict(raw, stored=True) == Config()
+    with pytest.raises(UserError, match=re.escape("unknown field 'model.table.joined'")):
+        from_dict(raw)
+    raw["model"]["table"]["joined"] = 256
+    with pytest.raises(UserError, match=re.escape("run/config.json: model.table.joined is 256")):
+        from_dict(raw, "run/config.json", stored=True)
+
+
 def decoder(**changes) -> Config:
     return Config(model=ModelConfig(decoder=DecoderConfig(**changes)))
 

@@ -83,7 +83,7 @@ def can_be_fused(params: Params, quant: tuple[str, ...]) -> bool:
         anew = rule is not None and rule.weights != "float"
         if isinstance(leaf, Quantized):
             anew = anew and rule.activations is not None
-            if leaf.balance is not None:
+            if leaf.balance is not None or leaf.span is not None:  # no row of theirs belongs to one of the matrix
                 return False
         elif leaf.ndim < 2 or "gate" in name:  # norms and routers follow no rule
             anew = False

@@ -28,6 +28,8 @@ class Tile(NamedTuple):
 TILE = Tile()
 FEW = 32
 """Parts that are joined fast."""
+WIDEST = 512
+"""Numbers of a latent or rotary key: the trial is of narrow ones, and wider ones might not fit into shared memory."""
 LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
@@ -42,10 +44,9 @@ class Parts(NamedTuple):
 
 
 def fits(queries: int, rank: int, rope: int, page: int, tile: Tile = TILE) -> bool:
-    """Whether M queries a row and the pages are whole tiles, and the widths powers of two."""
-    return (
-        not queries % tile.heads and not page % tile.tokens and all(n >= 16 and n & (n - 1) == 0 for n in (rank, rope))
-    )
+    """Whether M queries a row and the pages are whole tiles, and the widths powers of two that a program holds."""
+    whole = not queries % tile.heads and not page % tile.tokens
+    return whole and all(16 <= n <= WIDEST and n & (n - 1) == 0 for n in (rank, rope))
 
 
 def splits_of(rows: int, blocks: int, tile: Tile = TILE) -> int:

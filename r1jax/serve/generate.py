@@ -1,5 +1,6 @@
 """Generation with the decoder: one compiled program for prompt and answer, or one a piece for streaming."""
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -96,6 +97,8 @@ class Generator:
         held = cast_matrices(params, dtype)
         # Adapters and weights that are rounded anew in every product stay with the modules.
         self.held = fused(held, config, dtype) if can_be_fused(held, quant) else held
+        places = {place for x in jax.tree.leaves(held) if isinstance(x, jax.Array) for place in x.devices()}
+        self.device = places.pop() if len(places) == 1 else None  # of several, there are no kernels to choose
 
     @property
     def params(self) -> Params:
@@ -133,7 +136,7 @@ class Generator:
           UserError: A prompt is empty or holds an unknown token, or the settings do not fit the model.
         """
         batch, pages = self._lay_out(prompts, attention_mask, rows, settings)
-        with exact_products(self.model.dtype):
+        with self._traced():
             answers = _generate(self.model, self.quant, settings, pages, self.held, batch, jax.random.key(seed))
         return Generated(*map(np.asarray, answers))
 
@@ -164,7 +167,7 @@ class Generator:
           UserError: As in `generate`.
         """
         batch, pages = self._lay_out(prompts, attention_mask, rows, settings)
-        with exact_products(self.model.dtype):
+        with self._traced():
             state = _start(self.model, self.quant, settings, pages, self.held, batch, jax.random.key(seed))
         told = np.zeros(len(batch.lengths), np.int32)
         while True:
@@ -176,8 +179,15 @@ class Generator:
             if done.all():
                 return
             told = count
-            with exact_products(self.model.dtype):
+            with self._traced():
                 state = _advance(self.model, self.quant, settings, self.held, state, rounds)
+
+    @contextlib.contextmanager
+    def _traced(self) -> Iterator[None]:
+        """Has programs be traced for the device that holds the weights, whichever JAX would take, and be exact."""
+        place = jax.config.jax_default_device if self.device is None else self.device
+        with exact_products(self.model.dtype), jax.default_device(place):
+            yield
 
     def _lay_out(
         self,

@@ -13,7 +13,7 @@ from r1jax.data.chat import Message, check_template
 from r1jax.data.text import TextStream, Tokenizer
 from r1jax.errors import UserError
 from r1jax.serve.generate import Generator
-from r1jax.serve.pretrained import open_pretrained
+from r1jax.serve.pretrained import Pretrained, open_pretrained
 from r1jax.serve.prompts import check_settings
 
 HELP = """\
@@ -77,11 +77,15 @@ def generate(words: list[str]) -> int:
         prompt = tokenizer.encode_chat([Message("user", text)])
     else:
         prompt = tokenizer.encode(text)
+    _answer(_generator(source, asked), prompt, settings, asked.seed, tokenizer)
+    return 0
+
+
+def _generator(source: Pretrained, asked: GenerateArguments) -> Generator:
+    """The decoder with its weights, which nothing else holds then: those that it fuses would be in memory twice."""
     params = source.load(asked.platform, asked.dtype)
     dtype = asked.dtype or source.computes_in or params["embed_tokens"].dtype
-    generator = Generator(source.decoder, params, dtype=dtype, quant=source.quant, lora=source.lora)
-    _answer(generator, prompt, settings, asked.seed, tokenizer)
-    return 0
+    return Generator(source.decoder, params, dtype=dtype, quant=source.quant, lora=source.lora)
 
 
 def _prompt(asked: GenerateArguments) -> str:

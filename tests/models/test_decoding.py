@@ -62,10 +62,9 @@ def equal(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-@pytest.mark.parametrize("config", [COMPRESSED, DIRECT], ids=["compressed", "direct"])
-@pytest.mark.parametrize("codes", [False, True], ids=["floats", "codes"])
+@pytest.mark.parametrize(("config", "codes"), [(COMPRESSED, True), (DIRECT, False)], ids=["codes", "floats"])
 def test_a_step_over_fused_weights_is_that_of_the_modules(config, codes):
-    params = coded(params_of(config)) if codes else params_of(config)
+    params = coded(params_of(config)) if codes else params_of(config)  # MTP's stay floats
     quant = ("layers_|lm_head=int8",) if codes else ()
     assert can_be_fused(params, quant)
     served, model = fused(params, config, jnp.float32), Decoder(config)
@@ -140,12 +139,13 @@ def test_what_cannot_be_fused_is_left_to_the_modules():
     assert not can_be_fused(
         codes | {"layers_0": codes["layers_0"] | {"mlp": codes["layers_0"]["mlp"] | {"gate_proj": mixed}}}, ()
     )
-    balanced = jax.tree.map(
-        lambda x: x._replace(balance=jnp.ones((1, x.shape[-1]))) if isinstance(x, Quantized) else x,
-        codes,
-        is_leaf=lambda x: isinstance(x, Quantized),
-    )
-    assert not can_be_fused(balanced, ("layers_=int8",))
+    for extra in ({"balance": jnp.ones((1, 1))}, {"span": jnp.ones((1, 1))}):
+        of_inputs = jax.tree.map(
+            lambda x, extra=extra: x._replace(**extra) if isinstance(x, Quantized) else x,
+            codes,
+            is_leaf=lambda x: isinstance(x, Quantized),
+        )
+        assert not can_be_fused(of_inputs, ("layers_=int8",))
     adapters = dict.fromkeys(PARTS, jnp.ones((2, 2)))
     assert not can_be_fused(params | {"layers_1": params["layers_1"] | {"self_attn": adapters}}, ())
     spread = jax.device_put(params, jax.sharding.NamedSharding(jax.make_mesh((2,), ("data",)), jax.P()))

@@ -74,9 +74,9 @@ def test_parts_of_any_number_are_joined_before_they_leave_the_latent_space():
         np.testing.assert_allclose(found, want, rtol=0, atol=1e-4)
 
 
-def test_kernels_leave_widths_that_are_no_powers_of_two():
+def test_kernels_leave_widths_that_are_no_powers_of_two_or_that_a_program_cannot_hold():
     assert latent_attention_kernel.fits(16, 512, 64, 64)
-    for shape in ((8, 512, 64, 64), (16, 512, 64, 48), (16, 384, 64, 64), (16, 512, 8, 64)):
+    for shape in ((8, 512, 64, 64), (16, 512, 64, 48), (16, 384, 64, 64), (16, 512, 8, 64), (16, 2048, 64, 64)):
         assert not latent_attention_kernel.fits(*shape)
     sizes = decode_attention_kernel.Sizes(16, 128, 64, 512)
     assert decode_attention_kernel.fits(sizes, 128) and not decode_attention_kernel.fits(sizes, 96)

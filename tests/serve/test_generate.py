@@ -12,6 +12,7 @@ from r1jax.arguments import GenerationSettings
 from r1jax.config import DecoderConfig, YarnConfig
 from r1jax.errors import UserError
 from r1jax.models.decoder import Decoder
+from r1jax.ops.self_test import target
 from r1jax.serve import generate
 from r1jax.serve.generate import Generator, cast_matrices
 from r1jax.serve.prompts import lay_out
@@ -238,6 +239,22 @@ def test_mask_and_rows_must_fit(generator):
         generator.generate([[1, 2], [3]], GREEDY, attention_mask=np.ones((2, 2), int))
     with pytest.raises(UserError, match="rows has 2 numbers"):
         generator.generate([[1]], GREEDY, rows=[0, 1])
+
+
+def test_kernels_are_those_of_the_device_that_holds_the_weights(monkeypatch):
+    """A CPU's program has none of a GPU's, though JAX would take the GPU."""
+    cpu, found = jax.devices()[3], []
+    elsewhere = Generator(CONFIG, jax.device_put(params_of(CONFIG), cpu))
+
+    def traced(*arguments):
+        found.append(target())
+        raise InterruptedError
+
+    for name, answer in (("_generate", elsewhere.generate), ("_start", lambda *a: next(elsewhere.stream(*a)))):
+        monkeypatch.setattr(generate, name, traced)
+        with pytest.raises(InterruptedError):
+            answer([[1]], GREEDY)
+    assert found == [cpu, cpu] and target() == jax.devices()[0]
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

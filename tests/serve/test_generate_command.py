@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import tokenizers
 
 from r1jax.__main__ import dispatch
 from r1jax.arguments import GenerationSettings
-from r1jax.config import DecoderConfig
+from r1jax.config import DecoderConfig, MeshConfig
 from r1jax.data.chat import BEGIN, END, Message
 from r1jax.data.text import Tokenizer, load_tokenizer
 from r1jax.data.tokenizer import EOS, encode
@@ -22,7 +23,11 @@ from r1jax.errors import UserError
 from r1jax.hf.load import load_params, read_config
 from r1jax.hf.save import save_params
 from r1jax.models.decoder import Decoder
+from r1jax.models.served import Served
+from r1jax.parallel.mesh import make_mesh
+from r1jax.serve import generate_command, pretrained
 from r1jax.serve.generate import Generator
+from r1jax.serve.pretrained import Pretrained
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = DecoderConfig(
@@ -80,6 +85,25 @@ def test_speculation_gives_the_same_text_and_says_how_often_it_was_right(folder,
     faster = capsys.readouterr()
     assert faster.out == plain.out
     assert "% of MTP's guesses were right" in faster.err and "guesses" not in plain.err
+
+
+def test_weights_that_are_fused_are_in_memory_once(folder, monkeypatch):
+    """The tree that was loaded is gone before the first token."""
+    one, load, loaded, found = make_mesh(MeshConfig(), jax.devices()[:1]), Pretrained.load, [], []
+
+    def noted(*arguments):
+        params = load(*arguments)
+        loaded.append(weakref.ref(params["layers_0"]["self_attn"]["q_proj"]["weight"]))
+        return params
+
+    def answer(generator, *_):
+        found.append((isinstance(generator.held, Served), loaded[0]()))
+
+    monkeypatch.setattr(pretrained, "make_mesh", lambda config: one)
+    monkeypatch.setattr(Pretrained, "load", noted)
+    monkeypatch.setattr(generate_command, "_answer", answer)
+    assert dispatch(["generate", str(folder), "--prompt", "abc", *FEW]) == 0
+    assert found == [(True, None)]
 
 
 def test_own_tokenizer_chat_and_stop_tokens(folder, tmp_path, capsys):
