@@ -16,6 +16,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
+from r1jax.ops.self_test import multiprocessors
+
 ROWS = 128
 """Rows of a tile: those of a block of one expert."""
 
@@ -140,15 +142,15 @@ def _multiply(
     rows, columns, depth, stages, band, split_rows = tiling
     part = (rows // 2, columns) if split_rows else (rows, columns // 2)
     cell = (min(64, part[0]), math.gcd(64, part[1]))
-    multiprocessors = _multiprocessors()
+    count = multiprocessors()
     tiles = grid[0] * grid[1] * grid[2]
 
     def body(meta, left, right, out, left_ring, right_ring, cells, filled, emptied):
         me, thread = jax.lax.axis_index("sm"), jax.lax.axis_index("wg")
-        mine = (tiles - me + multiprocessors - 1) // multiprocessors
+        mine = (tiles - me + count - 1) // count
 
         def locate(turn: Array) -> _Tile:
-            index = me + turn * multiprocessors
+            index = me + turn * count
             area = grid[1] * grid[2]
             i, j = plgpu.planar_snake(jax.lax.rem(index, area), grid[1:], 1, band)
             return tile_at(meta, jax.lax.div(index, area), i, j)
@@ -247,15 +249,9 @@ def _multiply(
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         ],
-        grid=(multiprocessors,),
+        grid=(count,),
         grid_names=("sm",),
         num_threads=3,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )(meta, left, right)
-
-
-def _multiprocessors() -> int:
-    """Of the device that is there; the interpreter, which runs without one, is given two."""
-    device = jax.devices()[0]
-    return device.core_count if device.platform == "gpu" else 2

@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from r1jax.ops.quantize import BOUND, FLOOR, TYPE
-from r1jax.ops.self_test import target
+from r1jax.ops.self_test import multiprocessors
 
 DEPTH = 128
 """Codes of one step along the contracted axis: what the widest swizzle of shared memory holds."""
@@ -57,7 +57,7 @@ def fits(rows: int, columns: int, depth: int, tiling: Tiling = TILING) -> bool:
     """Whether a product [rows, depth] x [columns, depth] is of whole cells and steps, and occupies the device."""
     whole = rows % CELL == columns % CELL == depth % DEPTH == 0
     busy = rows > tiling.rows * (tiling.cluster - 1)  # of a cluster, every block has rows
-    return whole and busy and pl.cdiv(rows, tiling.rows) * pl.cdiv(columns, tiling.columns) >= _multiprocessors()
+    return whole and busy and pl.cdiv(rows, tiling.rows) * pl.cdiv(columns, tiling.columns) >= multiprocessors()
 
 
 def fits_row(length: int) -> bool:
@@ -126,7 +126,7 @@ def scaled_product(
     rows, columns, stages, band, along, cluster, buffers = tiling
     height, width, steps = x.shape[0], w.shape[0], x.shape[1] // DEPTH
     grid = (pl.cdiv(height, rows * cluster), pl.cdiv(width, columns))
-    groups = _multiprocessors() // cluster
+    groups = multiprocessors() // cluster
     part = (rows // 2, columns)
     wide = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
 
@@ -248,9 +248,3 @@ def _swizzled(shape: tuple[int, ...], dtype: DTypeLike) -> Any:
     """Shared memory as the tensor cores read it: rows of 128 bytes, eight to a tile."""
     tile = plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize))
     return plgpu.SMEM(shape, dtype, transforms=(tile, plgpu.SwizzleTransform(128)))
-
-
-def _multiprocessors() -> int:
-    """Of the device that is there; the interpreter, which runs without one, is given two."""
-    device = target()
-    return device.core_count if device.platform == "gpu" else 2

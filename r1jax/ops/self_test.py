@@ -20,6 +20,12 @@ def target() -> jax.Device:
     return chosen if isinstance(chosen, jax.Device) else jax.local_devices(backend=chosen)[0]
 
 
+def multiprocessors() -> int:
+    """Of the target; Pallas' interpreter, which runs without a GPU, is given two."""
+    device = target()
+    return device.core_count if device.platform == "gpu" else 2
+
+
 def takes_triton() -> bool:
     """Whether kernels that JAX itself gives to Triton run on the target, and no compiler would have to divide them."""
     # JAX 0.12 has deprecated its Triton.

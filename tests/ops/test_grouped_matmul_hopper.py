@@ -28,7 +28,7 @@ def arrays():
 
 @pytest.fixture(autouse=True)
 def interpreter(monkeypatch):
-    monkeypatch.setattr(kernels, "_multiprocessors", lambda: 3)  # of six tiles, each does two
+    monkeypatch.setattr(kernels, "multiprocessors", lambda: 3)  # of six tiles, each does two
     with plgpu.force_gpu_interpret_mode():
         yield
 
