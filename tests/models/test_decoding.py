@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from r1jax.config import DecoderConfig, YarnConfig
+from r1jax.config import YarnConfig
 from r1jax.models.decoder import Decoder, LatentCache
 from r1jax.models.decoding import decode, decode_second, next_logits
 from r1jax.models.lora import PARTS
@@ -16,24 +16,9 @@ from r1jax.models.quantized import rounding_by
 from r1jax.models.served import can_be_fused, fused, unfused
 from r1jax.ops.latent_attention import PagedLatents
 from r1jax.ops.quantize import Quantized, dequantize, quantize
+from tests.models.small_decoder import CONFIG, LENGTHS, PAGE
 
-COMPRESSED = DecoderConfig(
-    vocab_size=40,
-    hidden_size=16,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    q_lora_rank=12,
-    kv_lora_rank=7,
-    qk_nope_head_dim=6,
-    qk_rope_head_dim=4,
-    v_head_dim=5,
-    intermediate_size=24,
-    moe_intermediate_size=8,
-    num_experts_per_tok=3,
-    rope_scaling=YarnConfig(factor=8.0, original_max_position_embeddings=32),
-)
-DIRECT = replace(COMPRESSED, q_lora_rank=None, rope_interleave=False, n_shared_experts=0, rope_scaling=YarnConfig())
-PAGE, LENGTHS = 4, (7, 11, 3)
+DIRECT = replace(CONFIG, q_lora_rank=None, rope_interleave=False, n_shared_experts=0, rope_scaling=YarnConfig())
 
 
 def everything(decoder, tokens):
@@ -62,7 +47,7 @@ def equal(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-@pytest.mark.parametrize(("config", "codes"), [(COMPRESSED, True), (DIRECT, False)], ids=["codes", "floats"])
+@pytest.mark.parametrize(("config", "codes"), [(CONFIG, True), (DIRECT, False)], ids=["codes", "floats"])
 def test_a_step_over_fused_weights_is_that_of_the_modules(config, codes):
     params = coded(params_of(config)) if codes else params_of(config)  # MTP's stay floats
     quant = ("layers_|lm_head=int8",) if codes else ()
@@ -109,7 +94,7 @@ def test_a_step_over_fused_weights_is_that_of_the_modules(config, codes):
         assert changed == there.sum()
 
 
-@pytest.mark.parametrize("config", [COMPRESSED, DIRECT], ids=["compressed", "direct"])
+@pytest.mark.parametrize("config", [CONFIG, DIRECT], ids=["compressed", "direct"])
 def test_fused_weights_are_the_checkpoints_number_by_number(config):
     params = params_of(config)
     equal(unfused(fused(params, config, jnp.float32), config), params)
@@ -119,9 +104,9 @@ def test_fused_weights_are_the_checkpoints_number_by_number(config):
 
 def test_what_is_not_fused_is_shared():
     """Of the arrays that a served model has besides those of the checkpoint, only what is fused is new."""
-    params = params_of(COMPRESSED)
+    params = params_of(CONFIG)
     held = {x.unsafe_buffer_pointer() for x in jax.tree.leaves(params)}
-    served = fused(params, COMPRESSED, jnp.float32)
+    served = fused(params, CONFIG, jnp.float32)
     new = sorted(x.shape for x in jax.tree.leaves(served) if x.unsafe_buffer_pointer() not in held)
     dense, mixture = (48, 16), (16, 16)
     each = [(12 + 7 + 4, 16), (20, 12), (2, 6, 7), (2, 5, 7)]  # q_kv, q_b, keys, values
@@ -129,7 +114,7 @@ def test_what_is_not_fused_is_shared():
 
 
 def test_what_cannot_be_fused_is_left_to_the_modules():
-    params = params_of(COMPRESSED)
+    params = params_of(CONFIG)
     codes = coded(params)
     assert can_be_fused(params, ()) and can_be_fused(params, ("lm_head=int8",))
     assert not can_be_fused(params, ("layers_1=int8",))  # floats that are rounded in every product
