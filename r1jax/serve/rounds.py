@@ -212,9 +212,8 @@ def _read_fused(
         following: Int[Array, "B 2"], valid: Bool[Array, "B 2"], last: Int[Array, " B"]
     ) -> tuple[Float[Array, "B V"], LatentCache]:
         second, cache = decode_second(model.config, served, states, embed(following), positions, valid, held)
-        return next_logits(model, served, _at(second, last), served.rest["mtp"]["shared_head_norm"]["weight"])[
-            :, 0
-        ], cache
+        gain = served.rest["mtp"]["shared_head_norm"]["weight"]
+        return next_logits(model, served, _at(second, last), gain)[:, 0], cache
 
     return next_logits(model, served, states, served.rest["norm"]["weight"]), held, guess
 
