@@ -5,6 +5,7 @@ import time
 import warnings
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -150,8 +151,15 @@ def holes(s: Sizes) -> np.ndarray:
 # --- linear layer and cross-entropy ---------------------------------------------------------------------------------
 
 
-def loss_case(s: Sizes, seed: int, chunk: int | None = None, smoothing: float = 0.1) -> Case:
-    """Value and both gradients."""
+def loss_case(
+    s: Sizes,
+    seed: int,
+    chunk: int | None = None,
+    smoothing: float = 0.1,
+    way: linear_cross_entropy.Way = linear_cross_entropy.WAY,
+    options: dict[str, Any] | None = None,
+) -> Case:
+    """Value and both gradients, formed in a way and compiled with options of XLA."""
     hidden = normal(seed, s.batch, s.tokens // s.batch, s.width)
     weight = normal(seed + 1, s.vocabulary, s.width, dtype=jnp.float32) * s.width**-0.5
     labels = jax.random.randint(jax.random.key(seed), hidden.shape[:2], 0, s.vocabulary)
@@ -160,7 +168,9 @@ def loss_case(s: Sizes, seed: int, chunk: int | None = None, smoothing: float = 
     def run(hidden, weight):
         return linear_cross_entropy.linear_cross_entropy(hidden, weight, labels, weights, smoothing, 1e-4, chunk)
 
-    compiled = jax.jit(jax.value_and_grad(run, (0, 1))).lower(hidden, weight).compile()
+    with mock.patch.object(linear_cross_entropy, "WAY", way):
+        lowered = jax.jit(jax.value_and_grad(run, (0, 1))).lower(hidden, weight)
+    compiled = lowered.compile(options)
     value, (to_hidden, to_weight) = compiled(hidden, weight)
     few = 8
     rows = jnp.concatenate([labels[0, :few], jnp.arange(few)])
@@ -209,6 +219,36 @@ def three_products(s: Sizes, seed: int) -> Case:
     return Case(6 * s.tokens * s.width * s.vocabulary, run, None)
 
 
+def chunk_case(s: Sizes, seed: int, what: str, split: int = 1) -> Case:
+    """What is done with the logits of 2048 tokens, one after another."""
+    tokens = min(linear_cross_entropy.CHUNK_ON_GPU, s.tokens)
+    flops = 2 * tokens * s.width * s.vocabulary
+    hidden, weight = normal(seed, 1, tokens, s.width), normal(seed + 1, s.vocabulary, s.width)
+    way, part = linear_cross_entropy.Way(split=split), linear_cross_entropy.Part(s.vocabulary)
+    if what == "logits":
+        return Case(flops, functools.partial(jax.jit(linear_cross_entropy._logits), hidden, weight), None)
+    slope = normal(seed + 2, 1, tokens, s.vocabulary)
+    if what == "powers":
+        logits, reference = slope.astype(jnp.float32), jnp.zeros((1, tokens), jnp.float32)
+        run = jax.jit(lambda logits, reference: linear_cross_entropy._powers_from(logits, reference, part, BF16))
+        return Case(0, functools.partial(run, logits, reference), None, 6 * logits.size)
+    if what == "states":
+        with mock.patch.object(linear_cross_entropy, "WAY", way):
+            compiled = jax.jit(linear_cross_entropy._into_states).lower(slope, weight).compile()
+        return Case(flops, functools.partial(compiled, slope, weight), None)
+    held = [jnp.zeros((s.vocabulary, s.width), jnp.float32)]
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def add(to_weight, slope, hidden):
+        return to_weight + jnp.einsum("btV,btD->VD", slope, hidden, preferred_element_type=jnp.float32)
+
+    def once() -> jax.Array:
+        held[0] = add(held[0], slope, hidden)
+        return held[0]
+
+    return Case(flops, once, None)
+
+
 # --- the list -------------------------------------------------------------------------------------------------------
 
 
@@ -217,7 +257,18 @@ def cases() -> dict[str, Callable[[Sizes, int], Case]]:
     found = {"ceiling matmul": square_matmul, "ceiling copy": copy} | grouped_cases() | attention_cases()
     found["loss products alone"] = three_products
     found["loss ours"] = loss_case
-    found |= {f"loss-way chunk {n}": functools.partial(loss_case, chunk=n) for n in (2048, 4096)}
+    ways: dict[str, dict[str, Any]] = {
+        "normaliser": {"way": linear_cross_entropy.Way("normaliser")},
+        "highest": {"way": linear_cross_entropy.Way("highest")},
+        "split 4": {"way": linear_cross_entropy.Way(split=4)},
+        "split 2": {"way": linear_cross_entropy.Way(split=2)},
+        "chunk 4096": {"chunk": 4096},
+        "products of cuBLAS": {"options": {"xla_gpu_enable_triton_gemm": False}},
+    }
+    found |= {f"loss-way {name}": functools.partial(loss_case, **arguments) for name, arguments in ways.items()}
+    for what in ("logits", "powers", "states", "weight"):
+        found[f"chunk of the loss, {what}"] = functools.partial(chunk_case, what=what)
+    found["chunk of the loss, states, split 4"] = functools.partial(chunk_case, what="states", split=4)
     found["experts ours, both"] = experts_case
     return found | tiling_cases()
 

@@ -4,6 +4,11 @@ A chunk's gradient is formed while its logits are there (Wijmans et al. 2025, "C
 language models", without their sparsity): the backward pass only scales it. Chunks run along the time axis, so that a
 batch that is spread over devices stays spread. Where the vocabulary is divided over devices too, each forms the logits
 of its part, and they exchange a maximum and sums a token (Shoeybi et al. 2019, section 3).
+
+Logits are read once: exp(logit - reference) is summed and written in the states' type in one pass. The products take it
+as it is, and what turns it into a gradient is of a token and lies outside them: a factor, another number at its label,
+and the same share of label smoothing for every word. The reference is the label's own logit, which is known before the
+pass; a token with far larger logits than that is done again from the largest.
 """
 
 import functools
@@ -25,6 +30,20 @@ HEAD = ("lm_head", "weight")
 """End of the weight's path in the parameter tree, which says where it is kept."""
 CHUNK, CHUNK_ON_GPU = 1024, 2048
 """Tokens whose logits are held at once, at most; with more, the weight's gradient is read and written less often."""
+LARGE = 2.0**60
+"""Sum of exp(logit - label's logit) above which a token is done again: all products with it are far from overflow."""
+
+
+class Way(NamedTuple):
+    """How gradients are formed; benchmarks compare what is possible."""
+
+    reference: str | None = None
+    """What is subtracted from a token's logits: of its label, the highest, or the normaliser; None where to choose."""
+    split: int = 1
+    """Parts of the vocabulary whose products with the weight are summed at the end: more tiles for a GPU."""
+
+
+WAY = Way()
 
 
 class Part(NamedTuple):
@@ -123,8 +142,11 @@ def token_losses(
 
     def local(hidden: Array, weight: Array | Quantized, labels: Array, part: Part) -> Array:
         def one(_: None, chunk: tuple[Array, Array]) -> tuple[None, Array]:
-            scores = _scores(chunk[0], weight, part)
-            return None, _losses(scores, chunk[1], smoothing, z_loss, part)
+            logits = _logits(chunk[0], weight)
+            highest = _highest(logits, part)
+            mean = part.sum(jnp.sum(logits, axis=-1)) / part.vocabulary if smoothing else 0.0
+            powers = _powers_from(logits, highest, part, jnp.float32)
+            return None, _losses(powers, _own(logits, chunk[1], part)[1], mean, smoothing, z_loss)
 
         losses = jax.lax.scan(one, None, (_chunks(hidden, chunk), _chunks(labels, chunk)))[1]
         return _whole(losses, hidden.shape[1])
@@ -192,26 +214,40 @@ def _slopes(
     part: Part,
 ) -> tuple[Float[Array, ""], Float[Array, "B T D"], Float[Array, "*v"]]:
     """Loss of the tokens of a device, its gradient by them, and by its part of the vocabulary; 0 if not trained."""
-    size, floats = weight.shape[0], dequantize(weight, hidden.dtype) if isinstance(weight, Quantized) else weight
+    floats = dequantize(weight, hidden.dtype) if isinstance(weight, Quantized) else weight
+
+    def seen(x: Array) -> Array:
+        return dequantize(_rows(x, weight), x.dtype) if isinstance(weight, Quantized) else x
+
+    share = smoothing / part.vocabulary  # of the smoothed target, every word's
+    words = jnp.sum(floats, axis=0, dtype=jnp.float32)[None, None] if smoothing else 0.0
 
     def one(carry: tuple[Array, Array], tokens: tuple[Array, ...]) -> tuple[tuple[Array, Array], Array]:
         total, to_weight = carry
         x, y, w = tokens
-        scores = _scores(x, weight, part)
-        own = y - part.first(size)
-        target = (1 - smoothing) * jax.nn.one_hot(own, size, dtype=jnp.float32) + smoothing / part.vocabulary
-        normaliser = scores.highest + scores.log_sum
-        slope = jnp.exp(scores.logits - normaliser) * (1 + 2 * z_loss * normaliser) - target
-        slope = (slope * w[..., None]).astype(x.dtype)
-        to_hidden = part.sum(jnp.einsum("btV,VD->btD", slope, floats, preferred_element_type=jnp.float32))
+        logits = _logits(x, weight)
+        own, hit = _own(logits, y, part)
+        powers = _powers(logits, hit, part, x.dtype)
+        mean = part.sum(jnp.sum(seen(x).astype(jnp.float32) * words, axis=-1)) / part.vocabulary if smoothing else 0.0
+        total = total + jnp.sum(_losses(powers, hit, mean, smoothing, z_loss) * w)
+        steep = 1 + 2 * z_loss * (powers.reference + jnp.log(powers.total))
+        steep = jnp.where(jnp.abs(steep) < 1e-6, 1e-6, steep) if z_loss else steep  # a divisor
+        at_label = jnp.exp(hit - powers.reference) - (1 - smoothing) * powers.total / steep
+        slope = _put(powers.terms, own, at_label)
+        factor = (w * steep / powers.total)[..., None]
+        to_hidden = _into_states(slope, floats) * factor
+        to_hidden = to_hidden - (share * w)[..., None] * words if smoothing else to_hidden
         if trained:
-            seen = dequantize(_rows(x, weight), x.dtype) if isinstance(weight, Quantized) else x
-            to_weight = to_weight + jnp.einsum("btV,btD->VD", slope, seen, preferred_element_type=jnp.float32)
-        total = total + jnp.sum(_losses(scores, y, smoothing, z_loss, part) * w)
-        return (total, to_weight), to_hidden.astype(x.dtype)
+            scaled = (seen(x).astype(jnp.float32) * factor).astype(x.dtype)
+            to_weight = to_weight + jnp.einsum("btV,btD->VD", slope, scaled, preferred_element_type=jnp.float32)
+        return (total, to_weight), part.sum(to_hidden).astype(x.dtype)
 
     chunks = tuple(_chunks(x, chunk) for x in (hidden, labels, weights))
-    start = (jnp.zeros((), jnp.float32), jnp.zeros(weight.shape if trained else (), jnp.float32))
+    to_weight = jnp.zeros(weight.shape if trained else (), jnp.float32)
+    if trained and smoothing:
+        states = jnp.sum(seen(hidden).astype(jnp.float32) * weights[..., None], axis=(0, 1))
+        to_weight = to_weight - share * states[None]
+    start = (jnp.zeros((), jnp.float32), to_weight)
     (total, to_weight), to_hidden = jax.lax.scan(one, start, chunks)
     return total, _whole(to_hidden, hidden.shape[1]), to_weight
 
@@ -274,36 +310,78 @@ def _logits(x: Float[Array, "b t D"], weight: Float[Array, "V D"] | Quantized) -
     return jnp.einsum("btD,VD->btV", x, weight, preferred_element_type=jnp.float32)
 
 
-class Scores(NamedTuple):
-    """Logits of a part of the vocabulary beside what is known of all of it."""
+class Powers(NamedTuple):
+    """exp(logit - reference) of tokens."""
 
-    logits: Float[Array, "b t v"]
-    highest: Float[Array, "b t 1"]
+    terms: Float[Array, "b t v"]
+    """Of a part of the vocabulary."""
+    reference: Float[Array, "b t"]
+    total: Float[Array, "b t"]
+    """Sum over the whole vocabulary, of terms that are not rounded."""
+
+
+def _powers(logits: Float[Array, "b t v"], hit: Float[Array, "b t"], part: Part, dtype: DTypeLike) -> Powers:
+    """Powers that nothing overflows with: a label's number and the sum fit too."""
+    way = WAY.reference or ("normaliser" if dtype == jnp.float16 else "highest" if part.axes else "label")
+    if way == "label":
+
+        def again(found: Powers) -> Powers:
+            reference = jnp.where(found.total > LARGE, _highest(logits, part), found.reference)
+            return _powers_from(logits, reference, part, dtype)
+
+        first = _powers_from(logits, hit, part, dtype)
+        return jax.lax.while_loop(lambda found: jnp.any(found.total > LARGE), again, first)
+    reference = _highest(logits, part)
+    if way == "normaliser":  # as numbers of fp16 ask: no term is above 1, and the sum is 1
+        reference = reference + jnp.log(_powers_from(logits, reference, part, jnp.float32).total)
+    return _powers_from(logits, reference, part, dtype)
+
+
+def _powers_from(logits: Float[Array, "b t v"], reference: Float[Array, "b t"], part: Part, dtype: DTypeLike) -> Powers:
+    terms = jnp.exp(logits - reference[..., None])
+    return Powers(terms.astype(dtype), reference, part.sum(jnp.sum(terms, axis=-1)))
+
+
+def _highest(logits: Float[Array, "b t v"], part: Part) -> Float[Array, "b t"]:
     """Largest logit of the whole vocabulary."""
-    log_sum: Float[Array, "b t 1"]
-    """Logarithm of the sum of exp(logit - highest) over the whole vocabulary."""
+    highest = jnp.max(jax.lax.stop_gradient(logits), axis=-1)
+    return jax.lax.pmax(highest, part.axes) if part.axes else highest
 
 
-def _scores(x: Float[Array, "b t D"], weight: Float[Array, "v D"] | Quantized, part: Part) -> Scores:
-    logits = _logits(x, weight)
-    highest = jnp.max(jax.lax.stop_gradient(logits), axis=-1, keepdims=True)
-    highest = jax.lax.pmax(highest, part.axes) if part.axes else highest
-    total = part.sum(jnp.sum(jnp.exp(logits - highest), axis=-1, keepdims=True))
-    return Scores(logits, highest, jnp.log(total))
+def _own(
+    logits: Float[Array, "b t v"], labels: Int[Array, "b t"], part: Part
+) -> tuple[Int[Array, "b t"], Float[Array, "b t"]]:
+    """Where the labels are in this part of the vocabulary, past its end where they are not; and their logits."""
+    size = logits.shape[-1]
+    own = labels - part.first(size)
+    inside = (own >= 0) & (own < size)
+    found = jnp.take_along_axis(logits, jnp.where(inside, own, 0)[..., None], axis=-1)[..., 0]
+    return jnp.where(inside, own, size), part.sum(jnp.where(inside, found, 0.0))
+
+
+def _put(terms: Float[Array, "b t v"], own: Int[Array, "b t"], numbers: Float[Array, "b t"]) -> Float[Array, "b t v"]:
+    """Terms with other numbers at the labels; in place, and no two in one place, so that the order is none."""
+    batch, time = (jnp.arange(n) for n in own.shape)
+    place = terms.at[batch[:, None], time[None], own]
+    return place.set(numbers.astype(terms.dtype), mode="drop", unique_indices=True, indices_are_sorted=True)
+
+
+def _into_states(slope: Float[Array, "b t v"], weight: Float[Array, "v D"]) -> Float[Array, "b t D"]:
+    batch, time, size = slope.shape
+    if size % WAY.split:
+        return jnp.einsum("btV,VD->btD", slope, weight, preferred_element_type=jnp.float32)
+    slope, weight = slope.reshape(batch, time, WAY.split, -1), weight.reshape(WAY.split, -1, weight.shape[1])
+    return jnp.sum(jnp.einsum("btsV,sVD->sbtD", slope, weight, preferred_element_type=jnp.float32), axis=0)
 
 
 def _losses(
-    scores: Scores, labels: Int[Array, "b t"], smoothing: float, z_loss: float, part: Part
+    powers: Powers, hit: Float[Array, "b t"], mean: Float[Array, "b t"] | float, smoothing: float, z_loss: float
 ) -> Float[Array, "b t"]:
-    size = scores.logits.shape[-1]
-    own = labels - part.first(size)
-    inside = (own >= 0) & (own < size)
-    found = jnp.take_along_axis(scores.logits, jnp.where(inside, own, 0)[..., None], axis=-1) - scores.highest
-    hit = part.sum(jnp.where(inside, found[..., 0], 0.0))
-    losses = scores.log_sum[..., 0] - (1 - smoothing) * hit
-    if smoothing:
-        losses = losses - smoothing / part.vocabulary * part.sum(jnp.sum(scores.logits - scores.highest, axis=-1))
-    return losses + z_loss * (scores.highest + scores.log_sum)[..., 0] ** 2 if z_loss else losses
+    """Of tokens, given the logits of their labels and the mean of all of theirs."""
+    log_sum = jnp.log(powers.total)
+    losses = log_sum - (1 - smoothing) * (hit - powers.reference)
+    losses = losses - smoothing * (mean - powers.reference) if smoothing else losses
+    return losses + z_loss * (powers.reference + log_sum) ** 2 if z_loss else losses
 
 
 def _chunks(x: Array, chunk: int | None) -> Array:

@@ -103,6 +103,61 @@ def test_bf16_states():
         assert error < 2e-2
 
 
+@pytest.mark.parametrize(("smoothing", "z_loss"), [(0.0, 0.0), (0.1, 1e-3)])
+def test_logits_far_above_the_labels_are_no_trouble(smoothing, z_loss):
+    hidden, weight, labels, weights = draw()
+    hidden = hidden.at[0].multiply(60.0)  # of a few tokens only: exp(logit - label's logit) is past fp32 there
+    logits = np.einsum("btD,VD->btV", hidden, weight)
+    above = logits.max(-1) - np.take_along_axis(logits, np.asarray(labels)[..., None], -1)[..., 0]
+    assert above[0].max() > 100 > 40 > above[1:].max()
+    value, gradients = value_and_grad(linear_cross_entropy, hidden, weight, labels, weights, smoothing, z_loss, 6)
+    expected, slopes = value_and_grad(
+        linear_cross_entropy_reference, hidden, weight, labels, weights, smoothing, z_loss
+    )
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    for got, slope in zip(gradients, slopes, strict=True):
+        close(got, slope, 1e-5)
+        close(got[1:], slope[1:], 1e-5)
+
+
+@pytest.mark.parametrize("broken", [np.nan, np.inf])
+def test_numbers_that_are_none_end_in_none(broken):
+    hidden, *others = draw()
+    value, gradients = value_and_grad(linear_cross_entropy, hidden.at[0, 0, 0].set(broken), *others, 0.1, 1e-3, 6)
+    assert np.isnan(value) and np.isnan(gradients[1]).any()
+
+
+def test_a_z_loss_that_cancels_the_slope_of_the_normaliser():
+    _, weight, labels, weights = draw()
+    hidden, z_loss = jnp.zeros((3, 7, 5)), -0.5 / np.log(11)  # 1 + 2 z_loss log 11 = 0, up to rounding
+    value, gradients = value_and_grad(linear_cross_entropy, hidden, weight, labels, weights, 0.1, z_loss, 6)
+    expected, slopes = value_and_grad(linear_cross_entropy_reference, hidden, weight, labels, weights, 0.1, z_loss)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    for got, slope in zip(gradients, slopes, strict=True):
+        np.testing.assert_allclose(got, slope, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", [module.Way("label", 4), module.Way("highest", 2), module.Way("normaliser", 3)])
+def test_every_way_gives_the_same(way, monkeypatch):
+    monkeypatch.setattr(module, "WAY", way)
+    arrays = draw(vocabulary=12)
+    value, gradients = value_and_grad(linear_cross_entropy, *arrays, 0.2, 1e-2, 9)
+    expected, slopes = value_and_grad(linear_cross_entropy_reference, *arrays, 0.2, 1e-2)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    for got, slope in zip(gradients, slopes, strict=True):
+        close(got, slope, 1e-6)
+
+
+def test_fp16_states_stay_in_their_range():
+    hidden, weight, labels, weights = draw(2, 8, 16, 70_000, jnp.float16)
+    hidden = (hidden * 0.001).at[0].multiply(5000)  # sums over the vocabulary are past fp16, and so are some powers
+    value, gradients = value_and_grad(linear_cross_entropy, hidden, weight, labels, weights, 0.0, 0.0, 8)
+    exact, slopes = value_and_grad(linear_cross_entropy, hidden.astype(jnp.float32), weight, labels, weights, 0.0, 0.0)
+    np.testing.assert_allclose(value, exact, rtol=5e-3)
+    for got, slope in zip(gradients, slopes, strict=True):
+        assert np.linalg.norm(np.asarray(got, np.float32) - slope) < 2e-2 * np.linalg.norm(slope)
+
+
 def test_scale_of_the_loss_reaches_the_gradients():
     arrays = draw()
     _, once = value_and_grad(linear_cross_entropy, *arrays)
