@@ -24,10 +24,8 @@ VECTOR = 8
 """Numbers that a thread reads at a time: 16 bytes."""
 LONGEST_ROW = 16384
 """Numbers that a warpgroup holds in registers."""
-SHARED = 220 * 1024
-"""Bytes of a multiprocessor's shared memory that its thread blocks may fill with rows."""
-RESIDENT = 8
-"""Thread blocks of a multiprocessor at most, where rows are short."""
+SHARED, REGISTERS = 220 * 1024, 65536 // THREADS
+"""Bytes of shared memory, and registers for a thread of each, that a multiprocessor's thread blocks divide."""
 WITHIN = plgpu.OOBFillMode.PROMISE_IN_BOUNDS
 """Such a copy is of one piece, and not of parts of 256 numbers."""
 HALFWAY = np.float32(1.5 * 2**23)
@@ -130,8 +128,7 @@ def _codes(
             pl.when(turn < mine)(functools.partial(copy, jnp.int32(turn)))
         jax.lax.fori_loop(0, mine, one, None)
 
-    held = stages * sum(x.dtype.itemsize * length for x in arrays)
-    blocks = multiprocessors() * min(RESIDENT, SHARED // held) if stages else rows
+    blocks = multiprocessors() * _resident(length, [x.dtype.itemsize for x in arrays], stages) if stages else rows
     rings = [plgpu.SMEM((stages, length), x.dtype) for x in arrays]
     return plgpu.kernel(
         in_turn if stages else alone,
@@ -144,3 +141,9 @@ def _codes(
         # Approximate are exponentials and roots, by some 2^-22: those of numbers that bf16 then rounds by 2^-9.
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup, approx_math=True),
     )(*arrays)
+
+
+def _resident(length: int, sizes: list[int], stages: int) -> int:
+    """Thread blocks that a multiprocessor holds: more would begin when others have ended, and have as many rows."""
+    registers = 32 + len(sizes) * length // THREADS  # two of the compiler's for a number of SwiGLU's
+    return max(1, min(SHARED // (stages * sum(sizes) * length), REGISTERS // registers))

@@ -34,7 +34,7 @@ def normal(*shape):
 def interpreter(monkeypatch):
     monkeypatch.setattr(kernels, "multiprocessors", lambda: 4)
     monkeypatch.setattr(rounding, "multiprocessors", lambda: 2)
-    monkeypatch.setattr(rounding, "RESIDENT", 1)
+    monkeypatch.setattr(rounding, "SHARED", 1)
     monkeypatch.setattr(kernels, "scaled_product", functools.partial(kernels.scaled_product, tiling=SMALL))
     with plgpu.force_gpu_interpret_mode():
         yield

@@ -22,18 +22,18 @@ def normal(*shape):
     return jax.block_until_ready(jnp.asarray(RNG.standard_normal(shape).astype(jnp.bfloat16)))
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def interpreter(monkeypatch):
     """Results are waited for: its threads wait for each other in programs, among which no others may stand."""
     monkeypatch.setattr(kernels, "multiprocessors", lambda: 2)
-    monkeypatch.setattr(kernels, "RESIDENT", 1)
+    monkeypatch.setattr(kernels, "SHARED", 1)
     with plgpu.force_gpu_interpret_mode():
         yield
 
 
 @pytest.mark.parametrize("stages", STAGES)
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
-def test_rows_become_the_nearest_numbers(kind, stages):
+def test_rows_become_the_nearest_numbers(interpreter, kind, stages):
     sizes = np.asarray([[1], [0], [2**-20], [2**20], [1], [3], [1]], jnp.bfloat16)
     x = jax.block_until_ready(normal(7, 1024) * sizes)
     values, scale = jax.block_until_ready(kernels.row_codes(x, kind, stages=stages))
@@ -48,7 +48,7 @@ def test_rows_become_the_nearest_numbers(kind, stages):
 
 @pytest.mark.parametrize("stages", STAGES)
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
-def test_factors_become_what_their_product_would(kind, stages):
+def test_factors_become_what_their_product_would(interpreter, kind, stages):
     """The product in float64, rounded to bf16; gates reach from where the sigmoid is 0 to where it is 1."""
     gate, up = normal(7, 1024) * np.asarray(20, jnp.bfloat16), normal(7, 1024)
     gate = jax.block_until_ready(gate.at[0, :4].set(jnp.asarray([-1e4, -100, 100, 1e4], jnp.bfloat16)).at[1].set(0))
@@ -67,7 +67,7 @@ def test_factors_become_what_their_product_would(kind, stages):
 
 
 @pytest.mark.parametrize("stages", STAGES)
-def test_a_row_that_is_not_finite_has_no_finite_scale(stages):
+def test_a_row_that_is_not_finite_has_no_finite_scale(interpreter, stages):
     gate, up = normal(5, 1024).at[1, 3].set(jnp.nan), normal(5, 1024).at[3, 1000].set(jnp.inf)
     _, scale = jax.block_until_ready(kernels.gated_codes(*jax.block_until_ready((gate, up)), "int8", stages=stages))
     np.testing.assert_array_equal(np.isfinite(scale), [True, False, True, False, True])
@@ -76,3 +76,10 @@ def test_a_row_that_is_not_finite_has_no_finite_scale(stages):
 def test_rows_that_fit():
     assert kernels.fits_row(1024) and kernels.fits_row(8192) and kernels.fits_row(16384)
     assert not kernels.fits_row(512) and not kernels.fits_row(1536) and not kernels.fits_row(17408)
+
+
+def test_no_more_thread_blocks_than_a_multiprocessor_holds():
+    """Of 65,536 registers and 227 KiB; an 8,192 wide row of SwiGLU takes 153 registers of a thread."""
+    assert kernels._resident(8192, [2, 2], 2) == 3 == 65536 // (128 * 160)
+    assert kernels._resident(8192, [2, 2], 3) == 2 and kernels._resident(16384, [2, 2], 2) == 1
+    assert kernels._resident(2048, [2], 3) == 10
