@@ -5,10 +5,11 @@
 
 A dense DeepSeek-V3 with random weights. `decode` is one token a step behind a context, `batch` the forward pass of many
 rows, both through the decoder that `r1jax generate` and `eval.py` run; `product` is one product of its size, with the
-rounding of activations and the scales; `tile` is what the kernel for Hopper makes of codes, cut in one way or another;
-`rounding` is that of activations alone; `vector` is a row times a weight, over more weights than a cache holds. Cases
-called XLA are what the kernels take the place of. Each kind has a child process of its own, which takes its variants in
-turn; results are written after each case.
+rounding of activations and the scales; `swiglu` is silu(gate) * up and its product with `down_proj`, `apart` where it
+is written before it is rounded; `tile` is what the kernel for Hopper makes of codes, cut in one way or another;
+`rounding` is that of activations alone and `gating` that of silu(gate) * up, with the stages of the kernel; `vector` is
+a row times a weight, over more weights than a cache holds. Cases called XLA are what the kernels take the place of.
+Each kind has a child process of its own, which takes its variants in turn; results are written after each case.
 """
 
 import argparse
@@ -37,8 +38,8 @@ from r1jax.models.decoder import Decoder, LatentCache  # noqa: E402
 from r1jax.models.quantized import rounding_by, uses  # noqa: E402
 from r1jax.ops import quantized_dot as quantized  # noqa: E402
 from r1jax.ops.latent_attention import empty_pages  # noqa: E402
-from r1jax.ops.quantize import TYPE, Kind, Quantized, quantize  # noqa: E402
-from r1jax.ops.quantized_dot import Scheme, input_codes, multiply, quantized_dot  # noqa: E402
+from r1jax.ops.quantize import Kind, Quantized, quantize  # noqa: E402
+from r1jax.ops.quantized_dot import Gated, Scheme, input_codes, multiply, quantized_dot  # noqa: E402
 from r1jax.ops.weight_only import weight_only_dot  # noqa: E402
 from r1jax.ops.weight_only_kernel import Tile, row_times_codes  # noqa: E402
 from r1jax.serve.rounds import State, run_rounds  # noqa: E402
@@ -46,9 +47,17 @@ from r1jax.train.quantized import nearest_codes, with_codes  # noqa: E402
 
 PATIENCE = 120.0
 """Seconds without a word after which a child is given up."""
-PATIENCE_WITH_TILES = 20.0
-"""The same of tiles, which compile fast and of which one may hang."""
-GOALS = {"decode int8_weights": 1.6, "product int8": 1.6, "product fp8": 1.6, "batch int8": 1.3}
+PATIENCE_WITH_VARIANTS = 20.0
+"""The same of a kernel's variants, which compile fast and of which one may hang."""
+VARIANTS = ("tile", "gating", "rounding")
+GOALS = {
+    "decode int8_weights": 1.6,
+    "product int8": 1.6,
+    "product fp8": 1.6,
+    "swiglu int8": 1.6,
+    "swiglu fp8": 1.6,
+    "batch int8": 1.3,
+}
 """Times faster than bf16 that cases whose names begin so should be."""
 CACHE_BYTES = 2**28
 """Weights that are read one after another: several times what an H100 caches (50 MiB)."""
@@ -237,29 +246,58 @@ def tile_case(kind: Kind, tiling: tuple[int, ...], shape: tuple[int, int, int], 
     }
 
 
-def rounding_case(kind: Kind, by_xla: bool, rows: int, deep: int, samples: int) -> dict[str, Any]:
-    """Rows of activations become codes; reads and writes are those of one pass."""
-    x = normal(1, rows, deep)
-
-    def xla(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        codes = quantize(x, kind)
-        return codes.values, codes.scale[:, 0]
-
-    def ours(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        from r1jax.ops.quantized_dot_hopper import row_codes
-
-        return row_codes(x, kind)
-
-    way = xla if by_xla else ours
-    compiled = jax.jit(way).lower(x).compile()
-    taken, spread = seconds(lambda: compiled(x), samples)
-    (values, scale), (known, known_scale) = compiled(x), jax.jit(xla)(x)
+def swiglu_case(
+    way: Callable[[Gated, Any], jax.Array], kind: Kind | None, shape: tuple[int, int, int], samples: int
+) -> dict[str, Any]:
+    """SwiGLU behind its first two products: their product, its rounding and the last one."""
+    rows, wide, deep = shape
+    x, w = Gated(normal(1, rows, deep), normal(3, rows, deep)), normal(2, wide, deep)
+    some = Gated(*(part[:256].astype(jnp.float32) for part in x)).product()
+    exact = jnp.einsum("RI,OI->RO", some, w.astype(jnp.float32), precision="highest")
+    held = w if kind is None else quantize(w, kind, scale_dtype=BF16)
+    compiled = jax.jit(way).lower(x, held).compile()
+    taken, spread = seconds(lambda: compiled(x, held), samples)
     return {
         "ms": 1e3 * taken,
         "iqr_ms": 1e3 * spread,
-        "tb_per_s": x.size * (x.dtype.itemsize + jnp.dtype(TYPE[kind]).itemsize) / taken / 1e12,
-        "other_codes": int(jnp.sum(values.astype(jnp.float32) != known.astype(jnp.float32))),
-        "other_scales": int(jnp.sum(scale != known_scale)),
+        "tflops": 2 * rows * wide * deep / taken / 1e12,
+        "error": differ(compiled(x, held)[:256], exact),
+        "products": products_of(compiled.as_text()),
+    }
+
+
+def rounding_case(
+    kind: Kind, stages: int | None, rows: int, deep: int, samples: int, *, gated: bool = False
+) -> dict[str, Any]:
+    """Rows of activations become codes; reads and writes are those of one pass. Without stages, by XLA.
+
+    They are compared with what XLA makes of rows that are written out, or it would leave out their rounding to bf16.
+    """
+    arrays = [normal(1 + 2 * i, rows, deep) for i in range(1 + gated)]
+
+    def formed(*arrays: jax.Array) -> jax.Array:
+        return Gated(*arrays).product() if gated else arrays[0]
+
+    def xla(*arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
+        codes = quantize(formed(*arrays), kind)
+        return codes.values, codes.scale[:, 0]
+
+    def ours(*arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
+        from r1jax.ops.row_codes_hopper import gated_codes, row_codes
+
+        return (gated_codes if gated else row_codes)(*arrays, kind, stages=stages)
+
+    compiled = jax.jit(xla if stages is None else ours).lower(*arrays).compile()
+    taken, spread = seconds(lambda: compiled(*arrays), samples)
+    values, scale = compiled(*arrays)
+    known = jax.jit(quantize, static_argnums=1)(jax.jit(formed)(*arrays), kind)
+    moved = sum(x.nbytes for x in arrays) + values.nbytes
+    return {
+        "ms": 1e3 * taken,
+        "iqr_ms": 1e3 * spread,
+        "tb_per_s": moved / taken / 1e12,
+        "other_codes": int(jnp.sum(values.astype(jnp.float32) != known.values.astype(jnp.float32))),
+        "other_scales": int(jnp.sum(scale != known.scale[:, 0])),
     }
 
 
@@ -329,6 +367,15 @@ def bf16_dot(x: jax.Array, w: jax.Array) -> jax.Array:
     return jnp.einsum("RI,OI->RO", x, w)
 
 
+def swiglu_dot(x: Gated, w: jax.Array) -> jax.Array:
+    return bf16_dot(x.product(), w)
+
+
+def swiglu_rounded(x: Gated, w: Quantized, kind: Kind, apart: bool) -> jax.Array:
+    """As in the model; apart, where the kernel that rounds is not told the factors, and reads their product."""
+    return quantized_dot(x.product(), w, Scheme(kind, kind), gated=None if apart else x)
+
+
 TILES = (
     (128, 256, 4, 8, 1, 1, 2),
     (128, 256, 4, 8, 1, 2, 2),
@@ -393,11 +440,24 @@ def cases(s: Sizes, samples: int) -> Iterator[tuple[str, str, Callable[[], dict[
             for tiling in tiles:
                 run = functools.partial(tile_case, kind, tiling, (rows, wide, deep), samples)
                 yield "tile", f"tile {kind} {'/'.join(map(str, tiling))} {wide}x{deep}", run
+    shape = rows, s.hidden, s.wide
+    yield "swiglu", f"swiglu bf16 {s.hidden}x{s.wide}", functools.partial(swiglu_case, swiglu_dot, None, shape, samples)
+    for kind in ("int8", "fp8"):
+        for name, apart in (("", False), (" apart", True)):
+            way = functools.partial(swiglu_rounded, kind=kind, apart=apart)
+            run = functools.partial(swiglu_case, way, kind, shape, samples)
+            yield "swiglu", f"swiglu {kind}{name} {s.hidden}x{s.wide}", run
+    for kind in ("int8", "fp8"):
+        for stages in (None, 0, 2, 3, 4):
+            name = f"{kind} XLA" if stages is None else f"{kind} {stages}"
+            run = functools.partial(rounding_case, kind, stages, rows, s.wide, samples, gated=True)
+            yield "gating", f"gating {name} {s.wide}", run
     for deep in dict.fromkeys(deep for _, deep in shapes):
         for kind in ("int8", "fp8"):
-            for name, by_xla in (("", False), (" XLA", True)):
-                run = functools.partial(rounding_case, kind, by_xla, rows, deep, samples)
-                yield "rounding", f"rounding {kind}{name} {deep}", run
+            for stages in (None, 0, 2, 3):
+                name = f"{kind} XLA" if stages is None else f"{kind} {stages}"
+                run = functools.partial(rounding_case, kind, stages, rows, deep, samples)
+                yield "rounding", f"rounding {name} {deep}", run
 
 
 def child(args: argparse.Namespace) -> None:
@@ -425,14 +485,14 @@ def run_child(names: list[str], args: argparse.Namespace, note: Callable[[dict],
         text=True,
         env=environment,
     )
-    patience = PATIENCE_WITH_TILES if names[0].startswith("tile") else PATIENCE
+    patience = PATIENCE_WITH_VARIANTS if names[0].startswith(VARIANTS) else PATIENCE
     return follow(process, names, patience, args.end, note)
 
 
 def times_bf16(row: dict, rows: list[dict]) -> float | None:
     """How many times as fast a case is as bf16 of the same kind, size and run; None where that was not measured."""
     kind, *_, size = row["name"].split()
-    plain = f"{kind} bf16 {size}" if kind in ("product", "tile", "vector") else f"{kind} bf16"
+    plain = f"{kind} bf16 {size}" if kind in ("product", "tile", "vector", "swiglu") else f"{kind} bf16"
     found = (other["ms"] for other in rows if other["name"] == plain and other.get("run") == row.get("run"))
     ms = next(found, None)
     return None if ms is None else ms / row["ms"]
@@ -455,7 +515,7 @@ def markdown(report: dict) -> str:
             f"{row['tb_per_s']:.2f}" if "tb_per_s" in row else "",
             f"{row['tflops']:.0f}" if "tflops" in row else "",
             f"{row['error']:.1e}" if "error" in row else "",
-            f"{goals[0]}" if goals and "XLA" not in row["name"] else "",
+            f"{goals[0]}" if goals and not {"XLA", "apart"} & set(row["name"].split()) else "",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, *(["", report["note"]] if "note" in report else [])])

@@ -13,7 +13,7 @@ from r1jax.ops.axes import constrain, gathered
 from r1jax.ops.hashed_bits import hashed_bits
 from r1jax.ops.norm import rms_norm
 from r1jax.ops.quantize import Quantized
-from r1jax.ops.quantized_dot import rounded
+from r1jax.ops.quantized_dot import Gated, rounded
 
 
 class Linear(nn.Module):
@@ -27,7 +27,8 @@ class Linear(nn.Module):
     lora: Lora = Lora()
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
+    def __call__(self, x: Float[Array, "*B I"], gated: Gated | None = None) -> Float[Array, "*B O"]:
+        """X W^T; `gated` is what x is the product of, if it is."""
         width = x.shape[-1]
         std = width**-0.5 if self.init_std is None else self.init_std
         weight, x = parameter(self, "weight", normal(std), (self.features, width)), x.astype(self.dtype)
@@ -36,7 +37,8 @@ class Linear(nn.Module):
             weight = gathered(weight.astype(self.dtype), (*self.path, "weight"))
             y = kept(jnp.einsum("...I,OI->...O", x, weight))
         else:
-            y = kept(rounded_product(self, x, weight, scheme, "weight"))
+            gated = None if self.lora.rank else gated  # of which x itself is multiplied too
+            y = kept(rounded_product(self, x, weight, scheme, "weight", gated))
         if self.lora.rank:
             a = self.param("lora_a", normal(width**-0.5), (self.lora.rank, width), jnp.float32)
             b = self.param("lora_b", nn.initializers.zeros, (self.features, self.lora.rank), jnp.float32)
@@ -106,9 +108,9 @@ class MLP(nn.Module):
         def linear(name: str, features: int) -> Linear:
             return Linear(features, self.dtype, init_std=self.init_std, lora=self.lora, name=name)
 
-        hidden = nn.silu(linear("gate_proj", self.width)(x)) * linear("up_proj", self.width)(x)
+        factors = Gated(linear("gate_proj", self.width)(x), linear("up_proj", self.width)(x))
         names = ("batch", *[None] * (x.ndim - 3), "length", "hidden") if x.ndim > 2 else ("batch", "hidden")
-        return linear("down_proj", x.shape[-1])(constrain(hidden, *names))
+        return linear("down_proj", x.shape[-1])(constrain(factors.product(), *names), factors)
 
 
 class EncoderLayer(nn.Module):

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from r1jax.errors import UserError, nearest
 from r1jax.ops.axes import gathered
 from r1jax.ops.quantize import Quantized
-from r1jax.ops.quantized_dot import Ruled, Scheme, quantized_dot, ranged_dot, rounded
+from r1jax.ops.quantized_dot import Gated, Ruled, Scheme, quantized_dot, ranged_dot, rounded
 from r1jax.validation import QuantRule, quant_rules
 
 Role = Literal["linear", "experts", "embedding", "convolution", "fields", "head"]
@@ -117,7 +117,12 @@ def parameter(module: nn.Module, name: str, init: Callable[..., Array], shape: t
 
 
 def rounded_product(
-    module: nn.Module, x: Float[Array, "*B I"], weight: Float[Array, "O I"] | Quantized, scheme: Scheme, name: str
+    module: nn.Module,
+    x: Float[Array, "*B I"],
+    weight: Float[Array, "O I"] | Quantized,
+    scheme: Scheme,
+    name: str,
+    gated: Gated | None = None,
 ) -> Float[Array, "*B O"]:
     """X w^T in the numbers of a scheme.
 
@@ -127,6 +132,7 @@ def rounded_product(
       weight: Floats or codes.
       scheme: How.
       name: Of the weight in the module.
+      gated: As in `quantized_dot`.
 
     Returns:
       Array of x's dtype.
@@ -134,7 +140,7 @@ def rounded_product(
     whole = jax.tree.map(lambda part: gathered(part, (*module.path, name)), weight)
     key = rounding_key(module, scheme)
     if not scheme.running or isinstance(weight, Quantized):
-        return quantized_dot(x, whole, scheme, key=key)
+        return quantized_dot(x, whole, scheme, key=key, gated=gated)
     span = module.param(RANGE, nn.initializers.zeros, (), jnp.float32)
     return ranged_dot(x, whole, scheme, span, key=key)
 

@@ -62,6 +62,17 @@ class Ruled:
         return self.weight.shape
 
 
+class Gated(NamedTuple):
+    """Both factors of SwiGLU's inner half, silu(gate) * up, in place of it."""
+
+    gate: Float[Array, "*B I"]
+    up: Float[Array, "*B I"]
+
+    def product(self) -> Float[Array, "*B I"]:
+        """What they stand for."""
+        return jax.nn.silu(self.gate) * self.up
+
+
 def weight_codes(weight: Float[Array, "*E O I"] | Quantized, scheme: Scheme) -> Quantized:
     """The codes of a weight, with scales as they are stored; those that are stored are taken as they are."""
     if isinstance(weight, Quantized):
@@ -118,6 +129,7 @@ def quantized_dot(
     *,
     codes: Quantized | None = None,
     key: PRNGKeyArray | None = None,
+    gated: Gated | None = None,
 ) -> Float[Array, "*B O"]:
     """X w^T of rounded numbers.
 
@@ -127,6 +139,7 @@ def quantized_dot(
       scheme: How.
       codes: Those of the floats, where they are known already.
       key: Of the stochastic rounding of gradients, if the scheme rounds them.
+      gated: What x is the product of, if it is: a kernel may form and round it at once, and x is then not computed.
 
     Returns:
       Array of x's dtype; its gradients are straight through.
@@ -139,6 +152,8 @@ def quantized_dot(
         flat = x.reshape(-1, x.shape[-1])
         return _product(_by_compiler, scheme, flat, trained, codes, key).reshape(*x.shape[:-1], -1)
     on_kernel = _on_hopper(x, codes) and _hopper_agrees(scheme.activations)
+    if on_kernel and gated is not None and _takes_factors(codes) and _hopper_agrees(scheme.activations, gated=True):
+        return _product(_by_kernel, scheme, gated, trained, codes, key)
     return _product(_by_kernel if on_kernel else _by_compiler, scheme, x, trained, codes, key)
 
 
@@ -291,39 +306,54 @@ def _of(codes: Quantized, expert: Array) -> Quantized:
     return jax.tree.map(lambda part: part[expert], codes)  # narrow numbers are gathered
 
 
-Way = Callable[[Array, Literal["int8", "fp8"], Quantized], tuple[Quantized, Array]]
+Way = Callable[[Array | Gated, Literal["int8", "fp8"], Quantized], tuple[Quantized, Array]]
 """Inputs, what they are rounded to and a weight -> their codes, and the product of both in the dtype of the inputs."""
 
 
-def _by_compiler(x: Array, kind: Literal["int8", "fp8"], codes: Quantized) -> tuple[Quantized, Array]:
+def _by_compiler(x: Array | Gated, kind: Literal["int8", "fp8"], codes: Quantized) -> tuple[Quantized, Array]:
     """The way of whatever compiles the program."""
+    x = x.product() if isinstance(x, Gated) else x
     narrow = input_codes(x, kind, codes)
     return narrow, multiply(narrow, codes).astype(x.dtype)
 
 
-def _by_kernel(x: Array, kind: Literal["int8", "fp8"], codes: Quantized) -> tuple[Quantized, Array]:
+def _by_kernel(x: Array | Gated, kind: Literal["int8", "fp8"], codes: Quantized) -> tuple[Quantized, Array]:
     """The kernels for Hopper; under vmap the way of the compiler."""
     from r1jax.ops import quantized_dot_hopper as kernels
+    from r1jax.ops import row_codes_hopper as rounding
 
     @jax.custom_batching.custom_vmap
-    def run(x: Array, codes: Quantized) -> tuple[Quantized, Array]:
-        rows, plain = x.reshape(-1, x.shape[-1]), codes.balance is None and codes.span is None
-        if plain and kernels.fits_row(x.shape[-1]):
-            values, scale = kernels.row_codes(rows, kind)
-            narrow = Quantized(values.reshape(x.shape), scale.reshape(*x.shape[:-1], 1))
+    def run(x: Array | Gated, codes: Quantized) -> tuple[Quantized, Array]:
+        like = x.gate if isinstance(x, Gated) else x
+        flat = [part.reshape(-1, part.shape[-1]) for part in jax.tree.leaves(x)]
+        if isinstance(x, Gated) or (_by_row(codes) and rounding.fits_row(x.shape[-1])):
+            values, scale = (rounding.gated_codes if isinstance(x, Gated) else rounding.row_codes)(*flat, kind)
+            narrow = Quantized(values.reshape(like.shape), scale.reshape(*like.shape[:-1], 1))
         else:
             narrow = input_codes(x, kind, codes)
         scales = narrow.scale.reshape(-1), codes.scale[:, 0]
-        y = kernels.scaled_product(narrow.values.reshape(rows.shape), codes.values, *scales, x.dtype)
-        return narrow, y.reshape(*x.shape[:-1], -1)
+        y = kernels.scaled_product(narrow.values.reshape(flat[0].shape), codes.values, *scales, like.dtype)
+        return narrow, y.reshape(*like.shape[:-1], -1)
 
     @run.def_vmap
-    def batched(size: int, which: Any, x: Array, codes: Quantized) -> tuple[Any, Any]:
+    def batched(size: int, which: Any, x: Array | Gated, codes: Quantized) -> tuple[Any, Any]:
         axes = jax.tree.map(lambda one: 0 if one else None, tuple(which))
         found = jax.vmap(lambda x, codes: _by_compiler(x, kind, codes), axes, axis_size=size)(x, codes)
         return found, jax.tree.map(lambda _: True, found)
 
     return run(x, codes)
+
+
+def _by_row(codes: Quantized) -> bool:
+    """Whether each row of a weight's inputs is rounded by a scale of its own, as it is."""
+    return codes.balance is None and codes.span is None
+
+
+def _takes_factors(codes: Quantized) -> bool:
+    """Whether there is a kernel that rounds the inputs of a weight while it forms them."""
+    from r1jax.ops import row_codes_hopper as rounding
+
+    return _by_row(codes) and rounding.fits_row(codes.shape[1])
 
 
 def _on_hopper(x: Float[Array, "*B I"], codes: Quantized) -> bool:
@@ -340,42 +370,53 @@ def _on_hopper(x: Float[Array, "*B I"], codes: Quantized) -> bool:
 
 
 @functools.cache
-def _hopper_agrees(kind: Literal["int8", "fp8"]) -> bool:
-    """Tries the kernels on this device."""
+def _hopper_agrees(kind: Literal["int8", "fp8"], gated: bool = False) -> bool:
+    """Tries the kernels on this device, with inputs or with the factors of these."""
     rng = np.random.default_rng(0)
-    x = rng.standard_normal((TRIED[0], 1024)).astype(jnp.bfloat16)
+    x = [rng.standard_normal((TRIED[0], 1024)).astype(jnp.bfloat16) for _ in range(1 + gated)]
     # NumPy's: JAX's own would become part of the program that is being traced.
     values = np.clip(np.round(rng.standard_normal((TRIED[1], 1024)) * 40), -BOUND[kind], BOUND[kind])
     codes = Quantized(values.astype(TYPE[kind]), rng.uniform(0.5, 2, (TRIED[1], 1)).astype(jnp.bfloat16))
     exact = codes.values.astype(np.float32) * codes.scale.astype(np.float32)
 
-    def fast(x: Array) -> Array:
-        return _product(_by_kernel, Scheme(kind, kind), x, None, jax.tree.map(jnp.asarray, codes), None)
+    def fast(*x: Array) -> Array:
+        inputs = Gated(*x) if gated else x[0]
+        return _product(_by_kernel, Scheme(kind, kind), inputs, None, jax.tree.map(jnp.asarray, codes), None)
 
-    def slow(x: Array) -> Array:
-        return straight_through(x, quantize(x, kind)) @ jnp.asarray(exact).T
+    def slow(*x: Array) -> Array:
+        inputs = Gated(*x).product() if gated else x[0]
+        return straight_through(inputs, quantize(inputs, kind)) @ jnp.asarray(exact).T
 
-    return agrees(f"the kernel of {kind} products", fast, slow, (x,))
+    return agrees(f"the kernel of {kind} products{' after SwiGLU' if gated else ''}", fast, slow, x)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _product(way: Way, scheme: Scheme, x: Array, weight: Array | None, codes: Quantized, key: Array | None) -> Array:
+def _product(
+    way: Way, scheme: Scheme, x: Array | Gated, weight: Array | None, codes: Quantized, key: Array | None
+) -> Array:
     """The product with codes; the weight that they were made from takes its gradient."""
     return _forward(way, scheme, x, weight, codes, key)[0]
 
 
 def _forward(
-    way: Way, scheme: Scheme, x: Array, weight: Array | None, codes: Quantized, key: Array | None
-) -> tuple[Array, tuple[Quantized, Any, Quantized, Any, Array | None]]:
+    way: Way, scheme: Scheme, x: Array | Gated, weight: Array | None, codes: Quantized, key: Array | None
+) -> tuple[Array, tuple[Gated | None, tuple[Quantized, Any, Quantized, Any, Array | None]]]:
     narrow, y = way(x, scheme.activations, codes)
     like = None if weight is None else jnp.zeros((), weight.dtype)
-    return y, (narrow, jnp.zeros((), x.dtype), codes, like, key)
+    return y, (x if isinstance(x, Gated) else None, (narrow, jnp.zeros((), y.dtype), codes, like, key))
 
 
 def _product_backward(
-    way: Way, scheme: Scheme, saved: tuple[Quantized, Any, Quantized, Any, Array | None], gradient: Array
-) -> tuple[Array, Array | None, None, None]:
-    return _backward(scheme, saved, gradient)
+    way: Way,
+    scheme: Scheme,
+    saved: tuple[Gated | None, tuple[Quantized, Any, Quantized, Any, Array | None]],
+    gradient: Array,
+) -> tuple[Array | Gated, Array | None, None, None]:
+    factors, rest = saved
+    to_x, *others = _backward(scheme, rest, gradient)
+    if factors is not None:
+        [to_x] = jax.vjp(Gated.product, factors)[1](to_x)
+    return to_x, *others
 
 
 def _backward(

@@ -1,35 +1,26 @@
 """Products of int8 or fp8 codes on Hopper GPUs, in Pallas for Mosaic: sums are scaled before they leave the chip.
 
-XLA writes the sums of int8 products out in 32 bits and reads them again to scale them, and reads rows twice to round
-them. Here a warpgroup reads a row once, finds its largest number and rounds it. For a product, one warpgroup of a
+XLA writes the sums of int8 products out in 32 bits and reads them again to scale them. Here one warpgroup of a
 persistent kernel copies tiles of both operands into a ring of shared memory while two others multiply them from there,
 scale what they have summed by row and by column, and write it in the result's type.
 """
 
 import functools
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from r1jax.ops.quantize import BOUND, FLOOR, TYPE
 from r1jax.ops.self_test import multiprocessors
 
 DEPTH = 128
 """Codes of one step along the contracted axis: what the widest swizzle of shared memory holds."""
 CELL = 64
 """Rows and columns of the result that are written at a time."""
-THREADS = 128
-"""Of a warpgroup."""
-LONGEST_ROW = 16384
-"""Numbers that a warpgroup holds in registers."""
-HALFWAY = np.float32(1.5 * 2**23)
-"""Added to a float below 2^22 and taken away again, it leaves the nearest integer, ties to even."""
 
 
 class Tiling(NamedTuple):
@@ -58,46 +49,6 @@ def fits(rows: int, columns: int, depth: int, tiling: Tiling = TILING) -> bool:
     whole = rows % CELL == columns % CELL == depth % DEPTH == 0
     busy = rows > tiling.rows * (tiling.cluster - 1)  # of a cluster, every block has rows
     return whole and busy and pl.cdiv(rows, tiling.rows) * pl.cdiv(columns, tiling.columns) >= multiprocessors()
-
-
-def fits_row(length: int) -> bool:
-    """Whether a warpgroup's registers hold a row, and each thread has as many numbers of it."""
-    return length % (THREADS * 8) == 0 and length <= LONGEST_ROW
-
-
-@functools.partial(jax.jit, static_argnames="kind")  # lowered once for all products of a size
-def row_codes(x: Float[Array, "M I"], kind: Literal["int8", "fp8"]) -> tuple[Array, Float[Array, " M"]]:
-    """`quantize` of rows, each read once.
-
-    Args:
-      x: bf16; a row must fit.
-      kind: What they become.
-
-    Returns:
-      Codes [M, I] and scales, fp32.
-    """
-    bound = np.float32(BOUND[kind])
-
-    def body(x: Any, codes: Any, scales: Any) -> None:
-        at = jax.lax.axis_index("row")
-        row = plgpu.load(x.at[at], layout=plgpu.Layout.WG_STRIDED(x.shape[1:], vec_size=8)).astype(jnp.float32)
-        scale = jnp.maximum(jnp.max(jnp.abs(row)) * np.float32(1 / BOUND[kind]), np.float32(FLOOR))
-        values = row / scale
-        if kind == "int8":
-            values = (values + HALFWAY) - HALFWAY
-        codes[at] = jnp.minimum(jnp.maximum(values, -bound), bound).astype(TYPE[kind])
-        scales[at] = scale
-
-    shapes = jax.ShapeDtypeStruct(x.shape, TYPE[kind]), jax.ShapeDtypeStruct(x.shape[:1], jnp.float32)
-    return plgpu.kernel(
-        body,
-        out_type=shapes,
-        grid=x.shape[:1],
-        grid_names=("row",),
-        num_threads=1,
-        thread_name="wg",
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-    )(x)
 
 
 @functools.partial(jax.jit, static_argnames=("dtype", "tiling"))

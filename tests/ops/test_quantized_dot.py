@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from r1jax.ops import quantized_dot as ways
 from r1jax.ops.grouped_matmul import plan_dispatch, scatter_rows
 from r1jax.ops.quantize import Quantized, dequantize, quantize, quantize_reference
 from r1jax.ops.quantized_dot import (
+    Gated,
     Scheme,
     grouped_quantized_dot,
     multiply,
@@ -272,6 +274,24 @@ def test_a_row_that_is_not_finite_has_no_finite_product(bad):
     found = dot(x.at[3, 5].set(bad))
     assert not np.isfinite(found[3]).any()
     np.testing.assert_array_equal(*(np.delete(y, 3, axis=0) for y in (found, dot(x))))
+
+
+@pytest.mark.parametrize("scheme", [INT8, Scheme("int8", "int8", "int8"), Scheme("fp8", "fp8")], ids=str)
+def test_factors_give_the_values_and_gradients_of_their_product(scheme):
+    gate, up, w, key = normal(2, 3, 24), normal(2, 3, 24), normal(8, 24), jax.random.key(0)
+    codes = weight_codes(w, scheme)
+
+    def from_factors(gate, up, w):
+        return ways._product(ways._by_compiler, scheme, Gated(gate, up), w, codes, key)
+
+    def from_product(gate, up, w):
+        x = gate * jax.nn.sigmoid(gate) * up
+        return quantized_dot(x, w, scheme, key=key, gated=Gated(gate, up))
+
+    (found, back), (known, known_back) = (jax.vjp(f, gate, up, w) for f in (from_factors, from_product))
+    np.testing.assert_array_equal(found, known)
+    for one, other in zip(back(jnp.cos(known)), known_back(jnp.cos(known)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
 def test_rows_on_several_devices_have_one_largest_input():
