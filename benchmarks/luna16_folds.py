@@ -4,9 +4,9 @@
 
 The training part is cut into four blocks of candidate rows, which are in the order of the scans: at most one scan lies
 on each border. A variant is trained on three blocks, in a process of its own, and judged on the fourth, by its last
-averaged weights and the mean of eight views (which are the same view to a symmetric encoder). Gains over the first
-variant have the standard error of a paired bootstrap over the cases. Each result is written as soon as it is there.
-Words after `--` are overrides of train.py for all variants.
+averaged weights and the mean of eight views (which are the same view to a symmetric encoder). Gains over the plain
+encoder have the standard error of a paired bootstrap over the cases. Each result is written as soon as it is there;
+words after `--` are overrides of train.py for all variants.
 """
 
 import argparse
@@ -32,15 +32,16 @@ COARSE = (
 VARIANTS: dict[str, tuple[str, ...]] = {
     "plain": (),
     "symmetric": (SYMMETRIC,),
-    "symmetric x2": (SYMMETRIC, "--model.image.widths", "96", "192", "384", "768"),
+    "symmetric x1.5": (SYMMETRIC, "--model.image.widths", "72", "144", "288", "576"),
     "symmetric coarse": COARSE,
-    "symmetric coarse, skipped": (*COARSE, "--model.image.skipped=0.2"),
+    "symmetric coarse, skipped": (*COARSE, "--model.image.skipped=0.1"),
     "symmetric, rate x2": (SYMMETRIC, "--train.learning_rate=1e-3", "--train.final_learning_rate=1e-5"),
-    "plain, skipped": ("--model.image.skipped=0.2",),
+    "symmetric x2": (SYMMETRIC, "--model.image.widths", "96", "192", "384", "768"),
+    "plain, skipped": ("--model.image.skipped=0.1",),
 }
 """Overrides of each variant; coarse reads the image at half its resolution, with more kernels."""
 GAINS = ("auc", "average_precision", "log_loss")
-RESAMPLES = 1000
+RESAMPLES = 300
 
 
 def cut(folder: Path, block: int, into: Path) -> Path:
@@ -93,9 +94,9 @@ def train_variant(name: str, block: int, args: argparse.Namespace) -> dict:
     return {"run": told | {"scores": np.round(scores.astype(float), 6).tolist()}, "environment": jax_environment(args)}
 
 
-def gains(runs: list[dict], first: str) -> dict[str, dict[str, dict[str, float]]]:
-    """What each variant gains over the first, mean over the blocks that both have, with its standard error."""
-    rng = np.random.default_rng(0)
+def gains(runs: list[dict]) -> dict[str, dict[str, dict[str, float]]]:
+    """What each variant gains over the first of all, mean over the blocks that both have, with its standard error."""
+    rng, first = np.random.default_rng(0), next(iter(VARIANTS))
     found: dict[str, dict[str, dict[str, float]]] = {}
     base = {run["block"]: run for run in runs if run["variant"] == first}
     for name in dict.fromkeys(run["variant"] for run in runs if run["variant"] != first):
@@ -116,7 +117,7 @@ def gains(runs: list[dict], first: str) -> dict[str, dict[str, dict[str, float]]
 
 
 def table(report: dict) -> str:
-    """Figures of each variant, mean over its blocks, and gains over the first variant."""
+    """Figures of each variant, mean over its blocks, and gains over the plain encoder."""
     lines = ["| variant | blocks | AUC | AP | log loss | gain in AUC | gain in AP | images/s |", "|---|" + "---|" * 7]
     for name in dict.fromkeys(run["variant"] for run in report["runs"]):
         runs = [run for run in report["runs"] if run["variant"] == name]
@@ -135,11 +136,12 @@ def main() -> None:
     parser.add_argument("--output", required=True, type=Path, help="JSON to write")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS)[:5])
     parser.add_argument("--blocks", type=int, nargs="+", choices=range(BLOCKS), default=[0])
-    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--steps", type=int, default=1800)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=1, help="processes side by side on one device")
     parser.add_argument("--timeout", type=float, default=3600, help="seconds that each may take")
     parser.add_argument("--workdir", default="runs/benchmark-luna16-folds")
+    parser.add_argument("--resume", action="store_true", help="keep the runs that --output already holds")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", help="overrides of train.py, after --")
     args = parser.parse_args()
@@ -148,21 +150,24 @@ def main() -> None:
         tell(train_variant(child[0], int(child[1]), args))
         return
     began = time.perf_counter()
-    names = [(name, block) for block in args.blocks for name in args.variants]
-    commands = {f"{n}, block {b}": [__file__, "--child", n, str(b), *sys.argv[1:]] for n, b in names}
-    runs: list[dict] = []
+    report: dict = {"runs": [], "gains": {}}
+    if args.resume and args.output.exists():
+        report = json.loads(args.output.read_text())
+    runs: list[dict] = report["runs"]
+    had = {(run["variant"], run["block"]) for run in runs}
+    left = [(name, block) for block in args.blocks for name in args.variants if (name, block) not in had]
+    commands = {f"{n}, block {b}": [__file__, "--child", n, str(b), *sys.argv[1:]] for n, b in left}
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    report: dict = {"runs": runs, "gains": {}}
     for name, told in run_at_once(commands, jobs=args.jobs, timeout=args.timeout):
         if "error" in told:
             print(f"{name}: {told['error']}", flush=True)
             continue
         runs.append(told["run"])
-        runs.sort(key=lambda run: names.index((run["variant"], run["block"])))
+        runs.sort(key=lambda run: (list(VARIANTS).index(run["variant"]), run["block"]))
         report = told["environment"] | {"seconds": time.perf_counter() - began, "runs": runs, "gains": {}}
         args.output.write_text(json.dumps(report))
         print(f"{name}: {told['run']['figures']} after {report['seconds']:.0f} s", flush=True)
-    report["gains"] = gains(runs, args.variants[0])
+    report["gains"] = gains(runs)
     args.output.write_text(json.dumps(report))
     print(table(report))
 

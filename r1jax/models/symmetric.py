@@ -71,8 +71,9 @@ class SymmetricConv(nn.Module):
         channels, features = x.shape[-1] // incoming, self.features // ORIENTATIONS
         shape = (self.window, self.window, incoming * channels, features)
         weight = self.param("weight", nn.initializers.he_normal(), shape, jnp.float32)
-        weight = gathered(weight.astype(self.dtype), (*self.path, "weight"))
+        weight = gathered(weight.astype(self.dtype), (*self.path, "weight")).astype(jnp.float32)
         weight = eight_kernels(weight.reshape(self.window, self.window, incoming, channels, features))
+        weight = weight.astype(self.dtype)  # only now, so that the eight gradients of a kernel are summed in fp32
         # A plane is never divided, as in `PlaneConv`.
         x = constrain(x.astype(self.dtype), "batch", None, None, None)
         strides, margins, dims = (self.stride,) * 2, ((self.margin,) * 2,) * 2, ("NHWC", "HWIO", "NHWC")
@@ -151,6 +152,7 @@ class SymmetricStages(nn.Module):
                 x = block(SymmetricBlock.__call__, self.remat)(residual, x, cases)
         x = SymmetricNorm(name="norm")(x)
         x = x.reshape(*x.shape[:-1], ORIENTATIONS, -1)
-        # Picked by index, as in `VisionEncoder`.
-        highest = jnp.take_along_axis(x, jnp.argmax(x, axis=-2, keepdims=True), axis=-2)[..., 0, :]
+        # Picked by index, for the reason that `VisionEncoder` gives.
+        picked = jax.nn.one_hot(jnp.argmax(x, axis=-2), ORIENTATIONS, axis=-2, dtype=x.dtype)
+        highest = jnp.sum(picked * x, axis=-2)
         return jnp.concatenate([jnp.mean(x, axis=-2), highest], axis=-1)
