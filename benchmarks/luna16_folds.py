@@ -10,6 +10,7 @@ words after `--` are overrides of train.py for all variants.
 """
 
 import argparse
+import contextlib
 import json
 import sys
 import time
@@ -147,7 +148,9 @@ def main() -> None:
     args = parser.parse_args()
     if child := vars(args).pop("child"):
         del sys.argv[1:4]  # the command that is told is the parent's
-        tell(train_variant(child[0], int(child[1]), args))
+        with contextlib.redirect_stdout(sys.stderr):  # a pipe that is read at the end holds no long run's words
+            told = train_variant(child[0], int(child[1]), args)
+        tell(told)
         return
     began = time.perf_counter()
     report: dict = {"runs": [], "gains": {}}
