@@ -10,7 +10,6 @@ weights, on the validation part (scan-disjoint from the training part), for one 
 """
 
 import argparse
-import contextlib
 import json
 import sys
 from pathlib import Path
@@ -50,9 +49,7 @@ def main() -> None:
     child = vars(args).pop("child")
     if child is not None:
         del sys.argv[1:3]  # the command that is told is the parent's
-        with contextlib.redirect_stdout(sys.stderr):  # a pipe that is read at the end holds no long run's words
-            told = {"run": run_seed(child, args), "environment": jax_environment(args)}
-        tell(told)
+        tell({"run": run_seed(child, args), "environment": jax_environment(args)})
         return
     peers = json.loads(args.peers.read_text())["models"] if args.peers else {}
     args.output.parent.mkdir(parents=True, exist_ok=True)

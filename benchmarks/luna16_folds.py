@@ -10,7 +10,6 @@ words after `--` are overrides of train.py for all variants.
 """
 
 import argparse
-import contextlib
 import json
 import sys
 import time
@@ -148,9 +147,7 @@ def main() -> None:
     args = parser.parse_args()
     if child := vars(args).pop("child"):
         del sys.argv[1:4]  # the command that is told is the parent's
-        with contextlib.redirect_stdout(sys.stderr):  # a pipe that is read at the end holds no long run's words
-            told = train_variant(child[0], int(child[1]), args)
-        tell(told)
+        tell(train_variant(child[0], int(child[1]), args))
         return
     began = time.perf_counter()
     report: dict = {"runs": [], "gains": {}}

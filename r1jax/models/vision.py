@@ -133,7 +133,7 @@ class VisionEncoder(nn.Module):
         c = self.config
         spacing = jnp.log(spacing)
         if c.symmetric:
-            x = SymmetricStages(c, self.dtype, self.remat, name="symmetric")(x, cases)
+            x = SymmetricStages(c, self.dtype, self.remat, name="stages")(x, cases)
             # The mean of both edges and their difference stay when the axes are swapped.
             spacing = jnp.stack([jnp.mean(spacing, axis=1), jnp.abs(spacing[:, 0] - spacing[:, 1])], axis=1)
         else:

@@ -165,7 +165,7 @@ def test_a_symmetric_encoder_has_an_eighth_of_the_weights():
         return {"/".join(k): np.prod(v.shape) for k, v in flatten_dict(shapes["params"]).items() if "block" in str(k)}
 
     shared, plain = weights(symmetric()), weights(symmetric(symmetric=False))
-    assert {name.removeprefix("symmetric/"): 8 * size for name, size in shared.items()} == plain
+    assert {name.removeprefix("stages/"): 8 * size for name, size in shared.items()} == plain
 
 
 @pytest.mark.parametrize(("kind", "rank"), [(ResidualBlock, 2), (ResidualBlock, 3), (SymmetricBlock, 2)])

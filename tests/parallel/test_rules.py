@@ -30,7 +30,6 @@ SIZES = {"data": 2, "fsdp": 4, "expert": 2, "tensor": 2}
         ("layers_1/mlp/experts/down_proj", (8, 64, 48), P("expert", "fsdp", "tensor"), P("expert", None, "tensor")),
         ("1/mu/decoder/layers_0/self_attn/q_a_proj/weight", (32, 64), P(None, ("fsdp", "expert")), P()),
         ("volume/stage_0_block_0/first/weight", (3, 3, 8, 8), P(None, None, ("fsdp", "expert")), P()),
-        ("image/symmetric/stage_0_block_0/first/weight", (3, 3, 48, 6), P(None, None, ("fsdp", "expert")), P()),
         ("decoder/norm/weight", (12,), P("fsdp"), P()),  # 12 is no multiple of 8
         ("table/layers_0/qkv_proj/weight", (27, 9), P(), P()),
     ],
