@@ -86,11 +86,6 @@ class VisionConfig:
     num_attention_heads: Count = 4
     merge: Count = 1
     """Cells along each axis that make one token of the decoder."""
-    symmetric: bool = False
-    """Share each kernel among its eight orientations in plane: a turned or mirrored image gives the same findings, with
-    an eighth of the weights for the same width (Cohen and Welling 2016). Square images only."""
-    skipped: Share = 0.0
-    """Share of the cases that each residual block is left out of in training (Huang et al. 2016)."""
 
 
 @dataclass(frozen=True)

@@ -371,16 +371,7 @@ def _encoder_relations(model: ModelConfig) -> Iterator[tuple[bool, str, str]]:
             f"{group}.size",
             f"multiples of {cell}, stem_stride x 2^(stages - 1) x merge",
         )
-        last = vision.widths[-1]
-        if vision.symmetric:
-            yield rank == 2, f"{group}.symmetric", "False: volumes have other orientations than the eight in plane"
-            yield len(set(vision.size)) == 1, f"{group}.size", f"square with {group}.symmetric"
-            rule = f"multiples of 8 with {group}.symmetric, a kernel in eight orientations"
-            yield all(width % 8 == 0 for width in vision.widths), f"{group}.widths", rule
-            # Of eight orientations, mean and maximum are left.
-            yield _heads(f"{group}.num_attention_heads", vision, last // 4, f"a quarter of the last of {group}.widths")
-        else:
-            yield _heads(f"{group}.num_attention_heads", vision, last, f"the last of {group}.widths")
+        yield _heads(f"{group}.num_attention_heads", vision, vision.widths[-1], f"the last of {group}.widths")
     for name, encoder in (("table", model.table), ("series", model.series)):
         yield _heads(
             f"model.{name}.num_attention_heads", encoder, model.decoder.hidden_size, "model.decoder.hidden_size"

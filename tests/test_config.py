@@ -202,10 +202,6 @@ def decoder(**changes) -> Config:
     return Config(model=ModelConfig(decoder=DecoderConfig(**changes)))
 
 
-def image(**changes) -> Config:
-    return Config(model=ModelConfig(image=VisionConfig(**{"size": (48, 48), "symmetric": True} | changes)))
-
-
 @pytest.mark.parametrize(
     ("config", "told"),
     [
@@ -231,13 +227,6 @@ def image(**changes) -> Config:
         (Config(model=ModelConfig(volume=VisionConfig(num_attention_heads=3))), "the last of model.volume.widths (64)"),
         (Config(model=ModelConfig(volume=VisionConfig(blocks=(1,)))), "model.volume.blocks is (1,)"),
         (Config(model=ModelConfig(volume=VisionConfig(blocks=(), widths=()))), "model.volume.widths is ()"),
-        (
-            Config(model=ModelConfig(volume=VisionConfig(symmetric=True))),
-            "model.volume.symmetric is True, but it must be False: volumes have other orientations",
-        ),
-        (image(size=(48, 96)), "model.image.size is (48, 96), but it must be square with model.image.symmetric"),
-        (image(widths=(16, 36, 64)), "model.image.widths is (16, 36, 64), but it must be multiples of 8"),
-        (image(num_attention_heads=5), "must be a divisor of a quarter of the last of model.image.widths (16)"),
         (Config(model=ModelConfig(table=TableConfig(num_attention_heads=5))), "model.table.num_attention_heads is 5"),
         (Config(model=ModelConfig(dropout=1.0)), "model.dropout is 1.0"),
         (Config(task=TaskConfig(views=9)), "task.views is 9, but it must be a whole number from 1 to 8"),
@@ -294,8 +283,6 @@ def test_periods_of_stocks_are_no_folds():
 def test_rules_that_do_not_apply_are_not_enforced():
     validate(decoder(n_routed_experts=4, scoring_func="softmax"))
     validate(Config(model=ModelConfig(volume=VisionConfig(layers=0, num_attention_heads=3))))
-    validate(image(num_attention_heads=8))
-    validate(image(widths=(16, 36, 64), symmetric=False))
     validate(Config(mesh=MeshConfig(data=2, fsdp=-1)))
 
 

@@ -19,7 +19,6 @@ from r1jax.models.initial import normal
 from r1jax.models.layers import EncoderLayer, Linear, RMSNorm
 from r1jax.models.quantized import added, parameter, rounded_product, scheme_for
 from r1jax.models.remat import Remat, block, kept
-from r1jax.models.symmetric import Skipped, SymmetricStages, over_orientations
 from r1jax.ops.axes import constrain, gathered
 from r1jax.ops.quantize import Quantized
 
@@ -86,15 +85,14 @@ class ResidualBlock(nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x)))))): both in plane for images, in plane then through plane for volumes."""
 
     dtype: DTypeLike
-    skipped: float = 0.0
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B ..."], cases: Int[Array, " B"] | None) -> Float[Array, "B ..."]:
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         width = x.shape[-1]
         second = ThroughConv if x.ndim == 5 else PlaneConv
         y = PlaneConv(width, self.dtype, name="first")(nn.silu(RMSNorm(name="first_norm")(x)))
         y = second(width, self.dtype, name="second")(nn.silu(RMSNorm(name="second_norm")(y)))
-        return x + Skipped(self.skipped, name="skip")(y, cases)
+        return x + y
 
 
 def space_to_depth(x: Float[Array, "..."], stride: int) -> Float[Array, "..."]:
@@ -131,19 +129,18 @@ class VisionEncoder(nn.Module):
           Tokens, summary, and where the finding is.
         """
         c = self.config
-        spacing = jnp.log(spacing)
-        if c.symmetric:
-            x = SymmetricStages(c, self.dtype, self.remat, name="stages")(x, cases)
-            # The mean of both edges and their difference stay when the axes are swapped.
-            spacing = jnp.stack([jnp.mean(spacing, axis=1), jnp.abs(spacing[:, 0] - spacing[:, 1])], axis=1)
-        else:
-            x = self._stages(x, cases)
+        x = constrain(space_to_depth(x[..., None], c.stem_stride), "batch", *[None] * (x.ndim))
+        for stage, (width, blocks) in enumerate(zip(c.widths, c.blocks, strict=True)):
+            if stage:
+                x = space_to_depth(x, 2)
+            x = Linear(width, self.dtype, name=f"merge_{stage}")(x)
+            for i in range(blocks):
+                residual = ResidualBlock(self.dtype, name=f"stage_{stage}_block_{i}")
+                x = block(ResidualBlock.__call__, self.remat)(residual, x)
         grid = x.shape[1:-1]
         x = RMSNorm(name="norm")(x.reshape(x.shape[0], -1, x.shape[-1]))
         place = added(self, "position", parameter(self, "position", normal(0.02), x.shape[1:]), self.dtype)
-        if c.symmetric:
-            place = over_orientations(place.reshape(1, *grid, -1)).reshape(place.shape)
-        size = Linear(x.shape[-1], self.dtype, bias=True, name="spacing")(spacing)
+        size = Linear(x.shape[-1], self.dtype, bias=True, name="spacing")(jnp.log(spacing))
         x = x + jnp.broadcast_to(place[None], x.shape) + jnp.broadcast_to(size[:, None], x.shape)
         for i in range(c.layers):
             layer = EncoderLayer(c.num_attention_heads, self.dtype, self.dropout, self.remat, name=f"layers_{i}")
@@ -156,21 +153,6 @@ class VisionEncoder(nn.Module):
         highest = jnp.take_along_axis(x, jnp.argmax(x, axis=1, keepdims=True), axis=1)[:, 0]
         pooled = jnp.concatenate([looked_at, highest, jnp.mean(x, axis=1)], axis=-1)
         summary = Linear(self.features, self.dtype, name="summary")(pooled)
-        cells = x.reshape(x.shape[0], *grid, -1)
-        if c.symmetric:  # the decoder reads tokens in order, so none may depend on the orientation
-            cells = over_orientations(cells)
-        tokens = Linear(self.features, self.dtype, name="projection")(space_to_depth(cells, c.merge))
+        cells = space_to_depth(x.reshape(x.shape[0], *grid, -1), c.merge)
+        tokens = Linear(self.features, self.dtype, name="projection")(cells)
         return Encoded(tokens.reshape(x.shape[0], -1, self.features), summary, where.reshape(-1, *grid))
-
-    def _stages(self, x: Float[Array, "B *space"], cases: Int[Array, " B"] | None) -> Float[Array, "B *grid C"]:
-        """Stem and residual stages with patch merging between them."""
-        c = self.config
-        x = constrain(space_to_depth(x[..., None], c.stem_stride), "batch", *[None] * (x.ndim))
-        for stage, (width, blocks) in enumerate(zip(c.widths, c.blocks, strict=True)):
-            if stage:
-                x = space_to_depth(x, 2)
-            x = Linear(width, self.dtype, name=f"merge_{stage}")(x)
-            for i in range(blocks):
-                residual = ResidualBlock(self.dtype, c.skipped, name=f"stage_{stage}_block_{i}")
-                x = block(ResidualBlock.__call__, self.remat)(residual, x, cases)
-        return x

@@ -183,13 +183,11 @@ def _vision(config: ModelConfig, inputs: Inputs, cases: int) -> Iterator[Term]:
         cells, taps = math.prod(vision.size), 9 + (3 if len(vision.size) == 3 else 9)
         products: list[Product] = []
         for width, blocks in zip(vision.widths, vision.blocks, strict=True):
-            window = stride + 2 if vision.symmetric and not products else stride  # its stem reads a margin too
-            cells, channels = cells // stride**rank, channels * window**rank
+            cells, channels = cells // stride**rank, channels * stride**rank
             products.append({"cells": cases * cells, "I": channels, "C": width})
             if blocks:
                 products.append({"blocks": blocks, "cells": cases * cells, "taps": taps, "C": width, "C'": width})
             channels, stride = width, 2
-        channels //= 4 if vision.symmetric else 1  # mean and maximum of eight orientations
         yield Term(f"{name}: stages", tuple(products))
         yield from _encoder_layers(name, vision.layers, cases, cells, channels)
         hidden = config.decoder.hidden_size

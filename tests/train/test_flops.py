@@ -64,12 +64,6 @@ def medical(**model):
     )
 
 
-def symmetric():
-    image = VisionConfig(size=(32, 32), stem_stride=2, widths=(24, 48), blocks=(2, 1), layers=1, symmetric=True)
-    config = medical()
-    return replace(config, model=replace(config.model, modalities=("image", "table"), image=image))
-
-
 def finance():
     kinds, series = ("series", "table", "text"), SeriesConfig(layers=2, bins=12, tokens=3)
     few = FinanceConfig(events=24, simulated_customers=60, simulated_days=60)
@@ -148,7 +142,6 @@ CASES = {
     "experts and MTP": (language(DECODER), (40, 39)),
     "adapters": (language(DECODER, lora_rank=4), (40, 39)),
     "streams of payments": (finance(), (2 * 4 + len(FEATURES) + 40 + 1,)),
-    "symmetric image": (symmetric(), (64 + len(RECORD_FIELDS) + 2,)),
     "every modality": (medical(), (16 + 8 + len(RECORD_FIELDS) + 40 + 2, 39)),
 }
 
