@@ -2,19 +2,22 @@
 
     python benchmarks/luna16_peers.py --data DIR --output benchmarks/results/luna16_peers.json
     python benchmarks/luna16.py --data DIR --peers benchmarks/results/luna16_peers.json \
-        --output benchmarks/results/luna16.json
+        --output benchmarks/results/luna16.json --jobs 5
 
-Words after `--` are overrides of train.py. No epoch is chosen: the figures are those of the last checkpoint's averaged
+Each seed has a process of its own; `--jobs` of them share the device, and each is written as soon as it is there. Words
+after `--` are overrides of train.py. No epoch is chosen: the figures are those of the last checkpoint's averaged
 weights, on the validation part (scan-disjoint from the training part), for one view and for the mean of eight.
 """
 
 import argparse
+import contextlib
 import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.children import run_at_once, tell  # noqa: E402
 from benchmarks.common import jax_environment, predict, train_run  # noqa: E402
 from benchmarks.luna16_peers import figures, summarise, table  # noqa: E402
 
@@ -37,10 +40,20 @@ def main() -> None:
     parser.add_argument("--output", required=True, type=Path, help="JSON to write")
     parser.add_argument("--peers", type=Path, help="JSON of luna16_peers.py, to print beside")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--jobs", type=int, default=1, help="seeds side by side on one device")
+    parser.add_argument("--timeout", type=float, default=3600, help="seconds that each may take")
     parser.add_argument("--workdir", default="runs/benchmark-luna16")
     parser.add_argument("--resume", action="store_true", help="keep the seeds that --output already holds")
+    parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", help="overrides of train.py, after --")
     args = parser.parse_args()
+    child = vars(args).pop("child")
+    if child is not None:
+        del sys.argv[1:3]  # the command that is told is the parent's
+        with contextlib.redirect_stdout(sys.stderr):  # a pipe that is read at the end holds no long run's words
+            told = {"run": run_seed(child, args), "environment": jax_environment(args)}
+        tell(told)
+        return
     peers = json.loads(args.peers.read_text())["models"] if args.peers else {}
     args.output.parent.mkdir(parents=True, exist_ok=True)
     runs: list[dict] = []
@@ -48,12 +61,18 @@ def main() -> None:
     if args.resume and args.output.exists():
         models = json.loads(args.output.read_text())["models"] | peers
         runs = models["r1jax"]["runs"]
-    for seed in range(len(runs), args.seeds):
-        runs.append(run_seed(seed, args))
-        result = jax_environment(args)  # after a run: it starts JAX, and the run chooses its platform
+    left = sorted(set(range(args.seeds)) - {run["seed"] for run in runs})
+    commands = {str(seed): [__file__, "--child", str(seed), *sys.argv[1:]] for seed in left}
+    for seed, told in run_at_once(commands, jobs=args.jobs, timeout=args.timeout):
+        if "error" in told:
+            print(f"seed {seed}: {told['error']}", flush=True)
+            continue
+        runs = sorted([*runs, told["run"]], key=lambda run: run["seed"])
+        result = told["environment"]
         ours = {"settings": {"overrides": result["arguments"]["overrides"]}, "runs": runs}
         models = {"r1jax": ours | {"summary": summarise(ours)}} | peers
         args.output.write_text(json.dumps(result | {"models": models}, indent=1))
+        print(f"seed {seed}: {told['run']}", flush=True)
     print(table(models))
 
 
