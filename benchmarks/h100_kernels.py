@@ -156,10 +156,10 @@ def loss_case(
     seed: int,
     chunk: int | None = None,
     smoothing: float = 0.1,
-    way: linear_cross_entropy.Way = linear_cross_entropy.WAY,
+    reference: str | None = None,
     options: dict[str, Any] | None = None,
 ) -> Case:
-    """Value and both gradients, formed in a way and compiled with options of XLA."""
+    """Value and both gradients, with something subtracted from logits and options of XLA."""
     hidden = normal(seed, s.batch, s.tokens // s.batch, s.width)
     weight = normal(seed + 1, s.vocabulary, s.width, dtype=jnp.float32) * s.width**-0.5
     labels = jax.random.randint(jax.random.key(seed), hidden.shape[:2], 0, s.vocabulary)
@@ -168,7 +168,7 @@ def loss_case(
     def run(hidden, weight):
         return linear_cross_entropy.linear_cross_entropy(hidden, weight, labels, weights, smoothing, 1e-4, chunk)
 
-    with mock.patch.object(linear_cross_entropy, "WAY", way):
+    with mock.patch.object(linear_cross_entropy, "REFERENCE", reference):
         lowered = jax.jit(jax.value_and_grad(run, (0, 1))).lower(hidden, weight)
     compiled = lowered.compile(options)
     value, (to_hidden, to_weight) = compiled(hidden, weight)
@@ -176,7 +176,7 @@ def loss_case(
     rows = jnp.concatenate([labels[0, :few], jnp.arange(few)])
 
     @jax.jit
-    def reference(hidden, weight, labels):
+    def exactly(hidden, weight, labels):
         exact = weight.astype(BF16).astype(jnp.float32)
 
         def normaliser(part):
@@ -197,7 +197,7 @@ def loss_case(
         return jnp.sum(z - (1 - smoothing) * label - smoothing * mean + 1e-4 * z**2), first @ exact, some.T @ flat
 
     with jax.default_matmul_precision("highest"):
-        expected = reference(hidden, weight, labels)
+        expected = exactly(hidden, weight, labels)
     assert abs(float(value - expected[0])) < 1e-4 * float(expected[0]), (value, expected[0])
     error = max(differ(to_hidden[0, :few], expected[1]), differ(to_weight[rows], expected[2]))
     del to_hidden, to_weight
@@ -219,12 +219,12 @@ def three_products(s: Sizes, seed: int) -> Case:
     return Case(6 * s.tokens * s.width * s.vocabulary, run, None)
 
 
-def chunk_case(s: Sizes, seed: int, what: str, split: int = 1) -> Case:
+def chunk_case(s: Sizes, seed: int, what: str) -> Case:
     """What is done with the logits of 2048 tokens, one after another."""
     tokens = min(linear_cross_entropy.CHUNK_ON_GPU, s.tokens)
     flops = 2 * tokens * s.width * s.vocabulary
     hidden, weight = normal(seed, 1, tokens, s.width), normal(seed + 1, s.vocabulary, s.width)
-    way, part = linear_cross_entropy.Way(split=split), linear_cross_entropy.Part(s.vocabulary)
+    part = linear_cross_entropy.Part(s.vocabulary)
     if what == "logits":
         return Case(flops, functools.partial(jax.jit(linear_cross_entropy._logits), hidden, weight), None)
     slope = normal(seed + 2, 1, tokens, s.vocabulary)
@@ -233,9 +233,8 @@ def chunk_case(s: Sizes, seed: int, what: str, split: int = 1) -> Case:
         run = jax.jit(lambda logits, reference: linear_cross_entropy._powers_from(logits, reference, part, BF16))
         return Case(0, functools.partial(run, logits, reference), None, 6 * logits.size)
     if what == "states":
-        with mock.patch.object(linear_cross_entropy, "WAY", way):
-            compiled = jax.jit(linear_cross_entropy._into_states).lower(slope, weight).compile()
-        return Case(flops, functools.partial(compiled, slope, weight), None)
+        into = jax.jit(functools.partial(jnp.einsum, "btV,VD->btD", preferred_element_type=jnp.float32))
+        return Case(flops, functools.partial(into, slope, weight), None)
     held = [jnp.zeros((s.vocabulary, s.width), jnp.float32)]
 
     @functools.partial(jax.jit, donate_argnums=0)
@@ -258,17 +257,14 @@ def cases() -> dict[str, Callable[[Sizes, int], Case]]:
     found["loss products alone"] = three_products
     found["loss ours"] = loss_case
     ways: dict[str, dict[str, Any]] = {
-        "normaliser": {"way": linear_cross_entropy.Way("normaliser")},
-        "highest": {"way": linear_cross_entropy.Way("highest")},
-        "split 4": {"way": linear_cross_entropy.Way(split=4)},
-        "split 2": {"way": linear_cross_entropy.Way(split=2)},
+        "normaliser": {"reference": "normaliser"},
+        "highest": {"reference": "highest"},
         "chunk 4096": {"chunk": 4096},
         "products of cuBLAS": {"options": {"xla_gpu_enable_triton_gemm": False}},
     }
     found |= {f"loss-way {name}": functools.partial(loss_case, **arguments) for name, arguments in ways.items()}
     for what in ("logits", "powers", "states", "weight"):
         found[f"chunk of the loss, {what}"] = functools.partial(chunk_case, what=what)
-    found["chunk of the loss, states, split 4"] = functools.partial(chunk_case, what="states", split=4)
     found["experts ours, both"] = experts_case
     return found | tiling_cases()
 

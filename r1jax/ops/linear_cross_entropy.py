@@ -34,16 +34,8 @@ LARGE = 2.0**60
 """Sum of exp(logit - label's logit) above which a token is done again: all products with it are far from overflow."""
 
 
-class Way(NamedTuple):
-    """How gradients are formed; benchmarks compare what is possible."""
-
-    reference: str | None = None
-    """What is subtracted from a token's logits: of its label, the highest, or the normaliser; None where to choose."""
-    split: int = 1
-    """Parts of the vocabulary whose products with the weight are summed at the end: more tiles for a GPU."""
-
-
-WAY = Way()
+REFERENCE: str | None = None
+"""What is subtracted from a token's logits: of its label, the highest, or the normaliser; None where to choose."""
 
 
 class Part(NamedTuple):
@@ -235,7 +227,7 @@ def _slopes(
         at_label = jnp.exp(hit - powers.reference) - (1 - smoothing) * powers.total / steep
         slope = _put(powers.terms, own, at_label)
         factor = (w * steep / powers.total)[..., None]
-        to_hidden = _into_states(slope, floats) * factor
+        to_hidden = jnp.einsum("btV,VD->btD", slope, floats, preferred_element_type=jnp.float32) * factor
         to_hidden = to_hidden - (share * w)[..., None] * words if smoothing else to_hidden
         if trained:
             scaled = (seen(x).astype(jnp.float32) * factor).astype(x.dtype)
@@ -322,7 +314,7 @@ class Powers(NamedTuple):
 
 def _powers(logits: Float[Array, "b t v"], hit: Float[Array, "b t"], part: Part, dtype: DTypeLike) -> Powers:
     """Powers that nothing overflows with: a label's number and the sum fit too."""
-    way = WAY.reference or ("normaliser" if dtype == jnp.float16 else "highest" if part.axes else "label")
+    way = REFERENCE or ("normaliser" if dtype == jnp.float16 else "highest" if part.axes else "label")
     if way == "label":
 
         def again(found: Powers) -> Powers:
@@ -364,14 +356,6 @@ def _put(terms: Float[Array, "b t v"], own: Int[Array, "b t"], numbers: Float[Ar
     batch, time = (jnp.arange(n) for n in own.shape)
     place = terms.at[batch[:, None], time[None], own]
     return place.set(numbers.astype(terms.dtype), mode="drop", unique_indices=True, indices_are_sorted=True)
-
-
-def _into_states(slope: Float[Array, "b t v"], weight: Float[Array, "v D"]) -> Float[Array, "b t D"]:
-    batch, time, size = slope.shape
-    if size % WAY.split:
-        return jnp.einsum("btV,VD->btD", slope, weight, preferred_element_type=jnp.float32)
-    slope, weight = slope.reshape(batch, time, WAY.split, -1), weight.reshape(WAY.split, -1, weight.shape[1])
-    return jnp.sum(jnp.einsum("btsV,sVD->sbtD", slope, weight, preferred_element_type=jnp.float32), axis=0)
 
 
 def _losses(
