@@ -118,6 +118,7 @@ def open_iree(file: Path, card: dict[str, Any], threads: int) -> Run:
 
     def run(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         outputs = main(*(inputs[name] for name in names))
+        outputs = outputs if isinstance(outputs, (list, tuple)) else [outputs]  # of one output, itself
         return {name: x.to_host() for name, x in zip(found, outputs, strict=True)}
 
     return run

@@ -306,9 +306,7 @@ def write(folder: Path, opened: Opened, asked: ExportArguments, converter: Path 
         versions, run = {"jax": jax.__version__}, export_jax.read_model(folder, largest)
     elif asked.to == "iree":
         target = export_iree.target_of(asked.target_triple, asked.target_cpu)
-        compile_for = functools.partial(
-            export_iree.write_model, folder, graph, wanted, converter=converter, codes=codes is not None
-        )
+        compile_for = functools.partial(export_iree.write_model, folder, graph, wanted, converter=converter)
         versions, outputs = compile_for(target)
         made = {"file": export_iree.MODEL, "batch": "1", "precision": "fp32", "compiled_for": target.told}
         if target.elsewhere:  # it cannot be compared here: the same program is, compiled for this machine

@@ -171,11 +171,16 @@ def ask(tool: Tool, converter: Path, asked: dict[str, Any]) -> dict[str, Any]:
             f"{converter} lacks a package of the {tool.name} ({_last_line(done)}): install "
             f"{', '.join(tool.requirements)} there, or leave --converter out and add --install"
         )
+    converts = asked["do"] == "convert"
+    if done.returncode == -signal.SIGILL and not converts:
+        raise UserError("this machine lacks instructions of --target-cpu (SIGILL): nothing was exported; name another")
     if done.returncode < 0:
+        what = f"the {tool.name} crashed at this model" if converts else "the written model crashes its run time"
         name = signal.Signals(-done.returncode).name
-        raise UserError(f"the {tool.name} crashed ({name}) at this model: nothing was exported; use --to jax")
+        raise UserError(f"{what} ({name}): nothing was exported; use --to jax")
     if done.returncode:
-        raise UserError(f"the {tool.name} refused this model ({_last_line(done)}): nothing was exported")
+        what = f"the {tool.name} refused this model" if converts else "the written model does not run"
+        raise UserError(f"{what} ({_last_line(done)}): nothing was exported")
     return json.loads(done.stdout.splitlines()[-1])
 
 

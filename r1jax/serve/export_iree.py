@@ -73,7 +73,7 @@ def target_of(triple: str | None, cpu: str | None) -> Target:
 
 
 def write_model(
-    folder: Path, graph: Graph, wanted: dict[str, Port], target: Target, converter: Path, *, codes: bool
+    folder: Path, graph: Graph, wanted: dict[str, Port], target: Target, converter: Path
 ) -> tuple[dict[str, str], dict[str, jax.ShapeDtypeStruct]]:
     """Writes the compiled program and its runner.
 
@@ -83,7 +83,6 @@ def write_model(
       wanted: What it reads.
       target: What to compile for.
       converter: Python that has the compiler.
-      codes: Whether there are codes among the weights, which shall stay as narrow as they are.
 
     Returns:
       Versions of the compiler's packages, and the outputs by name, for a batch of 1.
@@ -95,7 +94,7 @@ def write_model(
     with tempfile.TemporaryDirectory() as place:
         source = Path(place) / "model.mlir"
         source.write_bytes(program.mlir_module_serialized)
-        asked = {"do": "convert", "source": str(source), "target": str(folder / MODEL), "codes": codes}
+        asked = {"do": "convert", "source": str(source), "target": str(folder / MODEL)}
         told = ask(TOOL, converter, asked | target._asdict())
     write_runner(folder)
     return told["versions"], outputs

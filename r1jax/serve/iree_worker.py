@@ -9,8 +9,6 @@ OPTIONS = (
     "--iree-hal-target-device=local",
     "--iree-hal-local-target-device-backends=llvm-cpu",
 )
-KEPT = ("--iree-opt-const-eval=false", "--iree-opt-const-expr-hoisting=false")
-"""Without these the compiler widens codes ahead of time, and the file holds them as floats."""
 UNKNOWN = "is not a recognized processor"
 """What the compiler says of a CPU that it does not know, before it goes on or dies of something else."""
 
@@ -19,8 +17,7 @@ def convert(asked: dict[str, Any]) -> dict[str, Any]:
     """Compiles a program of StableHLO for one kind of CPU.
 
     Args:
-      asked: "source", "target" (files), "cpu", "triple", None being this machine's, and "codes": whether the program
-        has some.
+      asked: "source", "target" (files), "cpu", and "triple", None being this machine's.
 
     Returns:
       Nothing more.
@@ -30,7 +27,6 @@ def convert(asked: dict[str, Any]) -> dict[str, Any]:
     command = [binaries.find_tool("iree-compile"), asked["source"], "-o", asked["target"], *OPTIONS]
     command += [f"--iree-llvmcpu-target-cpu={asked['cpu']}"]
     command += [f"--iree-llvmcpu-target-triple={asked['triple']}"] if asked["triple"] else []
-    command += KEPT if asked["codes"] else ()
     done = subprocess.run(command, capture_output=True, text=True)
     if UNKNOWN in done.stderr:
         raise SystemExit(f"it knows no CPU {asked['cpu']!r} of {asked['triple'] or 'this machine'}: name another one")

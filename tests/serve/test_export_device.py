@@ -22,7 +22,7 @@ def tool(request) -> Tool:
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("kill -SEGV $$", r"crashed \(SIGSEGV\) at this model: nothing was exported"),
+        ("kill -SEGV $$", r"crashed at this model \(SIGSEGV\): nothing was exported"),
         ("echo 'cannot lower sort' >&2; exit 1", r"refused this model \(cannot lower sort\)"),
         ("echo \"No module named 'some_package'\" >&2; exit 3", r"lacks a package .* add --install"),
     ],
@@ -110,6 +110,10 @@ def test_a_runner_is_asked_case_by_case(tool, tmp_path):
     found = run_model(tmp_path, {"x": x}, tool, python)
     np.testing.assert_array_equal(found["y"], 2 * x)
     np.testing.assert_array_equal(found["sum"], x.sum(axis=1))
+    told = {"ILL": r"lacks instructions of --target-cpu \(SIGILL\)", "BUS": r"crashes its run time \(SIGBUS\)"}
+    for name, message in told.items():
+        with pytest.raises(UserError, match=message):
+            run_model(tmp_path, {"x": x}, tool, converter_that(tmp_path / RUNNER, f"kill -{name} $$"))
     (tmp_path / "damaged").touch()
-    with pytest.raises(UserError, match=r"refused this model \(the file is damaged\)"):
+    with pytest.raises(UserError, match=r"the written model does not run \(the file is damaged\): nothing was"):
         run_model(tmp_path, {"x": x}, tool, python)

@@ -69,13 +69,13 @@ def test_the_compiler_is_given_the_program_and_the_target(tmp_path):
     body = f"""exec {sys.executable} -c '
 import json, sys
 asked = json.load(open(sys.argv[1]))
-assert asked["do"] == "convert" and asked["converter"] == "iree_worker" and asked["codes"] is True
+assert asked["do"] == "convert" and asked["converter"] == "iree_worker"
 assert open(asked["source"], "rb").read(2) == b"ML"  # bytecode
 open(asked["target"], "w").write(asked["cpu"] + " " + asked["triple"])
 print(json.dumps(dict(versions=dict(compiler="1"))))' "$3\""""
     target = Target("aarch64-linux-gnu", "cortex-a76")
     python = converter_that(tmp_path, body)
-    versions, outputs = write_model(tmp_path, double, WANTED, target, python, codes=True)
+    versions, outputs = write_model(tmp_path, double, WANTED, target, python)
     assert versions == {"compiler": "1"} and outputs["y"].shape == (1, 2)
     assert (tmp_path / "model.vmfb").read_text() == "cortex-a76 aarch64-linux-gnu" and (tmp_path / RUNNER).is_file()
 
@@ -96,16 +96,14 @@ def compiler(tmp_path, monkeypatch):
     return made
 
 
-def test_codes_stay_narrow_and_triples_are_passed_on(compiler):
+def test_a_triple_is_passed_on_where_there_is_one(compiler):
     told = compiler("exit 0")
-    asked = {"source": "a", "target": "b", "cpu": "generic", "triple": None, "codes": False}
+    asked = {"source": "a", "target": "b", "cpu": "generic", "triple": None}
     assert iree_worker.convert(asked) == {}
     words = told.read_text().split()
     assert words[:3] == ["a", "-o", "b"] and "--iree-llvmcpu-target-cpu=generic" in words
-    assert not any("triple" in word or "const" in word for word in words)
-    iree_worker.convert(asked | {"triple": "aarch64-linux-gnu", "codes": True})
-    more = set(told.read_text().split()) - set(words)
-    assert more == {"--iree-llvmcpu-target-triple=aarch64-linux-gnu", *iree_worker.KEPT}
+    iree_worker.convert(asked | {"triple": "aarch64-linux-gnu"})
+    assert told.read_text().split() == [*words, "--iree-llvmcpu-target-triple=aarch64-linux-gnu"]
 
 
 @pytest.mark.parametrize(
@@ -121,7 +119,7 @@ def test_codes_stay_narrow_and_triples_are_passed_on(compiler):
 def test_a_compiler_that_fails_says_why(compiler, body, message):
     compiler(body)
     with pytest.raises(SystemExit, match=message):
-        iree_worker.convert({"source": "a", "target": "b", "cpu": "z80", "triple": None, "codes": False})
+        iree_worker.convert({"source": "a", "target": "b", "cpu": "z80", "triple": None})
 
 
 CARD = {
@@ -217,7 +215,7 @@ def test_a_program_for_elsewhere_is_compared_as_compiled_here(opened, tmp_path, 
     program = jax.jit(graph)
     ran = []
 
-    def written(folder, graph, wanted, target, converter, *, codes):
+    def written(folder, graph, wanted, target, converter):
         (folder / "model.vmfb").write_text(target.told["machine"])
         (folder / RUNNER).touch()
         return {"iree-base-runtime": "3.13.0"}, one_case_program(graph, wanted)[1]
@@ -247,9 +245,11 @@ def device(tmp_path_factory) -> Iterator[Path]:
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 @where_asked
-def test_a_device_without_jax_writes_the_evaluation_s_reports(device, tmp_path):
+@pytest.mark.parametrize("kind", ["loops", "codes"])
+def test_a_device_without_jax_writes_the_evaluation_s_reports(device, tmp_path, kind):
     decoder = dataclasses.replace(get_config().model.decoder, num_hidden_layers=2)
-    model = dataclasses.replace(get_config().model, decoder=decoder, scan_layers=True)
+    changes = {"loops": {"decoder": decoder, "scan_layers": True}, "codes": {"quant": ("head_=float", ".=int8")}}
+    model = dataclasses.replace(get_config().model, **changes[kind])
     checkpoint = write_checkpoint(tmp_path / "run" / "00000024", model=model)
     cases = write_reports(checkpoint, tmp_path)
     words = [str(checkpoint.path), "--to", "iree", "--install", "--cases", "40"]
