@@ -85,8 +85,8 @@ class ExportArguments:
     install: bool = False
     """Makes the converter's environment, by venv and pip, where it is missing (600 MB)."""
     target_cpu: str | None = None
-    """Of iree, the CPU that the program is for, as LLVM names it (x86-64-v3, cortex-a76); none runs on every CPU of the
-    architecture."""
+    """Of iree, the CPU that the program is for, as LLVM names it (generic, x86-64-v3, cortex-a76); none takes x86-64-v3
+    or, for ARM, generic, which runs on every CPU of its architecture."""
     target_triple: str | None = None
     """Of iree, the machine that the program is for, if it is another than this one, as aarch64-linux-gnu."""
     data: EvalData = field(default_factory=EvalData)
