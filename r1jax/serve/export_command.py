@@ -181,7 +181,7 @@ def open_checkpoint(checkpoint: Checkpoint, asked: ExportArguments) -> Opened:
     if buckets and asked.to == "litert":
         raise UserError(
             f"{checkpoint.path} has model.text_ngrams {buckets}, whose hashes LiteRT's converter refuses: export it by "
-            "--to jax, or train without it"
+            "--to jax or iree, or train without it"
         )
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="none"))
     print(f"{checkpoint.path}: {start_platform('cpu')}", file=sys.stderr)

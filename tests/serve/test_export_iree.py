@@ -249,8 +249,9 @@ def device(tmp_path_factory) -> Iterator[Path]:
 @pytest.mark.parametrize("kind", ["loops", "codes"])
 def test_a_device_without_jax_writes_the_evaluation_s_reports(device, tmp_path, kind):
     decoder = dataclasses.replace(get_config().model.decoder, num_hidden_layers=2)
-    changes = {"loops": {"decoder": decoder, "scan_layers": True}, "codes": {"quant": ("head_=float", ".=int8")}}
-    model = dataclasses.replace(get_config().model, **changes[kind])
+    loops = {"decoder": decoder, "scan_layers": True, "text_ngrams": 16}
+    changes = loops if kind == "loops" else {"quant": ("head_=float", ".=int8")}
+    model = dataclasses.replace(get_config().model, **changes)
     checkpoint = write_checkpoint(tmp_path / "run" / "00000024", model=model)
     cases = write_reports(checkpoint, tmp_path)
     words = [str(checkpoint.path), "--to", "iree", "--install", "--cases", "40"]
