@@ -129,9 +129,10 @@ def export(words: list[str]) -> int:
     tool, output = TOOLS.get(asked.to), Path(asked.output)
     if asked.weights != "float" and asked.to != "litert":
         raise UserError(f"--weights {asked.weights} is of --to litert: add that, or leave --weights out")
-    if asked.to != "iree" and (asked.target_cpu or asked.target_triple):
+    if asked.to == "iree":
+        export_iree.target_of(asked.target_triple, asked.target_cpu)  # refused before anything else is done
+    elif asked.target_cpu or asked.target_triple:
         raise UserError("--target-cpu and --target-triple are of --to iree: add that, or leave them out")
-    export_iree.target_of(asked.target_triple, asked.target_cpu)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output {output} is there already: name a new folder, or remove it")
     checkpoint = find_checkpoint(Path(asked.checkpoint), "checkpoint")
