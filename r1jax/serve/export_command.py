@@ -284,7 +284,7 @@ def write(folder: Path, opened: Opened, asked: ExportArguments, converter: Path 
       folder: An empty folder.
       opened: The checkpoint.
       asked: The command line.
-      converter: Python of the LiteRT converter, for litert.
+      converter: Python of the converter, for a device.
 
     Returns:
       The agreement; if it does agree, the card holds it too.
@@ -314,6 +314,7 @@ def write(folder: Path, opened: Opened, asked: ExportArguments, converter: Path 
             elsewhere = (folder / export_iree.MODEL).read_bytes()
             compile_for(export_iree.HERE)
             made["compared_on"] = export_iree.HERE.told
+            print(f"compared as compiled for this machine; for {target.triple} it is compiled and not run")
     else:
         written = export_litert.write_model(
             folder,

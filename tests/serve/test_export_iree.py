@@ -210,7 +210,7 @@ def test_loops_and_sorts_stay(opened):
     assert "stablehlo.while" in text and "stablehlo.sort" in text and "bf16" not in text
 
 
-def test_a_program_for_elsewhere_is_compared_as_compiled_here(opened, tmp_path, monkeypatch):
+def test_a_program_for_elsewhere_is_compared_as_compiled_here(opened, tmp_path, monkeypatch, capsys):
     asked = ExportArguments(checkpoint="", output="", to="iree", target_triple=f"{OTHER}-linux-gnu")
     graph = opened.exported.graph(opened.task, opened.model, opened.params)
     program = jax.jit(graph)
@@ -233,6 +233,7 @@ def test_a_program_for_elsewhere_is_compared_as_compiled_here(opened, tmp_path, 
     card = json.loads((tmp_path / "card.json").read_text())
     assert set(ran) == {platform.machine()} and (tmp_path / "model.vmfb").read_text() == f"{OTHER}-linux-gnu"
     assert card["compiled_for"] == {"machine": f"{OTHER}-linux-gnu", "cpu": export_iree.USUAL[OTHER]}
+    assert f"for {OTHER}-linux-gnu it is compiled and not run" in capsys.readouterr().out
     assert card["compared_on"] == HERE.told and card["agreement"]["agrees"]
     assert card["sha256"] == {name: sha256(tmp_path / name) for name in ("model.vmfb", RUNNER, TEXTS)}
 
