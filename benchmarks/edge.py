@@ -1,10 +1,11 @@
-"""A medical checkpoint on one CPU core: LiteRT beside jitted JAX, in one run, the ways taking turns.
+"""A medical checkpoint on one CPU core: LiteRT and IREE beside jitted JAX, in one run, the ways taking turns.
 
     python benchmarks/edge.py --checkpoint runs/medical --converter PYTHON --device PYTHON \\
         --output benchmarks/results/edge.json
 
---converter has the LiteRT converter (docs/export.md), --device has ai-edge-litert and nothing of r1jax. A way whose
-export is refused, as that of int8 weights may be, is left out, and the command says so.
+--converter has the LiteRT converter (docs/export.md), --device has ai-edge-litert and nothing of r1jax; --compiler has
+the IREE compiler, --iree has iree-base-runtime, and without these two IREE is left out. A way whose export is refused,
+as that of int8 weights may be, is left out, and the command says so.
 """
 
 import argparse
@@ -76,16 +77,21 @@ def export_all(args: argparse.Namespace, place: Path) -> dict[str, Way]:
     edge = ["--to", "litert", "--converter", str(args.converter)]
     for name, more in (("fp32", edge), ("fp16", [*edge, "--weights", "fp16"]), ("jax", [])):
         export([*words, "--output", str(place / name), *more])
-    try:
-        export([*words, "--output", str(place / "int8"), *edge, "--weights", "int8"])
-    except UserError as error:
-        print(f"left out: {error}", file=sys.stderr)
+    may_fail = {"int8": [*edge, "--weights", "int8"]}
+    if args.compiler:
+        may_fail["iree"] = ["--to", "iree", "--converter", str(args.compiler)]
+    for name, more in may_fail.items():
+        try:
+            export([*words, "--output", str(place / name), *more])
+        except UserError as error:
+            print(f"left out: {error}", file=sys.stderr)
     ways = {
         "checkpoint, jitted JAX fp32": Way("checkpoint", sys.executable, args.checkpoint.absolute()),
         "exported, JAX": Way("exported", sys.executable, place / "jax"),
         "exported, LiteRT fp32": Way("litert", str(args.device), place / "fp32"),
         "exported, LiteRT fp16": Way("litert", str(args.device), place / "fp16"),
         "exported, LiteRT int8": Way("litert", str(args.device), place / "int8"),
+        "exported, IREE fp32": Way("iree", str(args.iree), place / "iree"),
     }
     return {name: way for name, way in ways.items() if way.folder.exists()}
 
@@ -155,21 +161,27 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--checkpoint", required=True, type=Path)
     parser.add_argument("--converter", required=True, type=Path, help="Python with the LiteRT converter")
     parser.add_argument("--device", required=True, type=Path, help="Python with ai-edge-litert")
+    parser.add_argument("--compiler", type=Path, help="Python with the IREE compiler")
+    parser.add_argument("--iree", type=Path, help="Python with iree-base-runtime")
     parser.add_argument("--output", required=True, type=Path, help="JSON to write")
     parser.add_argument("--cases", type=int, default=400, help="cases that the exports are compared on")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--calls", type=int, default=10, help="calls of each way in a round")
     parser.add_argument("--starts", type=int, default=3, help="cold starts, of which the quickest counts")
     args = parser.parse_args(arguments)
+    if (args.compiler is None) != (args.iree is None):
+        parser.error("--compiler and --iree belong together: give both, or none")
     told = {"cases": args.cases, "rounds": args.rounds, "calls": args.calls, "starts": args.starts}
     about = jax_environment(argparse.Namespace(**told, overrides=[]))
     with tempfile.TemporaryDirectory() as place:
         ways = export_all(args, Path(place))
         card = json.loads((Path(place) / "fp32" / "card.json").read_text())
+        compiled = Path(place) / "iree" / "card.json"
+        versions = card["versions"] | (json.loads(compiled.read_text())["versions"] if compiled.exists() else {})
         one_case(args, card, Path(place) / "case.npz")
         rows = measure(ways, Path(place) / "case.npz", args)
     config = find_checkpoint(args.checkpoint).config()
-    report = about | {"checkpoint": config.name, "versions": about["versions"] | card["versions"], "ways": rows}
+    report = about | {"checkpoint": config.name, "versions": about["versions"] | versions, "ways": rows}
     args.output.write_text(json.dumps(report, indent=1) + "\n")
     print(table(report))
 

@@ -23,6 +23,11 @@ def litert(folder: str, inputs: str) -> tuple[Predict, list[str]]:
     return lambda: artefact.predict(case), ["ai-edge-litert"]
 
 
+def iree(folder: str, inputs: str) -> tuple[Predict, list[str]]:
+    """What `r1jax export --to iree` wrote, likewise."""
+    return litert(folder, inputs)[0], ["iree-base-runtime"]
+
+
 def exported(folder: str, inputs: str) -> tuple[Predict, list[str]]:
     """What `r1jax export --to jax` wrote, without r1jax."""
     import jax
@@ -81,7 +86,7 @@ def main(ways: dict[str, Callable[[str, str], tuple[Predict, list[str]]]] | None
     """Predicts once, says so, then as often as each line asks; at the end says what it took."""
     way, folder, inputs, core = sys.argv[1:]
     os.sched_setaffinity(0, {int(core)})
-    ways = ways or {"litert": litert, "exported": exported, "checkpoint": checkpoint}
+    ways = ways or {"litert": litert, "iree": iree, "exported": exported, "checkpoint": checkpoint}
     predict, packages = ways[way](folder, inputs)
     predict()
     print("ready", flush=True)

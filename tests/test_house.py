@@ -29,9 +29,12 @@ DISTRIBUTION = {
     "ai_edge_litert": "ai-edge-litert",
     "fhir": "fhir.resources",
     "hdfs_native": "hdfs-native",
+    "iree": "iree-base-runtime",
     "orbax": "orbax-checkpoint",
 }
-ELSEWHERE = {"r1jax.serve.litert_worker"}  # runs in the Python of an environment of its own
+ELSEWHERE = {  # run in the Python of an environment of its own
+    f"r1jax.serve.{name}_worker" for name in ("device", "litert", "iree")
+}
 
 
 def python_files() -> list[Path]:
@@ -126,8 +129,8 @@ def test_third_party_imports_are_declared():
                 assert DISTRIBUTION.get(top, top).lower() in declared, f"{module} imports {top}"
 
 
-def test_what_runs_on_a_device_needs_numpy_and_litert_alone():
-    own = sys.stdlib_module_names | {"numpy", "ai_edge_litert"}
+def test_what_runs_on_a_device_needs_numpy_and_a_run_time_alone():
+    own = sys.stdlib_module_names | {"numpy", "ai_edge_litert", "iree"}
     edge = {module: path for module, path in modules().items() if module.startswith("r1jax.edge")}
     assert len(edge) > 1
     for module, path in edge.items():

@@ -160,5 +160,5 @@ def activations_line(own: OwnCodes, to: str) -> str:
     """
     if not own.activations:
         return "floats, as in the checkpoint"
-    how = "" if to == "jax" else "; their codes are multiplied in fp32"
+    how = "; their codes are multiplied in fp32" if to == "litert" else ""
     return f"rounded as in the checkpoint{how}"

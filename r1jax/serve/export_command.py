@@ -20,15 +20,16 @@ from r1jax.cli import load_arguments
 from r1jax.config import Config, Count, MeshConfig, ModelConfig, Positive
 from r1jax.data.filesystem import is_remote
 from r1jax.disk import sha256
-from r1jax.edge.artefact import TEXTS
+from r1jax.edge.artefact import CARD, TEXTS
 from r1jax.errors import UserError
 from r1jax.models.r1 import R1
 from r1jax.parallel.mesh import make_mesh
 from r1jax.parallel.platform import start_platform
-from r1jax.serve import export_jax, export_litert
+from r1jax.serve import export_iree, export_jax, export_litert
 from r1jax.serve.evaluate import restore_served, same_path, scoring_config
 from r1jax.serve.export_card import describe_export, describe_ports, write_card
 from r1jax.serve.export_codes import OwnCodes, activations_line, code_sizes, for_device, in_groups, own_codes
+from r1jax.serve.export_device import find_converter, run_model
 from r1jax.serve.export_finance import FinanceExport
 from r1jax.serve.export_gate import FP16, FP32, HALF, INT8, ROUNDED, Subset, agreement_lines, compare
 from r1jax.serve.export_graph import Exported, Limits
@@ -50,11 +51,14 @@ in DIR, the exported model must say what the checkpoint says, on cases of --data
 Examples:
   r1jax export runs/medical --output exported
   r1jax export runs/medical --to litert --weights fp16 --install --output edge
+  r1jax export runs/medical --to iree --install --target-triple aarch64-linux-gnu --output edge-arm
   r1jax export runs/medical-int8 --output exported       # of r1jax quantize: its codes, and what they compute
   r1jax export runs/finance --to litert --install --alerts-per-day 50 --output edge
 """
 EXPORTS = {"medical": MedicalExport, "finance": FinanceExport}
 """What is exported of a checkpoint, by the name of its task."""
+TOOLS = {"litert": export_litert.TOOL, "iree": export_iree.TOOL}
+"""What makes the file of a device, by the target."""
 REFUSED = {"float": "by another --to", "fp16": "without --weights", "int8": "by --weights fp16"}
 """What may agree where the weights as they were stored did not."""
 
@@ -67,17 +71,24 @@ class ExportArguments:
     """Run folder, its checkpoints folder, or one checkpoint."""
     output: str
     """Folder to write; it must not exist, or be empty."""
-    to: Literal["jax", "litert"] = "jax"
+    to: Literal["jax", "litert", "iree"] = "jax"
     """jax: a program for CPU and CUDA, any batch, run by JAX; litert: for a device, one case at a time, run by LiteRT
-    and reported by a script beside it."""
+    and reported by a script beside it; iree: likewise, compiled for a CPU and run by IREE, which takes loops, sorts and
+    ragged products of experts as they are."""
     weights: Literal["float", "fp16", "int8"] = "float"
     """Of litert, how they are stored: as fp32; as fp16, which is half of it and nearly the same model; or as int8, but
     fp16 where that matters most to calls and int4 where it hardly matters (some minutes, docs/export.md). Codes of
     the checkpoint stay as they are; this is of its other weights."""
     converter: str | None = None
-    """Python of an environment that has the LiteRT converter; none takes that which --install makes."""
+    """Python of an environment that has the LiteRT converter or the IREE compiler; none takes that which --install
+    makes."""
     install: bool = False
     """Makes the converter's environment, by venv and pip, where it is missing (600 MB)."""
+    target_cpu: str | None = None
+    """Of iree, the CPU that the program is for, as LLVM names it (generic, x86-64-v3, cortex-a76); none takes x86-64-v3
+    or, for ARM, generic, which runs on every CPU of its architecture."""
+    target_triple: str | None = None
+    """Of iree, the machine that the program is for, if it is another than this one, as aarch64-linux-gnu."""
     data: EvalData = field(default_factory=EvalData)
     cases: Count = 400
     """Cases that the exported model is compared on."""
@@ -90,7 +101,7 @@ class Opened(NamedTuple):
 
     checkpoint: Checkpoint
     config: Config
-    """With unrolled, unrounded layers of fp32 where the target needs it, and the data that is compared on."""
+    """With layers of fp32, unrolled and unrounded, where the target needs it, and the data that is compared on."""
     task: Task
     model: R1
     params: Any
@@ -115,13 +126,17 @@ def export(words: list[str]) -> int:
       UserError: The checkpoint cannot be exported, a tool is missing, or the result does not agree with the checkpoint.
     """
     asked = load_arguments(ExportArguments, words, "r1jax export", HELP, ("checkpoint",))
-    edge, output = asked.to == "litert", Path(asked.output)
-    if asked.weights != "float" and not edge:
+    tool, output = TOOLS.get(asked.to), Path(asked.output)
+    if asked.weights != "float" and asked.to != "litert":
         raise UserError(f"--weights {asked.weights} is of --to litert: add that, or leave --weights out")
+    if asked.to == "iree":
+        export_iree.target_of(asked.target_triple, asked.target_cpu)  # refused before anything else is done
+    elif asked.target_cpu or asked.target_triple:
+        raise UserError("--target-cpu and --target-triple are of --to iree: add that, or leave them out")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output {output} is there already: name a new folder, or remove it")
     checkpoint = find_checkpoint(Path(asked.checkpoint), "checkpoint")
-    converter = export_litert.find_converter(asked.converter, asked.install) if edge else None
+    converter = find_converter(tool, asked.converter, asked.install) if tool else None
     opened = open_checkpoint(checkpoint, asked)
     with draft_folder(output) as folder:
         agreement = write(folder, opened, asked, converter)
@@ -167,7 +182,7 @@ def open_checkpoint(checkpoint: Checkpoint, asked: ExportArguments) -> Opened:
     if buckets and asked.to == "litert":
         raise UserError(
             f"{checkpoint.path} has model.text_ngrams {buckets}, whose hashes LiteRT's converter refuses: export it by "
-            "--to jax, or train without it"
+            "--to jax or iree, or train without it"
         )
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="none"))
     print(f"{checkpoint.path}: {start_platform('cpu')}", file=sys.stderr)
@@ -194,7 +209,7 @@ def open_checkpoint(checkpoint: Checkpoint, asked: ExportArguments) -> Opened:
 
 
 def exported_weights(
-    config: Config, params: Any, codes: OwnCodes | None, to: Literal["jax", "litert"]
+    config: Config, params: Any, codes: OwnCodes | None, to: Literal["jax", "litert", "iree"]
 ) -> tuple[Config, Any]:
     """Weights as the target holds them, and the config by which it computes.
 
@@ -207,14 +222,18 @@ def exported_weights(
     Returns:
       The config, and NumPy arrays.
     """
+    held, model = params, config.model
+    if codes is not None and to != "litert":
+        held = in_four_bits(codes.params, codes.kinds)
+    elif codes is not None:
+        held, quant = for_device(codes, model.quant)
+        model = dataclasses.replace(model, quant=quant)
     if to == "jax":
-        held = params if codes is None else in_four_bits(codes.params, codes.kinds)
         return config, jax.tree.map(np.asarray, held)
-    # An edge device has neither bf16 nor loops.
-    held, quant = (params, ()) if codes is None else for_device(codes, config.model.quant)
-    plain = dataclasses.replace(config.model, precision="fp32", scan_layers=False, quant=quant)
+    # LiteRT has no loops, and bf16 is nothing that CPUs of devices compute in.
+    model = dataclasses.replace(model, precision="fp32", scan_layers=model.scan_layers and to == "iree")
     held = jax.tree.map(lambda x: np.asarray(x, np.float32 if x.dtype == jnp.bfloat16 else None), held)
-    return dataclasses.replace(config, model=plain), held
+    return dataclasses.replace(config, model=model), held
 
 
 def rounding_cases(checkpoint: Checkpoint, evaluator: Evaluator, params: Any, asked: ExportArguments) -> RoundingCases:
@@ -265,7 +284,7 @@ def write(folder: Path, opened: Opened, asked: ExportArguments, converter: Path 
       folder: An empty folder.
       opened: The checkpoint.
       asked: The command line.
-      converter: Python of the LiteRT converter, for litert.
+      converter: Python of the converter, for a device.
 
     Returns:
       The agreement; if it does agree, the card holds it too.
@@ -274,15 +293,28 @@ def write(folder: Path, opened: Opened, asked: ExportArguments, converter: Path 
     params, kinds = (opened.params, {}) if opened.rounding is None else rounded_weights(opened, converter)
     graph = opened.exported.graph(opened.task, opened.model, params)
     run: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
-    if converter is None:
+    kind, stored = "exported" if asked.to == "jax" else "edge", dict[str, int]()
+    if codes and asked.to != "litert":
+        graph_of = functools.partial(opened.exported.graph, opened.task, opened.model)
+        read = export_jax.weights_read(graph_of, codes.params, wanted)
+        stored, kinds = code_sizes(codes, read), {name: x for name, x in codes.kinds.items() if name in read}
+    if asked.to != "jax":
+        (folder / TEXTS).write_text(json.dumps(opened.exported.texts(), ensure_ascii=False, indent=1) + "\n", "utf-8")
+        run = functools.partial(run_model, folder, tool=TOOLS[asked.to], converter=converter)
+    if asked.to == "jax":
         largest, outputs = export_jax.write_model(folder, graph, wanted)
         made = {"file": export_jax.MODEL, "platforms": list(export_jax.PLATFORMS), "batch": f"1 to {largest}"}
-        versions, kind, stored = {"jax": jax.__version__}, "exported", {}
-        if codes:
-            graph_of = functools.partial(opened.exported.graph, opened.task, opened.model)
-            read = export_jax.weights_read(graph_of, codes.params, wanted)
-            stored, kinds = code_sizes(codes, read), {name: x for name, x in codes.kinds.items() if name in read}
-        run = export_jax.read_model(folder, largest)
+        versions, run = {"jax": jax.__version__}, export_jax.read_model(folder, largest)
+    elif asked.to == "iree":
+        target = export_iree.target_of(asked.target_triple, asked.target_cpu)
+        compile_for = functools.partial(export_iree.write_model, folder, graph, wanted, converter=converter)
+        versions, outputs = compile_for(target)
+        made = {"file": export_iree.MODEL, "batch": "1", "precision": "fp32", "compiled_for": target.told}
+        if target.elsewhere:  # it cannot be compared here: the same program is, compiled for this machine
+            elsewhere = (folder / export_iree.MODEL).read_bytes()
+            compile_for(export_iree.HERE)
+            made["compared_on"] = export_iree.HERE.told
+            print(f"compared as compiled for this machine; for {target.triple} it is compiled and not run")
     else:
         written = export_litert.write_model(
             folder,
@@ -294,13 +326,10 @@ def write(folder: Path, opened: Opened, asked: ExportArguments, converter: Path 
         )
         versions, outputs, stored, found = written
         kinds = {name: kind for name, kind in codes.kinds.items() if name in found} if codes else kinds
-        (folder / TEXTS).write_text(json.dumps(opened.exported.texts(), ensure_ascii=False, indent=1) + "\n", "utf-8")
         made = {"file": export_litert.MODEL, "batch": "1", "precision": "fp32"}
-        kind = "edge"
         if asked.weights != "float":
             made["precision"] = f"{asked.weights} weights"
             kind += f", {asked.weights} weights"
-        run = functools.partial(export_litert.run_model, folder, converter=converter)
     if stored:
         made["stored"] = {"bytes": stored, "weights": kinds}
         print(stored_line(asked.weights, stored))
@@ -312,12 +341,20 @@ def write(folder: Path, opened: Opened, asked: ExportArguments, converter: Path 
         print(f"activations: {made['quantized']['activations']}")
     card = describe_export(opened.checkpoint, opened.config, opened.exported, kind, versions)
     card |= {"to": asked.to, **made, **describe_ports(wanted, outputs)}
-    card["sha256"] = {file.name: sha256(file) for file in sorted(folder.iterdir())}
+    card["sha256"] = _sums(folder)
     write_card(folder, card)
     agreement = compare(run, opened.exported, limits_of(trained, codes, asked))
     if agreement["agrees"]:
+        if "compared_on" in card:
+            (folder / export_iree.MODEL).write_bytes(elsewhere)
+            card["sha256"] = _sums(folder)
         write_card(folder, card | {"agreement": agreement})
     return agreement
+
+
+def _sums(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file but the card."""
+    return {file.name: sha256(file) for file in sorted(folder.iterdir()) if file.name != CARD}
 
 
 def rounded_weights(opened: Opened, converter: Path) -> tuple[Any, dict[str, str]]:
@@ -374,7 +411,7 @@ def limits_of(trained: ModelConfig, codes: OwnCodes | None, asked: ExportArgumen
     Returns:
       The limits.
     """
-    if asked.to == "litert" and codes is not None and codes.activations:
+    if asked.to != "jax" and codes is not None and codes.activations:
         return ROUNDED
     if asked.weights == "int8" and codes is None:
         return INT8

@@ -1,15 +1,10 @@
-"""Runs in the converter's own Python, where nothing of r1jax is installed: StableHLO -> .tflite, and a trial of it.
+"""The part of device_worker.py that knows LiteRT's converter: StableHLO -> .tflite.
 
-    python litert_worker.py REQUEST.json
-
-It is a process of its own because the converter's packages and r1jax's cannot share an environment, and because the
-converter answers what it does not understand with a segmentation fault. Its Python interface is not yet stable.
+Its packages and r1jax's cannot share an environment, and it answers what it does not understand with a segmentation
+fault. Its Python interface is not yet stable.
 """
 
-import importlib.metadata
-import json
 import math
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,9 +18,6 @@ SAME = 1e-5
 """Largest distance of a weight from what given codes stand for, as a share of that: what folding a norm leaves."""
 DEFAULTS = ("MulOptionsT", "AddOptionsT", "SubOptionsT", "DivOptionsT")
 """Options that say nothing where no activation is fused: their absence is read alike."""
-MISSING = 3
-"""Exit code: a package of the converter is not installed."""
-PACKAGES = ("litert-converter", "ai-edge-litert")
 
 
 def convert(asked: dict[str, Any]) -> dict[str, Any]:
@@ -395,35 +387,3 @@ def _packed(model: Any) -> bytes:
     builder = Sharing()
     builder.Finish(model.Pack(builder), file_identifier=b"TFL3")
     return bytes(builder.Output())
-
-
-def run(asked: dict[str, Any]) -> dict[str, Any]:
-    """Has the exported folder's own runner predict cases.
-
-    Args:
-      asked: "folder", "inputs" (.npz file, cases first) and "outputs" (.npz file to write).
-
-    Returns:
-      Nothing more.
-    """
-    import numpy as np
-
-    folder = Path(asked["folder"])
-    sys.path.insert(0, str(folder / asked["runner"]))
-    from r1jax_edge.artefact import Artefact
-
-    artefact, inputs = Artefact(folder), dict(np.load(asked["inputs"]))
-    count = len(next(iter(inputs.values())))
-    found = [artefact.predict({name: values[row] for name, values in inputs.items()}) for row in range(count)]
-    np.savez(asked["outputs"], **{name: np.stack([one[name] for one in found]) for name in found[0]})
-    return {}
-
-
-if __name__ == "__main__":
-    request = json.loads(Path(sys.argv[1]).read_text())
-    try:
-        told = {"convert": convert, "run": run}[request["do"]](request)
-    except ImportError as error:
-        print(error, file=sys.stderr)
-        sys.exit(MISSING)
-    print(json.dumps({"versions": {name: importlib.metadata.version(name) for name in PACKAGES}, **told}))

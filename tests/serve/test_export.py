@@ -191,6 +191,10 @@ def test_grey_values_become_hounsfield_units():
         (["RUN", "--output", "new", "--to", "onnx"], "one of jax, litert"),
         (["RUN", "--output", "new", "--to", "litert", "--converter", "nothing"], "--converter nothing is no file"),
         (["RUN", "--output", "new", "--to", "litert"], "add --install"),
+        (["RUN", "--output", "new", "--to", "iree"], "the IREE compiler is not at .*: add --install"),
+        (["RUN", "--output", "new", "--to", "iree", "--weights", "int8"], "--weights int8 is of --to litert"),
+        (["RUN", "--output", "new", "--to", "iree", "--target-triple", "z80"], "--target-triple z80 is no Linux"),
+        (["RUN", "--output", "new", "--target-cpu", "generic"], "are of --to iree: add that"),
     ],
 )
 def test_what_cannot_be_exported_is_refused_in_one_sentence(checkpoint, tmp_path, monkeypatch, words, message):
@@ -240,6 +244,10 @@ def test_a_device_is_held_to_the_checkpoint_in_its_own_precision(tmp_path):
         ("litert", "float", "fp16", None, HALF),
         ("litert", "float", "fp32", Scheme("int8"), FP32),
         ("litert", "float", "fp32", Scheme("int8", "int8"), ROUNDED),
+        ("iree", "float", "fp32", None, FP32),
+        ("iree", "float", "bf16", None, HALF),
+        ("iree", "float", "fp32", Scheme("int4"), FP32),
+        ("iree", "float", "fp32", Scheme("int8", "int8"), ROUNDED),
         ("litert", "fp16", "bf16", None, FP16),
         ("litert", "fp16", "fp32", Scheme("int4"), FP16),
         ("litert", "fp16", "fp32", Scheme("int8", "int8"), ROUNDED),

@@ -18,7 +18,7 @@ from r1jax.ops.quantize import Quantized, pack_int4
 from r1jax.ops.quantized_dot import Scheme
 from r1jax.serve import export_jax
 from r1jax.serve.export_codes import OwnCodes, in_groups
-from r1jax.serve.export_command import ExportArguments, Opened, limits_of, open_checkpoint
+from r1jax.serve.export_command import ExportArguments, Opened, exported_weights, limits_of, open_checkpoint
 from r1jax.serve.export_gate import FP32, compare
 from r1jax.serve.export_graph import constants
 from r1jax.tasks.finance.operating import operating_points
@@ -67,6 +67,16 @@ def test_the_program_multiplies_int8_and_holds_codes(trained, exported):
     floats = sum(int(np.prod([int(n) for n in size.split("x")[:-1]])) for size in sizes)
     numbers = sum(codes.values.size for codes in jax.tree.leaves(trained.params, is_leaf=is_codes) if is_codes(codes))
     assert floats < 0.2 * numbers
+
+
+def test_iree_is_given_the_same_codes_and_computes_the_rest_in_fp32(trained):
+    config = dataclasses.replace(trained.config, model=dataclasses.replace(trained.config.model, precision="bf16"))
+    made, params = exported_weights(config, None, trained.codes, "iree")
+    assert made.model == trained.config.model and made.model.quant == RULES
+    assert jax.tree.structure(params) == jax.tree.structure(trained.params)
+    for ours, theirs in zip(jax.tree.leaves(params), jax.tree.leaves(trained.params), strict=True):
+        assert ours.dtype == (np.float32 if theirs.dtype == ml_dtypes.bfloat16 else theirs.dtype)  # scales widen
+        np.testing.assert_array_equal(ours, theirs)
 
 
 def test_the_card_says_how_weights_are_stored(trained, exported):

@@ -203,6 +203,14 @@ def test_numbers_are_brought_to_the_range_of_the_encoders(task):
     assert scale_events(jnp.asarray(age))[0, 0, 0, -1] == pytest.approx(-0.2)
     table = np.asarray(scale_features(jnp.asarray(raw["table"])))
     assert np.abs(table).max() < 6 and table.shape[1] == len(FEATURES)
+    x = dict(zip(FEATURES, raw["table"].T.astype(np.float64), strict=True))
+    expected = {name: np.log1p(x[name]) - 3.5 for name in ("amount", "customer_mean_7d", "customer_usual")}
+    expected |= {name: np.log1p(x[name]) - 2 for name in ("terminal_count_30d", "customer_genuine_count")}
+    expected |= {"customer_ratio_high": 2 * np.log1p(x["customer_ratio_high"]) - 1.4}
+    expected |= {"terminal_fraud_last_days": x["terminal_fraud_last_days"] / 10 - 2}
+    expected |= {name: 2 * x[name] for name in ("weekend", "terminal_risk_1d")}
+    for name, column in expected.items():
+        np.testing.assert_allclose(table[:, FEATURES.index(name)], column, rtol=1e-5, atol=1e-5, err_msg=name)
 
 
 @pytest.fixture
