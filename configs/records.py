@@ -94,7 +94,7 @@ def _sentiment() -> Config:
             loss="squared_hinge",
             modality_dropout=0.0,
         ),
-        data=DataConfig(path="data/Sentences_50Agree.txt", split="val", folds=10),
+        data=DataConfig(path="data/Sentences_50Agree.txt", split="val", folds=10, preprocess="changes"),
         train=TrainConfig(
             steps=700,
             batch_size=32,
