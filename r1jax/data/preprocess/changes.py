@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import ClassVar, NamedTuple
 
 from r1jax.data.plugins import Case, Preprocessor
@@ -10,8 +11,8 @@ ARROWS = {1: "\u2191", -1: "\u2193", 0: "\u2194"}
 FARTHEST = 160
 """Characters between two quantities that are compared, at most."""
 _BEFORE = 40
-_SCALES = {"k": 1e3, "thousand": 1e3, "m": 1e6, "mn": 1e6, "mln": 1e6, "million": 1e6}
-_SCALES |= {"bn": 1e9, "billion": 1e9, "tn": 1e12, "trillion": 1e12}
+_SCALES = dict.fromkeys(("k", "thousand"), 1_000) | dict.fromkeys(("m", "mn", "mln", "million"), 1_000_000)
+_SCALES |= dict.fromkeys(("bn", "billion"), 10**9) | dict.fromkeys(("tn", "trillion"), 10**12)
 _CURRENCIES = {"\u20ac": "eur", "euro": "eur", "euros": "eur", "$": "usd", "us$": "usd", "dollars": "usd"}
 _CURRENCIES |= {"\u00a3": "gbp", "pounds": "gbp"}
 _PERCENT = ("%", "percent", "per cent", "pct")
@@ -53,7 +54,7 @@ class Changes(Preprocessor):
 
 
 class _Quantity(NamedTuple):
-    value: float
+    value: Decimal
     unit: str
     begin: int
     end: int
@@ -64,7 +65,8 @@ def changes(text: str) -> list[int]:
 
     A quantity is a number with a currency, a scale or per cent beside it. Two of one unit are compared where a word
     such as "from", "compared" or "versus" stands between, and the former is the later one in time; of "from ... to ..."
-    it is the latter. What follows "loss" is negative, and so is what a loss is compared with, unless that is a profit.
+    it is the latter. None is compared twice, nor one between two that are compared, such as the same in dollars. What
+    follows "loss" is negative, and so is what a loss is compared with, unless that is a profit.
 
     Args:
       text: English.
@@ -89,7 +91,7 @@ def changes(text: str) -> list[int]:
         one = -one if lost else one
         difference = two - one if rising else one - two
         ways.append((difference > 0) - (difference < 0))
-        first = place + 1  # each is compared once
+        first = place + 1
     return ways
 
 
@@ -101,5 +103,5 @@ def _quantities(text: str) -> list[_Quantity]:
             continue
         digits = re.sub(r",(\d{1,2})$", r".\1", match["number"].replace(" ", "")).replace(",", "")
         unit = "%" if scale in _PERCENT else _CURRENCIES.get(currency, currency)
-        found.append(_Quantity(float(digits) * _SCALES.get(scale, 1.0), unit, match.start(), match.end()))
+        found.append(_Quantity(Decimal(digits) * _SCALES.get(scale, 1), unit, match.start(), match.end()))
     return found
