@@ -27,6 +27,7 @@ import eval as scoring  # noqa: E402
 from benchmarks.common import jax_environment, train_run  # noqa: E402
 from benchmarks.records_peers import boosted, stock_peers, svm  # noqa: E402
 from r1jax.cli import load_config  # noqa: E402
+from r1jax.data.pipeline import original  # noqa: E402
 from r1jax.data.records import RecordCases  # noqa: E402
 from r1jax.data.stock_files import EARLIER  # noqa: E402
 from r1jax.tasks.catalog import TASKS  # noqa: E402
@@ -102,7 +103,7 @@ def judge_part(words: list[str], chosen: Set, args: argparse.Namespace, folder: 
         runs.append({"folder": folder.name, "seed": seed, "seconds": run.seconds})
     config = load_config(words).config
     task = TASKS[config.task.name](config)
-    train, judged = task.source("train"), task.source("val")
+    train, judged = (original(task.source(split)) for split in ("train", "val"))  # peers read the sentences as they are
     scores = {OURS[mode]: np.mean([one[mode] for one in told], axis=0) for mode in told[0]} if told else {}
     scores |= chosen.peers(train, judged)
     days, rows = judged.records.day, judged.rows

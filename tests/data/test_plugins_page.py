@@ -34,7 +34,7 @@ def test_the_plug_in_of_the_page(folder, tmp_path):
 def test_all_steps_of_the_page_exist():
     table = PAGE.read_text("utf-8").partition("## What comes with r1jax")[2]
     steps = re.findall(r"^\| `(.*?)` \|", table, re.MULTILINE)
-    assert len(steps) == 6
+    assert len(steps) == 7
     for step in steps:
         known = step.replace("spacing,", "1.0,").replace("height, width", "8, 8")
         assert len(open_pipeline(known).steps) == 1

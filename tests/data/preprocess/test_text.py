@@ -55,5 +55,5 @@ def test_other_forms_are_refused():
 
 
 def test_every_built_in_has_a_name():
-    names = ["text_clean", "window", "resample(1.0)", "decode_image(8, 8)", "log_mel", "scale"]
+    names = ["text_clean", "changes", "window", "resample(1.0)", "decode_image(8, 8)", "log_mel", "scale"]
     assert [step.text for step in open_pipeline("|".join(names)).steps] == names
