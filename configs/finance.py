@@ -3,9 +3,9 @@
     python train.py --config configs/finance.py            generated payments, about 4 minutes on 2 CPU cores
     python train.py --config configs/finance.py:smoke      the same in small, about a minute
 
-On the 15,637 generated validation payments (343 frauds, seed 0, one training, 278 s of CPU time on a busy machine):
-recall at a false-positive rate of 0.3 % .854 from all, .761 without the notes and .388 from the notes alone, where
-.929, .872 and .398 are attainable; AUPRC .878, .797 and .417.
+On the 15,637 generated validation payments (343 frauds, seed 0, one training): recall at a false-positive rate of 0.3 %
+.845 from all, .758 without the notes and .388 from the notes alone, where .929, .872 and .398 are attainable; AUPRC
+.876, .795 and .421.
 
 The public stream of the Fraud Detection Handbook, by path (docs/finance.md says what columns are read):
 
