@@ -59,7 +59,7 @@ def test_what_is_no_linux_on_a_known_cpu_is_refused(triple):
         target_of(triple, None)
 
 
-@pytest.mark.parametrize("cpu", ["", "--help", "x86 64", "Zen4"])
+@pytest.mark.parametrize("cpu", ["", "--help", "x86 64", "Zen4", "host"])
 def test_what_is_no_name_of_a_cpu_is_refused(cpu):
     with pytest.raises(UserError, match="is no name of a CPU: take generic"):
         target_of(None, cpu)
