@@ -63,9 +63,11 @@ def main() -> None:
         runs = models["r1jax"]["runs"]
     left = sorted(set(range(args.seeds)) - {run["seed"] for run in runs})
     commands = {str(seed): [__file__, "--child", str(seed), *sys.argv[1:]] for seed in left}
+    failed = []
     for seed, told in run_at_once(commands, jobs=args.jobs, timeout=args.timeout):
         if "error" in told:
             print(f"seed {seed}: {told['error']}", flush=True)
+            failed.append(seed)
             continue
         runs = sorted([*runs, told["run"]], key=lambda run: run["seed"])
         result = told["environment"]
@@ -74,6 +76,8 @@ def main() -> None:
         args.output.write_text(json.dumps(result | {"models": models}, indent=1))
         print(f"seed {seed}: {told['run']}", flush=True)
     print(table(models))
+    if failed:
+        sys.exit(f"without seed {', '.join(failed)} (above): --resume trains what is left")
 
 
 if __name__ == "__main__":

@@ -130,11 +130,13 @@ def main() -> None:
     parser.add_argument("--child", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     asked.overrides = []
-    if asked.child:
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {WAYS[asked.child]}".strip()
-        tell(outcomes(asked, asked.child))
+    child = vars(asked).pop("child")
+    if child is not None:
+        del sys.argv[1:3]  # the command that is told is the parent's
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {WAYS[child]}".strip()
+        tell(outcomes(asked, child))
         return
-    commands = {way: [__file__, *sys.argv[1:], "--child", way] for way in asked.ways}
+    commands = {way: [__file__, "--child", way, *sys.argv[1:]] for way in asked.ways}
     told: dict[str, dict[str, Any]] = {}
     for way, found in run_at_once(commands, jobs=asked.jobs, timeout=asked.timeout):
         told[way] = found

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,11 +109,13 @@ def open_iree(file: Path, card: dict[str, Any], threads: int) -> Run:
     if threads > 1:
         runtime.flags.parse_flags(f"--task_topology_group_count={threads}")
     context = runtime.SystemContext(config=runtime.Config("local-sync" if threads == 1 else "local-task"))
-    module = runtime.VmModule.copy_buffer(context.instance, file.read_bytes())
     try:
+        module = runtime.VmModule.copy_buffer(context.instance, file.read_bytes())  # refuses files of other versions
         context.add_vm_module(module)
     except Exception as error:  # which kind depends on what is wrong
-        made, why = " ".join(card["compiled_for"].values()), str(error).split(";")[0]
+        # "Error in a step: file:line: STATUS; why; in what" or "...; why: the whole target"
+        why = re.split("[;:\n]", str(error).partition("; ")[2] or str(error))[0]
+        made = " ".join(card["compiled_for"].values())
         raise InputError(f"{file} does not run here ({why}): it is compiled for {made} and {package}") from None
     main, names, found = context.modules[module.name]["main"], sorted(card["inputs"]), sorted(card["outputs"])
 

@@ -63,9 +63,10 @@ def run(asked: dict[str, Any]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     request = json.loads(Path(sys.argv[1]).read_text())
-    try:
+    try:  # a package that is not there says so before minutes are spent
+        versions = {name: importlib.metadata.version(name) for name in request["packages"]}
         told = {"convert": convert, "run": run}[request["do"]](request)
     except ImportError as error:
         print(error, file=sys.stderr)
         sys.exit(MISSING)
-    print(json.dumps({"versions": {name: importlib.metadata.version(name) for name in request["packages"]}, **told}))
+    print(json.dumps({"versions": versions, **told}))

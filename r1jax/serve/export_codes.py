@@ -127,7 +127,7 @@ def in_groups(own: OwnCodes) -> dict[str, GroupedCodes]:
 
 
 def code_sizes(own: OwnCodes, read: set[str]) -> dict[str, int]:
-    """Bytes of the weights by type, without scales, as a program of JAX holds them.
+    """Bytes of the weights by type, without scales, as a program of JAX or IREE holds them.
 
     Args:
       own: From `own_codes`.

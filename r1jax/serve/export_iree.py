@@ -65,7 +65,8 @@ def target_of(triple: str | None, cpu: str | None) -> Target:
     known = rf"({'|'.join(USUAL)})(-[a-z0-9_]+)?-linux(-[a-z0-9_]+)?"
     if triple is not None and not re.fullmatch(known, triple):
         raise UserError(f"--target-triple {triple} is no Linux on {' or '.join(USUAL)}: name one as aarch64-linux-gnu")
-    if cpu is not None and not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", cpu):
+    # Of "host", which the compiler takes for this machine's, the card would not say what it is.
+    if cpu is not None and (cpu == "host" or not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", cpu)):
         raise UserError(f"--target-cpu {cpu} is no name of a CPU: take {GENERIC}, or one as x86-64-v3 or cortex-a76")
     target = Target(triple, GENERIC)
     return target._replace(cpu=cpu or USUAL.get(target.architecture, GENERIC))

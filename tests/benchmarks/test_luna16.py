@@ -27,7 +27,8 @@ def test_seeds_that_are_there_are_kept_and_the_rest_joined_in_order(tmp_path, mo
     monkeypatch.setattr(luna16, "run_at_once", children)
     words = ["luna16.py", "--data", "set", "--output", str(output), "--seeds", "5", "--jobs", "2", "--resume"]
     monkeypatch.setattr(sys, "argv", [*words, "--", "--x=1"])
-    luna16.main()
+    with pytest.raises(SystemExit, match=r"^without seed 4 \(above\)"):
+        luna16.main()
     told = json.loads(output.read_text())["models"]["r1jax"]
     assert [run["seed"] for run in told["runs"]] == [0, 1, 2, 3] and told["settings"] == {"overrides": ["--x=1"]}
     assert told["summary"]["8"]["auc"]["mean"] == pytest.approx(0.915)

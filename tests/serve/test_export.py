@@ -195,6 +195,7 @@ def test_grey_values_become_hounsfield_units():
         (["RUN", "--output", "new", "--to", "iree", "--weights", "int8"], "--weights int8 is of --to litert"),
         (["RUN", "--output", "new", "--to", "iree", "--target-triple", "z80"], "--target-triple z80 is no Linux"),
         (["RUN", "--output", "new", "--target-cpu", "generic"], "are of --to iree: add that"),
+        (["RUN", "--output", "new", "--target-triple", ""], "are of --to iree: add that"),
     ],
 )
 def test_what_cannot_be_exported_is_refused_in_one_sentence(checkpoint, tmp_path, monkeypatch, words, message):

@@ -34,8 +34,11 @@ def test_a_converter_that_fails_is_one_sentence(tool, tmp_path, body, message):
 
 
 def test_a_python_without_the_converter_is_told_apart(tool):
+    lacking = Path(sys.executable), {"do": "convert"}
+    with pytest.raises(UserError, match=f"lacks a package of the {tool.name} .*for not-there"):
+        ask(tool._replace(requirements=("pytest", "not-there==1")), *lacking)
     with pytest.raises(UserError, match=f"lacks a package of the {tool.name} .*No module named"):
-        ask(tool, Path(sys.executable), {"do": "convert"})
+        ask(tool._replace(requirements=("pytest",)), *lacking)
 
 
 def test_a_converter_that_cannot_be_run_is_named(tool, tmp_path):

@@ -59,7 +59,7 @@ def test_what_is_no_linux_on_a_known_cpu_is_refused(triple):
         target_of(triple, None)
 
 
-@pytest.mark.parametrize("cpu", ["", "--help", "x86 64", "Zen4"])
+@pytest.mark.parametrize("cpu", ["", "--help", "x86 64", "Zen4", "host"])
 def test_what_is_no_name_of_a_cpu_is_refused(cpu):
     with pytest.raises(UserError, match="is no name of a CPU: take generic"):
         target_of(None, cpu)
@@ -145,8 +145,16 @@ def test_a_device_without_the_run_time_is_told_its_version(tmp_path, monkeypatch
 
 @pytest.fixture
 def runtime(monkeypatch):
-    """IREE's run time, whose program subtracts and adds; what it was configured with is kept."""
-    kept, wrong = [], []
+    """IREE's run time, whose program subtracts and adds; what it was configured with is kept, and steps can fail."""
+    kept, wrong = [], {}
+
+    def fail(step):
+        if step in wrong:
+            raise wrong[step]
+
+    def copy_buffer(instance, content):
+        fail("copy")
+        return SimpleNamespace(name="graph")
 
     def main(*inputs):
         a, b = inputs
@@ -160,14 +168,13 @@ def runtime(monkeypatch):
             kept.append(config)
 
         def add_vm_module(self, module):
-            if wrong:
-                raise wrong[0]
+            fail("add")
 
     made = SimpleNamespace(
         flags=SimpleNamespace(parse_flags=kept.append),
         Config=lambda driver: driver,
         SystemContext=SystemContext,
-        VmModule=SimpleNamespace(copy_buffer=lambda instance, content: SimpleNamespace(name="graph")),
+        VmModule=SimpleNamespace(copy_buffer=copy_buffer),
     )
     package = ModuleType("iree")
     package.runtime = made
@@ -185,10 +192,19 @@ def test_inputs_and_outputs_are_in_the_order_of_their_names(runtime, tmp_path, t
     assert found == {"difference": 4.0, "sum": 6.0} and runtime[0] == told
 
 
-def test_a_program_of_another_machine_is_one_sentence(runtime, tmp_path):
+@pytest.mark.parametrize("step", ["copy", "add"])
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        ("verifier.c:184: INVALID_ARGUMENT; bytecode version mismatch; runtime supports 17.0", "version mismatch"),
+        ("<vm>:0: INCOMPATIBLE; HAL device `__device_0` not found or unavailable: #hal.device<..>", "not found"),
+        ("something else", "something else"),
+    ],
+)
+def test_a_program_of_another_machine_or_version_is_one_sentence(runtime, tmp_path, step, error, why):
     (tmp_path / "model.vmfb").touch()
-    runtime[1].append(ValueError("NOT_FOUND; no executable variant; in a stack"))
-    message = rf"does not run here \(NOT_FOUND\): it is compiled for aarch64-linux-gnu generic and {RUNTIME}$"
+    runtime[1][step] = ValueError(error)
+    message = rf"does not run here \([^;:]*{why}[^;:]*\): it is compiled for aarch64-linux-gnu generic and {RUNTIME}$"
     with pytest.raises(InputError, match=message):
         open_iree(tmp_path / "model.vmfb", CARD, 1)
 
