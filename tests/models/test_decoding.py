@@ -86,8 +86,9 @@ def test_a_step_over_fused_weights_is_that_of_the_modules(config, codes):
 
     (logits, second, pages), (want, wanted, kept) = by_arrays(x, following), by_modules(x, following)
     there = np.asarray(valid)
-    np.testing.assert_allclose(logits[there], want[there], rtol=0, atol=2e-6)
-    np.testing.assert_allclose(second[there], wanted[there], rtol=0, atol=2e-6)
+    # Both are sums of fp32 in other orders: some units of the last place of logits of about 3.
+    np.testing.assert_allclose(logits[there], want[there], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(second[there], wanted[there], rtol=0, atol=1e-5)
     for a, b, before in zip(pages.pages, kept.pages, cache.pages, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-6)
         changed = (np.asarray(a) != np.asarray(before)).any(-1).sum()
