@@ -7,16 +7,16 @@ A dense DeepSeek-V3 with random weights. `decode` is one token a step behind a c
 rows, both through the decoder that `r1jax generate` and `eval.py` run; `product` is one product of its size, with the
 rounding of activations and the scales; `swiglu` is silu(gate) * up and its product with `down_proj`, `apart` where it
 is written before it is rounded; `tile` is what the kernel for Hopper makes of codes, cut in one way or another;
-`rounding` is that of activations alone and `gating` that of silu(gate) * up, with the stages of the kernel; `vector` is
-a row times a weight, over more weights than a cache holds. Cases called XLA are what the kernels take the place of.
-Each kind has a child process of its own, which takes its variants in turn; results are written after each case.
+`rounding` is that of activations alone and `gating` that of silu(gate) * up, `0` without its ring of shared memory;
+`vector` is a row times a weight, over more weights than a cache holds. Cases called XLA are what the kernels take the
+place of. Each kind has a child process of its own, which takes its variants in turn; results are written after each
+case.
 """
 
 import argparse
 import functools
 import json
 import os
-import re
 import subprocess
 import sys
 import time
@@ -32,16 +32,13 @@ import jax.numpy as jnp  # noqa: E402
 
 from benchmarks.children import follow  # noqa: E402
 from benchmarks.h100_case import BF16, differ, normal, seconds  # noqa: E402
+from benchmarks.low_bits_products import kernel_cases, product_cases, products_of, vector_cases  # noqa: E402
 from r1jax.arguments import GenerationSettings  # noqa: E402
 from r1jax.config import DecoderConfig  # noqa: E402
 from r1jax.models.decoder import Decoder, LatentCache  # noqa: E402
 from r1jax.models.quantized import rounding_by, uses  # noqa: E402
 from r1jax.ops import quantized_dot as quantized  # noqa: E402
 from r1jax.ops.latent_attention import empty_pages  # noqa: E402
-from r1jax.ops.quantize import Kind, Quantized, quantize  # noqa: E402
-from r1jax.ops.quantized_dot import Gated, Scheme, input_codes, multiply, quantized_dot  # noqa: E402
-from r1jax.ops.weight_only import weight_only_dot  # noqa: E402
-from r1jax.ops.weight_only_kernel import Tile, row_times_codes  # noqa: E402
 from r1jax.serve.rounds import State, run_rounds  # noqa: E402
 from r1jax.train.quantized import nearest_codes, with_codes  # noqa: E402
 
@@ -59,8 +56,6 @@ GOALS = {
     "batch int8": 1.3,
 }
 """Times faster than bf16 that cases whose names begin so should be."""
-CACHE_BYTES = 2**28
-"""Weights that are read one after another: several times what an H100 caches (50 MiB)."""
 
 
 class Sizes(NamedTuple):
@@ -207,206 +202,10 @@ def batch_case(s: Sizes, quant: tuple[str, ...], by_xla: bool, samples: int) -> 
     }
 
 
-def product_case(
-    way: Callable[[jax.Array, Any], jax.Array], kind: Kind | None, shape: tuple[int, int, int], samples: int
-) -> dict[str, Any]:
-    """One product of the model: activations are rounded and sums are scaled within what is timed."""
-    rows, wide, deep = shape
-    x, w = normal(1, rows, deep), normal(2, wide, deep)
-    exact = jnp.einsum("RI,OI->RO", x[:256], w, preferred_element_type=jnp.float32)
-    held = w if kind is None else quantize(w, kind, scale_dtype=BF16)
-    lowered = jax.jit(way).lower(x, held)
-    compiled = lowered.compile()
-    taken, spread = seconds(lambda: compiled(x, held), samples)
-    return {
-        "ms": 1e3 * taken,
-        "iqr_ms": 1e3 * spread,
-        "tflops": 2 * rows * wide * deep / taken / 1e12,
-        "error": differ(compiled(x, held)[:256], exact),
-        "asked": re.findall(r"dot_general.*: \((.*)\)", lowered.as_text()),
-        "products": products_of(compiled.as_text()),
-    }
-
-
-def tile_case(kind: Kind, tiling: tuple[int, ...], shape: tuple[int, int, int], samples: int) -> dict[str, Any]:
-    """The kernel alone, of codes that are there already; every number of its result is compared with XLA's."""
-    from r1jax.ops.quantized_dot_hopper import Tiling, scaled_product
-
-    rows, wide, deep = shape
-    x, w = quantize(normal(1, rows, deep), kind), quantize(normal(2, wide, deep), kind, scale_dtype=BF16)
-    arrays = x.values, w.values, x.scale[:, 0], w.scale[:, 0]
-    compiled = jax.jit(lambda *arrays: scaled_product(*arrays, BF16, tiling=Tiling(*tiling))).lower(*arrays).compile()
-    found = compiled(*arrays)
-    taken, spread = seconds(lambda: compiled(*arrays), samples)
-    return {
-        "ms": 1e3 * taken,
-        "iqr_ms": 1e3 * spread,
-        "tflops": 2 * rows * wide * deep / taken / 1e12,
-        "error": differ(found, jax.jit(multiply)(x, w)),
-    }
-
-
-def swiglu_case(
-    way: Callable[[Gated, Any], jax.Array], kind: Kind | None, shape: tuple[int, int, int], samples: int
-) -> dict[str, Any]:
-    """SwiGLU behind its first two products: their product, its rounding and the last one."""
-    rows, wide, deep = shape
-    x, w = Gated(normal(1, rows, deep), normal(3, rows, deep)), normal(2, wide, deep)
-    some = Gated(*(part[:256].astype(jnp.float32) for part in x)).product()
-    exact = jnp.einsum("RI,OI->RO", some, w.astype(jnp.float32), precision="highest")
-    held = w if kind is None else quantize(w, kind, scale_dtype=BF16)
-    compiled = jax.jit(way).lower(x, held).compile()
-    taken, spread = seconds(lambda: compiled(x, held), samples)
-    return {
-        "ms": 1e3 * taken,
-        "iqr_ms": 1e3 * spread,
-        "tflops": 2 * rows * wide * deep / taken / 1e12,
-        "error": differ(compiled(x, held)[:256], exact),
-        "products": products_of(compiled.as_text()),
-    }
-
-
-def rounding_case(
-    kind: Kind, stages: int | None, rows: int, deep: int, samples: int, *, gated: bool = False
-) -> dict[str, Any]:
-    """Rows of activations become codes; reads and writes are those of one pass. Without stages, by XLA.
-
-    They are compared with what XLA makes of rows that are written out, or it would leave out their rounding to bf16.
-    """
-    arrays = [normal(1 + 2 * i, rows, deep) for i in range(1 + gated)]
-
-    def formed(*arrays: jax.Array) -> jax.Array:
-        return Gated(*arrays).product() if gated else arrays[0]
-
-    def xla(*arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
-        codes = quantize(formed(*arrays), kind)
-        return codes.values, codes.scale[:, 0]
-
-    def ours(*arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
-        from r1jax.ops.row_codes_hopper import gated_codes, row_codes
-
-        return (gated_codes if gated else row_codes)(*arrays, kind, stages=stages)
-
-    compiled = jax.jit(xla if stages is None else ours).lower(*arrays).compile()
-    taken, spread = seconds(lambda: compiled(*arrays), samples)
-    values, scale = compiled(*arrays)
-    known = jax.jit(quantize, static_argnums=1)(jax.jit(formed)(*arrays), kind)
-    moved = sum(x.nbytes for x in arrays) + values.nbytes
-    return {
-        "ms": 1e3 * taken,
-        "iqr_ms": 1e3 * spread,
-        "tb_per_s": moved / taken / 1e12,
-        "other_codes": int(jnp.sum(values.astype(jnp.float32) != known.values.astype(jnp.float32))),
-        "other_scales": int(jnp.sum(scale != known.scale[:, 0])),
-    }
-
-
-def vector_case(
-    way: Callable[[jax.Array, Any], jax.Array], kind: str | None, shape: tuple[int, int], samples: int
-) -> dict[str, Any]:
-    """Microseconds of a row times a weight, in a program that takes many weights one after another."""
-    wide, deep = shape
-    size = wide * deep * (2 if kind is None else 1)
-    count = max(2, CACHE_BYTES // size) if wide > 1024 else 2
-    x, every = normal(1, 1, deep), [normal(2 + i, wide, deep) for i in range(count)]
-    held = every if kind is None else [quantize(w, kind, scale_dtype=jnp.bfloat16) for w in every]
-    exact = jnp.einsum("RI,OI->RO", x, every[0], preferred_element_type=jnp.float32)
-
-    # The next row depends on the last result, as in a model, so that nothing runs side by side.
-    def run(x: jax.Array, held: list[Any]) -> list[jax.Array]:
-        found = []
-        for w in held:
-            found.append(way(x, w))
-            x, _ = jax.lax.optimization_barrier((x, found[-1]))
-        return found
-
-    compiled = jax.jit(run).lower(x, held).compile()
-    taken, spread = seconds(lambda: compiled(x, held), samples)
-    return {
-        "ms": 1e3 * taken / count,
-        "iqr_ms": 1e3 * spread / count,
-        "tb_per_s": size * count / taken / 1e12,
-        "error": differ(compiled(x, held)[0], exact),
-    }
-
-
-def library_dot(x: jax.Array, w: Quantized) -> jax.Array:
-    """What a library or XLA's own kernel makes of codes that are widened."""
-    y = jnp.einsum("RI,OI->RO", x, w.values.astype(x.dtype), preferred_element_type=jnp.float32)
-    return (y * w.scale[:, 0].astype(jnp.float32)[None]).astype(x.dtype)
-
-
-def summed(x: jax.Array, w: jax.Array) -> jax.Array:
-    """The same sum of floats that `weight_only_dot` forms of codes."""
-    return jnp.sum(x.astype(jnp.float32)[:, None, :] * w.astype(jnp.float32)[None], axis=-1).astype(x.dtype)
-
-
-def kernel_dot(x: jax.Array, w: Quantized, tile: Tile) -> jax.Array:
-    """The kernel that `weight_only_dot` takes, with any tile."""
-    return row_times_codes(x[0], w, tile=tile, interpret=jax.default_backend() == "cpu")[None]
-
-
-def products_of(text: str) -> list[str]:
-    """The kinds of products in a compiled program: type of the result, and what forms it, with how often."""
-    found: dict[str, int] = {}
-    for line in text.splitlines():
-        call = re.search(r'= \(?(\w+)\[.*custom_call_target="([^"]*(?:matmul|gemm|fmha|cudnn|mosaic)[^"]*)"', line)
-        dot = re.search(r"= (\w+)\[[^=]*\bdot\(", line)
-        if call or dot:
-            name = f"{call[1]} {call[2]}" if call else f"{dot[1]} dot"
-            found[name] = found.get(name, 0) + 1
-    return [f"{count} x {name}" for name, count in sorted(found.items())]
-
-
-def xla_dot(x: jax.Array, w: Quantized, kind: Kind) -> jax.Array:
-    """`quantized_dot` where there is no kernel."""
-    return multiply(input_codes(x, kind, w), w).astype(x.dtype)
-
-
-def bf16_dot(x: jax.Array, w: jax.Array) -> jax.Array:
-    return jnp.einsum("RI,OI->RO", x, w)
-
-
-def swiglu_dot(x: Gated, w: jax.Array) -> jax.Array:
-    return bf16_dot(x.product(), w)
-
-
-def swiglu_rounded(x: Gated, w: Quantized, kind: Kind, apart: bool) -> jax.Array:
-    """As in the model; apart, where the kernel that rounds is not told the factors, and reads their product."""
-    return quantized_dot(x.product(), w, Scheme(kind, kind), gated=None if apart else x)
-
-
-TILES = (
-    (128, 256, 4, 8, 1, 1, 2),
-    (128, 256, 4, 8, 1, 2, 2),
-    (128, 256, 3, 8, 1, 2, 4),
-    (128, 256, 4, 16, 1, 2, 2),
-    (128, 256, 4, 8, 0, 2, 2),
-    (256, 128, 4, 8, 1, 2, 2),
-    (128, 256, 4, 4, 1, 1, 2),
-    (128, 192, 4, 8, 1, 2, 4),
-    (128, 128, 5, 8, 1, 2, 2),
-)
-"""Of `quantized_dot_hopper.Tiling`."""
-
-
 def cases(s: Sizes, samples: int) -> Iterator[tuple[str, str, Callable[[], dict[str, Any]]]]:
     """Child, name and function of each case, the most important ones first."""
-    shapes = [(s.wide, s.hidden), (s.hidden, s.wide), (s.hidden, s.hidden), (s.vocabulary, s.hidden)]
-    ways: dict[str, tuple[Callable, str | None]] = {
-        "bf16": (bf16_dot, None),
-        "bf16 summed": (summed, None),
-        "int8 ours": (weight_only_dot, "int8"),
-        "int8 library": (library_dot, "int8"),
-        "fp8 ours": (weight_only_dot, "fp8"),
-    }
-    for wide, deep in shapes[:2]:
-        for tile in (Tile(4, 1024, 4), Tile(2, 1024, 2), Tile(1, 2048, 2), Tile(4, 2048, 8), Tile(8, 512, 4)):
-            fitted = tile._replace(depth=min(tile.depth, deep))
-            ways[f"int8 kernel {'/'.join(map(str, tile))}"] = functools.partial(kernel_dot, tile=fitted), "int8"
-        for name, (way, kind) in ways.items():
-            run = functools.partial(vector_case, way, kind, (wide, deep), samples)
-            yield "vector", f"vector {name} {wide}x{deep}", run
+    rows = s.rows * s.length
+    yield from vector_cases(s.hidden, s.wide, samples)
     for name, quant, cache in (
         ("bf16", (), "float"),
         ("int8_weights", ("int8_weights",), "float"),
@@ -414,7 +213,6 @@ def cases(s: Sizes, samples: int) -> Iterator[tuple[str, str, Callable[[], dict[
         ("int8_weights, int8 cache", ("int8_weights",), "int8"),
     ):
         yield "decode", f"decode {name}", functools.partial(decode_case, s, quant, cache, samples)
-    rows = s.rows * s.length
     for name, quant, by_xla in (
         ("bf16", (), False),
         ("int8", ("int8",), False),
@@ -422,42 +220,8 @@ def cases(s: Sizes, samples: int) -> Iterator[tuple[str, str, Callable[[], dict[
         ("int8 XLA", ("int8",), True),
     ):
         yield "batch", f"batch {name}", functools.partial(batch_case, s, quant, by_xla, samples)
-    products: dict[str, tuple[Callable, Kind | None]] = {
-        "bf16": (bf16_dot, None),
-        "int8": (functools.partial(quantized_dot, scheme=Scheme("int8", "int8")), "int8"),
-        "fp8": (functools.partial(quantized_dot, scheme=Scheme("fp8", "fp8")), "fp8"),
-        "int8 XLA": (functools.partial(xla_dot, kind="int8"), "int8"),
-        "fp8 XLA": (functools.partial(xla_dot, kind="fp8"), "fp8"),
-    }
-    for wide, deep in shapes:
-        for name, (way, kind) in products.items():
-            run = functools.partial(product_case, way, kind, (rows, wide, deep), samples)
-            yield "product", f"product {name} {wide}x{deep}", run
-    for wide, deep in shapes[:2]:
-        plain = functools.partial(product_case, bf16_dot, None, (rows, wide, deep), samples)
-        yield "tile", f"tile bf16 {wide}x{deep}", plain
-        for kind, tiles in (("int8", TILES), ("fp8", TILES[:2])):
-            for tiling in tiles:
-                run = functools.partial(tile_case, kind, tiling, (rows, wide, deep), samples)
-                yield "tile", f"tile {kind} {'/'.join(map(str, tiling))} {wide}x{deep}", run
-    shape = rows, s.hidden, s.wide
-    yield "swiglu", f"swiglu bf16 {s.hidden}x{s.wide}", functools.partial(swiglu_case, swiglu_dot, None, shape, samples)
-    for kind in ("int8", "fp8"):
-        for name, apart in (("", False), (" apart", True)):
-            way = functools.partial(swiglu_rounded, kind=kind, apart=apart)
-            run = functools.partial(swiglu_case, way, kind, shape, samples)
-            yield "swiglu", f"swiglu {kind}{name} {s.hidden}x{s.wide}", run
-    for kind in ("int8", "fp8"):
-        for stages in (None, 0, 2, 3, 4):
-            name = f"{kind} XLA" if stages is None else f"{kind} {stages}"
-            run = functools.partial(rounding_case, kind, stages, rows, s.wide, samples, gated=True)
-            yield "gating", f"gating {name} {s.wide}", run
-    for deep in dict.fromkeys(deep for _, deep in shapes):
-        for kind in ("int8", "fp8"):
-            for stages in (None, 0, 2, 3):
-                name = f"{kind} XLA" if stages is None else f"{kind} {stages}"
-                run = functools.partial(rounding_case, kind, stages, rows, deep, samples)
-                yield "rounding", f"rounding {name} {deep}", run
+    yield from product_cases(rows, s.hidden, s.wide, s.vocabulary, samples)
+    yield from kernel_cases(rows, s.hidden, s.wide, samples)
 
 
 def child(args: argparse.Namespace) -> None:

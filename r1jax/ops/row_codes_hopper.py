@@ -30,11 +30,9 @@ WITHIN = plgpu.OOBFillMode.PROMISE_IN_BOUNDS
 """Such a copy is of one piece, and not of parts of 256 numbers."""
 HALFWAY = np.float32(1.5 * 2**23)
 """Added to a float below 2^22 it leaves the nearest integer, ties to even, in the lower bits."""
-
-
-PLAIN, GATED = 0, 2
-"""Stages of both kernels: buffers of shared memory into which a row is copied while those before it are rounded. Of 0,
-each row has a thread block, which reads it into registers."""
+GATED = 2
+"""Stages of the kernel of two factors: buffers of shared memory into which rows are copied while those before are
+rounded. Of 0, each row has a thread block, which reads it into registers: faster where a row is of one array."""
 
 
 def fits_row(length: int) -> bool:
@@ -42,21 +40,18 @@ def fits_row(length: int) -> bool:
     return length % (THREADS * VECTOR) == 0 and length <= LONGEST_ROW
 
 
-@functools.partial(jax.jit, static_argnames=("kind", "stages"))  # lowered once for all products of a size
-def row_codes(
-    x: Float[Array, "M I"], kind: Literal["int8", "fp8"], *, stages: int = PLAIN
-) -> tuple[Array, Float[Array, " M"]]:
+@functools.partial(jax.jit, static_argnames="kind")  # lowered once for all products of a size
+def row_codes(x: Float[Array, "M I"], kind: Literal["int8", "fp8"]) -> tuple[Array, Float[Array, " M"]]:
     """`quantize` of rows.
 
     Args:
       x: bf16; a row must fit.
       kind: What they become.
-      stages: As of `PLAIN`.
 
     Returns:
       Codes [M, I] and scales, fp32.
     """
-    return _codes(lambda x: x, (x,), kind, stages)
+    return _codes(lambda x: x, (x,), kind, stages=0)
 
 
 @functools.partial(jax.jit, static_argnames=("kind", "stages"))

@@ -1,6 +1,7 @@
 """What the benchmark of few bits reads out of compiled programs, and how it sets cases beside bf16."""
 
-from benchmarks.low_bits import SCALES, cases, markdown, products_of, table
+from benchmarks.low_bits import SCALES, cases, markdown, table
+from benchmarks.low_bits_products import products_of
 
 PROGRAM = """
   %a = (s32[32,64]{1,0}, s8[33]{0}) custom-call(%x, %w), custom_call_target="__cublas$lt$matmul"
