@@ -17,6 +17,7 @@ import argparse
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 import time
