@@ -102,7 +102,7 @@ def compare(ways: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
       ways: By name, what `outcomes` told, or {"error": why not}.
 
     Returns:
-      A row each; changes are of all outcomes of all cases, `beside_others` is the largest from the way itself backwards.
+      A row each; changes are of all outcomes of all cases, `beside_others` is the largest from itself backwards.
     """
     base = ways.get(next(iter(WAYS)), {}).get("said")
     rows = []
