@@ -3,6 +3,9 @@
 A token a step reads every weight once, and each launch costs as much as several megabytes. So the norm before a
 product, the SwiGLU or the residual after it are in the product's own kernel: x / rms(x) * g times W^T is
 (x * g) W^T / rms(x), and every program sums the squares of the row beside its own products.
+
+Weights are read as words of 32 bits, two numbers of bf16 or four codes in each. A word meets as many planes of the row:
+its first, third, ... and its second, fourth, ... number, or every fourth.
 """
 
 from typing import Any, NamedTuple
@@ -11,53 +14,57 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from r1jax.ops.quantize import Quantized
 
 
 class Tile(NamedTuple):
-    """What a program does; rows and depth are powers of two."""
+    """What a program does: it asks for whole rows of the weight at once, and then multiplies them."""
 
-    rows: int = 4
-    """Of the weight; more where rows are narrow."""
-    depth: int = 1024
-    """Numbers of each row that are read at a time, over the number of rows of activations."""
-    ahead: int = 2
-    """Reads that are under way before the first is needed."""
+    words: int = 4096
+    """Of all its rows, a power of two; over the number of rows of activations."""
     warps: int = 4
 
 
-TILES = {1: Tile(2, 1024, 2, 2), 2: Tile()}
-"""By the bytes of a number of the weight."""
+LONG = Tile(8192, 8)
+"""For rows that a tile of the usual size would have one of."""
 LEAST = 64
-"""Numbers of a row that a program reads at a time at least."""
+"""Numbers of a row are a multiple of this."""
 
 
-def size_of(width: int, count: int, tile: Tile) -> tuple[int, int, list[int]]:
-    """Rows of the weight, numbers of each that are read at a time, and in what powers of two the rest is read."""
-    most = max(LEAST, tile.depth // (1 << (count - 1).bit_length()))
-    depth = min(most, 1 << (width.bit_length() - 1))
-    rest = width % depth
-    return tile.rows * min(4, most // depth), depth, [n for n in (depth >> i for i in range(1, 16)) if rest & n]
+def rows_of(wide: int, words: int, count: int, tile: Tile) -> int:
+    """Rows of the weight that a program takes, a power of two that divides them all.
+
+    Args:
+      wide: Rows of the weight, or of its gate.
+      words: Of such a row; of a gate and an up where they are paired.
+      count: Rows of activations.
+      tile: What a program does.
+
+    Returns:
+      At least 1.
+    """
+    most = max(1, tile.words // (words * (1 << (count - 1).bit_length())))
+    return min(1 << (most.bit_length() - 1), wide & -wide)
 
 
-def tile_of(weight: Float[Array, "O I"] | Quantized) -> Tile:
-    """The tile of a kind of weight."""
-    return TILES[1 if isinstance(weight, Quantized) else 2]
+def pieces_of(words: int) -> list[tuple[int, int]]:
+    """First word and number of words of the parts of a row that are powers of two."""
+    sizes = [1 << i for i in reversed(range(words.bit_length())) if words >> i & 1]
+    return [(sum(sizes[:i]), size) for i, size in enumerate(sizes)]
 
 
-def fits(x: Float[Array, "T J"], weight: Float[Array, "O I"] | Quantized, tile: Tile | None = None) -> bool:
-    """Whether the weight is whole tiles of rows, of floats or of codes with one scale a row and none of a column."""
+def fits(x: Float[Array, "T J"], weight: Float[Array, "O I"] | Quantized) -> bool:
+    """Whether the weight is floats of x's dtype or codes with one scale a row and none of a column, of such a width."""
+    wide, deep = weight.shape
     if isinstance(weight, Quantized):
         plain = weight.scale.shape[-1] == 1 and weight.zero is None and weight.balance is None
         known = plain and weight.values.dtype == jnp.int8
     else:
         known = weight.dtype == x.dtype
-    wide, deep = weight.shape
-    rows, _, _ = size_of(deep, len(x), tile or tile_of(weight))
     counted = wide * deep < 2**31  # by Triton's 32 bits
-    return known and counted and wide % (2 * rows) == 0 and deep % LEAST == 0
+    return known and counted and wide % 8 == 0 and deep % LEAST == 0
 
 
 def rows_times_weight(
@@ -86,30 +93,31 @@ def rows_times_weight(
     Returns:
       Array of x's dtype, summed in fp32; F is O, or half of it where it is paired.
     """
-    tile = tile or tile_of(weight)
-    count, deep, wide = len(x), weight.shape[1], weight.shape[0] // (2 if paired else 1)
-    rows, depth, rest = size_of(deep, count, tile)
-    ahead = max(n for n in range(1, tile.ahead + 1) if deep // depth % n == 0)
-    whole = pl.BlockSpec((count, deep), lambda i: (0, 0))
+    halves, values = 2 if paired else 1, weight.values if isinstance(weight, Quantized) else weight
+    count, deep, wide = len(x), weight.shape[1], weight.shape[0] // halves
+    per = 4 // values.dtype.itemsize
+    tile = tile or (Tile() if halves * deep // per < Tile().words else LONG)
+    # The same bytes: the compiler does nothing for it.
+    words = jax.lax.bitcast_convert_type(values.reshape(len(values), deep // per, per), jnp.int32)
+    words = words.reshape(len(values), deep // per)
+    rows = rows_of(wide, halves * deep // per, count, tile)
     part = pl.BlockSpec((count, rows), lambda i: (0, i))
-    arrays, specs = [x], [whole]
+    arrays, specs = [x], [pl.BlockSpec((count, deep), lambda i: (0, 0))]
     if gain is not None:
         arrays, specs = [*arrays, gain], [*specs, pl.BlockSpec((deep,), lambda i: (0,))]
-    halves = 2 if paired else 1
     for half in range(halves):
-        first = half * (wide // rows)
-        for array in (weight.values, weight.scale[:, 0]) if isinstance(weight, Quantized) else (weight,):
+        for array in (words, weight.scale[:, 0]) if isinstance(weight, Quantized) else (words,):
             arrays.append(array)
-            specs.append(_rows(rows, array, first))
+            specs.append(_rows(rows, array, half * (wide // rows)))
     if added is not None:
         arrays, specs = [*arrays, added], [*specs, part]
 
     def kernel(*refs: Any) -> None:
-        held = iter(refs)
-        x_ref, gain_ref = next(held), None if gain is None else next(held)
-        weights = [(next(held), next(held) if isinstance(weight, Quantized) else None) for _ in range(halves)]
-        added_ref, out_ref = None if added is None else next(held), next(held)
-        sums, squares = _summed(x_ref, gain_ref, [w for w, _ in weights], depth, ahead, rest)
+        given = iter(refs)
+        x_ref, gain_ref = next(given), None if gain is None else next(given)
+        weights = [(next(given), next(given) if isinstance(weight, Quantized) else None) for _ in range(halves)]
+        added_ref, out_ref = None if added is None else next(given), next(given)
+        sums, squares = _summed(x_ref, gain_ref, [w for w, _ in weights], per, weight)
         for t in range(count):
             shrink = 1.0 if gain is None else jax.lax.rsqrt(squares[t] / deep + eps)
             parts = [
@@ -127,7 +135,7 @@ def rows_times_weight(
         grid=(wide // rows,),
         in_specs=specs,
         out_specs=part,
-        compiler_params=triton.CompilerParams(num_warps=tile.warps, num_stages=2),
+        compiler_params=triton.CompilerParams(num_warps=tile.warps, num_stages=1),
         interpret=interpret,
     )
     return call(*arrays)
@@ -141,41 +149,39 @@ def _rows(rows: int, array: Array, first: int) -> pl.BlockSpec:
 
 
 def _summed(
-    x_ref: Any, gain_ref: Any, weights: list[Any], depth: int, ahead: int, rest: list[int]
+    x_ref: Any, gain_ref: Any, weights: list[Any], per: int, kind: Float[Array, "O I"] | Quantized
 ) -> tuple[list[list[Array]], list[Array]]:
-    """Products of each row of x with the rows of each weight, [weight][t], and the sum of the squares of each row of x.
-
-    A program keeps as many sums for each as it reads numbers at a time: threads exchange nothing before the end.
-    """
-    count, deep = x_ref.shape
-    rows = weights[0].shape[0]
-
-    def none(depth: int) -> tuple[Any, Any]:
-        wide, narrow = (jnp.zeros(shape, jnp.float32) for shape in ((rows, depth), (depth,)))
-        return [[wide] * count for _ in weights], [narrow] * count
-
-    def add(carry: tuple[Any, Any], places: list[Any]) -> tuple[Any, Any]:
-        sums, squares = [list(own) for own in carry[0]], list(carry[1])
-        read = [[w[:, at] for w in weights] for at in places]
-        for at, tiles in zip(places, read, strict=True):
-            gain = None if gain_ref is None else gain_ref[at].astype(jnp.float32)
-            for t in range(count):
-                row = x_ref[t, at].astype(jnp.float32)
-                if gain is not None:
-                    squares[t] = squares[t] + row * row
-                    row = row * gain
-                for j, w in enumerate(tiles):
-                    sums[j][t] = sums[j][t] + w.astype(jnp.float32) * row[None, :]
-        return [list(own) for own in sums], squares
-
-    def step(k: Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
-        return add(carry, [pl.ds((k * ahead + n) * depth, depth) for n in range(ahead)])
-
-    parts = [jax.lax.fori_loop(0, deep // (depth * ahead), step, none(depth))]
-    reached = deep - sum(rest)
-    for size in rest:
-        parts.append(add(none(size), [pl.ds(reached, size)]))
-        reached += size
-    # Each part is summed by itself, over numbers of its own length.
-    sums, squares = jax.tree.map(lambda *own: sum(jnp.sum(x, axis=-1) for x in own), *parts)
+    """Products of each row of x with the rows of each weight, [weight][t], and the sum of the squares of each row."""
+    count = x_ref.shape[0]
+    pieces = pieces_of(weights[0].shape[1])
+    asked = [[w[:, pl.ds(*piece)] for piece in pieces] for w in weights]  # before anything waits for some of them
+    codes = isinstance(kind, Quantized)
+    sums = [[jnp.zeros(w.shape[0], jnp.float32)] * count for w in weights]
+    squares = [jnp.float32(0)] * count
+    for i, (start, size) in enumerate(pieces):
+        numbers = [_numbers(own[i], per, codes) for own in asked]
+        places = [(start + jnp.arange(size)) * per + j for j in range(per)]
+        gains = None if gain_ref is None else [gain_ref[at].astype(jnp.float32) for at in places]
+        for t in range(count):
+            planes = [x_ref[t, at].astype(jnp.float32) for at in places]
+            if gains is not None:
+                squares[t] += jnp.sum(sum(plane * plane for plane in planes))
+                planes = [plane * gain for plane, gain in zip(planes, gains, strict=True)]
+            for own, total in zip(numbers, sums, strict=True):
+                lanes = sum(w * plane[None, :] for w, plane in zip(own, planes, strict=True))
+                total[t] += jnp.sum(lanes, axis=1)
     return sums, squares
+
+
+def _numbers(words: Int[Array, "R w"], per: int, codes: bool) -> list[Float[Array, "R w"]]:
+    """What words hold, in fp32, the first number of each word first."""
+    if not codes:  # bf16 is the upper half of fp32
+        parts = (
+            [words] if per == 1 else [jax.lax.shift_left(words, jnp.full_like(words, 16)), words & jnp.int32(-65536)]
+        )
+        return [jax.lax.bitcast_convert_type(part, jnp.float32) for part in parts]
+    # A code and 128 in the last bits of 2^23 make a number of fp32, which costs less than to convert an integer.
+    raised = words ^ jnp.int32(-2139062144)  # 128 more in each byte
+    parts = [jax.lax.shift_right_logical(raised, jnp.full_like(words, 8 * i)) if i else raised for i in range(4)]
+    parts = [(part & jnp.int32(255) if i < 3 else part) | jnp.int32(0x4B000000) for i, part in enumerate(parts)]
+    return [jax.lax.bitcast_convert_type(part, jnp.float32) - jnp.float32(2**23 + 128) for part in parts]

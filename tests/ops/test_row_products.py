@@ -13,7 +13,8 @@ from r1jax.ops.row_products import row_product, row_product_reference
 from r1jax.ops.row_products_kernel import Tile, fits, rows_times_weight
 
 RNG = np.random.default_rng(0)
-INTERPRETED = functools.partial(rows_times_weight, tile=Tile(2, 256, 2, 1), interpret=True)
+
+INTERPRETED = functools.partial(rows_times_weight, tile=Tile(256, 1), interpret=True)
 
 
 def normal(*shape):
@@ -48,7 +49,7 @@ def test_products_with_what_stands_before_and_after_them(product, codes, count, 
 
 def test_the_kernel_leaves_what_is_not_whole_tiles():
     x = normal(1, 256)
-    assert fits(x, normal(32, 256)) and not fits(x, normal(24, 256)) and not fits(normal(1, 96), normal(32, 96))
+    assert fits(x, normal(32, 256)) and not fits(x, normal(28, 256)) and not fits(normal(1, 96), normal(32, 96))
     many = (jax.ShapeDtypeStruct((2**23, n), kind) for n, kind in ((256, jnp.int8), (1, jnp.bfloat16)))
     assert not fits(x, Quantized(*many))  # more numbers than 32 bits count
     assert not fits(x, normal(32, 256).astype(jnp.bfloat16))  # floats of another dtype
@@ -56,11 +57,13 @@ def test_the_kernel_leaves_what_is_not_whole_tiles():
     assert not fits(x, quantize(normal(32, 256), "fp8"))
 
 
-def test_rows_of_any_number_take_tiles_that_fit_the_registers():
-    size_of = functools.partial(row_products_kernel.size_of, tile=Tile(4, 1024))
-    assert [size_of(4096, n) for n in (1, 2, 3, 8)] == [(4, 1024, []), (4, 512, []), (4, 256, []), (4, 128, [])]
-    assert size_of(1536, 1) == (4, 1024, [512]) and size_of(10944, 1) == (4, 1024, [512, 128, 64])
-    assert size_of(192, 1) == (16, 128, [64])
+def test_a_program_takes_rows_that_fit_its_registers():
+    rows_of = functools.partial(row_products_kernel.rows_of, tile=Tile(4096, 4))
+    assert [rows_of(2048, 512, count) for count in (1, 2, 3, 8)] == [8, 4, 2, 1]
+    assert rows_of(3648, 64, 1) == 64 and rows_of(24, 64, 1) == 8  # that divide all
+    assert rows_of(2048, 8192, 1) == 1  # a row at least
+    pieces = row_products_kernel.pieces_of(2736)
+    assert pieces == [(0, 2048), (2048, 512), (2560, 128), (2688, 32), (2720, 16)]
 
 
 def test_few_rows_in_bf16_take_the_kernel_where_it_agrees(monkeypatch):
