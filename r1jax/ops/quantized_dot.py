@@ -486,10 +486,6 @@ def multiply(x: Quantized, w: Quantized) -> Float[Array, "*B O"]:
     if wide == jnp.int32 and block_length(length, count) > LONGEST:
         raise ValueError(f"{block_length(length, count)} products overflow an int32: take blocks of at most {LONGEST}")
     if count == 1:
-        if wide == jnp.int32 and 1 in (len(b), a.size // length):
-            # With a single row XLA makes a sum of products of it, and of codes a wrong one on a GPU (JAX 0.11, without
-            # Triton's products): every other case of a batch met numbers of its neighbour.
-            a, b = a.astype(wide), b.astype(wide)
         dims = (((a.ndim - 1,), (1,)), ((), ()))
         y = jax.lax.dot_general(a, b, dims, preferred_element_type=wide).astype(jnp.float32)
         return y * jnp.broadcast_to(x.scale, y.shape) * jnp.broadcast_to(_flat(w.scale), y.shape)
