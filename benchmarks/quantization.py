@@ -12,9 +12,9 @@ trained with rounding is another model, not the same one rounded: its change hol
 those of whole checkpoint folders.
 
 Cases are drawn once, by all cores, into the folder of the runs. Every form is a process, `--jobs` of them at once, on
-the GPUs in turn; the first seed goes ahead, so that the others find its compiled programs of training. The file is written after
-every form, and a form that it has is not done again: a run that was cut off, or ends by `--minutes`, goes on where it
-was. Words after `--` are overrides of train.py.
+the GPUs in turn; the first seed goes ahead, so that the others find its compiled training step. The file is written
+after every form, and a form that it has is not done again: a run that was cut off, or ends by `--minutes`, goes on
+where it was. Words after `--` are overrides of train.py.
 """
 
 import argparse
@@ -91,22 +91,38 @@ class Unit(NamedTuple):
         return rows.exists() and rows.stat().st_size > 0
 
 
-def judged(unit: Unit, resamples: int) -> dict[str, Any]:
-    """The row of a form that has answered, as has the run of floats of its seed: score, and change against floats."""
-    task, (before, targets) = task_of(unit.model), kept(unit.model.outcomes(FLOAT))
+def judged(unit: Unit, resamples: int, every: int = 1) -> dict[str, Any]:
+    """The row of a form that has answered, as has the run of floats of its seed.
+
+    Args:
+      unit: The form.
+      resamples: Of the cases, for the interval of the change.
+      every: Only the first of so many cases counts.
+
+    Returns:
+      Score, and change against floats.
+    """
+    task, (before, targets) = task_of(unit.model), _thinned(unit.model.outcomes(FLOAT), every)
     row = {"config": unit.model.config, "seed": unit.model.seed, "form": unit.form}
+    row["cases"] = len(next(iter(targets.values())))
     if unit.form == FLOAT:
-        return row | {"score": task.score(task.figures(before, targets)), "cases": len(next(iter(targets.values())))}
-    after, _ = kept(unit.model.outcomes(unit.form))
+        return row | {"score": task.score(task.figures(before, targets))}
+    after, _ = _thinned(unit.model.outcomes(unit.form), every)
     found = effect(score_of(task), before, after, targets, resamples)
     return row | {
         "score": found.after,
+        "floats": found.before,
         "change": found.change,
         "low": found.low,
         "high": found.high,
         "agreement": agreement(task, before, after, targets),
         "smaller": unit.model.smaller(unit.form),
     }
+
+
+def _thinned(file: Path, every: int) -> tuple[Outcomes, Outcomes]:
+    found, targets = ({k: v[::every] for k, v in part.items()} for part in kept(file))
+    return found, targets
 
 
 def wanted(asked: argparse.Namespace, rows: list[dict[str, Any]]) -> Iterator[tuple[str, int, str]]:
@@ -125,10 +141,9 @@ def summary(rows: list[dict[str, Any]]) -> str:
     Changes are in points: hundredths of the medical score, and of a nat for language. The interval of their mean is
     Student's over seeds; beside it stands the highest loss that a seed's own interval of cases allows.
     """
-    lines = [
-        "| config | form | seeds | change, points (95 %) | largest loss in a seed's interval | same calls | smaller |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    heads = ["config", "form", "seeds", "cases", "change, points (95 %)", "largest loss in a seed's interval"]
+    heads += ["same calls", "smaller"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name, form in dict.fromkeys((row["config"], row["form"]) for row in rows if row["form"] != FLOAT):
         group = [row for row in rows if (row["config"], row["form"]) == (name, form)]
         change = 100 * np.array([row["change"] for row in group])
@@ -140,7 +155,8 @@ def summary(rows: list[dict[str, Any]]) -> str:
         same = [row["agreement"] for row in group if row["agreement"] is not None]
         calls, smaller = f"{np.mean(same):.2%}" if same else "", min(row["smaller"] for row in group)
         told = f"{change.mean():+.3f}{spread} | {worst:.3f} | {calls} | {smaller:.2f}x"
-        lines.append(f"| {name} | {form} | {len(group)} | {told} |")
+        cases = " or ".join(dict.fromkeys(f"{row['cases']:,}" for row in group))
+        lines.append(f"| {name} | {form} | {len(group)} | {cases} | {told} |")
     return "\n".join(lines)
 
 
@@ -167,10 +183,12 @@ class Measurement:
         self.rows = json.loads(asked.output.read_text())["rows"] if asked.output.exists() else []
         words = (*(TINY if asked.tiny else []), *asked.overrides)
         cases = {"medical": asked.cases, "language": asked.sequences}
-        self.units = [
-            Unit(Model(name, seed, asked.work, words), form, cases[name])
-            for name, seed, form in wanted(asked, self.rows)
-        ]
+        self.units: list[Unit] = []
+        for name, seed, form in wanted(asked, self.rows):
+            model = Model(name, seed, asked.work, words)
+            control, unit = (Unit(model, which, cases[name]) for which in (FLOAT, form))
+            # A file of rows may have come without the folder of its runs: then the run of floats is made again.
+            self.units += [one for one in dict.fromkeys((control, unit)) if one not in self.units]
         self.first: dict[tuple[str, str], Unit] = {}
         for unit in self.units:
             self.first.setdefault((unit.model.config, unit.form), unit)
@@ -192,9 +210,14 @@ class Measurement:
           Names of the processes that failed.
         """
         todo = {unit.name: unit for unit in self.units}
-        answered = [unit for unit in self.units if unit.answered()]  # but were not judged yet
-        left = {name: unit for name, unit in todo.items() if unit not in answered}
-        self.ended |= {unit.name for unit in answered}
+        left = {name: unit for name, unit in todo.items() if not unit.answered()}
+        self.ended |= todo.keys() - left.keys()
+        has = {(row["config"], row["seed"], row["form"]) for row in self.rows}
+        answered = [
+            unit
+            for name, unit in todo.items()
+            if name not in left and (unit.model.config, unit.model.seed, unit.form) not in has
+        ]
         medical = [unit for unit in left.values() if unit.model.config == "medical"]
         if medical:
             draw_cases(medical[0])
@@ -220,7 +243,7 @@ class Measurement:
                         answered.append(todo[ended.name])
                 for unit in [unit for unit in answered if unit.answered(FLOAT)]:
                     answered.remove(unit)
-                    judging[pool.submit(judged, unit, self.asked.resamples)] = unit
+                    judging[pool.submit(judged, unit, self.asked.resamples, self.asked.every)] = unit
                 for future in [future for future in judging if future.done()]:
                     self.note(future.result(), seconds.get(judging.pop(future).name))
             for future, unit in judging.items():
@@ -228,8 +251,10 @@ class Measurement:
         return failed
 
     def note(self, row: dict[str, Any], seconds: float | None) -> None:
-        """Adds a row, and the seconds of its process, and writes the file."""
-        self.rows.append(row | {"seconds": seconds})
+        """Adds a row, the seconds of its process and where it ran, in the place of an earlier one; writes the file."""
+        same = {key: row[key] for key in ("config", "seed", "form")}.items()
+        self.rows = [other for other in self.rows if not same <= other.items()]
+        self.rows.append(row | {"seconds": seconds, "hardware": self.environment["hardware"]})
         draft = self.asked.output.with_suffix(".draft")
         draft.write_text(json.dumps(self.environment | {"rows": self.rows}, indent=1) + "\n")
         os.replace(draft, self.asked.output)
@@ -247,6 +272,7 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=12288, help="generated test cases of the medical config")
     parser.add_argument("--sequences", type=int, default=2048, help="generated test sequences of the language config")
     parser.add_argument("--resamples", type=int, default=1000)
+    parser.add_argument("--every", type=int, default=1, help="only the first of so many test cases is judged")
     parser.add_argument("--minutes", type=float, default=1e6, help="after which no other form is begun")
     parser.add_argument("--tiny", action="store_true", help="four steps, to see that it runs")
     parser.add_argument("overrides", nargs="*", help="overrides of train.py, after --")
