@@ -7,9 +7,10 @@ Every seed (of weights and dropout; all see the same cases in the same order) tr
 floats, the control, and four whose second half has rounded products (int8: with a scale a token, with running ranges,
 and with these for down_proj too; and int4 weights). The first is quantized to each of the `AFTER` forms by `r1jax
 quantize`, the others by their own rules. All are scored on the same generated test cases, none of which was trained on;
-each change is that against the run of floats of its seed, its interval from resampling cases in pairs. A model that was
-trained with rounding is another model, not the same one rounded: its change holds the noise of training too. Sizes are
-those of whole checkpoint folders.
+each change is that against the run of floats of its seed, its interval from resampling cases in pairs. Some cases are
+asked again in another place of their batch, which must change nothing: a compiled program may be wrong. A model that
+was trained with rounding is another model, not the same one rounded: its change holds the noise of training too. Sizes
+are those of whole checkpoint folders.
 
 Cases are drawn once, by all cores, into the folder of the runs. Every form is a process, `--jobs` of them at once, on
 the GPUs in turn; the first seed goes ahead, so that the others find its compiled training step. The file is written
@@ -62,6 +63,10 @@ def agreement(task: Any, a: Outcomes, b: Outcomes, targets: Outcomes) -> float |
     return float(np.mean(same)) if same else None
 
 
+MOVED = 0.01
+"""What `moved` may find of a program that is compiled right: rounding of sums in another order."""
+
+
 class Unit(NamedTuple):
     """What has one row: a form of a model, and of how many cases."""
 
@@ -102,12 +107,12 @@ def judged(unit: Unit, resamples: int, every: int = 1) -> dict[str, Any]:
     Returns:
       Score, and change against floats.
     """
-    task, (before, targets) = task_of(unit.model), _thinned(unit.model.outcomes(FLOAT), every)
+    task, (before, targets, _) = task_of(unit.model), _thinned(unit.model.outcomes(FLOAT), every)
+    after, _, moved = _thinned(unit.model.outcomes(unit.form), every)
     row = {"config": unit.model.config, "seed": unit.model.seed, "form": unit.form}
-    row["cases"] = len(next(iter(targets.values())))
+    row |= {"cases": len(next(iter(targets.values()))), "moved": moved}
     if unit.form == FLOAT:
         return row | {"score": task.score(task.figures(before, targets))}
-    after, _ = _thinned(unit.model.outcomes(unit.form), every)
     found = effect(score_of(task), before, after, targets, resamples)
     return row | {
         "score": found.after,
@@ -120,9 +125,9 @@ def judged(unit: Unit, resamples: int, every: int = 1) -> dict[str, Any]:
     }
 
 
-def _thinned(file: Path, every: int) -> tuple[Outcomes, Outcomes]:
-    found, targets = ({k: v[::every] for k, v in part.items()} for part in kept(file))
-    return found, targets
+def _thinned(file: Path, every: int) -> tuple[Outcomes, Outcomes, float]:
+    found, targets, moved = kept(file)
+    return {k: v[::every] for k, v in found.items()}, {k: v[::every] for k, v in targets.items()}, moved
 
 
 def wanted(asked: argparse.Namespace, rows: list[dict[str, Any]]) -> Iterator[tuple[str, int, str]]:
@@ -157,6 +162,10 @@ def summary(rows: list[dict[str, Any]]) -> str:
         told = f"{change.mean():+.3f}{spread} | {worst:.3f} | {calls} | {smaller:.2f}x"
         cases = " or ".join(dict.fromkeys(f"{row['cases']:,}" for row in group))
         lines.append(f"| {name} | {form} | {len(group)} | {cases} | {told} |")
+    for row in rows:
+        if row["moved"] > MOVED:
+            what = f"{row['config']}, seed {row['seed']}, {row['form']}"
+            lines += ["", f"WRONG: {what}: outcomes move by {row['moved']:.1%} with the place of a case in its batch."]
     return "\n".join(lines)
 
 

@@ -50,6 +50,8 @@ TRAINED = {
 FORMS = (FLOAT, *AFTER, *TRAINED)
 TINY = ["--train.steps", "4", "--train.warmup_steps", "1", "--train.eval_every", "4"]
 TINY += ["--data.train_cases", "128", "--data.val_cases", "64"]
+BATCH = 64
+"""Cases that are asked at once."""
 
 Outcomes = dict[str, np.ndarray]
 
@@ -138,7 +140,40 @@ def read_drawn(folder: Path) -> None:
     medical.SyntheticCases = opened
 
 
-def ask(checkpoint: Checkpoint, cases: int) -> tuple[Outcomes, Outcomes]:
+class Shifted:
+    """The first cases of a source, each a place earlier in the batch and the first of them last."""
+
+    def __init__(self, source: Any, cases: int) -> None:
+        """Takes the source, and how many of its cases."""
+        self.source, self.cases = source, cases
+
+    def __len__(self) -> int:
+        """Number of cases."""
+        return self.cases
+
+    def read_batch(self, indices: np.ndarray) -> dict[str, Any]:
+        """As of the source."""
+        return self.source.read_batch((indices + 1) % self.cases)
+
+
+def moved(found: Outcomes, shifted: Outcomes) -> float:
+    """How much outcomes depend on the place of a case in its batch, which they should not.
+
+    Args:
+      found: Of all cases.
+      shifted: Of the first ones in another place, as `Shifted` puts them.
+
+    Returns:
+      Mean magnitude of the change over the deviation of all cases, of the outcome where that is largest.
+    """
+    worst = 0.0
+    for name, value in found.items():
+        change = np.abs(np.roll(value[: len(shifted[name])], -1, axis=0) - shifted[name])
+        worst = max(worst, float(np.max(change.mean(axis=0) / np.maximum(value.std(axis=0), 1e-6))))
+    return worst
+
+
+def ask(checkpoint: Checkpoint, cases: int) -> tuple[Outcomes, Outcomes, float]:
     """Outcomes and targets of generated test cases in the mode that shows all.
 
     Args:
@@ -146,22 +181,32 @@ def ask(checkpoint: Checkpoint, cases: int) -> tuple[Outcomes, Outcomes]:
       cases: How many.
 
     Returns:
-      Outcomes, targets.
+      Outcomes, targets, and how much outcomes depend on the place in the batch.
     """
     config = with_test_cases(checkpoint.config(), cases)
     task, mesh = TASKS[config.task.name](config), make_mesh(MeshConfig())
     model, mode, source = R1(config.model, task.heads), next(iter(task.modes())), task.source("test")
-    params = restore_served(checkpoint, config, model, task, mesh, source)
-    found, targets, _ = Evaluator(model, task, mesh).predict(params, source, batch_size=64, modes=(mode,))
-    return found[mode], targets
+    params, evaluator = restore_served(checkpoint, config, model, task, mesh, source), Evaluator(model, task, mesh)
+    found, targets, _ = evaluator.predict(params, source, batch_size=BATCH, modes=(mode,))
+    few = Shifted(source, min(BATCH, len(source)))
+    shifted, _, _ = evaluator.predict(params, few, batch_size=BATCH, modes=(mode,))
+    return found[mode], targets, moved(found[mode], shifted[mode])
 
 
-def keep(file: Path, found: Outcomes, targets: Outcomes, made: str) -> None:
-    """Writes outcomes, targets, and what they were made by; a file that is there is whole."""
+def keep(file: Path, found: Outcomes, targets: Outcomes, made: str, moves: float) -> None:
+    """Writes what was answered; a file that is there is whole.
+
+    Args:
+      file: Where.
+      found: Outcomes.
+      targets: What they should be.
+      made: What they were made by.
+      moves: From `moved`.
+    """
     draft = file.with_suffix(".draft")
     named = {f"found.{k}": v for k, v in found.items()} | {f"target.{k}": v for k, v in targets.items()}
     with draft.open("wb") as stream:
-        np.savez(stream, made=np.array(made), **named)
+        np.savez(stream, made=np.array(made), moved=np.array(moves), **named)
     os.replace(draft, file)
 
 
@@ -173,13 +218,13 @@ def is_kept(file: Path, made: str) -> bool:
         return str(told["made"]) == made
 
 
-def kept(file: Path) -> tuple[Outcomes, Outcomes]:
-    """Outcomes and targets that `keep` wrote."""
+def kept(file: Path) -> tuple[Outcomes, Outcomes, float]:
+    """Outcomes, targets and what `moved` found, as `keep` wrote them."""
     with np.load(file) as told:
         found, targets = (
             {k.removeprefix(part): told[k] for k in told if k.startswith(part)} for part in ("found.", "target.")
         )
-    return found, targets
+        return found, targets, float(told["moved"])
 
 
 def main() -> None:
@@ -194,8 +239,8 @@ def main() -> None:
     asked = parser.parse_args()
     model = Model(asked.config, asked.seed, asked.work, tuple(asked.overrides))
     read_drawn(asked.work / "cases")
-    found, targets = ask(model.checkpoint(asked.form), asked.cases)
-    keep(model.outcomes(asked.form), found, targets, model.made(asked.form, asked.cases))
+    found, targets, moves = ask(model.checkpoint(asked.form), asked.cases)
+    keep(model.outcomes(asked.form), found, targets, model.made(asked.form, asked.cases), moves)
 
 
 if __name__ == "__main__":
