@@ -22,6 +22,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -163,7 +164,7 @@ def summary(rows: list[dict[str, Any]]) -> str:
         cases = " or ".join(dict.fromkeys(f"{row['cases']:,}" for row in group))
         lines.append(f"| {name} | {form} | {len(group)} | {cases} | {told} |")
     for row in rows:
-        if row["moved"] > MOVED:
+        if row.get("moved", 0) > MOVED:
             what = f"{row['config']}, seed {row['seed']}, {row['form']}"
             lines += ["", f"WRONG: {what}: outcomes move by {row['moved']:.1%} with the place of a case in its batch."]
     return "\n".join(lines)
@@ -287,6 +288,7 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", help="overrides of train.py, after --")
     asked = parser.parse_args()
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the memory is the processes'
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which ends the processes too
     measurement = Measurement(asked)
     failed = measurement.run()
     print(summary(measurement.rows))

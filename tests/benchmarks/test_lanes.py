@@ -2,6 +2,9 @@
 
 import json
 import os
+import time
+
+import pytest
 
 from benchmarks.lanes import run_lanes
 
@@ -37,3 +40,14 @@ def test_the_exit_code_and_the_last_words_are_kept(tmp_path):
     lanes = run_lanes({"bad": ["-c", "import sys; sys.exit('no')"]}, lambda _: True, jobs=1, gpus=0, logs=tmp_path)
     assert [(one.name, one.code) for one in lanes if one] == [("bad", 1)]
     assert (tmp_path / "bad.log").read_text() == "no\n"
+
+
+def test_processes_end_with_who_has_started_them(tmp_path):
+    words = ["-c", "import os, time; print(os.getpid(), flush=True); time.sleep(60)"]
+    lanes, log = run_lanes({"long": words}, lambda _: True, jobs=1, gpus=0, logs=tmp_path), tmp_path / "long.log"
+    while not (log.exists() and log.read_text()):
+        assert next(lanes) is None
+        time.sleep(0.05)
+    lanes.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(log.read_text()), 0)
