@@ -36,6 +36,7 @@ from benchmarks import (  # noqa: E402
     one_device,
     overhead,
     pipeline,
+    quantization,
     records,
     scaling,
 )
@@ -81,6 +82,7 @@ SECTIONS = (
     Section("A step of decoding on one H200", {"decode_step": decode_step.markdown}),
     Section("Kernels on one Hopper GPU", {"h100": h100.markdown}),
     Section("Few bits on one GPU", {"low_bits": low_bits.markdown}),
+    Section("What rounding costs", {"quantization": lambda report: quantization.summary(report["rows"])}),
     Section("Loading and writing a Hugging Face checkpoint", {"hf_loading": hf_loading.table}),
     Section("Memory and time of a training step", {"memory": memory.table}),
     Section("One compiled program instead of many operations", {"fusion": fusion.table, "fusion_cpu": fusion.table}),
