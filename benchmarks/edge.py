@@ -4,7 +4,8 @@
         --output benchmarks/results/edge.json
 
 --converter has the LiteRT converter (docs/export.md), --device has ai-edge-litert and nothing of r1jax; --compiler has
-the IREE compiler, --iree has iree-base-runtime, and without these two IREE is left out. --codes are checkpoints that
+the IREE compiler, --iree has iree-base-runtime, and without these two IREE is left out. Jitted JAX is compiled for the
+CPU that it runs on, IREE for the usual one and for each of --target-cpus. --codes are checkpoints that
 `r1jax quantize` has made of this one: their files are held to this one too, not to themselves. A way whose export is
 refused, as that of int8 weights may be, is left out, and the command says so.
 """
@@ -84,7 +85,9 @@ def export_all(args: argparse.Namespace, place: Path) -> dict[str, Way]:
     for name, more in (("fp32", litert), ("fp16", [*litert, "--weights", "fp16"]), ("jax", [])):
         _export(args.checkpoint, place / name, args.cases, more)
     may_fail = [(args.checkpoint, "int8", [*litert, "--weights", "int8"])]
-    may_fail += [(args.checkpoint, "iree", iree)] if args.compiler else []
+    if args.compiler:
+        may_fail.append((args.checkpoint, "iree", iree))
+        may_fail += [(args.checkpoint, f"iree-{cpu}", [*iree, "--target-cpu", cpu]) for cpu in args.target_cpus]
     ways = {
         JITTED: Way("checkpoint", sys.executable, args.checkpoint.absolute()),
         "exported, JAX": Way("exported", sys.executable, place / "jax"),
@@ -93,6 +96,8 @@ def export_all(args: argparse.Namespace, place: Path) -> dict[str, Way]:
         "exported, LiteRT int8": Way("litert", str(args.device), place / "int8"),
         "exported, IREE fp32": Way("iree", str(args.iree), place / "iree"),
     }
+    for cpu in args.target_cpus:
+        ways[f"exported, IREE fp32 for {cpu}"] = Way("iree", str(args.iree), place / f"iree-{cpu}")
     for codes in args.codes:
         for to, name, more in (("litert", "LiteRT", litert), ("iree", "IREE", iree)):
             if devices[to][0]:
@@ -151,8 +156,8 @@ class Taken(NamedTuple):
 
     cold_starts: list[float]
     """Seconds."""
-    rounds: list[list[float]]
-    """Milliseconds of each call, by rounds."""
+    calls: list[float]
+    """Milliseconds of each."""
     resources: dict[str, int]
     """Of its process."""
 
@@ -161,7 +166,7 @@ def measure(ways: dict[str, Way], inputs: Path, args: argparse.Namespace) -> dic
     """Cold starts in turns, then calls in turns, so that what else runs on the machine meets all ways alike."""
     core = max(os.sched_getaffinity(0))
     running: dict[str, Running] = {}
-    colds, rounds = ({name: [] for name in ways} for _ in range(2))
+    colds, calls = ({name: list[float]() for name in ways} for _ in range(2))
     for _ in range(args.starts):
         for name, way in ways.items():
             if name in running:
@@ -170,26 +175,16 @@ def measure(ways: dict[str, Way], inputs: Path, args: argparse.Namespace) -> dic
             colds[name].append(running[name].cold_start_s)
     for _ in range(args.rounds):
         for name, process in running.items():
-            rounds[name].append(process.predict(args.calls))
-    return {name: Taken(colds[name], rounds[name], process.close()) for name, process in running.items()}
+            calls[name] += process.predict(args.calls)
+    return {name: Taken(colds[name], calls[name], process.close()) for name, process in running.items()}
 
 
-def row_of(taken: Taken, beside: Taken) -> dict[str, Any]:
-    """Figures of a way.
-
-    Args:
-      taken: What it took.
-      beside: What jitted JAX took in the same rounds.
-
-    Returns:
-      Seconds, milliseconds, the median over rounds of how many times as long as jitted JAX it took, and bytes.
-    """
-    calls = np.concatenate(taken.rounds)
-    ratios = [np.median(ours) / np.median(theirs) for ours, theirs in zip(taken.rounds, beside.rounds, strict=True)]
+def row_of(taken: Taken) -> dict[str, Any]:
+    """Figures of a way."""
+    calls = taken.calls
     return {
         "cold_start_s": min(taken.cold_starts),
-        "ms": {"median": float(np.median(calls)), "best": float(min(calls)), "p99": float(np.quantile(calls, 0.99))},
-        "times_jitted": float(np.median(ratios)),
+        "ms": {"median": float(np.median(calls)), "best": min(calls), "p99": float(np.quantile(calls, 0.99))},
         **taken.resources,
     }
 
@@ -210,13 +205,15 @@ def table(report: dict[str, Any]) -> str:
         "| | ms median | best | x jitted | cold start, s | peak MB | model MB | runtime MB | same calls | difference |",
         "|---" * 10 + "|",
     ]
+    jitted = report["ways"][JITTED]["ms"]["best"]
     for name, row in report["ways"].items():
         agreed = row.get("agreement")
         same = f"{agreed['same']} of {agreed['of']}" if agreed else "-"
         apart = f"{agreed['largest_probability_difference']:.1g}" if agreed else "-"
         size = f"{row['model_bytes'] / 1e6:.2f}" if agreed else "-"
+        median, best = row["ms"]["median"], row["ms"]["best"]
         lines.append(
-            f"| {name} | {row['ms']['median']:.2f} | {row['ms']['best']:.2f} | {row['times_jitted']:.2f} | "
+            f"| {name} | {median:.2f} | {best:.2f} | {best / jitted:.2f} | "
             f"{row['cold_start_s']:.2f} | {row['peak_bytes'] / 1e6:.0f} | {size} | {row['runtime_bytes'] / 1e6:.0f} | "
             f"{same} | {apart} |"
         )
@@ -230,6 +227,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--device", required=True, type=Path, help="Python with ai-edge-litert")
     parser.add_argument("--compiler", type=Path, help="Python with the IREE compiler")
     parser.add_argument("--iree", type=Path, help="Python with iree-base-runtime")
+    parser.add_argument("--target-cpus", nargs="+", default=[], help="CPUs that IREE compiles for beside the usual one")
     parser.add_argument(
         "--codes", type=Path, nargs="+", default=[], help="checkpoints of r1jax quantize, of folders of other names"
     )
@@ -241,6 +239,8 @@ def main(arguments: list[str]) -> None:
     args = parser.parse_args(arguments)
     if (args.compiler is None) != (args.iree is None):
         parser.error("--compiler and --iree belong together: give both, or none")
+    if args.target_cpus and args.compiler is None:
+        parser.error("--target-cpus are of IREE: give --compiler and --iree, or leave them out")
     if len({codes.name for codes in args.codes}) < len(args.codes):
         parser.error("--codes are told apart by the names of their folders, of which two are the same: rename one")
     told = {"cases": args.cases, "rounds": args.rounds, "calls": args.calls, "starts": args.starts}
@@ -252,7 +252,7 @@ def main(arguments: list[str]) -> None:
         agreed = agreements(ways, args)
         one_case(args, cards[0], Path(place) / "case.npz")
         taken = measure(ways, Path(place) / "case.npz", args)
-        rows = {name: row_of(taken[name], taken[JITTED]) for name in ways}
+        rows = {name: row_of(taken[name]) for name in ways}
         for name, agreement in agreed.items():
             rows[name] |= model_of(ways[name], agreement)
     config = find_checkpoint(args.checkpoint).config()
