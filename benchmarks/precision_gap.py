@@ -5,7 +5,8 @@
 For a model that scores worse in bf16 than in fp32: rounding moves every case a little, a wrong kernel some of them far.
 Each way has a process of its own, as XLA's flags are read once. `verified` has XLA compare each of its Triton fusions
 with what its older code generator makes of it, and is refused where they differ; it needs a GPU. A flag that this
-version of XLA lacks refuses its way too.
+version of XLA lacks refuses its way too. All cases are scored in their order and backwards: a case that scores
+otherwise beside other cases has met a wrong kernel, whatever the precision.
 """
 
 import argparse
@@ -53,13 +54,16 @@ def outcomes(asked: argparse.Namespace, way: str) -> dict[str, Any]:
     from r1jax.train.evaluation import Evaluator
 
     class First:
-        """The first cases of a source."""
+        """The first cases of a source, in their order or backwards."""
 
-        def __init__(self, source: Source) -> None:
-            self.read_batch, self.size = source.read_batch, min(asked.cases, len(source))
+        def __init__(self, source: Source, backwards: bool) -> None:
+            self.source, self.backwards, self.size = source, backwards, min(asked.cases, len(source))
 
         def __len__(self) -> int:
             return self.size
+
+        def read_batch(self, indices: np.ndarray) -> dict[str, Any]:
+            return self.source.read_batch(self.size - 1 - indices if self.backwards else indices)
 
     checkpoint = find_checkpoint(Path(asked.checkpoint))
     config = checkpoint.config()
@@ -76,10 +80,19 @@ def outcomes(asked: argparse.Namespace, way: str) -> dict[str, Any]:
         mock.patch.object(attention, "is_fused", (lambda *_, **__: False) if plain else attention.is_fused),
         mock.patch.object(grouped_matmul, "_on_hopper", (lambda *_: False) if plain else grouped_matmul._on_hopper),
     ):
-        found, targets, _ = Evaluator(model, task, mesh).predict(params, First(source), batch_size=256, modes=(mode,))
+        evaluator, told = Evaluator(model, task, mesh), []
+        for backwards in (False, True):
+            cases = First(source, backwards)
+            found, targets, _ = evaluator.predict(params, cases, batch_size=256, modes=(mode,))
+            said = {name: value for name, value in found[mode].items() if value.ndim == 1}
+            told.append({name: value[::-1] if backwards else value for name, value in said.items()})
     score = task.score(task.figures(found[mode], targets))  # none of one class alone
-    said = {name: np.round(value, 7).tolist() for name, value in found[mode].items() if value.ndim == 1}
-    return {"score": None if score is None else float(score), "said": said, "environment": jax_environment(asked)}
+    return {
+        "score": None if score is None else float(score),
+        "said": {name: np.round(value, 7).tolist() for name, value in told[0].items()},
+        "beside_others": max(float(np.abs(value - told[1][name]).max()) for name, value in told[0].items()),
+        "environment": jax_environment(asked),
+    }
 
 
 def compare(ways: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
@@ -89,7 +102,7 @@ def compare(ways: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
       ways: By name, what `outcomes` told, or {"error": why not}.
 
     Returns:
-      A row each; changes are of all outcomes of all cases.
+      A row each; changes are of all outcomes of all cases, `beside_others` is the largest from itself backwards.
     """
     base = ways.get(next(iter(WAYS)), {}).get("said")
     rows = []
@@ -97,7 +110,7 @@ def compare(ways: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
         if "error" in told:
             rows.append({"way": name, "refused": told["error"]})
             continue
-        row = {"way": name, "score": told["score"]}
+        row = {"way": name, "score": told["score"], "beside_others": told["beside_others"]}
         if base is not None:
             moved = np.abs(np.concatenate([np.subtract(told["said"][key], base[key]) for key in base]))
             row |= {"mean": float(moved.mean()), "largest": float(moved.max()), "far": int((moved > FAR).sum())}
@@ -107,14 +120,14 @@ def compare(ways: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as Markdown."""
-    lines = ["| way | score | mean change | largest | over .1 |", "|---|---|---|---|---|"]
+    lines = ["| way | score | mean change | largest | over .1 | beside other cases |", "|---|---|---|---|---|---|"]
     for row in rows:
         if "refused" in row:
-            lines.append(f"| {row['way']} | refused: {row['refused'].splitlines()[-1][-120:]} | | | |")
+            lines.append(f"| {row['way']} | refused: {row['refused'].splitlines()[-1][-120:]} | | | | |")
             continue
         changes = [f"{row['mean']:.1e}", f"{row['largest']:.1e}", str(row["far"])] if "mean" in row else [""] * 3
         score = "" if row["score"] is None else f"{row['score']:.4f}"
-        lines.append(f"| {row['way']} | {score} | {' | '.join(changes)} |")
+        lines.append(f"| {row['way']} | {score} | {' | '.join(changes)} | {row['beside_others']:.1e} |")
     return "\n".join(lines)
 
 

@@ -62,12 +62,14 @@ class TableEncoder(nn.Module):
             x = jax.vmap(product, in_axes=(1, 0, 0), out_axes=1)(x, weight, keys)
         x = constrain(x, "batch", None, None)
         x = jnp.where(missing[..., None], jnp.broadcast_to(absent[None], x.shape), x)
-        fields_alone = jnp.mean(x, axis=1)
+        alone = x
         for i in range(c.layers):
             layer = EncoderLayer(c.num_attention_heads, self.dtype, self.dropout, self.remat, name=f"layers_{i}")
             x = block(EncoderLayer.__call__, self.remat)(layer, x, cases)
         x = RMSNorm(name="final_norm")(x)
-        # Beside what the layers make of the fields together, each field as it is: norms would bend a plain sum.
-        joined = jnp.concatenate([fields_alone, jnp.mean(x, axis=1)], axis=-1)
+        # Beside what the layers make of the fields together, each field as it is: norms would bend a plain sum. They are
+        # joined before the mean: of two means side by side, XLA of JAX 0.11 makes one Triton kernel, which in bf16 gives
+        # every other case fields of its neighbour.
+        joined = jnp.mean(jnp.concatenate([alone, x], axis=-1), axis=1)
         summary = Linear(self.features, self.dtype, name="summary")(joined)
         return Linear(self.features, self.dtype, name="projection")(x), summary
