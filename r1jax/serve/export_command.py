@@ -130,13 +130,15 @@ def export(words: list[str]) -> int:
     if asked.weights != "float" and asked.to != "litert":
         raise UserError(f"--weights {asked.weights} is of --to litert: add that, or leave --weights out")
     if asked.to == "iree":
-        export_iree.target_of(asked.target_triple, asked.target_cpu)  # refused before anything else is done
+        target = export_iree.target_of(asked.target_triple, asked.target_cpu)  # refused before anything else is done
     elif asked.target_cpu is not None or asked.target_triple is not None:
         raise UserError("--target-cpu and --target-triple are of --to iree: add that, or leave them out")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output {output} is there already: name a new folder, or remove it")
     checkpoint = find_checkpoint(Path(asked.checkpoint), "checkpoint")
     converter = find_converter(tool, asked.converter, asked.install) if tool else None
+    if asked.to == "iree":
+        export_iree.check_target(target, converter)
     opened = open_checkpoint(checkpoint, asked)
     with draft_folder(output) as folder:
         agreement = write(folder, opened, asked, converter)

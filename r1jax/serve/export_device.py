@@ -142,13 +142,14 @@ def run_model(folder: Path, inputs: dict[str, np.ndarray], tool: Tool, converter
             return dict(found)
 
 
-def ask(tool: Tool, converter: Path, asked: dict[str, Any]) -> dict[str, Any]:
+def ask(tool: Tool, converter: Path, asked: dict[str, Any], what: str = "this model") -> dict[str, Any]:
     """Has the worker do one thing in the converter's environment.
 
     Args:
       tool: The converter.
       converter: Python that has it.
       asked: "do", and what that function of device_worker.py is asked.
+      what: It is asked about, in the words of an error.
 
     Returns:
       What it says of it, and the "versions" of the converter's packages.
@@ -175,12 +176,12 @@ def ask(tool: Tool, converter: Path, asked: dict[str, Any]) -> dict[str, Any]:
     if done.returncode == -signal.SIGILL and not converts:
         raise UserError("this machine lacks instructions of --target-cpu (SIGILL): nothing was exported; name another")
     if done.returncode < 0:
-        what = f"the {tool.name} crashed at this model" if converts else "the written model crashes its run time"
+        failed = f"the {tool.name} crashed at {what}" if converts else "the written model crashes its run time"
         name = signal.Signals(-done.returncode).name
-        raise UserError(f"{what} ({name}): nothing was exported; use --to jax")
+        raise UserError(f"{failed} ({name}): nothing was exported; use --to jax")
     if done.returncode:
-        what = f"the {tool.name} refused this model" if converts else "the written model does not run"
-        raise UserError(f"{what} ({_last_line(done)}): nothing was exported")
+        failed = f"the {tool.name} refused {what}" if converts else "the written model does not run"
+        raise UserError(f"{failed} ({_last_line(done)}): nothing was exported")
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -19,6 +19,13 @@ TOOL = Tool(
 MODEL = "model.vmfb"
 USUAL = {"x86_64": "x86-64-v3", "aarch64": "generic"}
 """The CPU of each architecture where none is named: programs for x86-64 without AVX2 and FMA are many times slower."""
+SMALL = """\
+func.func @main(%x: tensor<1xf32>) -> tensor<1xf32> {
+  %y = stablehlo.add %x, %x : tensor<1xf32>
+  return %y : tensor<1xf32>
+}
+"""
+"""A program that is compiled in less than a second."""
 GENERIC = "generic"
 """The CPU whose programs run on every one of its architecture."""
 
@@ -72,6 +79,22 @@ def target_of(triple: str | None, cpu: str | None) -> Target:
     return target._replace(cpu=cpu or USUAL.get(target.architecture, GENERIC))
 
 
+def check_target(target: Target, converter: Path) -> None:
+    """Compiles a small program, so that a CPU that the compiler does not know is told before minutes are spent.
+
+    Args:
+      target: What to compile for.
+      converter: Python that has the compiler.
+
+    Raises:
+      UserError: The compiler is missing, or does not know the CPU.
+    """
+    with tempfile.TemporaryDirectory() as place:
+        source = Path(place) / "small.mlir"
+        source.write_text(SMALL)
+        _compile(source, Path(place) / MODEL, target, converter, f"the CPU {target.cpu}")
+
+
 def write_model(
     folder: Path, graph: Graph, wanted: dict[str, Port], target: Target, converter: Path
 ) -> tuple[dict[str, str], dict[str, jax.ShapeDtypeStruct]]:
@@ -94,7 +117,12 @@ def write_model(
     with tempfile.TemporaryDirectory() as place:
         source = Path(place) / "model.mlir"
         source.write_bytes(program.mlir_module_serialized)
-        asked = {"do": "convert", "source": str(source), "target": str(folder / MODEL)}
-        told = ask(TOOL, converter, asked | target._asdict())
+        versions = _compile(source, folder / MODEL, target, converter, "this model")
     write_runner(folder)
-    return told["versions"], outputs
+    return versions, outputs
+
+
+def _compile(source: Path, file: Path, target: Target, converter: Path, what: str) -> dict[str, str]:
+    """Has the worker compile a program of StableHLO; versions of the compiler's packages."""
+    asked = {"do": "convert", "source": str(source), "target": str(file)}
+    return ask(TOOL, converter, asked | target._asdict(), what)["versions"]

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import platform
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -21,8 +22,8 @@ from r1jax.errors import UserError
 from r1jax.serve import export_command, export_iree, iree_worker
 from r1jax.serve.export_card import write_card
 from r1jax.serve.export_command import ExportArguments, Opened, export, open_checkpoint, write
-from r1jax.serve.export_device import one_case_program
-from r1jax.serve.export_iree import HERE, Target, target_of, write_model
+from r1jax.serve.export_device import find_converter, one_case_program
+from r1jax.serve.export_iree import HERE, Target, check_target, target_of, write_model
 from tests.serve.exported import write_checkpoint
 from tests.serve.exported_finance import write_checkpoint as write_finance_checkpoint
 from tests.serve.on_device import (
@@ -79,6 +80,43 @@ print(json.dumps(dict(versions=dict(compiler="1"))))' "$3\""""
     versions, outputs = write_model(tmp_path, double, WANTED, target, python)
     assert versions == {"compiler": "1"} and outputs["y"].shape == (1, 2)
     assert (tmp_path / "model.vmfb").read_text() == "cortex-a76 aarch64-linux-gnu" and (tmp_path / RUNNER).is_file()
+
+
+def test_an_unknown_cpu_is_told_before_the_checkpoint_is_read(tmp_path, monkeypatch):
+    """By a stand-in, which is given a small program for that CPU and knows none."""
+    body = f"""exec {sys.executable} -c '
+import json, sys
+asked = json.load(open(sys.argv[1]))
+program = open(asked["source"]).read()
+assert "stablehlo.add" in program and len(program) < 200
+sys.exit(" ".join(["no CPU", asked["cpu"], "of", asked["triple"]]))' "$3\""""
+    checkpoint = write_checkpoint(tmp_path / "run" / "00000024")
+    monkeypatch.setattr(export_command, "open_checkpoint", lambda *_: pytest.fail("the checkpoint was read"))
+    words = ["--to", "iree", "--target-triple", f"{OTHER}-linux-gnu", "--target-cpu", "z80"]
+    message = rf"^the IREE compiler refused the CPU z80 \(no CPU z80 of {OTHER}-linux-gnu\): nothing was exported$"
+    with pytest.raises(UserError, match=message):
+        python = converter_that(tmp_path, body)
+        export([str(checkpoint.path), *words, "--converter", str(python), "--output", str(tmp_path / "edge")])
+    assert not (tmp_path / "edge").exists()
+
+
+@pytest.fixture(scope="module")
+def device(tmp_path_factory) -> Iterator[Path]:
+    """A Python with IREE's run time alone."""
+    yield from device_with(tmp_path_factory.mktemp("tools"), RUNTIME)
+
+
+@pytest.mark.slow
+@where_asked
+def test_the_compiler_itself_tells_an_unknown_cpu_at_once(device, tmp_path):
+    """Within seconds, where the program of a checkpoint takes it minutes."""
+    python = find_converter(export_iree.TOOL, None, install=True)
+    check_target(target_of(None, None), python)
+    check_target(target_of(f"{OTHER}-linux-gnu", None), python)
+    began = time.perf_counter()
+    with pytest.raises(UserError, match=r"refused the CPU z80 \(it knows no CPU 'z80' of this machine: name another"):
+        check_target(target_of(None, "z80"), python)
+    assert time.perf_counter() - began < 10
 
 
 @pytest.fixture
@@ -252,12 +290,6 @@ def test_a_program_for_elsewhere_is_compared_as_compiled_here(opened, tmp_path, 
     assert f"for {OTHER}-linux-gnu it is compiled and not run" in capsys.readouterr().out
     assert card["compared_on"] == HERE.told and card["agreement"]["agrees"]
     assert card["sha256"] == {name: sha256(tmp_path / name) for name in ("model.vmfb", RUNNER, TEXTS)}
-
-
-@pytest.fixture(scope="module")
-def device(tmp_path_factory) -> Iterator[Path]:
-    """A Python with IREE's run time alone."""
-    yield from device_with(tmp_path_factory.mktemp("tools"), RUNTIME)
 
 
 @pytest.mark.slow
