@@ -67,9 +67,9 @@ class TableEncoder(nn.Module):
             layer = EncoderLayer(c.num_attention_heads, self.dtype, self.dropout, self.remat, name=f"layers_{i}")
             x = block(EncoderLayer.__call__, self.remat)(layer, x, cases)
         x = RMSNorm(name="final_norm")(x)
-        # Beside what the layers make of the fields together, each field as it is: norms would bend a plain sum. They are
-        # joined before the mean: of two means side by side, XLA of JAX 0.11 makes one Triton kernel, which in bf16 gives
-        # every other case fields of its neighbour.
+        # Beside what the layers make of the fields together, each field as it is: norms would bend a plain sum. They
+        # are joined before the mean: of two means side by side XLA of JAX 0.11 makes one Triton kernel on a GPU, where,
+        # with two cases a tile, every other case gets fields of its neighbour (seen in bf16, and of codes).
         joined = jnp.mean(jnp.concatenate([alone, x], axis=-1), axis=1)
         summary = Linear(self.features, self.dtype, name="summary")(joined)
         return Linear(self.features, self.dtype, name="projection")(x), summary

@@ -4,8 +4,8 @@ A token a step reads every weight once, and each launch costs as much as several
 product, the SwiGLU or the residual after it are in the product's own kernel: x / rms(x) * g times W^T is
 (x * g) W^T / rms(x), and every program sums the squares of the row beside its own products.
 
-Weights are read as words of 32 bits, two numbers of bf16 or four codes in each. A word meets as many planes of the row:
-its first, third, ... and its second, fourth, ... number, or every fourth.
+Weights are read as words of 32 bits, two numbers of bf16 or four codes in each, and meet as many planes of a row: its
+first, third, ... and its second, fourth, ... number, or every fourth. A row of the weight's own type is read so too.
 """
 
 from typing import Any, NamedTuple
@@ -63,6 +63,7 @@ def fits(x: Float[Array, "T J"], weight: Float[Array, "O I"] | Quantized) -> boo
         known = plain and weight.values.dtype == jnp.int8
     else:
         known = weight.dtype == x.dtype
+        known = known and x.shape[1] * x.dtype.itemsize % 4 == 0  # whole words
     counted = wide * deep < 2**31  # by Triton's 32 bits
     return known and counted and wide % 8 == 0 and deep % LEAST == 0
 
@@ -97,12 +98,11 @@ def rows_times_weight(
     count, deep, wide = len(x), weight.shape[1], weight.shape[0] // halves
     per = 4 // values.dtype.itemsize
     tile = tile or (Tile() if halves * deep // per < Tile().words else LONG)
-    # The same bytes: the compiler does nothing for it.
-    words = jax.lax.bitcast_convert_type(values.reshape(len(values), deep // per, per), jnp.int32)
-    words = words.reshape(len(values), deep // per)
+    words = _words(values)
     rows = rows_of(wide, halves * deep // per, count, tile)
     part = pl.BlockSpec((count, rows), lambda i: (0, i))
-    arrays, specs = [x], [pl.BlockSpec((count, deep), lambda i: (0, 0))]
+    arrays = [x if isinstance(weight, Quantized) else _words(x)]
+    specs = [pl.BlockSpec((count, deep if isinstance(weight, Quantized) else deep // per), lambda i: (0, 0))]
     if gain is not None:
         arrays, specs = [*arrays, gain], [*specs, pl.BlockSpec((deep,), lambda i: (0,))]
     for half in range(halves):
@@ -117,7 +117,7 @@ def rows_times_weight(
         x_ref, gain_ref = next(given), None if gain is None else next(given)
         weights = [(next(given), next(given) if isinstance(weight, Quantized) else None) for _ in range(halves)]
         added_ref, out_ref = None if added is None else next(given), next(given)
-        sums, squares = _summed(x_ref, gain_ref, [w for w, _ in weights], per, weight)
+        sums, squares = _summed(x_ref, gain_ref, [w for w, _ in weights], per)
         for t in range(count):
             shrink = 1.0 if gain is None else jax.lax.rsqrt(squares[t] / deep + eps)
             parts = [
@@ -141,6 +141,13 @@ def rows_times_weight(
     return call(*arrays)
 
 
+def _words(numbers: Float[Array, "R n"] | Int[Array, "R n"]) -> Int[Array, "R w"]:
+    """The same bytes as words, for which the compiler does nothing."""
+    per = 4 // numbers.dtype.itemsize
+    parted = numbers.reshape(len(numbers), -1, per) if per > 1 else numbers
+    return jax.lax.bitcast_convert_type(parted, jnp.int32)
+
+
 def _rows(rows: int, array: Array, first: int) -> pl.BlockSpec:
     """The rows of a weight, or their scales, that a program takes."""
     if array.ndim == 1:
@@ -148,38 +155,38 @@ def _rows(rows: int, array: Array, first: int) -> pl.BlockSpec:
     return pl.BlockSpec((rows, array.shape[1]), lambda i: (i + first, 0))
 
 
-def _summed(
-    x_ref: Any, gain_ref: Any, weights: list[Any], per: int, kind: Float[Array, "O I"] | Quantized
-) -> tuple[list[list[Array]], list[Array]]:
+def _summed(x_ref: Any, gain_ref: Any, weights: list[Any], per: int) -> tuple[list[list[Array]], list[Array]]:
     """Products of each row of x with the rows of each weight, [weight][t], and the sum of the squares of each row."""
-    count = x_ref.shape[0]
+    count, alike = x_ref.shape[0], x_ref.dtype == jnp.int32
     pieces = pieces_of(weights[0].shape[1])
     asked = [[w[:, pl.ds(*piece)] for piece in pieces] for w in weights]  # before anything waits for some of them
-    codes = isinstance(kind, Quantized)
     sums = [[jnp.zeros(w.shape[0], jnp.float32)] * count for w in weights]
     squares = [jnp.float32(0)] * count
     for i, (start, size) in enumerate(pieces):
-        numbers = [_numbers(own[i], per, codes) for own in asked]
+        numbers = [_numbers(own[i], per) for own in asked]
         places = [(start + jnp.arange(size)) * per + j for j in range(per)]
         gains = None if gain_ref is None else [gain_ref[at].astype(jnp.float32) for at in places]
         for t in range(count):
-            planes = [x_ref[t, at].astype(jnp.float32) for at in places]
+            if alike:
+                planes = _numbers(x_ref[t, pl.ds(start, size)], per)
+            else:
+                planes = [x_ref[t, at].astype(jnp.float32) for at in places]
             if gains is not None:
                 squares[t] += jnp.sum(sum(plane * plane for plane in planes))
                 planes = [plane * gain for plane, gain in zip(planes, gains, strict=True)]
-            for own, total in zip(numbers, sums, strict=True):
-                lanes = sum(w * plane[None, :] for w, plane in zip(own, planes, strict=True))
+            for weight, total in zip(numbers, sums, strict=True):
+                lanes = sum(w * plane[None, :] for w, plane in zip(weight, planes, strict=True))
                 total[t] += jnp.sum(lanes, axis=1)
     return sums, squares
 
 
-def _numbers(words: Int[Array, "R w"], per: int, codes: bool) -> list[Float[Array, "R w"]]:
-    """What words hold, in fp32, the first number of each word first."""
-    if not codes:  # bf16 is the upper half of fp32
-        parts = (
-            [words] if per == 1 else [jax.lax.shift_left(words, jnp.full_like(words, 16)), words & jnp.int32(-65536)]
-        )
-        return [jax.lax.bitcast_convert_type(part, jnp.float32) for part in parts]
+def _numbers(words: Int[Array, "*R w"], per: int) -> list[Float[Array, "*R w"]]:
+    """What words hold, in fp32, the first number of each word first: one of fp32, two of bf16, or four codes."""
+    if per == 1:
+        return [jax.lax.bitcast_convert_type(words, jnp.float32)]
+    if per == 2:  # bf16 is the upper half of fp32
+        halves = jax.lax.shift_left(words, jnp.full_like(words, 16)), words & jnp.int32(-65536)
+        return [jax.lax.bitcast_convert_type(half, jnp.float32) for half in halves]
     # A code and 128 in the last bits of 2^23 make a number of fp32, which costs less than to convert an integer.
     raised = words ^ jnp.int32(-2139062144)  # 128 more in each byte
     parts = [jax.lax.shift_right_logical(raised, jnp.full_like(words, 8 * i)) if i else raised for i in range(4)]
