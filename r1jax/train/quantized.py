@@ -1,12 +1,15 @@
 """Quantized weights on disk: one file of bytes and one index, in a format of our own with a version.
 
-DIR/quantized/{index.json, weights.bin}, sealed like every checkpoint. Codes take 8 or 4 bits each, their scales bf16,
+DIR/quantized/{index.zlib, weights.bin}, sealed like every checkpoint. Codes take 8 or 4 bits each, their scales bf16,
 and whatever no rule names is fp32 as it was: what is served is then what was trained, bit for bit. A balance, which
-version 1 did not have, is a byte a column. Each part is deflated where that makes it smaller: codes of few bits are not
-evenly used, and small models win back their scales.
+version 1 did not have, is a byte a column. Each part is packed where that makes it smaller: codes of few bits are not
+evenly used, exponents of scales even less, and small models win back their scales. Parts and index are deflated; since
+version 3 short parts may be packed by LZMA, the first bytes of all numbers before the second ones. Earlier indexes are
+plain, in index.json.
 """
 
 import json
+import lzma
 import zlib
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,11 @@ from r1jax.ops.quantize import Quantized, pack_int4, unpack_int4
 from r1jax.ops.quantized_dot import Scheme, weight_codes
 
 FOLDER = "quantized"
-VERSION = 2
+VERSION = 3
+INDEX, PLAIN_INDEX = "index.zlib", "index.json"
+SHORT = 2**20
+"""Bytes up to which a part is packed by LZMA, which takes long."""
+LZMA = {"format": lzma.FORMAT_RAW, "filters": [{"id": lzma.FILTER_LZMA1, "preset": 9, "lc": 0, "lp": 0, "pb": 0}]}
 HELD = {
     "int8": np.dtype(np.int8),
     "int4": np.dtype(np.int8),
@@ -121,17 +128,21 @@ def write_codes(folder: Path, params: Any, kinds: dict[str, str]) -> None:
                 extra = [(getattr(leaf, part), kind) for kind, part in PARTS.items()]
                 parts = [(leaf.values, kinds[name]), (leaf.scale, "bf16"), *(p for p in extra if p[0] is not None)]
             arrays[name] = [_write(file, np.asarray(part), kind) for part, kind in parts]
-    index = {"version": VERSION, "part": ["kind", "shape", "bytes", "deflated"], "arrays": arrays}
-    (folder / "index.json").write_text(json.dumps(index, separators=(",", ":")))
+    index = {"version": VERSION, "part": ["kind", "shape", "bytes", "form"], "arrays": arrays}
+    (folder / INDEX).write_bytes(zlib.compress(json.dumps(index, separators=(",", ":")).encode(), 9))
 
 
 def _write(file: Any, x: np.ndarray, kind: str) -> list[Any]:
+    """Writes a part in the shortest of its forms: plain, deflated, or by LZMA with bytes of like place together."""
     x = np.frexp(x.astype(np.float32))[1] - 1 if kind == "power" else x
     plain = (pack_int4(x) if kind == "int4" else x.astype(HELD[kind])).tobytes()
-    packed = zlib.compress(plain, 9)
-    smaller = len(packed) < len(plain)
-    file.write(packed if smaller else plain)
-    return [kind, list(x.shape), min(len(packed), len(plain)), int(smaller)]
+    forms = [plain, zlib.compress(plain, 9)]
+    if len(plain) <= SHORT:
+        together = np.frombuffer(plain, np.uint8).reshape(-1, HELD[kind].itemsize).T
+        forms.append(lzma.compress(together.tobytes(), **LZMA))
+    form = min(range(len(forms)), key=lambda i: len(forms[i]))
+    file.write(forms[form])
+    return [kind, list(x.shape), len(forms[form]), form]
 
 
 def read_codes(folder: Path) -> tuple[Any, dict[str, str]]:
@@ -146,8 +157,11 @@ def read_codes(folder: Path) -> tuple[Any, dict[str, str]]:
     Raises:
       UserError: The format is of another version.
     """
-    index = json.loads((folder / "index.json").read_text())
-    if index["version"] not in (1, VERSION):
+    if (folder / INDEX).exists():
+        index = json.loads(zlib.decompress((folder / INDEX).read_bytes()))
+    else:
+        index = json.loads((folder / PLAIN_INDEX).read_text())
+    if index["version"] not in range(1, VERSION + 1):
         raise UserError(
             f"{folder} has version {index['version']} of the quantized format and this r1jax reads {VERSION}: quantize "
             "the checkpoint again"
@@ -185,9 +199,13 @@ def in_four_bits(tree: Any, kinds: dict[str, str]) -> Any:
     return jax.tree_util.tree_map_with_path(narrow, tree, is_leaf=is_codes)
 
 
-def _read(file: Any, kind: str, shape: list[int], size: int, deflated: int) -> np.ndarray:
+def _read(file: Any, kind: str, shape: list[int], size: int, form: int) -> np.ndarray:
     plain = file.read(size)
-    plain = zlib.decompress(plain) if deflated else plain
+    if form == 1:
+        plain = zlib.decompress(plain)
+    elif form == 2:
+        together = np.frombuffer(lzma.decompress(plain, **LZMA), np.uint8)
+        plain = together.reshape(HELD[kind].itemsize, -1).T.tobytes()
     if kind == "int4":
         return unpack_int4(np.frombuffer(plain, np.uint8), tuple(shape))
     x = np.frombuffer(plain, HELD[kind]).reshape(shape)

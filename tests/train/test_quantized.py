@@ -2,15 +2,18 @@
 
 import functools
 import json
+import zlib
 from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
 from r1jax.errors import UserError
-from r1jax.ops.quantize import quantize
+from r1jax.ops.quantize import Quantized, quantize
+from r1jax.train import quantized
 from r1jax.train.quantized import is_codes, read_codes, write_codes
 from r1jax.train.ranges import split_ranges
 from r1jax.train.step import NO_LIMIT
@@ -66,14 +69,31 @@ def test_four_bits_take_half_a_byte_and_scales_two(tmp_path):
     assert (tmp_path / "q" / "weights.bin").stat().st_size <= 256 * 512 / 2 + 256 * 4 * 2
 
 
-def test_another_version_is_refused(tree, tmp_path):
+def test_parts_of_small_models_are_packed_and_long_ones_deflated(tmp_path, monkeypatch):
+    uneven = np.clip(RNG.normal(0, 9, (64, 512)).round(), -127, 127).astype(np.int8)  # 5.2 bits a code
+    scales = RNG.uniform(0.001, 0.002, (64, 1)).astype(ml_dtypes.bfloat16)
+    sizes = {}
+    for name, short in (("packed", 2**20), ("deflated", 0)):
+        monkeypatch.setattr(quantized, "SHORT", short)
+        write_codes(tmp_path / name, {"w": Quantized(uneven, scales)}, {"w": "int8"})
+        read, _ = read_codes(tmp_path / name)
+        np.testing.assert_array_equal(read["w"].values, uneven)
+        np.testing.assert_array_equal(read["w"].scale, scales)
+        sizes[name] = (tmp_path / name / "weights.bin").stat().st_size
+    assert 0.60 * uneven.size < sizes["packed"] < 0.98 * sizes["deflated"] < 0.98 * uneven.size
+
+
+def test_versions_before_are_read_and_later_ones_refused(tree, tmp_path, monkeypatch):
+    monkeypatch.setattr(quantized, "SHORT", 0)  # they knew no other form than deflated
     write_codes(tmp_path / "q", tree, KINDS)
-    index = tmp_path / "q" / "index.json"
-    index.write_text(json.dumps(json.loads(index.read_text()) | {"version": 3}))
-    with pytest.raises(UserError, match="version 3 .*reads 2: quantize the checkpoint again"):
+    index = json.loads(zlib.decompress((tmp_path / "q" / "index.zlib").read_bytes()))
+    (tmp_path / "q" / "index.zlib").write_bytes(zlib.compress(json.dumps(index | {"version": 4}).encode()))
+    with pytest.raises(UserError, match="version 4 .*reads 3: quantize the checkpoint again"):
         read_codes(tmp_path / "q")
-    index.write_text(json.dumps(json.loads(index.read_text()) | {"version": 1}))
-    assert read_codes(tmp_path / "q")[1] == KINDS  # every file of version 1 is one of version 2
+    (tmp_path / "q" / "index.zlib").unlink()
+    for version in (1, 2):
+        (tmp_path / "q" / "index.json").write_text(json.dumps(index | {"version": version}))
+        assert read_codes(tmp_path / "q")[1] == KINDS
     assert not is_codes(tree["decoder"]["norm"]["weight"])
 
 
