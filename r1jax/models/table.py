@@ -13,6 +13,7 @@ from r1jax.models.initial import normal
 from r1jax.models.layers import EncoderLayer, Linear, RMSNorm
 from r1jax.models.quantized import added, parameter, rounding_key, scheme_for
 from r1jax.models.remat import Remat, block
+from r1jax.ops.apart import held_apart
 from r1jax.ops.axes import constrain, gathered
 from r1jax.ops.quantized_dot import quantized_dot
 
@@ -62,14 +63,12 @@ class TableEncoder(nn.Module):
             x = jax.vmap(product, in_axes=(1, 0, 0), out_axes=1)(x, weight, keys)
         x = constrain(x, "batch", None, None)
         x = jnp.where(missing[..., None], jnp.broadcast_to(absent[None], x.shape), x)
-        alone = x
+        fields_alone = jnp.mean(x, axis=1)
         for i in range(c.layers):
             layer = EncoderLayer(c.num_attention_heads, self.dtype, self.dropout, self.remat, name=f"layers_{i}")
             x = block(EncoderLayer.__call__, self.remat)(layer, x, cases)
         x = RMSNorm(name="final_norm")(x)
-        # Beside what the layers make of the fields together, each field as it is: norms would bend a plain sum. They
-        # are joined before the mean: of two means side by side XLA of JAX 0.11 makes one Triton kernel on a GPU, where,
-        # with two cases a tile, every other case gets fields of its neighbour (seen in bf16, and of codes).
-        joined = jnp.mean(jnp.concatenate([alone, x], axis=-1), axis=1)
+        # Beside what the layers make of the fields together, each field as it is: norms would bend a plain sum.
+        joined = jnp.concatenate(held_apart(fields_alone, jnp.mean(x, axis=1)), axis=-1)
         summary = Linear(self.features, self.dtype, name="summary")(joined)
         return Linear(self.features, self.dtype, name="projection")(x), summary

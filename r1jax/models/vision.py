@@ -19,6 +19,7 @@ from r1jax.models.initial import normal
 from r1jax.models.layers import EncoderLayer, Linear, RMSNorm
 from r1jax.models.quantized import added, parameter, rounded_product, scheme_for
 from r1jax.models.remat import Remat, block, kept
+from r1jax.ops.apart import held_apart
 from r1jax.ops.axes import constrain, gathered
 from r1jax.ops.quantize import Quantized
 
@@ -151,7 +152,7 @@ class VisionEncoder(nn.Module):
         # The maximum tells whether something is anywhere, the mean how much of it there is. It is picked by index:
         # the gradient of jnp.max compares values, and is 0/0 where the compiler computes them twice and differently.
         highest = jnp.take_along_axis(x, jnp.argmax(x, axis=1, keepdims=True), axis=1)[:, 0]
-        pooled = jnp.concatenate([looked_at, highest, jnp.mean(x, axis=1)], axis=-1)
+        pooled = jnp.concatenate(held_apart(looked_at, highest, jnp.mean(x, axis=1)), axis=-1)
         summary = Linear(self.features, self.dtype, name="summary")(pooled)
         cells = space_to_depth(x.reshape(x.shape[0], *grid, -1), c.merge)
         tokens = Linear(self.features, self.dtype, name="projection")(cells)
