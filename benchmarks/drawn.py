@@ -34,7 +34,7 @@ def draw(source: Source, folder: Path, processes: int) -> Path:
     Args:
       source: The cases.
       folder: Cases of each source have a folder in it.
-      processes: How many draw; they import nothing but the source.
+      processes: How many draw.
 
     Returns:
       The folder of these cases.
@@ -53,7 +53,14 @@ def draw(source: Source, folder: Path, processes: int) -> Path:
             open_memmap(place / f"{name}.npy", "w+", value.dtype, (len(source), *value.shape[1:]))
     count = min(processes, -(-len(source) // CHUNK))
     words = [[sys.executable, __file__, str(place), str(i), str(count)] for i in range(count)]
-    if any([process.wait() for process in [subprocess.Popen(each) for each in words]]):
+    started = [subprocess.Popen(each) for each in words]
+    try:
+        failed = any([process.wait() for process in started])
+    finally:  # an interruption too
+        for process in started:
+            process.kill()
+            process.wait()
+    if failed:
         raise RuntimeError(f"{source.name}: not all cases were drawn; what a process said stands above")
     parts = [json.loads((place / f"{i}.{STRINGS}").read_text()) for i in range(count)]
     chunks = [parts[k % count][k // count] for k in range(-(-len(source) // CHUNK))]

@@ -84,9 +84,10 @@ def outcomes(asked: argparse.Namespace, way: str) -> dict[str, Any]:
         for backwards in (False, True):
             cases = First(source, backwards)
             found, targets, _ = evaluator.predict(params, cases, batch_size=256, modes=(mode,))
+            if not backwards:
+                score = task.score(task.figures(found[mode], targets))  # none of one class alone
             said = {name: value for name, value in found[mode].items() if value.ndim == 1}
             told.append({name: value[::-1] if backwards else value for name, value in said.items()})
-    score = task.score(task.figures(found[mode], targets))  # none of one class alone
     return {
         "score": None if score is None else float(score),
         "said": {name: np.round(value, 7).tolist() for name, value in told[0].items()},

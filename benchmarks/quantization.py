@@ -190,7 +190,8 @@ class Measurement:
         """Takes the command line; rows that the file has are kept."""
         self.asked, self.began = asked, time.monotonic()
         self.environment = jax_environment(asked)
-        self.rows = json.loads(asked.output.read_text())["rows"] if asked.output.exists() else []
+        before = json.loads(asked.output.read_text()) if asked.output.exists() else {"rows": []}
+        self.rows, self.kept = before["rows"], {key: x for key, x in before.items() if key not in self.environment}
         words = (*(TINY if asked.tiny else []), *asked.overrides)
         cases = {"medical": asked.cases, "language": asked.sequences}
         self.units: list[Unit] = []
@@ -266,7 +267,7 @@ class Measurement:
         self.rows = [other for other in self.rows if not same <= other.items()]
         self.rows.append(row | {"seconds": seconds, "hardware": self.environment["hardware"]})
         draft = self.asked.output.with_suffix(".draft")
-        draft.write_text(json.dumps(self.environment | {"rows": self.rows}, indent=1) + "\n")
+        draft.write_text(json.dumps(self.environment | self.kept | {"rows": self.rows}, indent=1) + "\n")
         os.replace(draft, self.asked.output)
 
 
@@ -287,6 +288,18 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true", help="four steps, to see that it runs")
     parser.add_argument("overrides", nargs="*", help="overrides of train.py, after --")
     asked = parser.parse_args()
+    for name in ("jobs", "cases", "sequences", "resamples", "every"):
+        if vars(asked)[name] < 1:
+            parser.error(f"--{name} {vars(asked)[name]}: at least 1")
+    if not asked.output.absolute().parent.is_dir():
+        parser.error(f"--output {asked.output}: there is no folder {asked.output.absolute().parent}; make it first")
+    if asked.output.exists():
+        before = json.loads(asked.output.read_text())["arguments"]
+        told = {name: vars(asked)[name] for name in ("cases", "sequences", "every", "tiny", "overrides")}
+        if other := [name for name, value in told.items() if before.get(name, value) != value]:
+            parser.error(
+                f"--output {asked.output}: its rows were made with other {', '.join(other)}; name another file"
+            )
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the memory is the processes'
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which ends the processes too
     measurement = Measurement(asked)

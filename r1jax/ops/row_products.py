@@ -83,7 +83,7 @@ def row_product_reference(
 
 @functools.cache
 def _kernel_agrees() -> bool:
-    """Tries the kernel on this device: norm, SwiGLU and residual with floats, and with codes, of no even width."""
+    """Tries the kernel on this device: norm, SwiGLU and residual, floats and codes, one and several rows a program."""
     from r1jax.ops.row_products_kernel import rows_times_weight
 
     rng = np.random.default_rng(0)
@@ -92,12 +92,13 @@ def _kernel_agrees() -> bool:
     )
     gain = rng.uniform(0.5, 2, 704).astype(np.float32)
 
-    def both(product, codes: Quantized, x: Array, w: Array, added: Array) -> Array:
-        first = product(x, w, gain=jnp.asarray(gain), eps=1e-6, paired=True)
-        return first + product(x, codes, added=added)
+    def all_ways(product, codes: Quantized, x: Array, w: Array, added: Array) -> Array:
+        few = product(x, w, gain=jnp.asarray(gain), eps=1e-6, paired=True) + product(x, codes, added=added)
+        one = product(x[:1], w, gain=jnp.asarray(gain), eps=1e-6, paired=True) + product(x[:1], codes, added=added[:1])
+        return jnp.concatenate([few, one])
 
     arrays = [rng.standard_normal(shape).astype(jnp.bfloat16) for shape in ((3, 704), (128, 704), (3, 64))]
     arrays[1] = (arrays[1].astype(np.float32) * 0.05).astype(jnp.bfloat16)
-    fast = functools.partial(both, rows_times_weight, jax.tree.map(jnp.asarray, codes))
-    slow = functools.partial(both, row_product_reference, jax.tree.map(jnp.asarray, codes))
+    fast = functools.partial(all_ways, rows_times_weight, jax.tree.map(jnp.asarray, codes))
+    slow = functools.partial(all_ways, row_product_reference, jax.tree.map(jnp.asarray, codes))
     return agrees("the kernel of a few rows and a weight", fast, slow, arrays, gradients=False)

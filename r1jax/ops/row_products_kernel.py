@@ -62,7 +62,7 @@ def fits(x: Float[Array, "T J"], weight: Float[Array, "O I"] | Quantized) -> boo
         plain = weight.scale.shape[-1] == 1 and weight.zero is None and weight.balance is None
         known = plain and weight.values.dtype == jnp.int8
     else:
-        known = weight.dtype == x.dtype
+        known = weight.dtype == x.dtype and weight.dtype in (jnp.bfloat16, jnp.float32)
         known = known and x.shape[1] * x.dtype.itemsize % 4 == 0  # whole words
     counted = wide * deep < 2**31  # by Triton's 32 bits
     return known and counted and wide % 8 == 0 and deep % LEAST == 0

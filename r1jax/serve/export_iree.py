@@ -92,7 +92,7 @@ def check_target(target: Target, converter: Path) -> None:
     with tempfile.TemporaryDirectory() as place:
         source = Path(place) / "small.mlir"
         source.write_text(SMALL)
-        _compile(source, Path(place) / MODEL, target, converter, f"the CPU {target.cpu}")
+        _compile(source, Path(place) / MODEL, target, converter, f"{target.told['machine']}, CPU {target.cpu}")
 
 
 def write_model(

@@ -34,7 +34,7 @@ class Layer(NamedTuple):
     scheme: str
     numbers: int
     bytes: int
-    """Of codes and scales, before they are deflated."""
+    """Of codes and scales, before they are packed."""
     inputs: str
     """"balanced" where they are divided by powers of two, "static" where one range holds for all."""
     error: float

@@ -31,7 +31,10 @@ VERSION = 3
 INDEX, PLAIN_INDEX = "index.zlib", "index.json"
 SHORT = 2**20
 """Bytes up to which a part is packed by LZMA, which takes long."""
-LZMA = {"format": lzma.FORMAT_RAW, "filters": [{"id": lzma.FILTER_LZMA1, "preset": 9, "lc": 0, "lp": 0, "pb": 0}]}
+LZMA = {
+    "format": lzma.FORMAT_RAW,
+    "filters": [{"id": lzma.FILTER_LZMA1, "preset": 9, "dict_size": SHORT, "lc": 0, "lp": 0, "pb": 0}],
+}
 HELD = {
     "int8": np.dtype(np.int8),
     "int4": np.dtype(np.int8),
@@ -163,8 +166,8 @@ def read_codes(folder: Path) -> tuple[Any, dict[str, str]]:
         index = json.loads((folder / PLAIN_INDEX).read_text())
     if index["version"] not in range(1, VERSION + 1):
         raise UserError(
-            f"{folder} has version {index['version']} of the quantized format and this r1jax reads {VERSION}: quantize "
-            "the checkpoint again"
+            f"{folder} has version {index['version']} of the quantized format and this r1jax reads versions up to "
+            f"{VERSION}: quantize the checkpoint again"
         )
     tree: dict[str, Any] = {}
     kinds: dict[str, str] = {}

@@ -45,7 +45,9 @@ def test_the_exit_code_and_the_last_words_are_kept(tmp_path):
 def test_processes_end_with_who_has_started_them(tmp_path):
     words = ["-c", "import os, time; print(os.getpid(), flush=True); time.sleep(60)"]
     lanes, log = run_lanes({"long": words}, lambda _: True, jobs=1, gpus=0, logs=tmp_path), tmp_path / "long.log"
-    while not (log.exists() and log.read_text()):
+    for _ in range(1200):  # a minute
+        if log.exists() and log.read_text():
+            break
         assert next(lanes) is None
         time.sleep(0.05)
     lanes.close()

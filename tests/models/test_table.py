@@ -66,3 +66,10 @@ def test_the_summary_holds_the_plain_sum_of_fields_beside_what_the_layers_make_o
     normed = tokens / np.sqrt((tokens**2).mean(axis=1, keepdims=True) + 1e-6)
     joined = np.concatenate([tokens.mean(axis=0), normed.mean(axis=0)])
     np.testing.assert_allclose(summary[0], np.asarray(params["summary"]["weight"], float) @ joined, atol=1e-4)
+
+
+def test_on_a_gpu_both_means_of_the_fields_are_held_apart_from_being_joined():
+    module, values = TableEncoder(TableConfig(layers=1, frequencies=4, num_attention_heads=2), WIDTH), jnp.zeros((2, 3))
+    params = jax.eval_shape(lambda: module.init(jax.random.key(0), values))
+    program = jax.jit(module.apply).trace(params, values).lower(lowering_platforms=("cuda",)).as_text()
+    assert program.count("optimization_barrier") == 1

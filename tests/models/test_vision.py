@@ -84,3 +84,9 @@ def test_transformer_layers_see_everything_convolutions_their_surroundings(rank)
     assert moved[:, -1].min() > 1e-3 and moved[:, 0].max() == 0
     apply, x, spacing = encoder(rank, layers=1)
     assert change(apply(x.at[far].add(5.0), spacing), apply(x, spacing))[:, 0].min() > 1e-5
+
+
+def test_on_a_gpu_the_summary_of_places_is_held_apart_from_being_joined():
+    apply, x, spacing = encoder(2)
+    program = apply.trace(x, spacing).lower(lowering_platforms=("cuda",)).as_text()
+    assert program.count("optimization_barrier") == 1

@@ -53,6 +53,7 @@ def test_the_kernel_leaves_what_is_not_whole_tiles():
     many = (jax.ShapeDtypeStruct((2**23, n), kind) for n, kind in ((256, jnp.int8), (1, jnp.bfloat16)))
     assert not fits(x, Quantized(*many))  # more numbers than 32 bits count
     assert not fits(x, normal(32, 256).astype(jnp.bfloat16))  # floats of another dtype
+    assert not fits(x.astype(jnp.float16), normal(32, 256).astype(jnp.float16))  # whose halves of a word are other
     odd, pair = (normal(1, width).astype(jnp.bfloat16) for width in (257, 258))  # half a word at the end, and none
     assert fits(pair, normal(32, 256).astype(jnp.bfloat16)) and not fits(odd, normal(32, 256).astype(jnp.bfloat16))
     assert fits(x, quantize(normal(32, 256), "int8")) and not fits(x, quantize(normal(32, 256), "int8", block=128))

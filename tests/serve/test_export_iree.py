@@ -93,7 +93,7 @@ sys.exit(" ".join(["no CPU", asked["cpu"], "of", asked["triple"]]))' "$3\""""
     checkpoint = write_checkpoint(tmp_path / "run" / "00000024")
     monkeypatch.setattr(export_command, "open_checkpoint", lambda *_: pytest.fail("the checkpoint was read"))
     words = ["--to", "iree", "--target-triple", f"{OTHER}-linux-gnu", "--target-cpu", "z80"]
-    message = rf"^the IREE compiler refused the CPU z80 \(no CPU z80 of {OTHER}-linux-gnu\): nothing was exported$"
+    message = rf"^the IREE compiler refused {OTHER}-linux-gnu, CPU z80 \(no CPU z80 of {OTHER}-linux-gnu\): nothing was exported$"
     with pytest.raises(UserError, match=message):
         python = converter_that(tmp_path, body)
         export([str(checkpoint.path), *words, "--converter", str(python), "--output", str(tmp_path / "edge")])
