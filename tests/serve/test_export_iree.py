@@ -93,7 +93,8 @@ sys.exit(" ".join(["no CPU", asked["cpu"], "of", asked["triple"]]))' "$3\""""
     checkpoint = write_checkpoint(tmp_path / "run" / "00000024")
     monkeypatch.setattr(export_command, "open_checkpoint", lambda *_: pytest.fail("the checkpoint was read"))
     words = ["--to", "iree", "--target-triple", f"{OTHER}-linux-gnu", "--target-cpu", "z80"]
-    message = rf"^the IREE compiler refused {OTHER}-linux-gnu, CPU z80 \(no CPU z80 of {OTHER}-linux-gnu\): nothing was exported$"
+    triple = f"{OTHER}-linux-gnu"
+    message = rf"^the IREE compiler refused {triple}, CPU z80 \(no CPU z80 of {triple}\): nothing was exported$"
     with pytest.raises(UserError, match=message):
         python = converter_that(tmp_path, body)
         export([str(checkpoint.path), *words, "--converter", str(python), "--output", str(tmp_path / "edge")])
@@ -114,7 +115,7 @@ def test_the_compiler_itself_tells_an_unknown_cpu_at_once(device, tmp_path):
     check_target(target_of(None, None), python)
     check_target(target_of(f"{OTHER}-linux-gnu", None), python)
     began = time.perf_counter()
-    with pytest.raises(UserError, match=r"refused the CPU z80 \(it knows no CPU 'z80' of this machine: name another"):
+    with pytest.raises(UserError, match=r"refused .*, CPU z80 \(it knows no CPU 'z80' of this machine: name another"):
         check_target(target_of(None, "z80"), python)
     assert time.perf_counter() - began < 10
 
