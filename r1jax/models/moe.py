@@ -23,8 +23,9 @@ from r1jax.models.remat import kept
 from r1jax.ops.axes import Placement, axes_of, gather_dimensions, gathered, placement, spread
 from r1jax.ops.expert_exchange import exchange
 from r1jax.ops.grouped_matmul import grouped_matmul, plan_dispatch, scatter_choices, scatter_rows, sum_rows
+from r1jax.ops.grouped_quantized_dot import grouped_quantized_dot
 from r1jax.ops.quantize import Quantized
-from r1jax.ops.quantized_dot import Ruled, grouped_quantized_dot, quantized_dot, rounded
+from r1jax.ops.quantized_dot import Ruled, quantized_dot, rounded
 from r1jax.ops.weight_only import grouped_weight_only_dot
 
 ROWS = 128

@@ -13,7 +13,6 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.export import is_symbolic_dim
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
@@ -24,8 +23,6 @@ from r1jax.ops.weight_only import weight_only_dot
 
 LONGEST = 2**17
 """Products of int8 that are summed in one int32: 127^2 times as many stay below 2^31."""
-TOGETHER = 16
-"""Blocks of rows whose experts' weights are gathered at a time: of all, they would be as many matrices."""
 TRIED = (1088, 3904)
 """Rows and columns of the product by which a kernel is tried: its last tiles overhang, and there are more of them than
 an H100 has multiprocessors, so that some form two."""
@@ -226,86 +223,6 @@ def _weight_only_backward(saved: tuple[Array, Array | None, Quantized], g: Array
 _weight_only.defvjp(_weight_only_forward, _weight_only_backward)
 
 
-def grouped_quantized_dot(
-    rows: Float[Array, "P I"],
-    weight: Float[Array, "E O I"] | Quantized,
-    block_expert: Int[Array, " blocks"],
-    scheme: Scheme,
-    *,
-    key: PRNGKeyArray | None = None,
-) -> Float[Array, "P O"]:
-    """Each block of rows times its expert's rounded weights: one scale an expert and output, and one a row.
-
-    Args:
-      rows: P is a multiple of the number of blocks.
-      weight: Stacked floats or codes.
-      block_expert: Expert of each block; E for a block of zeros.
-      scheme: How; its activations are rounded.
-      key: As in `quantized_dot`.
-
-    Returns:
-      Array of the rows' dtype.
-    """
-    count, last = block_expert.shape[0], weight.shape[0] - 1
-    codes, trained = weight_codes(weight, scheme), None if isinstance(weight, Quantized) else weight
-    keys = None if key is None else jax.random.split(key, count)
-    blocks = rows.reshape(count, -1, rows.shape[-1])
-    products = _grouped(scheme, blocks, trained, codes, jnp.minimum(block_expert, last), keys)
-    return products.reshape(rows.shape[0], -1)  # of an exported program a number that has no `len`
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _grouped(scheme: Scheme, x: Array, weight: Array | None, codes: Quantized, own: Array, keys: Any) -> Array:
-    """`_product` of each block with the matrix of its own, a few blocks at a time."""
-    return _grouped_forward(scheme, x, weight, codes, own, keys)[0]
-
-
-def _grouped_forward(
-    scheme: Scheme, x: Array, weight: Array | None, codes: Quantized, own: Array, keys: Any
-) -> tuple[Array, tuple[Any, ...]]:
-    def one(block: tuple[Quantized, Array]) -> Array:
-        return multiply(block[0], _of(codes, block[1])).astype(x.dtype)
-
-    narrow, like = quantize(x, scheme.activations, block=block_of(codes)), jnp.zeros((), x.dtype)
-    saved = narrow, like, codes, None if weight is None else jnp.zeros((), weight.dtype), own, keys
-    if is_symbolic_dim(own.shape[0]):  # of an exported program, which gathers all of them, as that of floats does
-        return jax.vmap(one)((narrow, own)), saved
-    return jax.lax.map(one, (narrow, own), batch_size=TOGETHER), saved
-
-
-def _grouped_backward(
-    scheme: Scheme, saved: tuple[Any, ...], gradient: Array
-) -> tuple[Array, Array | None, None, None, None]:
-    x, x_like, codes, like, own, keys = saved
-    wide = None if like is None else jnp.zeros((), jnp.float32)  # as the sum over blocks
-
-    def one(x: Quantized, own: Array, key: Array | None, gradient: Array) -> tuple[Array, Array | None]:
-        return _backward(scheme, (x, x_like, _of(codes, own), wide, key), gradient)[:2]
-
-    def turn(total: Array | None, blocks: tuple[Any, ...]) -> tuple[Array | None, Array]:
-        to_x, to_w = jax.vmap(one)(*blocks)
-        return None if total is None else total.at[blocks[1]].add(to_w), to_x
-
-    total = None if like is None else jnp.zeros(codes.shape, jnp.float32)
-    blocks, whole = (x, own, keys, gradient), len(own) // TOGETHER * TOGETHER
-    parts = []
-    if whole:
-        first = jax.tree.map(lambda a: a[:whole].reshape(-1, TOGETHER, *a.shape[1:]), blocks)
-        total, to_x = jax.lax.scan(turn, total, first)
-        parts.append(to_x.reshape(whole, *x.shape[1:]))
-    if whole < len(own):
-        total, to_x = turn(total, jax.tree.map(lambda a: a[whole:], blocks))
-        parts.append(to_x)
-    return jnp.concatenate(parts), None if like is None else total.astype(like.dtype), None, None, None
-
-
-_grouped.defvjp(_grouped_forward, _grouped_backward)
-
-
-def _of(codes: Quantized, expert: Array) -> Quantized:
-    return jax.tree.map(lambda part: part[expert], codes)  # narrow numbers are gathered
-
-
 Way = Callable[[Array | Gated, Literal["int8", "fp8"], Quantized], tuple[Quantized, Array]]
 """Inputs, what they are rounded to and a weight -> their codes, and the product of both in the dtype of the inputs."""
 
@@ -413,15 +330,26 @@ def _product_backward(
     gradient: Array,
 ) -> tuple[Array | Gated, Array | None, None, None]:
     factors, rest = saved
-    to_x, *others = _backward(scheme, rest, gradient)
+    to_x, *others = product_gradients(scheme, rest, gradient)
     if factors is not None:
         [to_x] = jax.vjp(Gated.product, factors)[1](to_x)
     return to_x, *others
 
 
-def _backward(
+def product_gradients(
     scheme: Scheme, saved: tuple[Quantized, Any, Quantized, Any, Array | None], gradient: Array
 ) -> tuple[Array, Array | None, None, None]:
+    """Backward pass of a product of codes.
+
+    Args:
+      scheme: How operands are rounded.
+      saved: Codes of the inputs, an empty array of their floats' dtype, the weight's codes, one of its floats' dtype
+        (None where it is not trained), and the key of stochastic rounding.
+      gradient: Of the product.
+
+    Returns:
+      Gradients of the inputs and of the weight, and None for its codes and the key.
+    """
     x, x_like, codes, w_like, key = saved
     g = gradient.reshape(-1, gradient.shape[-1]).astype(jnp.float32)
     flat = jax.tree.map(lambda part: part.reshape(-1, part.shape[-1]), x)
