@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -72,6 +72,22 @@ def train_run(words: Sequence[str], workdir: Path, resume: bool = False) -> Trai
     told = {"seconds": seconds, "examples_per_second": float(np.median(rates))}
     note.write_text(json.dumps(told))
     return Trained(CheckpointFolder(workdir / "checkpoints").all()[-1], **told)
+
+
+class Reordered:
+    """Cases of a source in an order of their own: what is said of a case must not depend on those beside it."""
+
+    def __init__(self, source: Any, order: np.ndarray) -> None:
+        """Takes the source, and which of its cases stands at each place."""
+        self.source, self.order = source, order
+
+    def __len__(self) -> int:
+        """Number of cases."""
+        return len(self.order)
+
+    def read_batch(self, indices: np.ndarray) -> dict[str, Any]:
+        """As of the source."""
+        return self.source.read_batch(self.order[indices])
 
 
 def predict(

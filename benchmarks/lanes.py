@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-SETTINGS = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-"""Environment of the processes, where the caller's says nothing: memory is shared, and so is all that is compiled."""
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.children import SETTINGS  # noqa: E402
 
 
 class Ended(NamedTuple):

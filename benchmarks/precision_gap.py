@@ -29,6 +29,7 @@ WAYS = {
     "without Triton's products": "--xla_gpu_enable_triton_gemm=false",
     "without Triton's rewritten fusions": "--xla_gpu_experimental_enable_fusion_block_level_rewriter=false",
     "without Triton's fusions of other kinds": "--xla_gpu_experimental_enable_triton_heroless_priority_fusion=false",
+    "without Triton's fusions around sums": "--xla_disable_hlo_passes=triton-softmax-rewriter",
     "rounded wherever the program says so": "--xla_allow_excess_precision=false",
     "verified": "--xla_gpu_verify_triton_fusion_numerics=true",
 }
@@ -42,8 +43,7 @@ def outcomes(asked: argparse.Namespace, way: str) -> dict[str, Any]:
     from dataclasses import replace
     from unittest import mock
 
-    from benchmarks.common import jax_environment
-    from r1jax.data.source import Source
+    from benchmarks.common import Reordered, jax_environment
     from r1jax.models.r1 import R1
     from r1jax.ops import attention, grouped_matmul
     from r1jax.parallel.mesh import make_mesh
@@ -52,18 +52,6 @@ def outcomes(asked: argparse.Namespace, way: str) -> dict[str, Any]:
     from r1jax.tasks.catalog import TASKS
     from r1jax.train.checkpoints import find_checkpoint
     from r1jax.train.evaluation import Evaluator
-
-    class First:
-        """The first cases of a source, in their order or backwards."""
-
-        def __init__(self, source: Source, backwards: bool) -> None:
-            self.source, self.backwards, self.size = source, backwards, min(asked.cases, len(source))
-
-        def __len__(self) -> int:
-            return self.size
-
-        def read_batch(self, indices: np.ndarray) -> dict[str, Any]:
-            return self.source.read_batch(self.size - 1 - indices if self.backwards else indices)
 
     checkpoint = find_checkpoint(Path(asked.checkpoint))
     config = checkpoint.config()
@@ -82,7 +70,8 @@ def outcomes(asked: argparse.Namespace, way: str) -> dict[str, Any]:
     ):
         evaluator, told = Evaluator(model, task, mesh), []
         for backwards in (False, True):
-            cases = First(source, backwards)
+            order = np.arange(min(asked.cases, len(source)))
+            cases = Reordered(source, order[::-1] if backwards else order)
             found, targets, _ = evaluator.predict(params, cases, batch_size=256, modes=(mode,))
             if not backwards:
                 score = task.score(task.figures(found[mode], targets))  # none of one class alone

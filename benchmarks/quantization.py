@@ -36,6 +36,7 @@ from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.children import SETTINGS  # noqa: E402
 from benchmarks.common import jax_environment  # noqa: E402
 from benchmarks.drawn import draw  # noqa: E402
 from benchmarks.lanes import run_lanes  # noqa: E402
@@ -300,7 +301,7 @@ def main() -> int:
             parser.error(
                 f"--output {asked.output}: its rows were made with other {', '.join(other)}; name another file"
             )
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the memory is the processes'
+    os.environ |= SETTINGS | os.environ  # the memory is the processes'
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which ends the processes too
     measurement = Measurement(asked)
     failed = measurement.run()

@@ -16,7 +16,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.common import train_run  # noqa: E402
+from benchmarks.common import Reordered, train_run  # noqa: E402
 from benchmarks.drawn import DONE, Drawn, place_of  # noqa: E402
 from r1jax.__main__ import dispatch  # noqa: E402
 from r1jax.cli import load_config  # noqa: E402
@@ -140,28 +140,12 @@ def read_drawn(folder: Path) -> None:
     medical.SyntheticCases = opened
 
 
-class Shifted:
-    """The first cases of a source, each a place earlier in the batch and the first of them last."""
-
-    def __init__(self, source: Any, cases: int) -> None:
-        """Takes the source, and how many of its cases."""
-        self.source, self.cases = source, cases
-
-    def __len__(self) -> int:
-        """Number of cases."""
-        return self.cases
-
-    def read_batch(self, indices: np.ndarray) -> dict[str, Any]:
-        """As of the source."""
-        return self.source.read_batch((indices + 1) % self.cases)
-
-
 def moved(found: Outcomes, shifted: Outcomes) -> float:
     """How much outcomes depend on the place of a case in its batch, which they should not.
 
     Args:
       found: Of all cases.
-      shifted: Of the first ones in another place, as `Shifted` puts them.
+      shifted: Of the first ones, each a place earlier and the first of them last.
 
     Returns:
       Mean magnitude of the change over the deviation of all cases, of the outcome where that is largest.
@@ -188,8 +172,8 @@ def ask(checkpoint: Checkpoint, cases: int) -> tuple[Outcomes, Outcomes, float]:
     model, mode, source = R1(config.model, task.heads), next(iter(task.modes())), task.source("test")
     params, evaluator = restore_served(checkpoint, config, model, task, mesh, source), Evaluator(model, task, mesh)
     found, targets, _ = evaluator.predict(params, source, batch_size=BATCH, modes=(mode,))
-    few = Shifted(source, min(BATCH, len(source)))
-    shifted, _, _ = evaluator.predict(params, few, batch_size=BATCH, modes=(mode,))
+    few = np.roll(np.arange(min(BATCH, len(source))), -1)
+    shifted, _, _ = evaluator.predict(params, Reordered(source, few), batch_size=BATCH, modes=(mode,))
     return found[mode], targets, moved(found[mode], shifted[mode])
 
 

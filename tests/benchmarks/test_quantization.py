@@ -5,8 +5,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from benchmarks.common import Reordered
 from benchmarks.quantization import FORMS, Measurement, agreement, summary, wanted
-from benchmarks.quantization_child import Shifted, is_kept, keep, kept, moved
+from benchmarks.quantization_child import is_kept, keep, kept, moved
 
 
 def test_calls_agree_at_the_thresholds_of_the_first_model():
@@ -62,8 +63,9 @@ def test_outcomes_that_move_with_the_place_of_a_case_are_seen():
     rng, cases, few = np.random.default_rng(0), 12, 8
     values = {"a": rng.normal(size=cases), "b": rng.normal(size=(cases, 2))}
     source = SimpleNamespace(read_batch=lambda rows: {k: v[rows] for k, v in values.items()})
-    shifted = Shifted(source, few).read_batch(np.arange(few))
-    assert len(Shifted(source, few)) == few
+    earlier = Reordered(source, np.roll(np.arange(few), -1))
+    shifted = earlier.read_batch(np.arange(len(earlier)))
+    assert len(earlier) == few
     assert moved(values, shifted) == 0
     wrong = shifted | {"b": shifted["b"] + np.array([0, 1]) * (np.arange(few) % 2)[:, None]}  # at odd places
     assert moved(values, wrong) == pytest.approx(0.5 / values["b"][:, 1].std())
