@@ -10,6 +10,7 @@ import eval as evaluate
 from r1jax.__main__ import dispatch
 from r1jax.cli import load_config
 from r1jax.errors import UserError, run_main
+from tests.train.experiment import one_device
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = str(ROOT / "configs" / "language.py")
@@ -27,6 +28,7 @@ def trained(trainings, tmp_path_factory):
 
 def score(monkeypatch, *words):
     monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, words)])
+    monkeypatch.setattr(evaluate, "make_mesh", lambda _: one_device())
     with pytest.raises(SystemExit) as left:
         run_main(evaluate.main)
     return left.value.code
