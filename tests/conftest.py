@@ -1,5 +1,6 @@
 """Strict settings of every test: eight CPU devices, no implicit promotion, run-time type checks, warnings as errors."""
 
+import functools
 import gc
 import os
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ import hypothesis
 import jax
 import jaxtyping
 import pytest
+from jax._src.interpreters import mlir
 
 from tests.data.services import hdfs, patient, redis_server, s3_url  # noqa: F401
 from tests.train.forked import Server
@@ -28,6 +30,10 @@ jaxtyping.install_import_hook("r1jax", "beartype.beartype")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Most programs of the tests are one operation, and this JAX takes 3 ms for the context of each, later ones a tenth.
+if jax.__version__.startswith("0.10."):
+    mlir.make_ir_context = functools.cache(mlir.make_ir_context)
 
 hypothesis.settings.register_profile("r1jax", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("r1jax")

@@ -106,7 +106,7 @@ def words_of(value) -> list[str]:
     return [str(item) for item in value] if isinstance(value, tuple) else [str(value)]
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_any_valid_number_arrives_unchanged(plain, data):
     numbers = {"train.weight_decay": st.floats(0, 1e300), "seed": st.integers(0, 2**32 - 1)}

@@ -1,8 +1,6 @@
 """The shipped language experiment as a user runs it: trained by the command, scored by eval.py, started from again."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,24 +10,25 @@ import eval as evaluate
 from r1jax.__main__ import dispatch
 from r1jax.cli import load_config
 from r1jax.errors import UserError, run_main
+from tests.train.experiment import one_device
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = str(ROOT / "configs" / "language.py")
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(trainings, tmp_path_factory):
     """Folder of the smoke run, and what it printed."""
     folder = tmp_path_factory.mktemp("language")
-    words = [sys.executable, str(ROOT / "train.py"), "--config", f"{CONFIG}:smoke", "--workdir", str(folder / "run")]
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    done = subprocess.run(words, capture_output=True, text=True, timeout=200, cwd=ROOT, env=environment)
-    assert done.returncode == 0, done.stderr
-    return folder / "run", done.stdout
+    out, err = folder / "out", folder / "err"
+    process = trainings.start(out, err, "--config", f"{CONFIG}:smoke", "--workdir", folder / "run")
+    assert process.wait(200) == 0, err.read_text("utf-8")
+    return folder / "run", out.read_text("utf-8")
 
 
 def score(monkeypatch, *words):
     monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, words)])
+    monkeypatch.setattr(evaluate, "make_mesh", lambda _: one_device())
     with pytest.raises(SystemExit) as left:
         run_main(evaluate.main)
     return left.value.code

@@ -10,7 +10,7 @@ import eval as evaluate
 from r1jax.serve.data_command import convert
 from tests.data.folders import write
 from tests.test_train import ROOT, TINY, command, last_state
-from tests.train.experiment import CLOCK
+from tests.train.experiment import CLOCK, one_device
 from tests.train.forked import signal_at
 
 MIXED = ("--data.weights", 3, 1, "--train.steps", 8, "--train.eval_every", 4, "--train.save_every", 2)
@@ -49,6 +49,7 @@ def go(trainings, tmp_path):
 @pytest.mark.slow
 def test_a_mixture_is_trained_on_resumed_exactly_and_known_again(go, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(evaluate, "make_mesh", lambda _: one_device())
     here = folder(tmp_path / "here", 0)
     there = folder(tmp_path / "there", 1, has_volume=np.arange(12) % 4 > 0)  # one folder alone has cases with gaps
     stored = str(tmp_path / "stored")

@@ -182,22 +182,22 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
+def _refused(file: Path, name: str, what: str) -> UserError:
+    return UserError(f"{file}: the tensor {name!r} {what}; the file is damaged or of another format.")
+
+
 def _tensor(file: Path, name: str, told: Any, data: int) -> Stored:
     """One entry of a header."""
-
-    def refuse(what: str) -> UserError:
-        return UserError(f"{file}: the tensor {name!r} {what}; the file is damaged or of another format.")
-
     if not isinstance(told, dict) or set(told) != {"dtype", "shape", "data_offsets"}:
-        raise refuse(f"is described as {told!r:.80} instead of by dtype, shape and data_offsets")
+        raise _refused(file, name, f"is described as {told!r:.80} instead of by dtype, shape and data_offsets")
     dtype, shape, offsets = told["dtype"], told["shape"], told["data_offsets"]
     if not isinstance(dtype, str) or dtype not in BYTES:
-        raise refuse(f"has the dtype {dtype!r:.40}, which is unknown")
+        raise _refused(file, name, f"has the dtype {dtype!r:.40}, which is unknown")
     if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
-        raise refuse(f"has the shape {shape!r:.60}")
+        raise _refused(file, name, f"has the shape {shape!r:.60}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int and n >= 0 for n in offsets):
-        raise refuse(f"has the data_offsets {offsets!r:.60}")
+        raise _refused(file, name, f"has the data_offsets {offsets!r:.60}")
     needed = math.prod(shape) * BYTES[dtype]
     if offsets[1] - offsets[0] != needed:
-        raise refuse(f"has {offsets[1] - offsets[0]} bytes, but shape {shape} of {dtype} needs {needed}")
+        raise _refused(file, name, f"has {offsets[1] - offsets[0]} bytes, but shape {shape} of {dtype} needs {needed}")
     return Stored(file, name, dtype, tuple(shape), data + offsets[0])

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import jax
 from jax.typing import DTypeLike
@@ -23,10 +24,10 @@ def normal(std: float) -> Callable[..., Array]:
     Returns:
       (key, shape, dtype) -> weights.
     """
+    return partial(_draw, std)
 
-    def draw(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
-        if math.prod(shape) >= LARGE:
-            key = jax.random.wrap_key_data(jax.random.key_data(key)[..., :2], impl="threefry2x32")
-        return jax.random.normal(key, shape, dtype) * std
 
-    return draw
+def _draw(std: float, key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
+    if math.prod(shape) >= LARGE:
+        key = jax.random.wrap_key_data(jax.random.key_data(key)[..., :2], impl="threefry2x32")
+    return jax.random.normal(key, shape, dtype) * std

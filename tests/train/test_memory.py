@@ -272,7 +272,7 @@ def test_another_error_is_no_lack_of_memory(tiny, tmp_path, monkeypatch):
 
     monkeypatch.setattr(recover, "compile_step", lambda *_: step)
     config = replace(tiny.config, workdir=str(tmp_path))
-    with open_run(config) as run, pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+    with tiny.traced_once(), open_run(config) as run, pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
         recover.train(config, run, tiny.model, tiny.task, tiny.mesh, tiny.source, tiny.validation, tiny.batch)
     assert not (tmp_path / "batch.json").exists()
 
