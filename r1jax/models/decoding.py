@@ -17,6 +17,7 @@ from r1jax.models.moe import Router, mix_experts, select_experts
 from r1jax.models.quantized import scheme_for
 from r1jax.models.served import Layer, Served
 from r1jax.ops.decode_attention import Turn, decode_attention
+from r1jax.ops.decode_layers import DenseLayer, Norms, decode_layers, takes_layers
 from r1jax.ops.few_experts import few_experts, takes_few_experts
 from r1jax.ops.latent_attention import PagedLatents, Pages
 from r1jax.ops.norm import rms_norm
@@ -51,6 +52,13 @@ def decode(
       States before the final norm, which `next_logits` and `decode_second` apply, and the cache with x in it.
     """
     rows, pools, turn = x.reshape(-1, x.shape[-1]), list(cache.pages), turns(config, positions)
+    dense = [_dense(layer) for layer in served.layers]
+    caches = [PagedLatents(pages, cache.table) for pages in pools[: len(dense)]]
+    if None not in dense and takes_layers(rows, dense, caches):
+        limit = jnp.where(valid, positions, -1)[0, 0]
+        rows, caches = decode_layers(rows, dense, caches, limit, turn, _norms(config))
+        after = tuple(each.pages for each in caches)
+        return rows.reshape(x.shape), cache._replace(pages=after + tuple(pools[len(dense) :]))
     for i, layer in enumerate(served.layers):
         rows, pools[i] = _step(config, layer, rows, positions, valid, pools[i], cache.table, turn)
     return rows.reshape(x.shape), cache._replace(pages=tuple(pools))
@@ -130,10 +138,9 @@ def _step(
     turn: Turn,
 ) -> tuple[Float[Array, "T D"], Pages]:
     """A layer on all rows' tokens."""
-    eps = config.rms_norm_eps
+    eps, _, scale = _norms(config)
     both = row_product(x, layer.q_kv, gain=layer.input_norm, eps=eps)
     q = both if layer.q_b is None else row_product(both, layer.q_b, gain=layer.q_norm, eps=LATENT_NORM_EPS)
-    scale = softmax_scale(config.qk_nope_head_dim + config.qk_rope_head_dim, config.rope_scaling)
     cache = PagedLatents(pages, table)
     mixed, cache = decode_attention(
         q, both, layer.latent, cache, positions, valid, turn, eps=LATENT_NORM_EPS, scale=scale
@@ -152,6 +159,19 @@ def _step(
         chosen = select_experts(scores, bias, config)
         return few_experts(normed, *chosen, gate_up, down, x), cache.pages
     return x + mix_experts(normed, scores, bias, gate_up, down, config=config, few=True).output, cache.pages
+
+
+def _dense(layer: Layer) -> DenseLayer | None:
+    """A layer for `decode_layers`; None of a mixture, and where queries are of low rank."""
+    if layer.experts is not None or layer.q_b is not None:
+        return None
+    weights = layer.feed_forward.gate_up, layer.feed_forward.down
+    return DenseLayer(layer.input_norm, layer.q_kv, layer.latent, layer.o, layer.post_norm, *weights)
+
+
+def _norms(config: DecoderConfig) -> Norms:
+    scale = softmax_scale(config.qk_nope_head_dim + config.qk_rope_head_dim, config.rope_scaling)
+    return Norms(config.rms_norm_eps, LATENT_NORM_EPS, scale)
 
 
 def _multiplied(weight: Any) -> jax.Array | Ruled:

@@ -1,0 +1,1 @@
+"""Kernels in CUDA C++, compiled when a program is built (`cuda_source.py`)."""

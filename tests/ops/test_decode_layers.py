@@ -1,0 +1,193 @@
+"""Tests of all layers of a token in one launch: the CUDA source, compiled for a CPU, against one step after another."""
+
+import ctypes
+import functools
+import shutil
+import subprocess
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from r1jax.ops import decode_layers as ops
+from r1jax.ops.decode_attention import LatentWeights, Turn
+from r1jax.ops.latent_attention import PagedLatents
+from r1jax.ops.quantize import Quantized, quantize
+
+HERE = Path(__file__).parent
+NORMS = ops.Norms(1e-5, 1e-6, 0.11)
+HEADS, NOPE, ROPE, RANK, VALUE, DIM, WIDE, PAGE, PAGES = 16, 8, 32, 64, 32, 192, 320, 8, 12
+WARPS = 4
+
+
+def normal(rng: np.random.Generator, *shape: int, scale: float = 1.0) -> jax.Array:
+    return jnp.asarray(rng.standard_normal(shape) * scale, jnp.bfloat16)
+
+
+def drawn(
+    codes: tuple[str, ...] = (), layers: int = 2, heads: int = HEADS, scales: jnp.dtype = jnp.bfloat16
+) -> tuple[jax.Array, list[ops.DenseLayer], list[PagedLatents]]:
+    """A token, layers and caches."""
+    rng = np.random.default_rng(heads + layers)
+
+    def weight(name: str, wide: int, deep: int) -> jax.Array | Quantized:
+        drawn = normal(rng, wide, deep, scale=deep**-0.5)
+        if name not in codes:
+            return drawn
+        found = quantize(drawn, "int8")
+        return found._replace(scale=found.scale.astype(scales))
+
+    def gain(n: int) -> jax.Array:
+        return jnp.asarray(rng.uniform(0.5, 1.5, n), jnp.float32)
+
+    found = [
+        ops.DenseLayer(
+            gain(DIM),
+            weight("q_kv", heads * (NOPE + ROPE) + RANK + ROPE, DIM),
+            LatentWeights(
+                normal(rng, heads, NOPE, RANK, scale=0.2), normal(rng, heads, VALUE, RANK, scale=0.1), gain(RANK)
+            ),
+            weight("o", DIM, heads * VALUE),
+            gain(DIM),
+            weight("gate_up", 2 * WIDE, DIM),
+            weight("down", DIM, WIDE),
+        )
+        for _ in range(layers)
+    ]
+    table = jnp.asarray(rng.permutation(PAGES)[None, :], jnp.int32)
+    caches = [PagedLatents(normal(rng, PAGES, PAGE, RANK + ROPE), table) for _ in range(layers)]
+    return normal(rng, 1, DIM), found, caches
+
+
+def turn_at(limit: int) -> Turn:
+    angle = jnp.float32(limit) * 10.0 ** -jnp.arange(ROPE // 2, dtype=jnp.float32)[None]
+    return Turn(jnp.cos(angle), jnp.sin(angle))
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory):
+    """Runs the source on this CPU, with few warps a block and parts of few tokens."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("needs g++, which compiles the kernel's source for this CPU")
+    folder = tmp_path_factory.mktemp("cuda")
+
+    @functools.cache
+    def library(text: str) -> ctypes.CDLL:
+        path = folder / f"{len(list(folder.iterdir()))}.cc"
+        path.write_text(text)
+        words = [compiler, "-std=c++20", "-O1", "-w", "-fPIC", "-shared", "-pthread", f"-I{HERE}"]
+        subprocess.run([*words, str(path), "-o", str(path.with_suffix(".so"))], check=True)
+        return ctypes.CDLL(str(path.with_suffix(".so")))
+
+    def run(x, layers, caches, limit: int, *, blocks: int, **changed: int) -> tuple[np.ndarray, list[np.ndarray]]:
+        sizes = ops._sizes(layers[0], caches[0], NORMS, len(layers))
+        sizes |= {"WARPS": WARPS, "PARTS": 8, "SPAN": 16, "LEAST_SPAN": 8, "BLOCKS": blocks} | changed
+        sizes = ops.with_ring(sizes) | {"SLOTS": 5}
+        text = ops.source(sizes, ["decode_layers.cu"])
+        many = 6 + sum(map(len, map(_arrays, layers, caches))) + len(layers) + 2
+        start = f"""
+        extern "C" long sizes(int what) {{ return what ? sizeof(Scratch) : sizeof(Shared); }}
+        extern "C" void start(void** p, int blocks) {{
+          run_blocks(blocks, WARPS, sizeof(Shared), SLOTS * SLOT, [=] {{
+            decode_layers({", ".join(f"p[{i}]" for i in range(many))}); }});
+        }}"""
+        macros, rest = text[: text.index("//")], text[text.index("//") :]
+        compiled = library(f'{macros}\n#include "cuda_on_cpu.cc"\n{rest}\n{start}')
+        turn = turn_at(limit)
+        first = [x[0], jnp.int32([limit]), caches[0].table[0], turn.cos[0], turn.sin[0]]
+        first.append(jnp.zeros(ops.scratch_words(sizes), jnp.uint32))
+        arrays = [*first, *(a for pair in zip(layers, caches, strict=True) for a in _arrays(*pair))]
+        held = [_aligned(np.asarray(a)) for a in arrays]
+        pools = [held[5 + len(_arrays(layers[0], caches[0])) * (i + 1)] for i in range(len(layers))]
+        out = _aligned(np.asarray(x[0]))
+        assert compiled.sizes(1) == held[5].nbytes
+        every = [*held, out, *pools, held[5]]
+        compiled.start((ctypes.c_void_p * many)(*(a.ctypes.data for a in every)), blocks)
+        return out, pools
+
+    return run
+
+
+def _arrays(layer: ops.DenseLayer, cache: PagedLatents) -> list[jax.Array]:
+    given = ops._given(layer, cache.pages)
+    return [given[name] for name in ops._ORDER if name in given]
+
+
+def _aligned(array: np.ndarray) -> np.ndarray:
+    """A copy that starts at a multiple of 16 bytes."""
+    room = np.empty(array.nbytes + 16, np.uint8)
+    start = -room.ctypes.data % 16
+    held = room[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    held[...] = array
+    return held
+
+
+def widened(tree):
+    """With floats in fp32."""
+    return jax.tree.map(lambda a: a.astype(jnp.float32) if a.dtype == jnp.bfloat16 else a, tree)
+
+
+def far(a: np.ndarray | jax.Array, b: jax.Array) -> float:
+    a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+ALL = ("q_kv", "o", "gate_up", "down")
+
+
+@pytest.mark.parametrize(
+    ("codes", "limit", "blocks", "heads"),
+    [
+        (ALL, 40, 6, 16),
+        (("gate_up", "down"), 0, 6, 16),
+        ((), 95, 11, 32),
+        ((), -1, 6, 16),
+    ],
+)
+def test_the_source_gives_what_one_step_after_another_gives(small, codes, limit, blocks, heads) -> None:
+    x, layers, caches = drawn(codes, heads=heads)
+    expected, after = ops.decode_layers_reference(x, layers, caches, jnp.int32(limit), turn_at(limit), NORMS)
+    found, pools = small(x, layers, caches, limit, blocks=blocks)
+    exact, _ = ops.decode_layers_reference(*widened((x, layers, caches)), jnp.int32(limit), turn_at(limit), NORMS)
+    assert far(found, exact[0]) < 1.1 * far(expected[0], exact[0]) < 0.02  # bf16 rounds both
+    for pool, cache, before in zip(pools, after, caches, strict=True):
+        assert np.abs(pool.astype(np.float32) - np.asarray(cache.pages, np.float32)).max() < 0.05
+        changed = np.any(pool != np.asarray(before.pages), axis=-1)
+        assert changed.sum() == (limit >= 0)
+
+
+def test_only_what_the_kernel_is_written_for_fits() -> None:
+    x, layers, caches = drawn()
+    assert ops.fits(x, layers, caches)
+    assert not ops.fits(jnp.concatenate([x, x]), layers, caches)
+    assert not ops.fits(x.astype(jnp.float32), layers, caches)
+    odd = layers[0]._replace(o=layers[0].o.astype(jnp.float32))
+    assert not ops.fits(x, [odd, *layers[1:]], caches)
+    coded = drawn(("down",))[1]
+    assert not ops.fits(x, [layers[0], coded[1]], caches)  # of one kind only
+    in_blocks = coded[0].down._replace(scale=jnp.ones((DIM, 2), jnp.bfloat16))
+    assert not ops.fits(x, [coded[0]._replace(down=in_blocks)], caches[:1])
+    assert not ops.fits(x, layers * 20, caches * 20)  # more addresses than a launch passes
+    longer = caches[0]._replace(table=jnp.zeros((1, ops.PARTS * ops.SPAN // PAGE), jnp.int32))
+    assert not ops.fits(x, layers, [longer] * 2)
+    assert not ops.fits(x, drawn(heads=8)[1], caches)  # 16 heads attend together
+
+
+def test_the_sizes_of_a_decoder_of_a_billion_weights_leave_room_for_the_ring() -> None:
+    half, number = jax.ShapeDtypeStruct, jnp.bfloat16
+    heads, nope, rope, rank, value, deep, wide = 16, 128, 64, 512, 128, 2048, 8192
+
+    def codes(*shape: int) -> Quantized:
+        return Quantized(half(shape, jnp.int8), half((shape[0], 1), number))
+
+    latent = LatentWeights(half((heads, nope, rank), number), half((heads, value, rank), number), half((rank,), number))
+    q_kv, o = codes(heads * (nope + rope) + rank + rope, deep), codes(deep, heads * value)
+    norm = half((deep,), jnp.float32)
+    layer = ops.DenseLayer(norm, q_kv, latent, o, norm, codes(2 * wide, deep), codes(deep, wide))
+    cache = PagedLatents(half((128, 64, rank + rope), number), half((1, 128), jnp.int32))
+    sizes = ops.with_ring(ops._sizes(layer, cache, NORMS, 16) | {"BLOCKS": 132})
+    assert sizes["SLOTS"] == ops.SLOTS
+    assert sizes["SHARED_BYTES"] + sizes["SLOTS"] * ops.slot_bytes(ops.WARPS) <= ops.SHARED
