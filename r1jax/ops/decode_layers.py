@@ -32,8 +32,8 @@ SLOTS = 10
 LEAST_SLOTS = 4
 PATIENCE = 2**24
 """Times that a number is asked for which another block owes, a microsecond each at least."""
-ADDRESSES = 480
-"""Of weights and caches, which a launch passes in 4 KB together with those of the results."""
+ADDRESSES = 512
+"""That a launch passes: 4 KB."""
 SHARED = 227 * 1024
 """Bytes of shared memory that a block can have."""
 
@@ -84,7 +84,7 @@ def fits(x: Float[Array, "T D"], layers: Sequence[DenseLayer], caches: Sequence[
     widths = widths and sizes["NOPE"] * 128 <= slot_bytes(WARPS)
     widths = widths and rank <= 64 * WARPS and rank & (rank - 1) == 0
     widths = widths and max(w.shape[0] for w in weights) <= 32 * WARPS * sizes["BLOCKS"]  # a thread ends a row
-    widths = widths and len(_ORDER) * len(layers) <= ADDRESSES
+    widths = widths and (len(_ORDER) + 1) * len(layers) + len(_FIRST) + 2 <= ADDRESSES
     return widths and table.shape[1] * pages.shape[1] <= (PARTS - 1) * SPAN and sizes["SLOTS"] >= LEAST_SLOTS
 
 

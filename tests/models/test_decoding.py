@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 
 from r1jax.config import YarnConfig
+from r1jax.models import decoding
 from r1jax.models.decoder import Decoder, LatentCache
 from r1jax.models.decoding import decode, decode_second, next_logits
 from r1jax.models.lora import PARTS
 from r1jax.models.quantized import rounding_by
 from r1jax.models.served import can_be_fused, fused, unfused
+from r1jax.ops.decode_layers import decode_layers_reference
 from r1jax.ops.latent_attention import PagedLatents
 from r1jax.ops.quantize import Quantized, dequantize, quantize
 from tests.models.small_decoder import CONFIG, LENGTHS, PAGE
@@ -93,6 +95,27 @@ def test_a_step_over_fused_weights_is_that_of_the_modules(config, codes):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-6)
         changed = (np.asarray(a) != np.asarray(before)).any(-1).sum()
         assert changed == there.sum()
+
+
+def test_a_dense_decoder_gives_its_layers_to_the_kernel_of_all_layers_as_they_are(monkeypatch):
+    config = replace(DIRECT, first_k_dense_replace=DIRECT.num_hidden_layers)
+    served = fused(params_of(config), config, jnp.float32)
+    rng = np.random.default_rng(2)
+    pages = tuple(jnp.asarray(rng.normal(size=(4, PAGE, 11)), jnp.float32) for _ in range(3))
+    cache = LatentCache(pages, jnp.asarray([[2, 0, 3, 1]]))
+    x, place = jnp.asarray(rng.normal(size=(1, 1, 16)), jnp.float32), jnp.asarray([[PAGE + 1]])
+    asked = []
+
+    def takes(*_):
+        asked.append(_)
+        return len(asked) > 1
+
+    monkeypatch.setattr(decoding, "takes_layers", takes)
+    monkeypatch.setattr(decoding, "decode_layers", decode_layers_reference)
+    one_by_one, together = (decode(config, served, x, place, jnp.ones((1, 1), bool), cache) for _ in range(2))
+    assert len(asked) == 2 and len(asked[0][1]) == config.num_hidden_layers
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-6), together, one_by_one)
+    np.testing.assert_array_equal(together[1].pages[-1], pages[-1])  # MTP's pool is none of these layers'
 
 
 @pytest.mark.parametrize("config", [CONFIG, DIRECT], ids=["compressed", "direct"])

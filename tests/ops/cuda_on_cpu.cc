@@ -69,9 +69,10 @@ DEVICE unsigned get_word(const unsigned* address) {
   std::this_thread::yield();  // where it is read again and again, others must get on
   return word;
 }
-DEVICE Words get_words(const unsigned* address) {
+DEVICE Words get_words(const void* address) {
   if (reinterpret_cast<size_t>(address) % 16) std::abort();
-  return {get_word(address), get_word(address + 1), get_word(address + 2), get_word(address + 3)};
+  const unsigned* word = static_cast<const unsigned*>(address);
+  return {get_word(word), get_word(word + 1), get_word(word + 2), get_word(word + 3)};
 }
 
 struct Gate {

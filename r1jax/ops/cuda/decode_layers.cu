@@ -560,11 +560,11 @@ DEVICE void attend(int layer) {
       const Half* from = entry(layer, start + (first + group < count ? first + group : count - 1)) + offset;
 #pragma unroll
       for (int i = 0; i < STEPS; i++)
-        if (i < steps) key[i] = ask(from + i * 32);
+        if (i < steps) key[i] = get_words(from + i * 32);
     };
     auto ask_for_latent = [&](int first) {
       const int own = first + first_latent;
-      if (own < count) latent = ask(entry(layer, start + own) + way * WIDTH + thread % (WIDTH / 8) * 8);
+      if (own < count) latent = get_words(entry(layer, start + own) + way * WIDTH + thread % (WIDTH / 8) * 8);
     };
     if (mine < count) ask_for_keys(mine);
     ask_for_latent(0);

@@ -38,8 +38,8 @@ DEVICE Half narrowed(float value) {
   return half;
 }
 
-// What is read once, and written by no thread: gains, and older tokens. Volatile: it is asked for where the source says
-// so, which is before a wait.
+// What is read once, and written by no thread. Volatile: it is asked for where the source says so, which is before a
+// wait.
 DEVICE Words ask(const void* address) {
   Words w;
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -52,7 +52,8 @@ DEVICE void bring_near(const void* address, unsigned bytes) {  // to L2; a multi
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(address), "r"(bytes));
 }
 
-// Words between blocks. Each is written and read as a whole, also where four are read together.
+// Words between blocks, and of the cache: past L1, which may hold what was there before. Each is written and read as a
+// whole, also where four are read together.
 DEVICE void put_word(unsigned* address, unsigned word) {
   asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(address), "r"(word) : "memory");
 }
@@ -61,7 +62,7 @@ DEVICE unsigned get_word(const unsigned* address) {
   asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(w) : "l"(address) : "memory");
   return w;
 }
-DEVICE Words get_words(const unsigned* address) {
+DEVICE Words get_words(const void* address) {
   Words w;
   asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(w.a), "=r"(w.b), "=r"(w.c), "=r"(w.d) : "l"(address) : "memory");
