@@ -22,6 +22,8 @@ from r1jax.ops.self_test import agrees, multiprocessors, takes_triton, target
 
 Weight = Array | Quantized
 
+FILES = ("decode_memory.cu", "decode_products.cu", "decode_attention.cu", "decode_layers.cu")
+"""Of the source, behind the one that knows the GPU."""
 WARPS = 16
 TILE = 16
 """Rows of a weight that a warp multiplies together."""
@@ -100,7 +102,7 @@ def _known(weight: Weight) -> bool:
 
 
 def shared_bytes(sizes: dict[str, int | float | bool]) -> int:
-    """Shared memory that a block takes beside the ring: at least what `Shared` in decode_layers.cu has."""
+    """Shared memory that a block takes beside the ring: at least what `Shared` in decode_memory.cu has."""
     width = {name: 3 * (n + 64) if sizes[f"{name}_CODES"] else 2 * n for name, n in _depths(sizes).items()}
     entry = 2 * (sizes["RANK"] + sizes["ROPE"])
     x = max(*width.values(), TILE * (entry + (192 - entry % 128) % 128), 512 * sizes["WARPS"])
@@ -123,7 +125,7 @@ def _depths(sizes: dict[str, int | float | bool]) -> dict[str, int]:
 
 
 def _sizes(layer: DenseLayer, cache: PagedLatents, norms: Norms, count: int) -> dict[str, int | float | bool]:
-    """The macros of decode_layers.cu."""
+    """The macros of the source."""
     (heads, nope, rank), (pages, table) = layer.latent.keys.shape, cache
     weights = {"Q_KV": layer.q_kv, "O": layer.o, "GATE_UP": layer.gate_up, "DOWN": layer.down}
     codes = [w for w in weights.values() if isinstance(w, Quantized)]
@@ -165,10 +167,10 @@ _ORDER = (
     *("input_norm", "q_kv", "q_kv_scale", "keys", "values", "latent_norm", "o", "o_scale", "post_norm"),
     *("gate_up", "gate_up_scale", "down", "down_scale", "pool"),
 )
-"""Addresses of a layer, as decode_layers.cu counts them."""
+"""Addresses of a layer, as decode_memory.cu counts them."""
 
 
-def source(sizes: dict[str, int | float | bool], files: Sequence[str] = ("hopper.cu", "decode_layers.cu")) -> str:
+def source(sizes: dict[str, int | float | bool], files: Sequence[str] = ("hopper.cu", *FILES)) -> str:
     """The CUDA source, with a kernel that takes the addresses of what there is.
 
     Args:
@@ -192,7 +194,9 @@ KERNEL decode_layers({", ".join(f"void* {name}" for name in (*given, *results))}
   }}
   sync_everything();
   prepare();
-  if (thread_index() < THREADS)
+  if (shared().limit < 0)
+    pass();
+  else if (thread_index() < THREADS)
     run_layers();
   else
     bring_weights();
@@ -202,7 +206,7 @@ KERNEL decode_layers({", ".join(f"void* {name}" for name in (*given, *results))}
 
 
 def scratch_words(sizes: dict[str, int | float | bool]) -> int:
-    """What `Scratch` in decode_layers.cu has."""
+    """What `Scratch` in decode_memory.cu has."""
     heads, rank, rope = (int(sizes[name]) for name in ("HEADS", "RANK", "ROPE"))
     vectors = heads * (sizes["NOPE"] + rope + rank + sizes["VALUE"]) + rank + rope + sizes["WIDE"] + 2 * sizes["DIM"]
     return int(vectors + sizes["PARTS"] * heads * (2 + rank))
@@ -227,7 +231,7 @@ def decode_layers(
       norms: Of all layers.
 
     Returns:
-      The state before the final norm, and the caches with the token in them.
+      The state before the final norm, x where there is no token, and the caches with the token in them.
     """
     sizes = _sizes(layers[0], caches[0], norms, len(layers))
     arrays = [x[0], limit.reshape(1), caches[0].table[0], turn.cos[0], turn.sin[0]]

@@ -1,0 +1,260 @@
+// The products of decode_layers.cu: a row in shared memory times weights that a ring brings.
+
+DEVICE float scale_of(const void* scale, int row) {
+  return SCALES_OF_HALF ? widened(((const Half*)scale)[row]) : ((const float*)scale)[row];
+}
+
+// Sum of the first and highest of the second over all threads, the same in each.
+DEVICE void reduce_block(float& sum, float& most) {
+  for (int mask = 16; mask; mask /= 2) sum += across_lanes(sum, mask);
+  most = highest_of_lanes(most);
+  const int thread = thread_index(), warp = thread / 32;
+  sync_block();
+  if (thread % 32 == 0) shared().reduced[warp][0] = sum, shared().reduced[warp][1] = most;
+  sync_block();
+  sum = most = 0;
+#pragma unroll
+  for (int i = 0; i < WARPS; i++) sum += shared().reduced[i][0], most = fmaxf(most, shared().reduced[i][1]);
+}
+
+// The gains of a norm, four numbers of a thread at a time; they are asked for before the row is there.
+template <int WIDTH>
+struct Gains {
+  static constexpr int EACH = (WIDTH / 4 + THREADS - 1) / THREADS;
+  float of[EACH][4];
+
+  DEVICE void ask_for(const float* gain) {
+    int thread = thread_index();
+#pragma unroll
+    for (int i = 0; i < EACH; i++) {
+      int at = 4 * (i * THREADS + thread);
+      Words four = at < WIDTH ? ask(gain + at) : Words{};
+      of[i][0] = as_float(four.a), of[i][1] = as_float(four.b);
+      of[i][2] = as_float(four.c), of[i][3] = as_float(four.d);
+    }
+  }
+};
+
+// Puts a row into shared memory, normed where there are gains, as bf16 or as three codes a number; returns the unit of
+// the last code. The first layer's row is `plain`.
+template <bool CODES, int WIDTH>
+DEVICE float put_row(const unsigned* row, unsigned mark, const Gains<WIDTH>* gains, const Half* plain = nullptr) {
+  constexpr int EACH = Gains<WIDTH>::EACH;
+  const int thread = thread_index();
+  const unsigned* place[EACH];
+  float x[EACH][4], sum = 0, most = 0;
+  if (plain) {
+#pragma unroll
+    for (int i = 0; i < EACH; i++) {
+      int at = 4 * (i * THREADS + thread);
+      for (int j = 0; j < 4; j++) x[i][j] = at < WIDTH ? widened(plain[at + j]) : 0;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < EACH; i++) {
+      int at = 4 * (i * THREADS + thread);
+      place[i] = at < WIDTH ? row + at : nullptr;
+    }
+    take_fours(x, place, mark);
+  }
+#pragma unroll
+  for (int i = 0; i < EACH; i++)
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      sum += x[i][j] * x[i][j];
+      most = fmaxf(most, fabsf(gains ? x[i][j] * gains->of[i][j] : x[i][j]));
+    }
+  float shrink = 1;
+  if (gains || CODES)
+    reduce_block(sum, most);
+  else
+    sync_block();  // what is in shared memory has been read
+  if (gains) shrink = rsqrtf(sum / WIDTH + EPS);
+  most *= shrink;
+  float unit = most / FINEST, inverse = most > 0 ? FINEST / most : 0;
+#pragma unroll
+  for (int i = 0; i < EACH; i++) {
+    int at = 4 * (i * THREADS + thread);
+    if (at >= WIDTH) break;
+    if (gains)
+#pragma unroll
+      for (int j = 0; j < 4; j++) x[i][j] *= shrink * gains->of[i][j];
+    const Pair pair = {paired(x[i][0], x[i][1]), paired(x[i][2], x[i][3])};
+    if (!CODES) {
+      *(Pair*)(shared().x + 2 * at) = pair;
+      continue;
+    }
+    float y[4] = {lower(pair.a), upper(pair.a), lower(pair.b), upper(pair.b)};
+    unsigned codes[3] = {};
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      int left = (int)rintf(y[j] * inverse), second = (left + 128) >> 8, first = (second + 128) >> 8;
+      codes[0] |= (first & 255) << 8 * j;
+      codes[1] |= (second & 255) << 8 * j;  // less 256 times the first, which these bits do not hold
+      codes[2] |= (left & 255) << 8 * j;
+    }
+#pragma unroll
+    for (int digit = 0; digit < 3; digit++)
+      *(unsigned*)(shared().x + digit * (WIDTH + BESIDE) + at) = codes[digit];
+  }
+  sync_block();
+  return unit;
+}
+
+// Where a thread is in the ring.
+struct Turn {
+  int slot = 0, round = 0;
+  DEVICE void next() {
+    if (++slot == SLOTS) slot = 0, round++;
+  }
+  DEVICE unsigned char* place() const { return ring() + slot * SLOT; }
+};
+
+template <bool CODES> struct Sum { using type = float; };
+template <> struct Sum<true> { using type = int; };
+
+// A matrix of ROWS x WIDTH times a row in shared memory; PAIRED: with another as many rows below, of a SwiGLU.
+template <bool CODES, int ROWS, int WIDTH, bool PAIRED>
+struct Product {
+  static constexpr int ROW = WIDTH * (CODES ? 1 : 2), STREAMS = PAIRED ? 2 : 1, TILES = ROWS / 16;
+  static constexpr int CHUNKS = (ROW + CHUNK - 1) / CHUNK, PIECES = STREAMS * CHUNKS;
+  static constexpr int TOGETHER = PIECES % 4 == 0 ? 4 : PIECES % 2 == 0 ? 2 : 1;
+  static_assert(TOGETHER <= SLOTS, "what is taken together fits into the ring");
+  static_assert(ROW % 64 == 0 && ROWS % 16 == 0, "whole steps and tiles");
+  static_assert(tiles_of(ROWS) * 16 <= THREADS, "a thread ends a row");
+
+  float scale[STREAMS];  // of the row that this thread ends
+  int row;
+
+  // Copies this block's tiles into the ring, by the lanes of one warp.
+  DEVICE static void bring(Turn& turn, const void* weight) {
+    const int lane = thread_index() % 32;
+    for (int tile = block_index(); tile < TILES; tile += BLOCKS)
+      for (int s = 0; s < STREAMS; s++)
+        for (int start = 0; start < ROW; start += CHUNK, turn.next()) {
+          const int bytes = ROW - start < CHUNK ? ROW - start : CHUNK;
+          if (turn.round) wait_for(&shared().emptied[turn.slot], turn.round - 1);
+          if (lane == 0) expect(&shared().filled[turn.slot], 16 * bytes);
+          sync_warp();
+          const auto* from = (const unsigned char*)weight + (long long)(s * ROWS + tile * 16 + lane) * ROW + start;
+          if (lane < 16) copy(turn.place() + lane * (CHUNK + BESIDE), from, bytes, &shared().filled[turn.slot]);
+        }
+  }
+
+  // Asks for the scales of the row that this thread ends.
+  DEVICE void begin(const void* scales) {
+    const int thread = thread_index();
+    row = (block_index() + thread / 16 * BLOCKS) * 16 + thread % 16;
+    if (row >= ROWS) row = -1;
+#pragma unroll
+    for (int s = 0; s < STREAMS; s++) scale[s] = CODES && row >= 0 ? scale_of(scales, s * ROWS + row) : 1;
+  }
+
+  // Multiplies one tile, `index` of this block, whose rows are in the ring next, with the tile that it is paired with.
+  DEVICE void multiply_tile(Turn& turn, int index) {
+    const int thread = thread_index(), lane = thread % 32, warp = thread / 32, group = lane / 4;
+    const int column = CODES ? (group < 2 ? group : 2) * (WIDTH + BESIDE) : 0;  // its three codes, or all alike
+    const unsigned char* x = shared().x + column + warp * 64 + lane % 4 * 16;
+    typename Sum<CODES>::type sum[STREAMS][4] = {};
+#pragma unroll
+    for (int base = 0; base < PIECES; base += TOGETHER) {
+      Words up[TOGETHER], low[TOGETHER], own[TOGETHER];
+      Turn now = turn;
+#pragma unroll
+      for (int i = 0; i < TOGETHER; i++, now.next()) {
+        const int start = (base + i) % CHUNKS * CHUNK;
+        wait_for(&shared().filled[now.slot], now.round);
+        const bool there = start + warp * 64 < ROW;
+        const unsigned char* at = now.place() + group * (CHUNK + BESIDE) + warp * 64 + lane % 4 * 16;
+        up[i] = there ? *(const Words*)at : Words{};
+        low[i] = there ? *(const Words*)(at + 8 * (CHUNK + BESIDE)) : Words{};
+        own[i] = there ? *(const Words*)(x + start) : Words{};
+      }
+      sync_warp();
+#pragma unroll
+      for (int i = 0; i < TOGETHER; i++, turn.next()) {
+        if (lane == 0) arrive(&shared().emptied[turn.slot]);
+        multiply(sum[(base + i) / CHUNKS], up[i].a, low[i].a, up[i].b, low[i].b, own[i].a, own[i].b);
+        multiply(sum[(base + i) / CHUNKS], up[i].c, low[i].c, up[i].d, low[i].d, own[i].c, own[i].d);
+      }
+    }
+#pragma unroll
+    for (int s = 0; s < STREAMS; s++)
+#pragma unroll
+      for (int below = 0; below < 2; below++) {
+        float value = sum[s][2 * below];
+        if (CODES) {  // columns 0 and 1 are of a lane, column 2 is of the next
+          float last = across_lanes(value, 1);
+          value = (value * 256 + sum[s][2 * below + 1]) * 256 + last;
+        }
+        if (lane % 4 == 0) shared().sums[index * STREAMS + s][warp][group + 8 * below] = value;
+      }
+  }
+
+  // Gives the results of a row to `end(row, results)` of its thread.
+  template <typename End>
+  DEVICE void end_rows(float unit, End end) {
+    sync_block();
+    if (row < 0) return;
+    const int thread = thread_index();
+    float result[STREAMS] = {};
+#pragma unroll
+    for (int s = 0; s < STREAMS; s++) {
+#pragma unroll
+      for (int warp = 0; warp < WARPS; warp++)
+        result[s] += shared().sums[thread / 16 * STREAMS + s][warp][thread % 16];
+      if (CODES) result[s] *= unit * scale[s];
+    }
+    end(row, result);
+  }
+
+  template <typename End>
+  DEVICE void finish(Turn& turn, float unit, End end) {
+    int index = 0;
+    for (int tile = block_index(); tile < TILES; tile += BLOCKS) multiply_tile(turn, index++);
+    end_rows(unit, end);
+  }
+};
+
+using Queries = Product<Q_KV_CODES, QUERIES + ENTRY, DIM, false>;
+using Values = Product<false, MIXED, RANK, false>;
+using Output = Product<O_CODES, DIM, MIXED, false>;
+using GateUp = Product<GATE_UP_CODES, WIDE, DIM, true>;
+using Down = Product<DOWN_CODES, DIM, WIDE, false>;
+
+// The place of a token in the pool.
+DEVICE Half* entry(int layer, int token) {
+  const int page = shared().table[token / PAGE];
+  return weights_of(layer).pool + ((long long)page * PAGE + token % PAGE) * ENTRY;
+}
+
+constexpr int ABSORBING = HEADS * RANK / SLICE;  // units of the second phase
+static_assert(NOPE * SLICE * 2 <= SLOT, "a slot holds the keys' weight of a unit");
+
+// Copies what `absorb` takes of the keys' weight into the ring.
+DEVICE void bring_keys(Turn& turn, const Half* keys) {
+  const int lane = thread_index() % 32;
+  for (int unit = block_index(); unit < ABSORBING; unit += BLOCKS, turn.next()) {
+    const Half* from = keys + (long long)(unit / (RANK / SLICE)) * NOPE * RANK + unit % (RANK / SLICE) * SLICE;
+    if (turn.round) wait_for(&shared().emptied[turn.slot], turn.round - 1);
+    if (lane == 0) expect(&shared().filled[turn.slot], NOPE * SLICE * 2);
+    sync_warp();
+    for (int row = lane; row < NOPE; row += 32)
+      copy(turn.place() + row * SLICE * 2, from + row * RANK, SLICE * 2, &shared().filled[turn.slot]);
+  }
+}
+
+DEVICE void bring_weights() {  // by one warp, in the order in which the others take them
+  Turn turn;
+#pragma unroll 1
+  for (int layer = 0; layer < LAYERS; layer++) {
+    for (int token = block_index() + thread_index() % 32 * BLOCKS; token < shared().limit; token += 32 * BLOCKS)
+      bring_near(entry(layer, token), 2 * ENTRY);
+    Queries::bring(turn, weights_of(layer).q_kv);
+    bring_keys(turn, weights_of(layer).keys);
+    Values::bring(turn, weights_of(layer).values);
+    Output::bring(turn, weights_of(layer).o);
+    GateUp::bring(turn, weights_of(layer).gate_up);
+    Down::bring(turn, weights_of(layer).down);
+  }
+}
