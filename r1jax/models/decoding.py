@@ -52,11 +52,11 @@ def decode(
       States before the final norm, which `next_logits` and `decode_second` apply, and the cache with x in it.
     """
     rows, pools, turn = x.reshape(-1, x.shape[-1]), list(cache.pages), turns(config, positions)
-    dense = [_dense(layer) for layer in served.layers]
+    dense = [dense_layer(layer) for layer in served.layers]
     caches = [PagedLatents(pages, cache.table) for pages in pools[: len(dense)]]
-    if None not in dense and takes_layers(rows, dense, caches):
+    if None not in dense and takes_layers(rows, dense, caches, norms_of(config)):
         limit = jnp.where(valid, positions, -1)[0, 0]
-        rows, caches = decode_layers(rows, dense, caches, limit, turn, _norms(config))
+        rows, caches = decode_layers(rows, dense, caches, limit, turn, norms_of(config))
         after = tuple(each.pages for each in caches)
         return rows.reshape(x.shape), cache._replace(pages=after + tuple(pools[len(dense) :]))
     for i, layer in enumerate(served.layers):
@@ -127,6 +127,20 @@ def turns(config: DecoderConfig, positions: Int[Array, "B T"]) -> Turn:
     return Turn(*rotary_factors(positions.reshape(-1), frequencies, magnitude))
 
 
+def dense_layer(layer: Layer) -> DenseLayer | None:
+    """A layer for `decode_layers`; None of a mixture, and where queries are of low rank."""
+    if layer.experts is not None or layer.q_b is not None:
+        return None
+    weights = layer.feed_forward.gate_up, layer.feed_forward.down
+    return DenseLayer(layer.input_norm, layer.q_kv, layer.latent, layer.o, layer.post_norm, *weights)
+
+
+def norms_of(config: DecoderConfig) -> Norms:
+    """What norms add, and the factor on scores."""
+    scale = softmax_scale(config.qk_nope_head_dim + config.qk_rope_head_dim, config.rope_scaling)
+    return Norms(config.rms_norm_eps, LATENT_NORM_EPS, scale)
+
+
 def _step(
     config: DecoderConfig,
     layer: Layer,
@@ -138,7 +152,7 @@ def _step(
     turn: Turn,
 ) -> tuple[Float[Array, "T D"], Pages]:
     """A layer on all rows' tokens."""
-    eps, _, scale = _norms(config)
+    eps, _, scale = norms_of(config)
     both = row_product(x, layer.q_kv, gain=layer.input_norm, eps=eps)
     q = both if layer.q_b is None else row_product(both, layer.q_b, gain=layer.q_norm, eps=LATENT_NORM_EPS)
     cache = PagedLatents(pages, table)
@@ -159,19 +173,6 @@ def _step(
         chosen = select_experts(scores, bias, config)
         return few_experts(normed, *chosen, gate_up, down, x), cache.pages
     return x + mix_experts(normed, scores, bias, gate_up, down, config=config, few=True).output, cache.pages
-
-
-def _dense(layer: Layer) -> DenseLayer | None:
-    """A layer for `decode_layers`; None of a mixture, and where queries are of low rank."""
-    if layer.experts is not None or layer.q_b is not None:
-        return None
-    weights = layer.feed_forward.gate_up, layer.feed_forward.down
-    return DenseLayer(layer.input_norm, layer.q_kv, layer.latent, layer.o, layer.post_norm, *weights)
-
-
-def _norms(config: DecoderConfig) -> Norms:
-    scale = softmax_scale(config.qk_nope_head_dim + config.qk_rope_head_dim, config.rope_scaling)
-    return Norms(config.rms_norm_eps, LATENT_NORM_EPS, scale)
 
 
 def _multiplied(weight: Any) -> jax.Array | Ruled:

@@ -75,7 +75,11 @@ def compiled(source: str, architecture: str = "compute_90a") -> str:
     nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
     if failed:
         raise RuntimeError(f"NVRTC refuses the source of a kernel: {log}")
-    return re.sub(r"^\.version .*$", f".version {ISA}", text, count=1, flags=re.MULTILINE)
+    return re.sub(r"^\.version (\d+\.\d+)$", _no_newer, text, count=1, flags=re.MULTILINE)
+
+
+def _no_newer(found: re.Match) -> str:
+    return f".version {min(found[1], ISA, key=float)}"
 
 
 def _told(nvrtc: ctypes.CDLL, program: ctypes.c_void_p, what: str) -> str:

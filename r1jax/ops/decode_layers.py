@@ -5,6 +5,7 @@ one launch a block asks for its weights of the next phase before it waits for wh
 """
 
 import functools
+import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ from r1jax.ops.row_products import row_product_reference
 from r1jax.ops.self_test import agrees, multiprocessors, takes_triton, target
 
 Weight = Array | Quantized
+Sizes = dict[str, int | float | bool]
 
 FILES = ("decode_memory.cu", "decode_products.cu", "decode_attention.cu", "decode_layers.cu")
 """Of the source, behind the one that knows the GPU."""
@@ -32,8 +34,10 @@ PARTS, SPAN, LEAST_SPAN = 32, 272, 64
 SLOTS = 10
 """Of the ring at most, each of a KiB of 16 rows and what lies between them."""
 LEAST_SLOTS = 4
+PHASES = 7
+"""Of a layer, as decode_memory.cu counts them."""
 PATIENCE = 2**24
-"""Times that a number is asked for which another block owes, a microsecond each at least."""
+"""Times that a number is asked for which another block owes, before the kernel fails: seconds."""
 ADDRESSES = 512
 """That a launch passes: 4 KB."""
 SHARED = 227 * 1024
@@ -62,17 +66,32 @@ class Norms(NamedTuple):
     scale: float
 
 
-def takes_layers(x: Float[Array, "T D"], layers: Sequence[DenseLayer], caches: Sequence[PagedLatents]) -> bool:
+def takes_layers(
+    x: Float[Array, "T D"], layers: Sequence[DenseLayer], caches: Sequence[PagedLatents], norms: Norms
+) -> bool:
     """Whether the kernel is what these layers and caches are run by here: on the only GPU, which is a Hopper."""
     hopper = takes_triton() and target().compute_capability == "9.0"
-    return hopper and fits(x, layers, caches) and _kernel_agrees()
+    if not (hopper and fits(x, layers, caches) and _kernel_agrees()):
+        return False
+    return _compiles(source(sizes_of(layers[0], caches[0], norms, len(layers))))
+
+
+def _compiles(text: str) -> bool:
+    """Whether NVRTC takes the source with these sizes; warns where it does not."""
+    try:
+        cuda_source.compiled(text)
+    except RuntimeError as error:
+        warnings.warn(f"the kernel of all layers of a token is not used, which is slower: {error}", stacklevel=2)
+        return False
+    return True
 
 
 def fits(x: Float[Array, "T D"], layers: Sequence[DenseLayer], caches: Sequence[PagedLatents]) -> bool:
     """Whether this is a token of one row in bf16, all layers are alike, and sizes are of whole tiles and steps."""
     pages, table = caches[0]
     plain = isinstance(pages, jax.Array) and pages.dtype == x.dtype == jnp.bfloat16 and x.shape[0] == 1
-    if not plain or len({str(jax.tree.map(lambda a: (a.shape, a.dtype), layer)) for layer in layers}) > 1:
+    kinds = {str(jax.tree.map(lambda a: (a.shape, a.dtype), pair)) for pair in zip(layers, caches, strict=True)}
+    if not plain or len(kinds) > 1:
         return False
     layer = layers[0]
     weights = (layer.q_kv, layer.o, layer.gate_up, layer.down)
@@ -80,12 +99,14 @@ def fits(x: Float[Array, "T D"], layers: Sequence[DenseLayer], caches: Sequence[
     known = all(_known(w) for w in weights) and len(scales) < 2
     if not known or layer.latent.keys.dtype != x.dtype:
         return False
-    sizes = _sizes(layer, caches[0], Norms(0, 0, 0), len(layers))
+    sizes = sizes_of(layer, caches[0], Norms(0, 0, 0), len(layers))
     heads, value, rank, rope = (sizes[name] for name in ("HEADS", "VALUE", "RANK", "ROPE"))
-    widths = heads % TILE == value % TILE == rank % 64 == rope % 32 == sizes["NOPE"] % 2 == 0
+    widths = heads % TILE == value % TILE == rank % 64 == rope % 32 == 0
     widths = widths and sizes["NOPE"] * 128 <= slot_bytes(WARPS)
     widths = widths and rank <= 64 * WARPS and rank & (rank - 1) == 0
-    widths = widths and max(w.shape[0] for w in weights) <= 32 * WARPS * sizes["BLOCKS"]  # a thread ends a row
+    widths = (
+        widths and max(layer.o.shape[1], *(w.shape[0] for w in weights)) <= 32 * WARPS * sizes["BLOCKS"]
+    )  # a thread ends a row
     widths = widths and (len(_ORDER) + 1) * len(layers) + len(_FIRST) + 2 <= ADDRESSES
     return widths and table.shape[1] * pages.shape[1] <= (PARTS - 1) * SPAN and sizes["SLOTS"] >= LEAST_SLOTS
 
@@ -101,7 +122,7 @@ def _known(weight: Weight) -> bool:
     return known and wide % TILE == 0 and deep % 64 == 0
 
 
-def shared_bytes(sizes: dict[str, int | float | bool]) -> int:
+def shared_bytes(sizes: Sizes) -> int:
     """Shared memory that a block takes beside the ring: at least what `Shared` in decode_memory.cu has."""
     width = {name: 3 * (n + 64) if sizes[f"{name}_CODES"] else 2 * n for name, n in _depths(sizes).items()}
     entry = 2 * (sizes["RANK"] + sizes["ROPE"])
@@ -119,13 +140,23 @@ def slot_bytes(warps: int) -> int:
     return TILE * (64 * warps + 64)
 
 
-def _depths(sizes: dict[str, int | float | bool]) -> dict[str, int]:
+def _depths(sizes: Sizes) -> dict[str, int]:
     deep, wide = int(sizes["DIM"]), int(sizes["WIDE"])
     return {"Q_KV": deep, "O": int(sizes["HEADS"] * sizes["VALUE"]), "GATE_UP": deep, "DOWN": wide}
 
 
-def _sizes(layer: DenseLayer, cache: PagedLatents, norms: Norms, count: int) -> dict[str, int | float | bool]:
-    """The macros of the source."""
+def sizes_of(layer: DenseLayer, cache: PagedLatents, norms: Norms, count: int) -> Sizes:
+    """The macros of the source.
+
+    Args:
+      layer: One of the layers.
+      cache: Its cache.
+      norms: Of all layers.
+      count: How many layers there are.
+
+    Returns:
+      By name; TRACED makes the kernel note when each block was through with each phase.
+    """
     (heads, nope, rank), (pages, table) = layer.latent.keys.shape, cache
     weights = {"Q_KV": layer.q_kv, "O": layer.o, "GATE_UP": layer.gate_up, "DOWN": layer.down}
     codes = [w for w in weights.values() if isinstance(w, Quantized)]
@@ -148,6 +179,7 @@ def _sizes(layer: DenseLayer, cache: PagedLatents, norms: Norms, count: int) -> 
         "SPAN": SPAN,
         "LEAST_SPAN": LEAST_SPAN,
         "PATIENCE": PATIENCE,
+        "TRACED": False,
         "EPS": norms.eps,
         "LATENT_EPS": norms.latent_eps,
         "SCALE": norms.scale,
@@ -156,7 +188,7 @@ def _sizes(layer: DenseLayer, cache: PagedLatents, norms: Norms, count: int) -> 
     return with_ring(sizes)
 
 
-def with_ring(sizes: dict[str, int | float | bool]) -> dict[str, int | float | bool]:
+def with_ring(sizes: Sizes) -> Sizes:
     """The macros with what follows from them for shared memory: where the ring begins, and its slots."""
     held = shared_bytes(sizes)
     return sizes | {"SHARED_BYTES": held, "SLOTS": min(SLOTS, (SHARED - held) // slot_bytes(int(sizes["WARPS"])))}
@@ -170,7 +202,7 @@ _ORDER = (
 """Addresses of a layer, as decode_memory.cu counts them."""
 
 
-def source(sizes: dict[str, int | float | bool], files: Sequence[str] = ("hopper.cu", *FILES)) -> str:
+def source(sizes: Sizes, files: Sequence[str] = ("hopper.cu", *FILES)) -> str:
     """The CUDA source, with a kernel that takes the addresses of what there is.
 
     Args:
@@ -205,11 +237,12 @@ KERNEL decode_layers({", ".join(f"void* {name}" for name in (*given, *results))}
     return cuda_source.source_of(files, sizes) + kernel
 
 
-def scratch_words(sizes: dict[str, int | float | bool]) -> int:
+def scratch_words(sizes: Sizes) -> int:
     """What `Scratch` in decode_memory.cu has."""
     heads, rank, rope = (int(sizes[name]) for name in ("HEADS", "RANK", "ROPE"))
     vectors = heads * (sizes["NOPE"] + rope + rank + sizes["VALUE"]) + rank + rope + sizes["WIDE"] + 2 * sizes["DIM"]
-    return int(vectors + sizes["PARTS"] * heads * (2 + rank))
+    clocks = PHASES * sizes["LAYERS"] * sizes["BLOCKS"] if sizes["TRACED"] else 1
+    return int(vectors + sizes["PARTS"] * heads * (2 + rank) + clocks)
 
 
 def decode_layers(
@@ -233,8 +266,35 @@ def decode_layers(
     Returns:
       The state before the final norm, x where there is no token, and the caches with the token in them.
     """
-    sizes = _sizes(layers[0], caches[0], norms, len(layers))
-    arrays = [x[0], limit.reshape(1), caches[0].table[0], turn.cos[0], turn.sin[0]]
+    sizes = sizes_of(layers[0], caches[0], norms, len(layers))
+    out, pools, _ = launch(x, layers, caches, limit, turn, sizes)
+    return out, [cache._replace(pages=pool) for cache, pool in zip(caches, pools, strict=True)]
+
+
+def launch(
+    x: Float[Array, "1 D"],
+    layers: Sequence[DenseLayer],
+    caches: Sequence[PagedLatents],
+    limit: Int[Array, ""],
+    turn: Turn,
+    sizes: Sizes,
+) -> tuple[Float[Array, "1 D"], list[Array], Int[Array, " w"]]:
+    """`decode_layers` with other macros.
+
+    Args:
+      x: As there.
+      layers: As there.
+      caches: As there.
+      limit: As there.
+      turn: As there.
+      sizes: From `sizes_of`, some of them changed.
+
+    Returns:
+      The state, the caches' pools, and the words that blocks passed; the last of these, where TRACED, are clocks of
+      the multiprocessors, [layers, phases, blocks].
+    """
+    places, angles = (limit.reshape(1), caches[0].table[0]), (turn.cos[0], turn.sin[0])
+    arrays = [x[0], *(a.astype(jnp.int32) for a in places), *(a.astype(jnp.float32) for a in angles)]
     arrays.append(jnp.zeros(scratch_words(sizes), jnp.uint32))
     aliases = {len(arrays) - 1: len(layers) + 1}
     for i, (layer, cache) in enumerate(zip(layers, caches, strict=True)):
@@ -245,8 +305,8 @@ def decode_layers(
     results = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in alike]
     ptx, shared = cuda_source.compiled(source(sizes)), int(sizes["SHARED_BYTES"] + sizes["SLOTS"] * slot_bytes(WARPS))
     kernel = cuda_source.Launch("decode_layers", ptx, int(sizes["BLOCKS"]), 32 * WARPS + 32, shared)
-    out, *pools, _ = cuda_source.launch(kernel, results, arrays, aliases)
-    return out[None], [cache._replace(pages=pool) for cache, pool in zip(caches, pools, strict=True)]
+    out, *pools, words = cuda_source.launch(kernel, results, arrays, aliases)
+    return out[None], pools, words
 
 
 def _given(layer: DenseLayer, pages: Float[Array, "P page C"]) -> dict[str, Array]:

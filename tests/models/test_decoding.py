@@ -11,7 +11,7 @@ import pytest
 from r1jax.config import YarnConfig
 from r1jax.models import decoding
 from r1jax.models.decoder import Decoder, LatentCache
-from r1jax.models.decoding import decode, decode_second, next_logits
+from r1jax.models.decoding import decode, decode_second, dense_layer, next_logits
 from r1jax.models.lora import PARTS
 from r1jax.models.quantized import rounding_by
 from r1jax.models.served import can_be_fused, fused, unfused
@@ -116,6 +116,14 @@ def test_a_dense_decoder_gives_its_layers_to_the_kernel_of_all_layers_as_they_ar
     assert len(asked) == 2 and len(asked[0][1]) == config.num_hidden_layers
     jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-6), together, one_by_one)
     np.testing.assert_array_equal(together[1].pages[-1], pages[-1])  # MTP's pool is none of these layers'
+    absent = decode(config, served, x, place, jnp.zeros((1, 1), bool), cache)[1]
+    jax.tree.map(np.testing.assert_array_equal, absent.pages, pages)
+
+
+def test_mixtures_and_compressed_queries_are_not_for_the_kernel_of_all_layers():
+    dense, mixture = fused(params_of(DIRECT), DIRECT, jnp.float32).layers[:2]
+    assert dense_layer(dense) is not None and dense_layer(mixture) is None
+    assert dense_layer(fused(params_of(CONFIG), CONFIG, jnp.float32).layers[0]) is None
 
 
 @pytest.mark.parametrize("config", [CONFIG, DIRECT], ids=["compressed", "direct"])

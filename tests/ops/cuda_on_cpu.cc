@@ -1,11 +1,14 @@
-// What r1jax/ops/cuda/hopper.cu asks of a GPU, from a CPU: a thread for each thread, which meet at barriers.
-#include <atomic>
-#include <barrier>
+// What r1jax/ops/cuda/hopper.cu asks of a GPU, from a CPU: each thread is a context of its own, and one after another
+// runs until it has to wait. Where none can go on, the kernel would hang, which is told. What this cannot show is what a
+// GPU's memory may reorder: words and copies are there for all at once, and gates count rounds.
+#include <ucontext.h>
+
+#include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <memory>
-#include <mutex>
-#include <thread>
 #include <vector>
 
 using Half = unsigned short;
@@ -14,38 +17,60 @@ struct alignas(8) Pair { unsigned a, b; };
 
 #define KERNEL extern "C" void
 #define DEVICE inline
-#define SHARED(type) inline type& shared() { return *static_cast<type*>(own.block->memory); }
+#define SHARED(type) inline type& shared() { return *static_cast<type*>(running->block->memory); }
 
+inline ucontext_t everything;  // which chooses who runs
+inline long moves;             // of anything that somebody may wait for
+void rest();
+
+struct Meeting {  // of so many threads
+  int size, here = 0;
+  long round = 0;
+  void operator()() {
+    const long mine = round;
+    if (++here == size)
+      here = 0, round++, moves++;
+    else
+      while (round == mine) rest();
+  }
+};
 struct Warp {
-  std::barrier<> meet{32};
+  Meeting meet{32};
   float value[32];
   unsigned a[32][4], b[32][2];
 };
 struct Block {
-  explicit Block(int warps) : meet(32 * warps), everything(32 * warps + 32), warp(warps + 1) {}
-  std::barrier<> meet, everything;
+  explicit Block(int warps) : meet{32 * warps}, everybody{32 * warps + 32}, warp(warps + 1) {}
+  Meeting meet, everybody;
   std::vector<Warp> warp;
   void* memory = nullptr;
   unsigned char* ring = nullptr;
 };
-struct Own { Block* block; int block_index, thread; };
-thread_local Own own;
+struct Thread {
+  ucontext_t context;
+  Block* block;
+  int block_index, thread;
+  bool done = false;
+  std::unique_ptr<char[]> stack;
+};
+inline Thread* running;
+void rest() { swapcontext(&running->context, &everything); }
 
-DEVICE int thread_index() { return own.thread; }
-DEVICE int block_index() { return own.block_index; }
-DEVICE void sync_everything() { own.block->everything.arrive_and_wait(); }
-DEVICE void sync_block() { own.block->meet.arrive_and_wait(); }
-DEVICE Warp& own_warp() { return own.block->warp[own.thread / 32]; }
-DEVICE void sync_warp() { own_warp().meet.arrive_and_wait(); }
+DEVICE int thread_index() { return running->thread; }
+DEVICE int block_index() { return running->block_index; }
+DEVICE void sync_everything() { running->block->everybody(); }
+DEVICE void sync_block() { running->block->meet(); }
+DEVICE Warp& own_warp() { return running->block->warp[running->thread / 32]; }
+DEVICE void sync_warp() { own_warp().meet(); }
 DEVICE float from_lane(float value, int lane) {
   Warp& warp = own_warp();
-  warp.value[own.thread % 32] = value;
-  warp.meet.arrive_and_wait();
+  warp.value[running->thread % 32] = value;
+  warp.meet();
   float found = warp.value[lane];
-  warp.meet.arrive_and_wait();
+  warp.meet();
   return found;
 }
-DEVICE float across_lanes(float value, int mask) { return from_lane(value, own.thread % 32 ^ mask); }
+DEVICE float across_lanes(float value, int mask) { return from_lane(value, running->thread % 32 ^ mask); }
 DEVICE float highest_of_lanes(float value) {
   for (int mask = 16; mask; mask /= 2) value = std::max(value, across_lanes(value, mask));
   return value;
@@ -60,15 +85,12 @@ DEVICE Half narrowed(float value) {
 }
 DEVICE Words ask(const void* address) { return *static_cast<const Words*>(address); }
 DEVICE void fail() { std::abort(); }
+DEVICE unsigned clock_now() { return ++moves; }
 DEVICE void bring_near(const void* address, unsigned bytes) {
   if ((reinterpret_cast<size_t>(address) | bytes) % 16) std::abort();  // as the GPU would
 }
-DEVICE void put_word(unsigned* address, unsigned word) { std::atomic_ref(*address).store(word); }
-DEVICE unsigned get_word(const unsigned* address) {
-  unsigned word = std::atomic_ref(*const_cast<unsigned*>(address)).load();
-  std::this_thread::yield();  // where it is read again and again, others must get on
-  return word;
-}
+DEVICE void put_word(unsigned* address, unsigned word) { *address = word, moves++; }
+DEVICE unsigned get_word(const unsigned* address) { return *address; }
 DEVICE Words get_words(const void* address) {
   if (reinterpret_cast<size_t>(address) % 16) std::abort();
   const unsigned* word = static_cast<const unsigned*>(address);
@@ -76,39 +98,31 @@ DEVICE Words get_words(const void* address) {
 }
 
 struct Gate {
-  int arrivals;
-  std::atomic<int> missing, bytes, rounds;
+  int arrivals, missing, bytes, rounds;
   void settle() {
-    if (missing == 0 && bytes == 0) missing = arrivals, rounds++;
+    if (missing == 0 && bytes == 0) missing = arrivals, rounds++, moves++;
   }
 };
-inline std::mutex gates;
-DEVICE unsigned char* ring() { return own.block->ring; }
-DEVICE void open_gate(Gate* gate, int arrivals) {
-  gate->arrivals = arrivals, gate->missing = arrivals, gate->bytes = 0, gate->rounds = 0;
-}
-DEVICE void expect(Gate* gate, int bytes) {
-  std::lock_guard lock(gates);
-  gate->bytes += bytes, gate->missing--, gate->settle();
-}
+DEVICE unsigned char* ring() { return running->block->ring; }
+DEVICE void open_gate(Gate* gate, int arrivals) { *gate = {arrivals, arrivals, 0, 0}; }
+DEVICE void expect(Gate* gate, int bytes) { gate->bytes += bytes, gate->missing--, gate->settle(); }
 DEVICE void arrive(Gate* gate) { expect(gate, 0); }
 DEVICE void copy(void* to, const void* from, int bytes, Gate* gate) {
   if ((reinterpret_cast<size_t>(to) | reinterpret_cast<size_t>(from) | bytes) % 16) std::abort();  // as the GPU would
   std::memcpy(to, from, bytes);
-  std::lock_guard lock(gates);
   gate->bytes -= bytes, gate->settle();
 }
 DEVICE void wait_for(Gate* gate, int round) {
-  while (gate->rounds <= round) std::this_thread::yield();
+  while (gate->rounds <= round) rest();
 }
 
 // As PTX lays out mma.sync: of the left operand a register holds `per` numbers of a row, of the right one of a column.
 template <typename Number, typename Of>
 void multiply_all(Number* sum, const unsigned (&a)[4], const unsigned (&b)[2], Of of, int per) {
   Warp& warp = own_warp();
-  int lane = own.thread % 32;
+  int lane = running->thread % 32;
   std::memcpy(warp.a[lane], a, sizeof a), std::memcpy(warp.b[lane], b, sizeof b);
-  warp.meet.arrive_and_wait();
+  warp.meet();
   for (int i = 0; i < 4; i++) {
     int column = lane % 4 * 2 + i % 2, below = i / 2;
     for (int t = 0; t < 4; t++)
@@ -116,7 +130,7 @@ void multiply_all(Number* sum, const unsigned (&a)[4], const unsigned (&b)[2], O
         for (int j = 0; j < per; j++)
           sum[i] += of(warp.a[lane / 4 * 4 + t][below + 2 * half], j) * of(warp.b[column * 4 + t][half], j);
   }
-  warp.meet.arrive_and_wait();
+  warp.meet();
 }
 DEVICE float half_of(unsigned word, int i) { return as_float(i ? word & 0xffff0000u : word << 16); }
 DEVICE int code_of(unsigned word, int i) { return static_cast<signed char>(word >> 8 * i); }
@@ -127,19 +141,40 @@ DEVICE void multiply(int* sum, unsigned a0, unsigned a1, unsigned a2, unsigned a
   multiply_all(sum, {a0, a1, a2, a3}, {b0, b1}, code_of, 4);
 }
 
-// Runs a kernel, with so much shared memory and so large a ring; what is in them at first are no numbers.
+inline std::function<void()> kernel_of_all;
+void run_thread() {
+  kernel_of_all();
+  running->done = true, moves++;
+  rest();
+}
+
+// Runs a kernel, with so much shared memory and so large a ring; what is in them at first are no numbers. Returns
+// whether all threads came to their end.
 template <typename Kernel>
-void run_blocks(int blocks, int warps, size_t bytes, size_t ring, Kernel kernel) {
-  std::vector<std::thread> threads;
+bool run_blocks(int blocks, int warps, size_t bytes, size_t ring, Kernel kernel) {
+  constexpr size_t STACK = 1 << 16;
   std::vector<std::unique_ptr<Block>> all;
   std::vector<std::vector<Words>> memory;
+  std::vector<Thread> threads(blocks * (32 * warps + 32));
+  kernel_of_all = kernel;
   for (int b = 0; b < blocks; b++) {
     for (size_t size : {bytes, ring}) memory.emplace_back(size / 16 + 1, Words{~0u, ~0u, ~0u, ~0u});
     all.push_back(std::make_unique<Block>(warps));
     all[b]->memory = memory[2 * b].data();
     all[b]->ring = reinterpret_cast<unsigned char*>(memory[2 * b + 1].data());
-    for (int t = 0; t < 32 * warps + 32; t++)
-      threads.emplace_back([=, block = all[b].get()] { own = {block, b, t}; kernel(); });
+    for (int t = 0; t < 32 * warps + 32; t++) {
+      Thread& thread = threads[b * (32 * warps + 32) + t];
+      thread.block = all[b].get(), thread.block_index = b, thread.thread = t;
+      thread.stack = std::make_unique<char[]>(STACK);
+      getcontext(&thread.context);
+      thread.context.uc_stack.ss_sp = thread.stack.get(), thread.context.uc_stack.ss_size = STACK;
+      makecontext(&thread.context, run_thread, 0);
+    }
   }
-  for (auto& thread : threads) thread.join();
+  for (long before = -1; before != moves;) {
+    before = moves;
+    for (Thread& thread : threads)
+      if (!thread.done) running = &thread, swapcontext(&everything, &thread.context);
+  }
+  return std::all_of(threads.begin(), threads.end(), [](const Thread& thread) { return thread.done; });
 }

@@ -1,6 +1,7 @@
 """Tests of CUDA sources in JAX programs, as far as a CPU shows them."""
 
 import ctypes
+import re
 
 import jax
 import jax.numpy as jnp
@@ -34,3 +35,8 @@ def test_a_launch_tells_xla_the_kernel_its_size_and_what_it_writes_in_place() ->
     assert "@__gpu$xla.gpu.ptx" in text and "operand_index = 1" in text
     for word in ("name = \\22twice\\22", "grid_x = 3 : i32", "block_x = 64 : i32", "shared_mem_bytes = 128 : i32"):
         assert word in text
+
+
+@pytest.mark.parametrize(("told", "kept"), [("9.0", cuda_source.ISA), ("8.1", "8.1"), ("10.2", cuda_source.ISA)])
+def test_no_newer_instructions_than_drivers_know_are_named(told: str, kept: str) -> None:
+    assert re.sub(r"\.version (.*)", cuda_source._no_newer, f".version {told}") == f".version {kept}"

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.typing import DTypeLike
 
 from r1jax.ops import decode_layers as ops
 from r1jax.ops.decode_attention import LatentWeights, Turn
@@ -27,7 +28,14 @@ def normal(rng: np.random.Generator, *shape: int, scale: float = 1.0) -> jax.Arr
 
 
 def drawn(
-    codes: tuple[str, ...] = (), layers: int = 2, heads: int = HEADS, scales: jnp.dtype = jnp.bfloat16
+    codes: tuple[str, ...] = (),
+    *,
+    heads: int = HEADS,
+    rank: int = RANK,
+    deep: int = DIM,
+    wide: int = WIDE,
+    scales: DTypeLike = jnp.bfloat16,
+    layers: int = 2,
 ) -> tuple[jax.Array, list[ops.DenseLayer], list[PagedLatents]]:
     """A token, layers and caches."""
     rng = np.random.default_rng(heads + layers)
@@ -44,21 +52,21 @@ def drawn(
 
     found = [
         ops.DenseLayer(
-            gain(DIM),
-            weight("q_kv", heads * (NOPE + ROPE) + RANK + ROPE, DIM),
+            gain(deep),
+            weight("q_kv", heads * (NOPE + ROPE) + rank + ROPE, deep),
             LatentWeights(
-                normal(rng, heads, NOPE, RANK, scale=0.2), normal(rng, heads, VALUE, RANK, scale=0.1), gain(RANK)
+                normal(rng, heads, NOPE, rank, scale=0.2), normal(rng, heads, VALUE, rank, scale=0.1), gain(rank)
             ),
-            weight("o", DIM, heads * VALUE),
-            gain(DIM),
-            weight("gate_up", 2 * WIDE, DIM),
-            weight("down", DIM, WIDE),
+            weight("o", deep, heads * VALUE),
+            gain(deep),
+            weight("gate_up", 2 * wide, deep),
+            weight("down", deep, wide),
         )
         for _ in range(layers)
     ]
     table = jnp.asarray(rng.permutation(PAGES)[None, :], jnp.int32)
-    caches = [PagedLatents(normal(rng, PAGES, PAGE, RANK + ROPE), table) for _ in range(layers)]
-    return normal(rng, 1, DIM), found, caches
+    caches = [PagedLatents(normal(rng, PAGES, PAGE, rank + ROPE), table) for _ in range(layers)]
+    return normal(rng, 1, deep), found, caches
 
 
 def turn_at(limit: int) -> Turn:
@@ -78,20 +86,22 @@ def small(tmp_path_factory: pytest.TempPathFactory):
     def library(text: str) -> ctypes.CDLL:
         path = folder / f"{len(list(folder.iterdir()))}.cc"
         path.write_text(text)
-        words = [compiler, "-std=c++20", "-O1", "-w", "-fPIC", "-shared", "-pthread", f"-I{HERE}"]
+        words = [compiler, "-std=c++20", "-O1", "-w", "-fPIC", "-shared", f"-I{HERE}"]
         subprocess.run([*words, str(path), "-o", str(path.with_suffix(".so"))], check=True)
         return ctypes.CDLL(str(path.with_suffix(".so")))
 
-    def run(x, layers, caches, limit: int, *, blocks: int, **changed: int) -> tuple[np.ndarray, list[np.ndarray]]:
-        sizes = ops._sizes(layers[0], caches[0], NORMS, len(layers))
+    def run(
+        x, layers, caches, limit: int, *, blocks: int, **changed: int
+    ) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
+        sizes = ops.sizes_of(layers[0], caches[0], NORMS, len(layers))
         sizes |= {"WARPS": WARPS, "PARTS": 8, "SPAN": 16, "LEAST_SPAN": 8, "BLOCKS": blocks} | changed
         sizes = ops.with_ring(sizes) | {"SLOTS": 5}
         text = ops.source(sizes, ops.FILES)
         many = 6 + sum(map(len, map(_arrays, layers, caches))) + len(layers) + 2
         start = f"""
         extern "C" long sizes(int what) {{ return what ? sizeof(Scratch) : sizeof(Shared); }}
-        extern "C" void start(void** p, int blocks) {{
-          run_blocks(blocks, WARPS, sizeof(Shared), SLOTS * SLOT, [=] {{
+        extern "C" bool start(void** p, int blocks) {{
+          return run_blocks(blocks, WARPS, sizeof(Shared), SLOTS * SLOT, [=] {{
             decode_layers({", ".join(f"p[{i}]" for i in range(many))}); }});
         }}"""
         macros, rest = text[: text.index("//")], text[text.index("//") :]
@@ -105,8 +115,9 @@ def small(tmp_path_factory: pytest.TempPathFactory):
         out = _aligned(np.asarray(x[0]))
         assert compiled.sizes(1) == held[5].nbytes
         every = [*held, out, *pools, held[5]]
-        compiled.start((ctypes.c_void_p * many)(*(a.ctypes.data for a in every)), blocks)
-        return out, pools
+        compiled.start.restype = ctypes.c_bool
+        assert compiled.start((ctypes.c_void_p * many)(*(a.ctypes.data for a in every)), blocks), "the kernel hangs"
+        return out, pools, held[5]
 
     return run
 
@@ -139,19 +150,20 @@ ALL = ("q_kv", "o", "gate_up", "down")
 
 
 @pytest.mark.parametrize(
-    ("codes", "limit", "blocks", "heads"),
+    ("codes", "limit", "blocks", "sizes"),
     [
-        (ALL, 40, 6, 16),
-        (("gate_up", "down"), 0, 6, 16),
-        ((), 95, 11, 32),
+        (ALL, 40, 6, {"scales": jnp.float32}),
+        (("gate_up", "down"), 0, 6, {}),
+        ((), 95, 11, {"heads": 32}),
+        (("o",), 40, 20, {"rank": 128, "deep": 64, "wide": 64}),  # two ways, and blocks that have nothing to do
     ],
 )
-def test_the_source_gives_what_one_step_after_another_gives(small, codes, limit, blocks, heads) -> None:
-    x, layers, caches = drawn(codes, heads=heads)
+def test_the_source_gives_what_one_step_after_another_gives(small, codes, limit, blocks, sizes) -> None:
+    x, layers, caches = drawn(codes, **sizes)
     expected, after = ops.decode_layers_reference(x, layers, caches, jnp.int32(limit), turn_at(limit), NORMS)
-    found, pools = small(x, layers, caches, limit, blocks=blocks)
+    found, pools, _ = small(x, layers, caches, limit, blocks=blocks)
     exact, _ = ops.decode_layers_reference(*widened((x, layers, caches)), jnp.int32(limit), turn_at(limit), NORMS)
-    assert far(found, exact[0]) < 1.1 * far(expected[0], exact[0]) < 0.02  # bf16 rounds both
+    assert far(found, exact[0]) < 1.2 * far(expected[0], exact[0]) < 0.02  # bf16 rounds both
     for pool, cache, before in zip(pools, after, caches, strict=True):
         assert np.abs(pool.astype(np.float32) - np.asarray(cache.pages, np.float32)).max() < 0.05
         changed = np.any(pool != np.asarray(before.pages), axis=-1)
@@ -160,10 +172,26 @@ def test_the_source_gives_what_one_step_after_another_gives(small, codes, limit,
 
 def test_where_there_is_no_token_nothing_changes(small) -> None:
     x, layers, caches = drawn()
-    found, pools = small(x, layers, caches, -1, blocks=6)
+    found, pools, _ = small(x, layers, caches, -1, blocks=6)
     np.testing.assert_array_equal(found, x[0])
     for pool, cache in zip(pools, caches, strict=True):
         np.testing.assert_array_equal(pool, cache.pages)
+
+
+def test_what_is_no_number_stays_none(small) -> None:
+    x, layers, caches = drawn(ALL)
+    layers[0] = layers[0]._replace(
+        latent=layers[0].latent._replace(values=layers[0].latent.values.at[3, 2, 1].set(jnp.nan))
+    )
+    found, _, _ = small(x, layers, caches, 40, blocks=6)
+    assert np.isnan(found.astype(np.float32)).all()
+
+
+def test_a_traced_launch_tells_when_each_block_was_through_with_each_phase(small) -> None:
+    x, layers, caches = drawn()
+    words = small(x, layers, caches, 3, blocks=6, TRACED=1)[2]
+    clocks = words[-len(layers) * 7 * 6 :].reshape(-1, 6)
+    assert np.all(clocks > 0) and np.all(np.diff(clocks.astype(int), axis=0) > 0)
 
 
 def test_only_what_the_kernel_is_written_for_fits() -> None:
@@ -172,7 +200,7 @@ def test_only_what_the_kernel_is_written_for_fits() -> None:
     assert not ops.fits(jnp.concatenate([x, x]), layers, caches)
     assert not ops.fits(x.astype(jnp.float32), layers, caches)
     odd = layers[0]._replace(o=layers[0].o.astype(jnp.float32))
-    assert not ops.fits(x, [odd, *layers[1:]], caches)
+    assert not ops.fits(x, [odd, odd], caches)
     coded = drawn(("down",))[1]
     assert not ops.fits(x, [layers[0], coded[1]], caches)  # of one kind only
     in_blocks = coded[0].down._replace(scale=jnp.ones((DIM, 2), jnp.bfloat16))
@@ -181,6 +209,8 @@ def test_only_what_the_kernel_is_written_for_fits() -> None:
     longer = caches[0]._replace(table=jnp.zeros((1, ops.PARTS * ops.SPAN // PAGE), jnp.int32))
     assert not ops.fits(x, layers, [longer] * 2)
     assert not ops.fits(x, drawn(heads=8)[1], caches)  # 16 heads attend together
+    assert not ops.fits(x, layers, [caches[0], caches[1]._replace(pages=caches[1].pages[:5])])
+    assert not ops.fits(x, drawn(heads=560, layers=1)[1], caches[:1])  # more rows than threads of all blocks
 
 
 def test_the_sizes_of_a_decoder_of_a_billion_weights_leave_room_for_the_ring() -> None:
@@ -195,6 +225,6 @@ def test_the_sizes_of_a_decoder_of_a_billion_weights_leave_room_for_the_ring() -
     norm = half((deep,), jnp.float32)
     layer = ops.DenseLayer(norm, q_kv, latent, o, norm, codes(2 * wide, deep), codes(deep, wide))
     cache = PagedLatents(half((128, 64, rank + rope), number), half((1, 128), jnp.int32))
-    sizes = ops.with_ring(ops._sizes(layer, cache, NORMS, 16) | {"BLOCKS": 132})
+    sizes = ops.with_ring(ops.sizes_of(layer, cache, NORMS, 16) | {"BLOCKS": 132})
     assert sizes["SLOTS"] == ops.SLOTS
     assert sizes["SHARED_BYTES"] + sizes["SLOTS"] * ops.slot_bytes(ops.WARPS) <= ops.SHARED

@@ -38,26 +38,26 @@ DEVICE void make_entry(int layer) {
 }
 
 // A head's query times its keys' weight, SLICE numbers of the latent at a time.
-DEVICE void absorb(int layer, Turn& turn) {
+DEVICE void absorb(int layer, Cursor& cursor) {
   constexpr int EACH = (NOPE + WARPS - 1) / WARPS;
   const int thread = thread_index(), lane = thread % 32, warp = thread / 32;
   float* sums = (float*)shared().x;  // [WARPS][SLICE]
-  for (int unit = block_index(); unit < ABSORBING; unit += BLOCKS, turn.next()) {
+  for (int unit = block_index(); unit < ABSORBING; unit += BLOCKS, cursor.next()) {
     const int head = unit / (RANK / SLICE), start = unit % (RANK / SLICE) * SLICE, own = warp * EACH + lane;
     const unsigned* place = lane < EACH && own < NOPE ? &scratch().both[head * NOPE + own] : nullptr;
     const float query = Early(place, mark(layer, QUERIED)).value();
     sync_warp();
-    wait_for(&shared().filled[turn.slot], turn.round);
+    wait_for(&shared().filled[cursor.slot], cursor.round);
     float a = 0, b = 0;
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
       const int d = warp * EACH + i;
-      const unsigned two = d < NOPE ? *(const unsigned*)(turn.place() + d * SLICE * 2 + 4 * lane) : 0;
+      const unsigned two = d < NOPE ? *(const unsigned*)(cursor.place() + d * SLICE * 2 + 4 * lane) : 0;
       const float q = from_lane(query, i);
       a += q * lower(two), b += q * upper(two);
     }
     sync_warp();
-    if (lane == 0) arrive(&shared().emptied[turn.slot]);
+    if (lane == 0) arrive(&shared().emptied[cursor.slot]);
     sync_block();
     sums[warp * SLICE + 2 * lane] = a, sums[warp * SLICE + 2 * lane + 1] = b;
     sync_block();
@@ -147,12 +147,12 @@ DEVICE void attend(int layer) {
           }
       }
 #pragma unroll
-      for (int turn = 0; turn < 2; turn++) {
-        if (half == turn)
+      for (int second = 0; second < 2; second++) {
+        if (half == second)
           for (int i = 0; i < 4; i++) {
             const int token = first + lane % 4 * 2 + i % 2;
             float* score = &shared().scores[group + i / 2 * 8][token < count ? token : 0];
-            if (token < count) *score = turn ? (*score + sum[i]) * SCALE : sum[i];
+            if (token < count) *score = second ? (*score + sum[i]) * SCALE : sum[i];
           }
         sync_block();
       }
@@ -280,7 +280,7 @@ DEVICE void put_joined(int layer, int head) {
 }
 
 // Joins the parts and takes them out of the latent space; a tile is of one head.
-DEVICE void expand(int layer, Turn& turn) {
+DEVICE void expand(int layer, Cursor& cursor) {
   if (idle(Values::TILES)) return;
   Values product;
   product.begin(nullptr);
@@ -288,7 +288,7 @@ DEVICE void expand(int layer, Turn& turn) {
   for (int tile = block_index(); tile < Values::TILES; tile += BLOCKS) {
     sync_block();
     put_joined(layer, tile * 16 / VALUE);
-    product.multiply_tile(turn, index++);
+    product.multiply_tile(cursor, index++);
   }
   product.end_rows(1, [&](int row, float* y) {
     give(&scratch().mixed[row], rounded(y[0]), mark(layer, EXPANDED));

@@ -19,7 +19,7 @@
 //
 // Sizes are macros, and the kernel itself, which knows how many addresses there are, is written by decode_layers.py.
 
-DEVICE void make_queries(int layer, Turn& turn) {
+DEVICE void make_queries(int layer, Cursor& cursor) {
   if (idle(Queries::TILES)) return;
   Queries product;
   Gains<DIM> gains;
@@ -27,12 +27,12 @@ DEVICE void make_queries(int layer, Turn& turn) {
   gains.ask_for(weights_of(layer).input_norm);
   const Half* plain = layer ? nullptr : shared().given.x;
   float unit = put_row<Q_KV_CODES, DIM>(scratch().x[1], mark(layer - 1, PASSED), &gains, plain);
-  product.finish(turn, unit, [&](int row, float* y) {
+  product.finish(cursor, unit, [&](int row, float* y) {
     give(&scratch().both[row], rounded(y[0]), mark(layer, QUERIED));
   });
 }
 
-DEVICE void project(int layer, Turn& turn) {
+DEVICE void project(int layer, Cursor& cursor) {
   if (idle(Output::TILES)) return;
   Output product;
   product.begin(weights_of(layer).o_scale);
@@ -40,30 +40,30 @@ DEVICE void project(int layer, Turn& turn) {
   Early before(row >= 0 && layer ? &scratch().x[1][row] : nullptr, mark(layer - 1, PASSED));
   const float first = row >= 0 && !layer ? widened(shared().given.x[row]) : 0;
   float unit = put_row<O_CODES, MIXED>(scratch().mixed, mark(layer, EXPANDED), nullptr);
-  product.finish(turn, unit, [&](int row, float* y) {
+  product.finish(cursor, unit, [&](int row, float* y) {
     give(&scratch().x[0][row], rounded(y[0] + (layer ? before.value() : first)), mark(layer, PROJECTED));
   });
 }
 
-DEVICE void gate_up(int layer, Turn& turn) {
+DEVICE void gate_up(int layer, Cursor& cursor) {
   if (idle(GateUp::TILES)) return;
   GateUp product;
   Gains<DIM> gains;
   product.begin(weights_of(layer).gate_up_scale);
   gains.ask_for(weights_of(layer).post_norm);
   float unit = put_row<GATE_UP_CODES, DIM>(scratch().x[0], mark(layer, PROJECTED), &gains);
-  product.finish(turn, unit, [&](int row, float* y) {
+  product.finish(cursor, unit, [&](int row, float* y) {
     give(&scratch().between[row], rounded(y[0] / (1 + expf(-y[0])) * y[1]), mark(layer, GATED));
   });
 }
 
-DEVICE void down(int layer, Turn& turn) {
+DEVICE void down(int layer, Cursor& cursor) {
   if (idle(Down::TILES)) return;
   Down product;
   product.begin(weights_of(layer).down_scale);
   Early before(product.row >= 0 ? &scratch().x[0][product.row] : nullptr, mark(layer, PROJECTED));
   float unit = put_row<DOWN_CODES, WIDE>(scratch().between, mark(layer, GATED), nullptr);
-  product.finish(turn, unit, [&](int row, float* y) {
+  product.finish(cursor, unit, [&](int row, float* y) {
     if (layer + 1 < LAYERS)
       give(&scratch().x[1][row], rounded(y[0] + before.value()), mark(layer, PASSED));
     else
@@ -75,7 +75,7 @@ DEVICE void down(int layer, Turn& turn) {
 DEVICE void prepare() {
   const int thread = thread_index();
   if (thread == 0) {
-    const int tokens = *shared().given.limit;
+    const int given = *shared().given.limit, tokens = given < PAGES * PAGE ? given : PAGES * PAGE - 1;
     shared().limit = tokens;
     shared().span = larger(((tokens + PARTS - 2) / (PARTS - 1) + 7) / 8 * 8, LEAST_SPAN);
     shared().parts = (tokens + shared().span - 1) / shared().span;
@@ -95,17 +95,28 @@ DEVICE void pass() {
     for (int i = thread_index(); i < DIM; i += THREADS + 32) shared().given.out[i] = shared().given.x[i];
 }
 
+DEVICE void note_time(int layer, Phase phase) {
+  if (TRACED && thread_index() == 0) scratch().clock[(mark(layer, phase) - 1) * BLOCKS + block_index()] = clock_now();
+}
+
 DEVICE void run_layers() {
-  Turn turn;
+  Cursor cursor;
 #pragma unroll 1
   for (int layer = 0; layer < LAYERS; layer++) {
-    make_queries(layer, turn);
-    absorb(layer, turn);
+    make_queries(layer, cursor);
+    note_time(layer, QUERIED);
+    absorb(layer, cursor);
+    note_time(layer, ABSORBED);
     if (block_index() == BLOCKS - 1) attend_to_new(layer);
     attend(layer);
-    expand(layer, turn);
-    project(layer, turn);
-    gate_up(layer, turn);
-    down(layer, turn);
+    note_time(layer, ATTENDED);
+    expand(layer, cursor);
+    note_time(layer, EXPANDED);
+    project(layer, cursor);
+    note_time(layer, PROJECTED);
+    gate_up(layer, cursor);
+    note_time(layer, GATED);
+    down(layer, cursor);
+    note_time(layer, PASSED);
   }
 }

@@ -23,6 +23,8 @@ constexpr int X_BYTES = larger(
            larger(bytes_of(O_CODES, MIXED), bytes_of(DOWN_CODES, WIDE))),
     larger(larger(FEW * QUERY_ROW, 16 * THREADS), 4 * WARPS * SLICE));
 
+enum Phase { QUERIED = 1, ABSORBED, ATTENDED, EXPANDED, PROJECTED, GATED, PASSED };  // as words say it
+
 struct Scratch {  // words that pass from phase to phase; all are 0 at first
   unsigned both[QUERIES + ENTRY];
   unsigned absorbed[HEADS * RANK];
@@ -31,6 +33,7 @@ struct Scratch {  // words that pass from phase to phase; all are 0 at first
   unsigned x[2][DIM];      // after attention, and after the layer
   unsigned highest[HEADS][PARTS], total[HEADS][PARTS];  // the last of them is the new token
   unsigned part[PARTS][HEADS][RANK];
+  unsigned clock[TRACED ? LAYERS * PASSED * BLOCKS : 1];  // when each block was through with each phase
 };
 
 struct Weights {  // of a layer; a scale is null where the weight is no codes
@@ -75,9 +78,8 @@ SHARED(Shared)
 DEVICE const Weights& weights_of(int layer) { return shared().given.layer[layer]; }
 DEVICE Scratch& scratch() { return *shared().given.scratch; }
 
-enum Phase { QUERIED = 1, ABSORBED, ATTENDED, EXPANDED, PROJECTED, GATED, PASSED };
-DEVICE unsigned mark(int layer, Phase phase) { return layer * 7 + phase; }
-static_assert(LAYERS * 7 + 7 < 4096, "a mark has 12 bits");
+DEVICE unsigned mark(int layer, Phase phase) { return layer * PASSED + phase; }
+static_assert(LAYERS * PASSED < 4096, "a mark has 12 bits");
 
 DEVICE float widened(Half half) { return as_float((unsigned)half << 16); }
 DEVICE float lower(unsigned pair) { return as_float(pair << 16); }
@@ -95,6 +97,7 @@ DEVICE float unmarked(unsigned word) { return as_float(word & 0xfffff000u); }
 struct Patience {
   int left = PATIENCE;
   DEVICE bool again() {
+    rest();
     if (--left < 0) fail();
     return true;
   }

@@ -36,7 +36,7 @@ struct Gains {
 };
 
 // Puts a row into shared memory, normed where there are gains, as bf16 or as three codes a number; returns the unit of
-// the last code. The first layer's row is `plain`.
+// the last code, which is no number where one of the row is none. The first layer's row is `plain`.
 template <bool CODES, int WIDTH>
 DEVICE float put_row(const unsigned* row, unsigned mark, const Gains<WIDTH>* gains, const Half* plain = nullptr) {
   constexpr int EACH = Gains<WIDTH>::EACH;
@@ -71,7 +71,7 @@ DEVICE float put_row(const unsigned* row, unsigned mark, const Gains<WIDTH>* gai
     sync_block();  // what is in shared memory has been read
   if (gains) shrink = rsqrtf(sum / WIDTH + EPS);
   most *= shrink;
-  float unit = most / FINEST, inverse = most > 0 ? FINEST / most : 0;
+  float unit = sum == sum ? most / FINEST : sum, inverse = most > 0 ? FINEST / most : 0;
 #pragma unroll
   for (int i = 0; i < EACH; i++) {
     int at = 4 * (i * THREADS + thread);
@@ -102,7 +102,7 @@ DEVICE float put_row(const unsigned* row, unsigned mark, const Gains<WIDTH>* gai
 }
 
 // Where a thread is in the ring.
-struct Turn {
+struct Cursor {
   int slot = 0, round = 0;
   DEVICE void next() {
     if (++slot == SLOTS) slot = 0, round++;
@@ -127,17 +127,17 @@ struct Product {
   int row;
 
   // Copies this block's tiles into the ring, by the lanes of one warp.
-  DEVICE static void bring(Turn& turn, const void* weight) {
+  DEVICE static void bring(Cursor& cursor, const void* weight) {
     const int lane = thread_index() % 32;
     for (int tile = block_index(); tile < TILES; tile += BLOCKS)
       for (int s = 0; s < STREAMS; s++)
-        for (int start = 0; start < ROW; start += CHUNK, turn.next()) {
+        for (int start = 0; start < ROW; start += CHUNK, cursor.next()) {
           const int bytes = ROW - start < CHUNK ? ROW - start : CHUNK;
-          if (turn.round) wait_for(&shared().emptied[turn.slot], turn.round - 1);
-          if (lane == 0) expect(&shared().filled[turn.slot], 16 * bytes);
+          if (cursor.round) wait_for(&shared().emptied[cursor.slot], cursor.round - 1);
+          if (lane == 0) expect(&shared().filled[cursor.slot], 16 * bytes);
           sync_warp();
           const auto* from = (const unsigned char*)weight + (long long)(s * ROWS + tile * 16 + lane) * ROW + start;
-          if (lane < 16) copy(turn.place() + lane * (CHUNK + BESIDE), from, bytes, &shared().filled[turn.slot]);
+          if (lane < 16) copy(cursor.place() + lane * (CHUNK + BESIDE), from, bytes, &shared().filled[cursor.slot]);
         }
   }
 
@@ -151,7 +151,7 @@ struct Product {
   }
 
   // Multiplies one tile, `index` of this block, whose rows are in the ring next, with the tile that it is paired with.
-  DEVICE void multiply_tile(Turn& turn, int index) {
+  DEVICE void multiply_tile(Cursor& cursor, int index) {
     const int thread = thread_index(), lane = thread % 32, warp = thread / 32, group = lane / 4;
     const int column = CODES ? (group < 2 ? group : 2) * (WIDTH + BESIDE) : 0;  // its three codes, or all alike
     const unsigned char* x = shared().x + column + warp * 64 + lane % 4 * 16;
@@ -159,7 +159,7 @@ struct Product {
 #pragma unroll
     for (int base = 0; base < PIECES; base += TOGETHER) {
       Words up[TOGETHER], low[TOGETHER], own[TOGETHER];
-      Turn now = turn;
+      Cursor now = cursor;
 #pragma unroll
       for (int i = 0; i < TOGETHER; i++, now.next()) {
         const int start = (base + i) % CHUNKS * CHUNK;
@@ -172,8 +172,8 @@ struct Product {
       }
       sync_warp();
 #pragma unroll
-      for (int i = 0; i < TOGETHER; i++, turn.next()) {
-        if (lane == 0) arrive(&shared().emptied[turn.slot]);
+      for (int i = 0; i < TOGETHER; i++, cursor.next()) {
+        if (lane == 0) arrive(&shared().emptied[cursor.slot]);
         multiply(sum[(base + i) / CHUNKS], up[i].a, low[i].a, up[i].b, low[i].b, own[i].a, own[i].b);
         multiply(sum[(base + i) / CHUNKS], up[i].c, low[i].c, up[i].d, low[i].d, own[i].c, own[i].d);
       }
@@ -209,9 +209,9 @@ struct Product {
   }
 
   template <typename End>
-  DEVICE void finish(Turn& turn, float unit, End end) {
+  DEVICE void finish(Cursor& cursor, float unit, End end) {
     int index = 0;
-    for (int tile = block_index(); tile < TILES; tile += BLOCKS) multiply_tile(turn, index++);
+    for (int tile = block_index(); tile < TILES; tile += BLOCKS) multiply_tile(cursor, index++);
     end_rows(unit, end);
   }
 };
@@ -232,29 +232,29 @@ constexpr int ABSORBING = HEADS * RANK / SLICE;  // units of the second phase
 static_assert(NOPE * SLICE * 2 <= SLOT, "a slot holds the keys' weight of a unit");
 
 // Copies what `absorb` takes of the keys' weight into the ring.
-DEVICE void bring_keys(Turn& turn, const Half* keys) {
+DEVICE void bring_keys(Cursor& cursor, const Half* keys) {
   const int lane = thread_index() % 32;
-  for (int unit = block_index(); unit < ABSORBING; unit += BLOCKS, turn.next()) {
+  for (int unit = block_index(); unit < ABSORBING; unit += BLOCKS, cursor.next()) {
     const Half* from = keys + (long long)(unit / (RANK / SLICE)) * NOPE * RANK + unit % (RANK / SLICE) * SLICE;
-    if (turn.round) wait_for(&shared().emptied[turn.slot], turn.round - 1);
-    if (lane == 0) expect(&shared().filled[turn.slot], NOPE * SLICE * 2);
+    if (cursor.round) wait_for(&shared().emptied[cursor.slot], cursor.round - 1);
+    if (lane == 0) expect(&shared().filled[cursor.slot], NOPE * SLICE * 2);
     sync_warp();
     for (int row = lane; row < NOPE; row += 32)
-      copy(turn.place() + row * SLICE * 2, from + row * RANK, SLICE * 2, &shared().filled[turn.slot]);
+      copy(cursor.place() + row * SLICE * 2, from + row * RANK, SLICE * 2, &shared().filled[cursor.slot]);
   }
 }
 
 DEVICE void bring_weights() {  // by one warp, in the order in which the others take them
-  Turn turn;
+  Cursor cursor;
 #pragma unroll 1
   for (int layer = 0; layer < LAYERS; layer++) {
     for (int token = block_index() + thread_index() % 32 * BLOCKS; token < shared().limit; token += 32 * BLOCKS)
       bring_near(entry(layer, token), 2 * ENTRY);
-    Queries::bring(turn, weights_of(layer).q_kv);
-    bring_keys(turn, weights_of(layer).keys);
-    Values::bring(turn, weights_of(layer).values);
-    Output::bring(turn, weights_of(layer).o);
-    GateUp::bring(turn, weights_of(layer).gate_up);
-    Down::bring(turn, weights_of(layer).down);
+    Queries::bring(cursor, weights_of(layer).q_kv);
+    bring_keys(cursor, weights_of(layer).keys);
+    Values::bring(cursor, weights_of(layer).values);
+    Output::bring(cursor, weights_of(layer).o);
+    GateUp::bring(cursor, weights_of(layer).gate_up);
+    Down::bring(cursor, weights_of(layer).down);
   }
 }

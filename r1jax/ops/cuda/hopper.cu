@@ -48,6 +48,8 @@ DEVICE Words ask(const void* address) {
 }
 
 DEVICE void fail() { __trap(); }
+DEVICE void rest() {}  // before a word is read again: a way to L2 is pause enough
+DEVICE unsigned clock_now() { return (unsigned)clock64(); }
 DEVICE void bring_near(const void* address, unsigned bytes) {  // to L2; a multiple of 16
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(address), "r"(bytes));
 }
