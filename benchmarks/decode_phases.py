@@ -79,12 +79,16 @@ class Case:
         run = jax.jit(lambda layers, x, pools: self.launch(layers, x, pools, sizes)[2])
         for _ in range(3):
             words = np.asarray(run(self.layers, self.x, self.pools))
-        shape = (len(self.layers), len(PHASES), int(sizes["BLOCKS"]))
-        clocks = words[-int(np.prod(shape)) :].reshape(-1, shape[2])
-        between = np.diff(clocks, axis=0)  # modulo 2^32, as the clocks are
-        first = len(self.layers) // 2 * len(PHASES)
-        median = np.median(between[first - 1 : first - 1 + len(PHASES)], axis=1) / megahertz
-        return dict(zip(PHASES, median.tolist(), strict=True))
+        return phases_of(words, len(self.layers), int(sizes["BLOCKS"]), megahertz)
+
+
+def phases_of(words: np.ndarray, layers: int, blocks: int, megahertz: float) -> dict[str, float]:
+    """Microseconds of each phase of the middle layer, by the clocks that are the last of the words."""
+    clocks = words[-layers * len(PHASES) * blocks :].reshape(-1, blocks)
+    between = np.diff(clocks, axis=0)  # modulo 2^32, as the clocks are
+    first = layers // 2 * len(PHASES) - 1
+    median = np.median(between[first : first + len(PHASES)], axis=1) / megahertz
+    return dict(zip(PHASES, median.tolist(), strict=True))
 
 
 def main() -> None:

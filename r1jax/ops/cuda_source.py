@@ -52,12 +52,11 @@ def _literal(value: float | int | bool) -> str:
 
 
 @functools.cache
-def compiled(source: str, architecture: str = "compute_90a") -> str:
-    """PTX of a CUDA source.
+def compiled(source: str) -> str:
+    """PTX of a CUDA source for Hopper GPUs.
 
     Args:
       source: The text.
-      architecture: What it is compiled for.
 
     Returns:
       Text that XLA gives to the driver.
@@ -68,7 +67,7 @@ def compiled(source: str, architecture: str = "compute_90a") -> str:
     nvrtc, program = _nvrtc(), ctypes.c_void_p()
     nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"r1jax.cu", 0, None, None)
     # An exact division is a call, before which everything in registers is written to memory.
-    words = [b"--gpu-architecture=" + architecture.encode(), b"--std=c++17", b"--prec-div=false"]
+    words = [b"--gpu-architecture=compute_90a", b"--std=c++17", b"--prec-div=false"]
     words.append(b"--device-as-default-execution-space")
     failed = nvrtc.nvrtcCompileProgram(program, len(words), (ctypes.c_char_p * len(words))(*words))
     log, text = (_told(nvrtc, program, what) for what in ("ProgramLog", "PTX"))

@@ -104,9 +104,8 @@ def fits(x: Float[Array, "T D"], layers: Sequence[DenseLayer], caches: Sequence[
     widths = heads % TILE == value % TILE == rank % 64 == rope % 32 == 0
     widths = widths and sizes["NOPE"] * 128 <= slot_bytes(WARPS)
     widths = widths and rank <= 64 * WARPS and rank & (rank - 1) == 0
-    widths = (
-        widths and max(layer.o.shape[1], *(w.shape[0] for w in weights)) <= 32 * WARPS * sizes["BLOCKS"]
-    )  # a thread ends a row
+    rows = max(layer.o.shape[1], *(w.shape[0] for w in weights))  # a thread of some block ends each
+    widths = widths and rows <= 32 * WARPS * sizes["BLOCKS"]
     widths = widths and (len(_ORDER) + 1) * len(layers) + len(_FIRST) + 2 <= ADDRESSES
     return widths and table.shape[1] * pages.shape[1] <= (PARTS - 1) * SPAN and sizes["SLOTS"] >= LEAST_SLOTS
 

@@ -228,3 +228,12 @@ def test_the_sizes_of_a_decoder_of_a_billion_weights_leave_room_for_the_ring() -
     sizes = ops.with_ring(ops.sizes_of(layer, cache, NORMS, 16) | {"BLOCKS": 132})
     assert sizes["SLOTS"] == ops.SLOTS
     assert sizes["SHARED_BYTES"] + sizes["SLOTS"] * ops.slot_bytes(ops.WARPS) <= ops.SHARED
+
+
+def test_what_nvrtc_refuses_takes_the_launches_of_before_with_a_warning(monkeypatch) -> None:
+    def refuse(text: str) -> str:
+        raise RuntimeError("NVRTC refuses the source of a kernel: line 3")
+
+    monkeypatch.setattr(ops.cuda_source, "compiled", refuse)
+    with pytest.warns(UserWarning, match=r"all layers of a token is not used, which is slower: NVRTC refuses.* line 3"):
+        assert not ops._compiles("source")
