@@ -216,13 +216,14 @@ def source(sizes: Sizes, files: Sequence[str] = ("hopper.cu", *FILES)) -> str:
     places = [*_FIRST, *(f"{name}_{i}" for i in layers for name in _ORDER), "out"]
     given = [name for name in places[:-1] if name.rsplit("_", 1)[0] not in absent]
     results = ["out", *(f"same_pool_{i}" for i in layers), "same_scratch"]
-    noted = " ".join(f"to[{i}] = {name if name in (*given, *results) else 'nullptr'};" for i, name in enumerate(places))
+    noted = [f"to[{i}] = {name if name in (*given, *results) else 'nullptr'};" for i, name in enumerate(places)]
+    each = -(-len(noted) // int(sizes["WARPS"] + 1))  # a warp waits for what it reads of them, but not for the others
+    shares = [" ".join(noted[i : i + each]) for i in range(0, len(noted), each)]
+    noting = "\n".join(f"  if (thread_index() == {32 * warp}) {{ {share} }}" for warp, share in enumerate(shares))
     kernel = f"""
 KERNEL decode_layers({", ".join(f"void* {name}" for name in (*given, *results))}) {{
-  if (thread_index() == 0) {{
-    void** to = shared().address;
-    {noted}
-  }}
+  void** to = shared().address;
+{noting}
   sync_everything();
   prepare();
   if (shared().limit < 0)
@@ -240,7 +241,7 @@ def scratch_words(sizes: Sizes) -> int:
     """What `Scratch` in decode_memory.cu has."""
     heads, rank, rope = (int(sizes[name]) for name in ("HEADS", "RANK", "ROPE"))
     vectors = heads * (sizes["NOPE"] + rope + rank + sizes["VALUE"]) + rank + rope + sizes["WIDE"] + 2 * sizes["DIM"]
-    clocks = PHASES * sizes["LAYERS"] * sizes["BLOCKS"] if sizes["TRACED"] else 1
+    clocks = (PHASES * sizes["LAYERS"] + 1) * sizes["BLOCKS"] if sizes["TRACED"] else 1
     return int(vectors + sizes["PARTS"] * heads * (2 + rank) + clocks)
 
 

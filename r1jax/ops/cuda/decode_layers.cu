@@ -96,11 +96,12 @@ DEVICE void pass() {
 }
 
 DEVICE void note_time(int layer, Phase phase) {
-  if (TRACED && thread_index() == 0) scratch().clock[(mark(layer, phase) - 1) * BLOCKS + block_index()] = clock_now();
+  if (TRACED && thread_index() == 0) scratch().clock[mark(layer, phase) * BLOCKS + block_index()] = clock_now();
 }
 
 DEVICE void run_layers() {
   Cursor cursor;
+  note_time(-1, PASSED);
 #pragma unroll 1
   for (int layer = 0; layer < LAYERS; layer++) {
     make_queries(layer, cursor);

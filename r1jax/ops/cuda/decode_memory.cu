@@ -33,7 +33,7 @@ struct Scratch {  // words that pass from phase to phase; all are 0 at first
   unsigned x[2][DIM];      // after attention, and after the layer
   unsigned highest[HEADS][PARTS], total[HEADS][PARTS];  // the last of them is the new token
   unsigned part[PARTS][HEADS][RANK];
-  unsigned clock[TRACED ? LAYERS * PASSED * BLOCKS : 1];  // when each block was through with each phase
+  unsigned clock[TRACED ? (LAYERS * PASSED + 1) * BLOCKS : 1];  // when each block began, and ended each phase
 };
 
 struct Weights {  // of a layer; a scale is null where the weight is no codes
