@@ -43,14 +43,16 @@ def tell(result: Mapping[str, Any]) -> None:
 
 
 def run_at_once(
-    commands: Mapping[str, Sequence[str]], *, jobs: int, timeout: float
+    commands: Mapping[str, Sequence[str]], *, jobs: int, timeout: float, devices: int = 1
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Runs processes side by side.
 
     Args:
       commands: Words that start each process.
-      jobs: How many at once.
+      jobs: How many at once, on each device.
       timeout: Seconds that each may take.
+      devices: Over how many GPUs they are spread, of those that `CUDA_VISIBLE_DEVICES` names or else the first of
+        this host; with one, each process sees what its caller sees.
 
     Yields:
       Name and what the process told, or {"error": why it told nothing}, as they end.
@@ -58,14 +60,19 @@ def run_at_once(
     with tempfile.TemporaryDirectory() as folder:
         waiting, running = dict(commands), dict[str, Child]()
         began: dict[str, float] = {}
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(devices)))).split(",")
+        places, taken = visible[:devices] * jobs, dict[str, str]()
         while waiting or running:
-            while waiting and len(running) < jobs:
+            while waiting and places:
                 name = next(iter(waiting))
-                running[name], began[name] = _start(waiting.pop(name), folder), time.monotonic()
+                taken[name] = places.pop(0)
+                alone = {"CUDA_VISIBLE_DEVICES": taken[name]} if devices > 1 else {}
+                running[name], began[name] = _start(waiting.pop(name), folder, alone), time.monotonic()
             time.sleep(0.05)
             for name, child in list(running.items()):
                 if child.process.poll() is not None or time.monotonic() - began[name] > timeout:
                     child.process.kill()  # of one that has ended, this does nothing
+                    places.append(taken.pop(name))
                     yield name, _finish(running.pop(name), timeout)
 
 
@@ -88,7 +95,7 @@ def run_in_turn(
             while waiting or started:
                 while waiting and len(started) <= ahead:
                     name = next(iter(waiting))
-                    started[name] = _start(waiting.pop(name), folder)
+                    started[name] = _start(waiting.pop(name), folder, {})
                 name = next(iter(started))
                 yield name, _finish(started.pop(name), timeout)
         finally:
@@ -97,12 +104,12 @@ def run_in_turn(
                 child.process.communicate()
 
 
-def _start(words: Sequence[str], folder: str) -> Child:
+def _start(words: Sequence[str], folder: str, more: Mapping[str, str]) -> Child:
     descriptor, log = tempfile.mkstemp(dir=folder)
     with os.fdopen(descriptor, "w") as stderr:
-        pipe = subprocess.PIPE
+        pipe, settings = subprocess.PIPE, {**SETTINGS, **os.environ, **more}
         process = subprocess.Popen(
-            [sys.executable, *words], stdin=pipe, stdout=pipe, stderr=stderr, text=True, env=SETTINGS | dict(os.environ)
+            [sys.executable, *words], stdin=pipe, stdout=pipe, stderr=stderr, text=True, env=settings
         )
     return Child(process, Path(log))
 

@@ -40,7 +40,8 @@ def main() -> None:
     parser.add_argument("--output", required=True, type=Path, help="JSON to write")
     parser.add_argument("--peers", type=Path, help="JSON of luna16_peers.py, to print beside")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--jobs", type=int, default=1, help="seeds side by side on one device")
+    parser.add_argument("--jobs", type=int, default=1, help="seeds side by side on each device")
+    parser.add_argument("--devices", type=int, default=1, help="GPUs over which they are spread")
     parser.add_argument("--timeout", type=float, default=3600, help="seconds that each may take")
     parser.add_argument("--workdir", default="runs/benchmark-luna16")
     parser.add_argument("--resume", action="store_true", help="keep the seeds that --output already holds")
@@ -64,7 +65,7 @@ def main() -> None:
     left = sorted(set(range(args.seeds)) - {run["seed"] for run in runs})
     commands = {str(seed): [__file__, "--child", str(seed), *sys.argv[1:]] for seed in left}
     failed = []
-    for seed, told in run_at_once(commands, jobs=args.jobs, timeout=args.timeout):
+    for seed, told in run_at_once(commands, jobs=args.jobs, timeout=args.timeout, devices=args.devices):
         if "error" in told:
             print(f"seed {seed}: {told['error']}", flush=True)
             failed.append(seed)

@@ -5,8 +5,8 @@
 
 Same arrays, augmentation (r1jax/tasks/medical/batch.py), epochs, batch and weight average as `configs/medical.py`
 with luna16_fpr_2d. The learning rate and the stem of each network are the best of a grid, chosen with a seed of their
-own by the AUC on the validation part itself; the settings of r1jax were chosen there too. No epoch is chosen: the
-figures are those of the averaged weights after the last step.
+own by the AUC on the validation part itself; some settings of r1jax were chosen there too (benchmarks/README.md). No
+epoch is chosen: the figures are those of the averaged weights after the last step.
 """
 
 import argparse

@@ -31,6 +31,7 @@ from benchmarks import (  # noqa: E402
     lidc,
     lidc_baselines,
     low_bits,
+    luna16_folds,
     luna16_peers,
     memory,
     one_device,
@@ -61,7 +62,11 @@ def luna16(report: dict) -> str:
 SECTIONS = (
     Section(
         "luna16_fpr_2d: nodule or not, one slice of a candidate",
-        {"luna16_peers": lambda report: luna16_peers.table(report["models"]), "luna16": luna16},
+        {
+            "luna16_peers": lambda report: luna16_peers.table(report["models"]),
+            "luna16": luna16,
+            "luna16_folds": lambda report: luna16_folds.table(report["runs"]),
+        },
     ),
     Section(
         "lidc_3d_134: seven ratings of a nodule in 3-D",

@@ -93,7 +93,9 @@ def _luna16_fpr_2d() -> Config:
         workdir="runs/luna16_fpr_2d",
         model=ModelConfig(
             modalities=("image",),
-            image=VisionConfig(size=(48, 48), stem_stride=1, widths=(48, 96, 192, 384), blocks=(2, 2, 4, 2)),
+            image=VisionConfig(
+                size=(48, 48), stem_stride=1, widths=(48, 96, 192, 384), blocks=(2, 2, 4, 2), norm="picture"
+            ),
             dropout=0.2,
             precision="bf16",
         ),

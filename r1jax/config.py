@@ -81,6 +81,9 @@ class VisionConfig:
     """Channels of each stage; between stages the resolution halves."""
     blocks: tuple[Count, ...] = (1, 1, 1)
     """Residual blocks of each stage."""
+    norm: Literal["cell", "picture"] = "cell"
+    """What a norm in the residual blocks takes the root mean square over: the channels of each cell, or all cells of a
+    picture, after which bright places are still brighter than dim ones."""
     layers: Natural = 1
     """Bidirectional transformer layers over the last stage's cells."""
     num_attention_heads: Count = 4

@@ -88,11 +88,13 @@ class RMSNorm(nn.Module):
     """x / rms(x) * weight, in fp32 (Zhang and Sennrich 2019)."""
 
     eps: float = 1e-6
+    first_axis: int = -1
+    """rms is over this axis and all after it."""
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         weight = self.param("weight", nn.initializers.ones, (x.shape[-1],), jnp.float32)
-        return rms_norm(x, weight, self.eps)
+        return rms_norm(x, weight, self.eps, self.first_axis)
 
 
 class MLP(nn.Module):

@@ -6,7 +6,7 @@ A sub-volume is convolved in plane and then through plane, R(2+1)D (Tran et al. 
 along z, the two steps cost 12 C^2 a voxel instead of 27 C^2, and in-plane convolutions are fast on CPU and GPU.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -86,14 +86,16 @@ class ResidualBlock(nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x)))))): both in plane for images, in plane then through plane for volumes."""
 
     dtype: DTypeLike
+    norm: Literal["cell", "picture"] = "cell"
 
     @nn.compact
-    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        width = x.shape[-1]
+    def __call__(self, x: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
+        width, first_axis = x.shape[-1], {"cell": -1, "picture": 1}[self.norm]
         second = ThroughConv if x.ndim == 5 else PlaneConv
-        y = PlaneConv(width, self.dtype, name="first")(nn.silu(RMSNorm(name="first_norm")(x)))
-        y = second(width, self.dtype, name="second")(nn.silu(RMSNorm(name="second_norm")(y)))
-        return x + y
+        y = RMSNorm(first_axis=first_axis, name="first_norm")(x)
+        y = PlaneConv(width, self.dtype, name="first")(nn.silu(y))
+        y = RMSNorm(first_axis=first_axis, name="second_norm")(y)
+        return x + second(width, self.dtype, name="second")(nn.silu(y))
 
 
 def space_to_depth(x: Float[Array, "..."], stride: int) -> Float[Array, "..."]:
@@ -136,7 +138,7 @@ class VisionEncoder(nn.Module):
                 x = space_to_depth(x, 2)
             x = Linear(width, self.dtype, name=f"merge_{stage}")(x)
             for i in range(blocks):
-                residual = ResidualBlock(self.dtype, name=f"stage_{stage}_block_{i}")
+                residual = ResidualBlock(self.dtype, c.norm, name=f"stage_{stage}_block_{i}")
                 x = block(ResidualBlock.__call__, self.remat)(residual, x)
         grid = x.shape[1:-1]
         x = RMSNorm(name="norm")(x.reshape(x.shape[0], -1, x.shape[-1]))

@@ -35,6 +35,32 @@ def test_processes_at_once_meet(tmp_path):
     assert dict(run_at_once(commands, jobs=2, timeout=LONG)) == {"a": {"met": True}, "b": {"met": True}}
 
 
+SEEN = "import os; began = time.time(); time.sleep(0.5)\n"
+SEEN += "tell({'device': os.environ.get('CUDA_VISIBLE_DEVICES'), 'began': began, 'ended': time.time()})"
+
+
+@pytest.mark.parametrize(("visible", "names"), [(None, ["0", "1"]), ("5,3,7", ["5", "3"])])
+def test_processes_are_spread_over_devices_each_of_which_holds_no_more_than_its_jobs(visible, names, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    found = dict(run_at_once({name: words(START + SEEN) for name in "abcde"}, jobs=1, timeout=LONG, devices=2))
+    assert sorted(found) == list("abcde")
+    assert [found[name]["device"] for name in "ab"] == names and {row["device"] for row in found.values()} == set(names)
+    for device in names:
+        rows = sorted((row["began"], row["ended"]) for row in found.values() if row["device"] == device)
+        assert all(before[1] <= after[0] for before, after in zip(rows, rows[1:], strict=False))
+
+
+@pytest.mark.parametrize("visible", [None, "5,3,7"])
+def test_with_one_device_processes_see_what_their_caller_sees(visible, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    ((_, found),) = run_at_once({"a": words(START + SEEN)}, jobs=2, timeout=LONG)
+    assert found["device"] == visible
+
+
 @pytest.mark.parametrize("how", ["in turn", "at once"])
 def test_a_crash_is_told_with_its_last_words(how):
     commands = {"bad": words("raise SystemExit('no room here')"), "good": words(START + "tell({'fine': 1})")}

@@ -14,8 +14,8 @@ def test_seeds_that_are_there_are_kept_and_the_rest_joined_in_order(tmp_path, mo
         figures = dict.fromkeys(FIGURES, 0.9 + number / 100)
         return {"seed": number, "seconds": 1.0, "views": {"8": figures}}
 
-    def children(commands, *, jobs, timeout):
-        assert jobs == 2
+    def children(commands, *, jobs, timeout, devices):
+        assert (jobs, devices) == (2, 4)
         for name, words in reversed(commands.items()):
             assert words[1:3] == ["--child", name]
             failed = {"error": "exit code 1"}
@@ -26,7 +26,7 @@ def test_seeds_that_are_there_are_kept_and_the_rest_joined_in_order(tmp_path, mo
     output.write_text(json.dumps({"models": {"r1jax": {"runs": [seed(1)]}}}))
     monkeypatch.setattr(luna16, "run_at_once", children)
     words = ["luna16.py", "--data", "set", "--output", str(output), "--seeds", "5", "--jobs", "2", "--resume"]
-    monkeypatch.setattr(sys, "argv", [*words, "--", "--x=1"])
+    monkeypatch.setattr(sys, "argv", [*words, "--devices", "4", "--", "--x=1"])
     with pytest.raises(SystemExit, match=r"^without seed 4 \(above\)"):
         luna16.main()
     told = json.loads(output.read_text())["models"]["r1jax"]

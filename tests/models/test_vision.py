@@ -1,4 +1,4 @@
-"""Image and volume encoders: convolutions against lax and loops, patch merging as a permutation."""
+"""Image and volume encoders: convolutions and blocks against lax and loops, patch merging as a permutation."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from r1jax.config import VisionConfig
-from r1jax.models.vision import PlaneConv, ThroughConv, VisionEncoder, space_to_depth
+from r1jax.models.vision import PlaneConv, ResidualBlock, ThroughConv, VisionEncoder, space_to_depth
 
 SIZES = {2: (32, 16), 3: (8, 16, 8)}
 
@@ -29,15 +29,19 @@ def draw(*shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
+def plane64(x, weight):
+    """In-plane convolution in fp64."""
+    *_, height, width, _ = x.shape
+    padded = np.pad(np.asarray(x, np.float64), (*[(0, 0)] * (x.ndim - 3), (1, 1), (1, 1), (0, 0)))
+    taps = np.asarray(weight, np.float64)
+    return sum(padded[..., i : i + height, j : j + width, :] @ taps[i, j] for i, j in np.ndindex(3, 3))
+
+
 def test_plane_convolution_is_that_of_each_slice():
     x, weight = draw(2, 3, 5, 6, 4), draw(3, 3, 4, 7, seed=1)
     y = np.asarray(PlaneConv(7, jnp.float32).apply({"params": {"weight": weight}}, x))
     assert y.shape == (2, 3, 5, 6, 7)
-    padded = np.pad(np.asarray(x, np.float64), ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0)))
-    expected = np.zeros(y.shape)
-    for i, j in np.ndindex(3, 3):
-        expected += padded[:, :, i : i + 5, j : j + 6] @ np.asarray(weight[i, j], np.float64)
-    np.testing.assert_allclose(y, expected, rtol=0, atol=2e-5)
+    np.testing.assert_allclose(y, plane64(x, weight), rtol=0, atol=2e-5)
 
 
 def test_through_convolution_is_a_3x1x1_kernel():
@@ -47,6 +51,60 @@ def test_through_convolution_is_a_3x1x1_kernel():
     dims = ("NDHWC", "DHWIO", "NDHWC")
     expected = jax.lax.conv_general_dilated(x, kernel, (1, 1, 1), "SAME", dimension_numbers=dims)
     np.testing.assert_allclose(y, expected, rtol=0, atol=2e-5)
+
+
+def residual_block(rank, norm):
+    """A block of random weights, and a batch of unlike pictures."""
+    module, x = ResidualBlock(jnp.float32, norm), draw(2, 4, 5, 6, 8) if rank == 3 else draw(2, 5, 6, 8)
+    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), x))["params"]
+    leaves, tree = jax.tree.flatten(shapes)
+    params = jax.tree.unflatten(tree, [draw(*leaf.shape, seed=i) / 4 for i, leaf in enumerate(leaves, start=1)])
+    return (
+        lambda x: module.apply({"params": params}, x),
+        params,
+        x * jnp.asarray([1.0, 2.0]).reshape(2, *[1] * (rank + 1)),
+    )
+
+
+@pytest.mark.parametrize("norm", ["cell", "picture"])
+@pytest.mark.parametrize("rank", [2, 3])
+def test_a_block_is_its_formula(rank, norm):
+    def normed(x, weight):
+        axes = -1 if norm == "cell" else tuple(range(1, x.ndim))
+        x = x / np.sqrt(np.mean(x**2, axis=axes, keepdims=True) + 1e-6) * weight
+        return x / (1 + np.exp(-x))
+
+    apply, params, x = residual_block(rank, norm)
+    p, x64 = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params), np.asarray(x, np.float64)
+    y = normed(plane64(normed(x64, p["first_norm"]["weight"]), p["first"]["weight"]), p["second_norm"]["weight"])
+    if rank == 2:
+        y = plane64(y, p["second"]["weight"])
+    else:
+        padded = np.pad(y, ((0, 0), (1, 1), *[(0, 0)] * 3))
+        taps = np.split(p["second"]["Linear_0"]["weight"].T, 3)
+        y = sum(padded[:, i : i + y.shape[1]] @ tap for i, tap in enumerate(taps))
+    np.testing.assert_allclose(np.asarray(apply(x)), x64 + y, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+def test_how_bright_a_place_is_beside_others_is_seen_with_the_norm_of_the_picture(rank):
+    there = (0, *[2] * rank)
+    for norm in ("cell", "picture"):
+        apply, _, x = residual_block(rank, norm)
+        brighter = x.at[there].multiply(10.0)
+        moved = np.abs(np.asarray((apply(brighter) - brighter) - (apply(x) - x)))
+        assert moved[1].max() == 0  # cases do not mix
+        assert (moved[0].max() > 0.1) == (norm == "picture")
+        scaled = np.asarray(apply(x * 10.0) - x * 10.0)  # how bright the whole is, neither sees
+        np.testing.assert_allclose(scaled, np.asarray(apply(x) - x), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("norm", ["cell", "picture"])
+@pytest.mark.parametrize("rank", [2, 3])
+def test_gradients_of_a_block_are_finite_where_a_picture_is_black(rank, norm):
+    apply, _, x = residual_block(rank, norm)
+    gradients = jax.grad(lambda x: jnp.sum(apply(x) ** 2))(x.at[0].set(0.0))
+    assert np.isfinite(np.asarray(gradients)).all() and np.abs(np.asarray(gradients[1])).max() > 0
 
 
 def encoder(rank, **changes):
@@ -63,9 +121,11 @@ def change(a, b):
     return np.abs(np.asarray(a.tokens - b.tokens)).max(axis=2)
 
 
-@pytest.mark.parametrize(("rank", "merge"), [(2, 1), (3, 2)])
-def test_tokens_of_images_and_volumes(rank, merge):
-    apply, x, spacing = encoder(rank, merge=merge)
+@pytest.mark.parametrize(
+    ("rank", "merge", "norm"), [(2, 1, "cell"), (2, 1, "picture"), (3, 2, "cell"), (3, 2, "picture")]
+)
+def test_tokens_of_images_and_volumes(rank, merge, norm):
+    apply, x, spacing = encoder(rank, merge=merge, norm=norm)
     out = apply(x, spacing)
     grid = tuple(n // 4 for n in SIZES[rank])
     assert out.tokens.shape == (2, int(np.prod(grid)) // merge**rank, 10)
