@@ -40,7 +40,7 @@ struct Warp {
   unsigned a[32][4], b[32][2];
 };
 struct Block {
-  explicit Block(int warps) : meet{32 * warps}, everybody{32 * warps + 32}, warp(warps + 1) {}
+  Block(int warps, int others) : meet{32 * warps}, everybody{32 * (warps + others)}, warp(warps + others) {}
   Meeting meet, everybody;
   std::vector<Warp> warp;
   void* memory = nullptr;
@@ -151,19 +151,20 @@ void run_thread() {
 // Runs a kernel, with so much shared memory and so large a ring; what is in them at first are no numbers. Returns
 // whether all threads came to their end.
 template <typename Kernel>
-bool run_blocks(int blocks, int warps, size_t bytes, size_t ring, Kernel kernel) {
+bool run_blocks(int blocks, int warps, int others, size_t bytes, size_t ring, Kernel kernel) {
   constexpr size_t STACK = 1 << 16;
+  const int size = 32 * (warps + others);
   std::vector<std::unique_ptr<Block>> all;
   std::vector<std::vector<Words>> memory;
-  std::vector<Thread> threads(blocks * (32 * warps + 32));
+  std::vector<Thread> threads(blocks * size);
   kernel_of_all = kernel;
   for (int b = 0; b < blocks; b++) {
     for (size_t size : {bytes, ring}) memory.emplace_back(size / 16 + 1, Words{~0u, ~0u, ~0u, ~0u});
-    all.push_back(std::make_unique<Block>(warps));
+    all.push_back(std::make_unique<Block>(warps, others));
     all[b]->memory = memory[2 * b].data();
     all[b]->ring = reinterpret_cast<unsigned char*>(memory[2 * b + 1].data());
-    for (int t = 0; t < 32 * warps + 32; t++) {
-      Thread& thread = threads[b * (32 * warps + 32) + t];
+    for (int t = 0; t < size; t++) {
+      Thread& thread = threads[b * size + t];
       thread.block = all[b].get(), thread.block_index = b, thread.thread = t;
       thread.stack = std::make_unique<char[]>(STACK);
       getcontext(&thread.context);

@@ -79,7 +79,7 @@ DEVICE void prepare() {
     shared().limit = tokens;
     shared().span = larger(((tokens + PARTS - 2) / (PARTS - 1) + 7) / 8 * 8, LEAST_SPAN);
     shared().parts = (tokens + shared().span - 1) / shared().span;
-    for (int i = 0; i < SLOTS; i++) open_gate(&shared().filled[i], 1), open_gate(&shared().emptied[i], WARPS);
+    for (int i = 0; i < SLOTS; i++) open_gate(&shared().filled[i], BRINGERS), open_gate(&shared().emptied[i], WARPS);
   }
   if (thread < THREADS) {
     for (int i = thread; i < PAGES; i += THREADS) shared().table[i] = shared().given.table[i];
@@ -92,7 +92,7 @@ DEVICE void prepare() {
 // What is done where there is no token: nothing, and nobody has to wait.
 DEVICE void pass() {
   if (block_index() == 0)
-    for (int i = thread_index(); i < DIM; i += THREADS + 32) shared().given.out[i] = shared().given.x[i];
+    for (int i = thread_index(); i < DIM; i += EVERYBODY) shared().given.out[i] = shared().given.x[i];
 }
 
 DEVICE void note_time(int layer, Phase phase) {

@@ -1,11 +1,12 @@
 // What the blocks of decode_layers.cu have in shared and in global memory, and how numbers pass between blocks.
 
-constexpr int THREADS = 32 * WARPS, HALF_ROPE = ROPE / 2, ENTRY = RANK + ROPE;
+constexpr int THREADS = 32 * WARPS, EVERYBODY = THREADS + 32 * BRINGERS, HALF_ROPE = ROPE / 2, ENTRY = RANK + ROPE;
 constexpr int QUERIES = HEADS * (NOPE + ROPE), MIXED = HEADS * VALUE;
 constexpr int FEW = 16;            // heads that attend together, the rows of a tile
 constexpr int SLICE = 64;          // numbers of a latent that a block makes of a head's query at a time
 constexpr int BESIDE = 64;         // bytes between rows in shared memory, so that lanes meet in no bank
-constexpr int CHUNK = 64 * WARPS;  // bytes of a row in a slot of the ring
+constexpr int STRIDE = 64 * WARPS;       // bytes of a row that all warps take together
+constexpr int CHUNK = STRIDES * STRIDE;  // bytes of a row in a slot of the ring, which one copy brings
 constexpr int SLOT = 16 * (CHUNK + BESIDE);
 constexpr float FINEST = 4194304;  // 2^22, the largest number as codes
 

@@ -110,6 +110,23 @@ struct Cursor {
   DEVICE unsigned char* place() const { return ring() + slot * SLOT; }
 };
 
+// Copies rows of so many bytes, so far apart in memory and in the ring, into the slot that comes next. The lanes of a warp
+// start their copies one after another, so each of the warps that bring weights has a share of the rows.
+template <int ROWS>
+DEVICE void bring_rows(Cursor& cursor, const void* from, int bytes, int apart, int pitch) {
+  constexpr int EACH = ROWS / BRINGERS;
+  static_assert(ROWS % BRINGERS == 0, "as many rows for each");
+  const int lane = thread_index() % 32, first = (thread_index() - THREADS) / 32 * EACH;
+  if (cursor.round) wait_for(&shared().emptied[cursor.slot], cursor.round - 1);
+  if (lane == 0) expect(&shared().filled[cursor.slot], EACH * bytes);
+  sync_warp();
+#pragma unroll 1
+  for (int row = first + lane; row < first + EACH; row += 32)
+    copy(cursor.place() + row * pitch, (const unsigned char*)from + (long long)row * apart, bytes,
+         &shared().filled[cursor.slot]);
+  cursor.next();
+}
+
 template <bool CODES> struct Sum { using type = float; };
 template <> struct Sum<true> { using type = int; };
 
@@ -118,7 +135,7 @@ template <bool CODES, int ROWS, int WIDTH, bool PAIRED>
 struct Product {
   static constexpr int ROW = WIDTH * (CODES ? 1 : 2), STREAMS = PAIRED ? 2 : 1, TILES = ROWS / 16;
   static constexpr int CHUNKS = (ROW + CHUNK - 1) / CHUNK, PIECES = STREAMS * CHUNKS;
-  static constexpr int TOGETHER = PIECES % 4 == 0 ? 4 : PIECES % 2 == 0 ? 2 : 1;
+  static constexpr int MOST = 4 / STRIDES, TOGETHER = PIECES % MOST == 0 ? MOST : PIECES % 2 == 0 && MOST > 2 ? 2 : 1;
   static_assert(TOGETHER <= SLOTS, "what is taken together fits into the ring");
   static_assert(ROW % 64 == 0 && ROWS % 16 == 0, "whole steps and tiles");
   static_assert(tiles_of(ROWS) * 16 <= THREADS, "a thread ends a row");
@@ -126,18 +143,16 @@ struct Product {
   float scale[STREAMS];  // of the row that this thread ends
   int row;
 
-  // Copies this block's tiles into the ring, by the lanes of one warp.
+  // Brings this block's tiles.
   DEVICE static void bring(Cursor& cursor, const void* weight) {
-    const int lane = thread_index() % 32;
+#pragma unroll 1
     for (int tile = block_index(); tile < TILES; tile += BLOCKS)
+#pragma unroll 1
       for (int s = 0; s < STREAMS; s++)
-        for (int start = 0; start < ROW; start += CHUNK, cursor.next()) {
-          const int bytes = ROW - start < CHUNK ? ROW - start : CHUNK;
-          if (cursor.round) wait_for(&shared().emptied[cursor.slot], cursor.round - 1);
-          if (lane == 0) expect(&shared().filled[cursor.slot], 16 * bytes);
-          sync_warp();
-          const auto* from = (const unsigned char*)weight + (long long)(s * ROWS + tile * 16 + lane) * ROW + start;
-          if (lane < 16) copy(cursor.place() + lane * (CHUNK + BESIDE), from, bytes, &shared().filled[cursor.slot]);
+#pragma unroll 1
+        for (int start = 0; start < ROW; start += CHUNK) {
+          const auto* from = (const unsigned char*)weight + (long long)(s * ROWS + tile * 16) * ROW + start;
+          bring_rows<16>(cursor, from, ROW - start < CHUNK ? ROW - start : CHUNK, ROW, CHUNK + BESIDE);
         }
   }
 
@@ -158,24 +173,28 @@ struct Product {
     typename Sum<CODES>::type sum[STREAMS][4] = {};
 #pragma unroll
     for (int base = 0; base < PIECES; base += TOGETHER) {
-      Words up[TOGETHER], low[TOGETHER], own[TOGETHER];
+      constexpr int HELD = TOGETHER * STRIDES;
+      Words up[HELD], low[HELD], own[HELD];
       Cursor now = cursor;
 #pragma unroll
-      for (int i = 0; i < TOGETHER; i++, now.next()) {
-        const int start = (base + i) % CHUNKS * CHUNK;
-        wait_for(&shared().filled[now.slot], now.round);
+      for (int i = 0; i < HELD; i++) {
+        const int start = (base + i / STRIDES) % CHUNKS * CHUNK + i % STRIDES * STRIDE;
+        if (i % STRIDES == 0) wait_for(&shared().filled[now.slot], now.round);
         const bool there = start + warp * 64 < ROW;
-        const unsigned char* at = now.place() + group * (CHUNK + BESIDE) + warp * 64 + lane % 4 * 16;
+        const unsigned char* at = now.place() + group * (CHUNK + BESIDE) + i % STRIDES * STRIDE + warp * 64;
+        at += lane % 4 * 16;
         up[i] = there ? *(const Words*)at : Words{};
         low[i] = there ? *(const Words*)(at + 8 * (CHUNK + BESIDE)) : Words{};
         own[i] = there ? *(const Words*)(x + start) : Words{};
+        if (i % STRIDES == STRIDES - 1) now.next();
       }
       sync_warp();
 #pragma unroll
-      for (int i = 0; i < TOGETHER; i++, cursor.next()) {
-        if (lane == 0) arrive(&shared().emptied[cursor.slot]);
-        multiply(sum[(base + i) / CHUNKS], up[i].a, low[i].a, up[i].b, low[i].b, own[i].a, own[i].b);
-        multiply(sum[(base + i) / CHUNKS], up[i].c, low[i].c, up[i].d, low[i].d, own[i].c, own[i].d);
+      for (int i = 0; i < HELD; i++) {
+        if (i % STRIDES == 0 && lane == 0) arrive(&shared().emptied[cursor.slot]);
+        multiply(sum[(base + i / STRIDES) / CHUNKS], up[i].a, low[i].a, up[i].b, low[i].b, own[i].a, own[i].b);
+        multiply(sum[(base + i / STRIDES) / CHUNKS], up[i].c, low[i].c, up[i].d, low[i].d, own[i].c, own[i].d);
+        if (i % STRIDES == STRIDES - 1) cursor.next();
       }
     }
 #pragma unroll
@@ -231,25 +250,21 @@ DEVICE Half* entry(int layer, int token) {
 constexpr int ABSORBING = HEADS * RANK / SLICE;  // units of the second phase
 static_assert(NOPE * SLICE * 2 <= SLOT, "a slot holds the keys' weight of a unit");
 
-// Copies what `absorb` takes of the keys' weight into the ring.
+// Brings what `absorb` takes of the keys' weight.
 DEVICE void bring_keys(Cursor& cursor, const Half* keys) {
-  const int lane = thread_index() % 32;
-  for (int unit = block_index(); unit < ABSORBING; unit += BLOCKS, cursor.next()) {
+#pragma unroll 1
+  for (int unit = block_index(); unit < ABSORBING; unit += BLOCKS) {
     const Half* from = keys + (long long)(unit / (RANK / SLICE)) * NOPE * RANK + unit % (RANK / SLICE) * SLICE;
-    if (cursor.round) wait_for(&shared().emptied[cursor.slot], cursor.round - 1);
-    if (lane == 0) expect(&shared().filled[cursor.slot], NOPE * SLICE * 2);
-    sync_warp();
-    for (int row = lane; row < NOPE; row += 32)
-      copy(cursor.place() + row * SLICE * 2, from + row * RANK, SLICE * 2, &shared().filled[cursor.slot]);
+    bring_rows<NOPE>(cursor, from, SLICE * 2, RANK * 2, SLICE * 2);
   }
 }
 
-DEVICE void bring_weights() {  // by one warp, in the order in which the others take them
+DEVICE void bring_weights() {  // in the order in which they are taken
   Cursor cursor;
 #pragma unroll 1
   for (int layer = 0; layer < LAYERS; layer++) {
-    for (int token = block_index() + thread_index() % 32 * BLOCKS; token < shared().limit; token += 32 * BLOCKS)
-      bring_near(entry(layer, token), 2 * ENTRY);
+    for (int i = thread_index() - THREADS; block_index() + i * BLOCKS < shared().limit; i += 32 * BRINGERS)
+      bring_near(entry(layer, block_index() + i * BLOCKS), 2 * ENTRY);
     Queries::bring(cursor, weights_of(layer).q_kv);
     bring_keys(cursor, weights_of(layer).keys);
     Values::bring(cursor, weights_of(layer).values);
