@@ -103,7 +103,7 @@ def fits(x: Float[Array, "T D"], layers: Sequence[DenseLayer], caches: Sequence[
     sizes = sizes_of(layer, caches[0], Norms(0, 0, 0), len(layers))
     heads, value, rank, rope = (sizes[name] for name in ("HEADS", "VALUE", "RANK", "ROPE"))
     widths = heads % TILE == value % TILE == rank % 64 == rope % 32 == 0
-    widths = widths and sizes["NOPE"] * 128 <= slot_bytes(sizes)
+    widths = widths and sizes["NOPE"] % BRINGERS == 0 and sizes["NOPE"] * 128 <= slot_bytes(sizes)
     widths = widths and rank <= 64 * WARPS and rank & (rank - 1) == 0
     rows = max(layer.o.shape[1], *(w.shape[0] for w in weights))  # a thread of some block ends each
     widths = widths and rows <= 32 * WARPS * sizes["BLOCKS"]
@@ -128,9 +128,11 @@ def shared_bytes(sizes: Sizes) -> int:
     entry = 2 * (sizes["RANK"] + sizes["ROPE"])
     x = max(*width.values(), TILE * (entry + (192 - entry % 128) % 128), 512 * sizes["WARPS"])
     addresses = len(_FIRST) + len(_ORDER) * sizes["LAYERS"] + 2 + 2 * SLOTS
-    rows = sizes["HEADS"] * (sizes["NOPE"] + sizes["ROPE"] + sizes["VALUE"]) + sizes["RANK"] + sizes["ROPE"]
-    tiles = max(2 * sizes["WIDE"], sizes["DIM"], rows) // (TILE * sizes["BLOCKS"]) + 2
-    words = 3 + sizes["PAGES"] + sizes["ROPE"] + (16 * tiles + 2) * sizes["WARPS"]
+    heads, rank = sizes["HEADS"], sizes["RANK"] + sizes["ROPE"]
+    queries, mixed = heads * (sizes["NOPE"] + sizes["ROPE"]) + rank, heads * sizes["VALUE"]
+    together = (2 * sizes["WIDE"], max(queries, sizes["DIM"]), max(mixed, sizes["DIM"]))
+    tiles = sum(rows // (TILE * sizes["BLOCKS"]) + 2 for rows in together)
+    words = 3 + sizes["PAGES"] + sizes["ROPE"] + (16 * tiles + 3) * sizes["WARPS"]
     words += sizes["PARTS"] + TILE * (sizes["SPAN"] + 4) + entry // 4
     return -(-int(8 * addresses + x + 4 * words + 128) // 128) * 128
 

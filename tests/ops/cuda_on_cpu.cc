@@ -71,13 +71,14 @@ DEVICE float from_lane(float value, int lane) {
   return found;
 }
 DEVICE float across_lanes(float value, int mask) { return from_lane(value, running->thread % 32 ^ mask); }
-DEVICE float highest_of_lanes(float value) {
-  for (int mask = 16; mask; mask /= 2) value = std::max(value, across_lanes(value, mask));
-  return value;
-}
 DEVICE float rsqrtf(float x) { return 1 / std::sqrt(x); }
 DEVICE unsigned as_bits(float value) { unsigned bits; std::memcpy(&bits, &value, 4); return bits; }
 DEVICE float as_float(unsigned bits) { float f; std::memcpy(&f, &bits, 4); return f; }
+DEVICE float highest_of_lanes(float value) {
+  for (int mask = 16; mask; mask /= 2)
+    value = as_float(std::max(as_bits(value), as_bits(across_lanes(value, mask))));
+  return value;
+}
 DEVICE Half narrowed(float value) {
   unsigned bits;
   std::memcpy(&bits, &value, 4);

@@ -10,7 +10,7 @@ DEVICE void make_entry(int layer) {
   const int thread = thread_index();
   const unsigned* latent = scratch().both + QUERIES;
   const unsigned* place[EACH + 2];
-  float value[EACH + 2], gain[EACH], sum = 0, none = 0;
+  float value[EACH + 2], gain[EACH], sum = 0;
 #pragma unroll
   for (int i = 0; i < EACH; i++) {
     int at = i * THREADS + thread;
@@ -22,8 +22,7 @@ DEVICE void make_entry(int layer) {
   take_each(value, place, mark(layer, QUERIED));
 #pragma unroll
   for (int i = 0; i < EACH; i++) sum += thread + i * THREADS < RANK ? value[i] * value[i] : 0;
-  reduce_block(sum, none);
-  float shrink = rsqrtf(sum / RANK + LATENT_EPS);
+  const float shrink = rsqrtf(sum_of_block(sum) / RANK + LATENT_EPS);
 #pragma unroll
   for (int i = 0; i < EACH; i++) {
     int at = i * THREADS + thread;
@@ -288,9 +287,9 @@ DEVICE void expand(int layer, Cursor& cursor) {
   for (int tile = block_index(); tile < Values::TILES; tile += BLOCKS) {
     sync_block();
     put_joined(layer, tile * 16 / VALUE);
-    product.multiply_tile(cursor, index++);
+    product.multiply_tile(cursor, index++, 1);
   }
-  product.end_rows(1, [&](int row, float* y) {
+  product.end_rows(nullptr, [&](int row, float* y) {
     give(&scratch().mixed[row], rounded(y[0]), mark(layer, EXPANDED));
   });
 }

@@ -22,12 +22,11 @@
 DEVICE void make_queries(int layer, Cursor& cursor) {
   if (idle(Queries::TILES)) return;
   Queries product;
-  Gains<DIM> gains;
   product.begin(weights_of(layer).q_kv_scale);
-  gains.ask_for(weights_of(layer).input_norm);
+  Norm<Q_KV_CODES, DIM> norm(weights_of(layer).input_norm, shared().squares[0]);
   const Half* plain = layer ? nullptr : shared().given.x;
-  float unit = put_row<Q_KV_CODES, DIM>(scratch().x[1], mark(layer - 1, PASSED), &gains, plain);
-  product.finish(cursor, unit, [&](int row, float* y) {
+  const float unit = put_row<Q_KV_CODES, DIM>(scratch().x[1], mark(layer - 1, PASSED), &norm, plain);
+  product.finish(cursor, unit, &norm, [&](int row, float* y) {
     give(&scratch().both[row], rounded(y[0]), mark(layer, QUERIED));
   });
 }
@@ -39,8 +38,8 @@ DEVICE void project(int layer, Cursor& cursor) {
   const int row = product.row;
   Early before(row >= 0 && layer ? &scratch().x[1][row] : nullptr, mark(layer - 1, PASSED));
   const float first = row >= 0 && !layer ? widened(shared().given.x[row]) : 0;
-  float unit = put_row<O_CODES, MIXED>(scratch().mixed, mark(layer, EXPANDED), nullptr);
-  product.finish(cursor, unit, [&](int row, float* y) {
+  const float unit = put_row<O_CODES, MIXED>(scratch().mixed, mark(layer, EXPANDED), nullptr);
+  product.finish(cursor, unit, nullptr, [&](int row, float* y) {
     give(&scratch().x[0][row], rounded(y[0] + (layer ? before.value() : first)), mark(layer, PROJECTED));
   });
 }
@@ -48,11 +47,10 @@ DEVICE void project(int layer, Cursor& cursor) {
 DEVICE void gate_up(int layer, Cursor& cursor) {
   if (idle(GateUp::TILES)) return;
   GateUp product;
-  Gains<DIM> gains;
   product.begin(weights_of(layer).gate_up_scale);
-  gains.ask_for(weights_of(layer).post_norm);
-  float unit = put_row<GATE_UP_CODES, DIM>(scratch().x[0], mark(layer, PROJECTED), &gains);
-  product.finish(cursor, unit, [&](int row, float* y) {
+  Norm<GATE_UP_CODES, DIM> norm(weights_of(layer).post_norm, shared().squares[1]);
+  const float unit = put_row<GATE_UP_CODES, DIM>(scratch().x[0], mark(layer, PROJECTED), &norm);
+  product.finish(cursor, unit, &norm, [&](int row, float* y) {
     give(&scratch().between[row], rounded(y[0] / (1 + expf(-y[0])) * y[1]), mark(layer, GATED));
   });
 }
@@ -62,8 +60,8 @@ DEVICE void down(int layer, Cursor& cursor) {
   Down product;
   product.begin(weights_of(layer).down_scale);
   Early before(product.row >= 0 ? &scratch().x[0][product.row] : nullptr, mark(layer, PROJECTED));
-  float unit = put_row<DOWN_CODES, WIDE>(scratch().between, mark(layer, GATED), nullptr);
-  product.finish(cursor, unit, [&](int row, float* y) {
+  const float unit = put_row<DOWN_CODES, WIDE>(scratch().between, mark(layer, GATED), nullptr);
+  product.finish(cursor, unit, nullptr, [&](int row, float* y) {
     if (layer + 1 < LAYERS)
       give(&scratch().x[1][row], rounded(y[0] + before.value()), mark(layer, PASSED));
     else
@@ -104,12 +102,14 @@ DEVICE void run_layers() {
   note_time(-1, PASSED);
 #pragma unroll 1
   for (int layer = 0; layer < LAYERS; layer++) {
+    sync_block();  // nobody reads sums or squares of the layer before, whatever a block had to do in it
     make_queries(layer, cursor);
     note_time(layer, QUERIED);
     absorb(layer, cursor);
     note_time(layer, ABSORBED);
     if (block_index() == BLOCKS - 1) attend_to_new(layer);
     attend(layer);
+    sync_block();  // nor what products share shared memory with
     note_time(layer, ATTENDED);
     expand(layer, cursor);
     note_time(layer, EXPANDED);

@@ -4,91 +4,99 @@ DEVICE float scale_of(const void* scale, int row) {
   return SCALES_OF_HALF ? widened(((const Half*)scale)[row]) : ((const float*)scale)[row];
 }
 
-// Sum of the first and highest of the second over all threads, the same in each.
-DEVICE void reduce_block(float& sum, float& most) {
+// Sum over all threads, the same in each.
+DEVICE float sum_of_block(float sum) {
+  const int thread = thread_index();
   for (int mask = 16; mask; mask /= 2) sum += across_lanes(sum, mask);
-  most = highest_of_lanes(most);
-  const int thread = thread_index(), warp = thread / 32;
   sync_block();
-  if (thread % 32 == 0) shared().reduced[warp][0] = sum, shared().reduced[warp][1] = most;
+  if (thread % 32 == 0) shared().reduced[thread / 32] = sum;
   sync_block();
-  sum = most = 0;
+  sum = 0;
 #pragma unroll
-  for (int i = 0; i < WARPS; i++) sum += shared().reduced[i][0], most = fmaxf(most, shared().reduced[i][1]);
+  for (int i = 0; i < WARPS; i++) sum += shared().reduced[i];
+  return sum;
 }
 
-// The gains of a norm, four numbers of a thread at a time; they are asked for before the row is there.
-template <int WIDTH>
-struct Gains {
-  static constexpr int EACH = (WIDTH / 4 + THREADS - 1) / THREADS;
-  float of[EACH][4];
+// Which numbers of a row a thread has, four at a time: those that its own warp multiplies, 64 bytes of each STRIDE.
+template <bool CODES, int WIDTH>
+struct Columns {
+  static constexpr int RUN = CODES ? 64 : 32, LANES = RUN / 4, EACH = (WIDTH + 128 * WARPS - 1) / (128 * WARPS);
 
-  DEVICE void ask_for(const float* gain) {
-    int thread = thread_index();
-#pragma unroll
-    for (int i = 0; i < EACH; i++) {
-      int at = 4 * (i * THREADS + thread);
-      Words four = at < WIDTH ? ask(gain + at) : Words{};
-      of[i][0] = as_float(four.a), of[i][1] = as_float(four.b);
-      of[i][2] = as_float(four.c), of[i][3] = as_float(four.d);
-    }
+  DEVICE static int at(int i) {
+    const int thread = thread_index(), lane = thread % 32, warp = thread / 32;
+    return (i * (32 / LANES) + lane / LANES) * (RUN * WARPS) + warp * RUN + lane % LANES * 4;
   }
 };
 
-// Puts a row into shared memory, normed where there are gains, as bf16 or as three codes a number; returns the unit of
-// the last code, which is no number where one of the row is none. The first layer's row is `plain`.
+// The norm of a row. Its gains are asked for before the row is there, and what it divides by is known and used when the
+// product is: a warp need not wait for numbers that others multiply.
 template <bool CODES, int WIDTH>
-DEVICE float put_row(const unsigned* row, unsigned mark, const Gains<WIDTH>* gains, const Half* plain = nullptr) {
-  constexpr int EACH = Gains<WIDTH>::EACH;
-  const int thread = thread_index();
-  const unsigned* place[EACH];
-  float x[EACH][4], sum = 0, most = 0;
+struct Norm {
+  using Own = Columns<CODES, WIDTH>;
+  float gain[Own::EACH][4], square = 0;
+  float* squares;  // of all warps
+
+  DEVICE Norm(const float* gains, float* squares) : squares(squares) {
+#pragma unroll
+    for (int i = 0; i < Own::EACH; i++) {
+      const Words four = Own::at(i) < WIDTH ? ask(gains + Own::at(i)) : Words{};
+      gain[i][0] = as_float(four.a), gain[i][1] = as_float(four.b);
+      gain[i][2] = as_float(four.c), gain[i][3] = as_float(four.d);
+    }
+  }
+  DEVICE void note() {  // before all meet
+    for (int mask = 16; mask; mask /= 2) square += across_lanes(square, mask);
+    if (thread_index() % 32 == 0) squares[thread_index() / 32] = square;
+  }
+  DEVICE float shrink() const {  // behind that
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < WARPS; i++) sum += squares[i];
+    return rsqrtf(sum / WIDTH + EPS);
+  }
+};
+
+// Puts a warp's columns of a row into shared memory, times the gains of a norm if there is one, as bf16 or as three codes
+// a number; returns the unit of their last code, which is no number where one of them is none. The first layer's row is
+// `plain`.
+template <bool CODES, int WIDTH>
+DEVICE float put_row(const unsigned* row, unsigned mark, Norm<CODES, WIDTH>* norm, const Half* plain = nullptr) {
+  using Own = Columns<CODES, WIDTH>;
+  const unsigned* place[Own::EACH];
+  float x[Own::EACH][4], most = 0;
   if (plain) {
 #pragma unroll
-    for (int i = 0; i < EACH; i++) {
-      int at = 4 * (i * THREADS + thread);
-      for (int j = 0; j < 4; j++) x[i][j] = at < WIDTH ? widened(plain[at + j]) : 0;
-    }
+    for (int i = 0; i < Own::EACH; i++)
+      for (int j = 0; j < 4; j++) x[i][j] = Own::at(i) < WIDTH ? widened(plain[Own::at(i) + j]) : 0;
   } else {
 #pragma unroll
-    for (int i = 0; i < EACH; i++) {
-      int at = 4 * (i * THREADS + thread);
-      place[i] = at < WIDTH ? row + at : nullptr;
-    }
+    for (int i = 0; i < Own::EACH; i++) place[i] = Own::at(i) < WIDTH ? row + Own::at(i) : nullptr;
     take_fours(x, place, mark);
   }
 #pragma unroll
-  for (int i = 0; i < EACH; i++)
+  for (int i = 0; i < Own::EACH; i++)
 #pragma unroll
     for (int j = 0; j < 4; j++) {
-      sum += x[i][j] * x[i][j];
-      most = fmaxf(most, fabsf(gains ? x[i][j] * gains->of[i][j] : x[i][j]));
+      if (norm) norm->square += x[i][j] * x[i][j], x[i][j] *= norm->gain[i][j];
+      // Of numbers that are none the bits are higher than all.
+      if (CODES) most = x[i][j] == x[i][j] && most == most ? fmaxf(most, fabsf(x[i][j])) : as_float(0x7fc00000u);
     }
-  float shrink = 1;
-  if (gains || CODES)
-    reduce_block(sum, most);
-  else
-    sync_block();  // what is in shared memory has been read
-  if (gains) shrink = rsqrtf(sum / WIDTH + EPS);
-  most *= shrink;
-  float unit = sum == sum ? most / FINEST : sum, inverse = most > 0 ? FINEST / most : 0;
+  if (CODES) most = highest_of_lanes(most);
+  const float unit = CODES ? most / FINEST : 1, inverse = most > 0 ? FINEST / most : 0;
 #pragma unroll
-  for (int i = 0; i < EACH; i++) {
-    int at = 4 * (i * THREADS + thread);
+  for (int i = 0; i < Own::EACH; i++) {
+    const int at = Own::at(i);
     if (at >= WIDTH) break;
-    if (gains)
-#pragma unroll
-      for (int j = 0; j < 4; j++) x[i][j] *= shrink * gains->of[i][j];
     const Pair pair = {paired(x[i][0], x[i][1]), paired(x[i][2], x[i][3])};
     if (!CODES) {
       *(Pair*)(shared().x + 2 * at) = pair;
       continue;
     }
-    float y[4] = {lower(pair.a), upper(pair.a), lower(pair.b), upper(pair.b)};
+    const float y[4] = {lower(pair.a), upper(pair.a), lower(pair.b), upper(pair.b)};
     unsigned codes[3] = {};
 #pragma unroll
     for (int j = 0; j < 4; j++) {
-      int left = (int)rintf(y[j] * inverse), second = (left + 128) >> 8, first = (second + 128) >> 8;
+      const int left = (int)rintf(y[j] * inverse), second = (left + 128) >> 8, first = (second + 128) >> 8;
       codes[0] |= (first & 255) << 8 * j;
       codes[1] |= (second & 255) << 8 * j;  // less 256 times the first, which these bits do not hold
       codes[2] |= (left & 255) << 8 * j;
@@ -97,7 +105,7 @@ DEVICE float put_row(const unsigned* row, unsigned mark, const Gains<WIDTH>* gai
     for (int digit = 0; digit < 3; digit++)
       *(unsigned*)(shared().x + digit * (WIDTH + BESIDE) + at) = codes[digit];
   }
-  sync_block();
+  sync_warp();
   return unit;
 }
 
@@ -130,8 +138,9 @@ DEVICE void bring_rows(Cursor& cursor, const void* from, int bytes, int apart, i
 template <bool CODES> struct Sum { using type = float; };
 template <> struct Sum<true> { using type = int; };
 
-// A matrix of ROWS x WIDTH times a row in shared memory; PAIRED: with another as many rows below, of a SwiGLU.
-template <bool CODES, int ROWS, int WIDTH, bool PAIRED>
+// A matrix of ROWS x WIDTH times a row in shared memory; PAIRED: with another as many rows below, of a SwiGLU. Its sums
+// begin at FIRST, where those of the product before it are not: a thread may still read them.
+template <bool CODES, int ROWS, int WIDTH, int FIRST, bool PAIRED = false>
 struct Product {
   static constexpr int ROW = WIDTH * (CODES ? 1 : 2), STREAMS = PAIRED ? 2 : 1, TILES = ROWS / 16;
   static constexpr int CHUNKS = (ROW + CHUNK - 1) / CHUNK, PIECES = STREAMS * CHUNKS;
@@ -166,7 +175,7 @@ struct Product {
   }
 
   // Multiplies one tile, `index` of this block, whose rows are in the ring next, with the tile that it is paired with.
-  DEVICE void multiply_tile(Cursor& cursor, int index) {
+  DEVICE void multiply_tile(Cursor& cursor, int index, float unit) {
     const int thread = thread_index(), lane = thread % 32, warp = thread / 32, group = lane / 4;
     const int column = CODES ? (group < 2 ? group : 2) * (WIDTH + BESIDE) : 0;  // its three codes, or all alike
     const unsigned char* x = shared().x + column + warp * 64 + lane % 4 * 16;
@@ -204,42 +213,44 @@ struct Product {
         float value = sum[s][2 * below];
         if (CODES) {  // columns 0 and 1 are of a lane, column 2 is of the next
           float last = across_lanes(value, 1);
-          value = (value * 256 + sum[s][2 * below + 1]) * 256 + last;
+          value = ((value * 256 + sum[s][2 * below + 1]) * 256 + last) * unit;
         }
-        if (lane % 4 == 0) shared().sums[index * STREAMS + s][warp][group + 8 * below] = value;
+        if (lane % 4 == 0) shared().sums[FIRST + index * STREAMS + s][warp][group + 8 * below] = value;
       }
   }
 
   // Gives the results of a row to `end(row, results)` of its thread.
   template <typename End>
-  DEVICE void end_rows(float unit, End end) {
+  DEVICE void end_rows(Norm<CODES, WIDTH>* norm, End end) {
+    if (norm) norm->note();
     sync_block();
     if (row < 0) return;
+    const float shrink = norm ? norm->shrink() : 1;
     const int thread = thread_index();
     float result[STREAMS] = {};
 #pragma unroll
     for (int s = 0; s < STREAMS; s++) {
 #pragma unroll
       for (int warp = 0; warp < WARPS; warp++)
-        result[s] += shared().sums[thread / 16 * STREAMS + s][warp][thread % 16];
-      if (CODES) result[s] *= unit * scale[s];
+        result[s] += shared().sums[FIRST + thread / 16 * STREAMS + s][warp][thread % 16];
+      result[s] *= shrink * scale[s];
     }
     end(row, result);
   }
 
   template <typename End>
-  DEVICE void finish(Cursor& cursor, float unit, End end) {
+  DEVICE void finish(Cursor& cursor, float unit, Norm<CODES, WIDTH>* norm, End end) {
     int index = 0;
-    for (int tile = block_index(); tile < TILES; tile += BLOCKS) multiply_tile(cursor, index++);
-    end_rows(unit, end);
+    for (int tile = block_index(); tile < TILES; tile += BLOCKS) multiply_tile(cursor, index++, unit);
+    end_rows(norm, end);
   }
 };
 
-using Queries = Product<Q_KV_CODES, QUERIES + ENTRY, DIM, false>;
-using Values = Product<false, MIXED, RANK, false>;
-using Output = Product<O_CODES, DIM, MIXED, false>;
-using GateUp = Product<GATE_UP_CODES, WIDE, DIM, true>;
-using Down = Product<DOWN_CODES, DIM, WIDE, false>;
+using Queries = Product<Q_KV_CODES, QUERIES + ENTRY, DIM, SUMS_OF_GATES>;
+using Values = Product<false, MIXED, RANK, SUMS_OF_GATES + SUMS_OF_QUERIES>;
+using Output = Product<O_CODES, DIM, MIXED, SUMS_OF_GATES>;
+using GateUp = Product<GATE_UP_CODES, WIDE, DIM, 0, true>;
+using Down = Product<DOWN_CODES, DIM, WIDE, SUMS_OF_GATES + SUMS_OF_QUERIES>;
 
 // The place of a token in the pool.
 DEVICE Half* entry(int layer, int token) {
