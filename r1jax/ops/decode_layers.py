@@ -105,6 +105,7 @@ def fits(x: Float[Array, "T D"], layers: Sequence[DenseLayer], caches: Sequence[
     widths = heads % TILE == value % TILE == rank % 64 == rope % 32 == 0
     widths = widths and sizes["NOPE"] % BRINGERS == 0 and sizes["NOPE"] * 128 <= slot_bytes(sizes)
     widths = widths and rank <= 64 * WARPS and rank & (rank - 1) == 0
+    widths = widths and (heads == TILE or TILE * value >= (64 if sizes["O_CODES"] else 32) * WARPS)
     rows = max(layer.o.shape[1], *(w.shape[0] for w in weights))  # a thread of some block ends each
     widths = widths and rows <= 32 * WARPS * sizes["BLOCKS"]
     widths = widths and (len(_ORDER) + 1) * len(layers) + len(_FIRST) + 2 <= ADDRESSES

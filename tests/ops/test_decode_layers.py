@@ -190,11 +190,11 @@ def test_what_is_no_number_stays_none(small) -> None:
 def test_a_traced_launch_tells_when_each_block_was_through_with_each_phase(small) -> None:
     x, layers, caches = drawn()
     words = small(x, layers, caches, 3, blocks=6, TRACED=1)[2]
-    clocks = words[-len(layers) * 7 * 6 :].reshape(-1, 6)
+    clocks = words[-(len(layers) * 7 + 1) * 6 :].reshape(-1, 6)
     assert np.all(clocks > 0) and np.all(np.diff(clocks.astype(int), axis=0) > 0)
 
 
-def test_only_what_the_kernel_is_written_for_fits() -> None:
+def test_only_what_the_kernel_is_written_for_fits(monkeypatch) -> None:
     x, layers, caches = drawn()
     assert ops.fits(x, layers, caches)
     assert not ops.fits(jnp.concatenate([x, x]), layers, caches)
@@ -211,6 +211,9 @@ def test_only_what_the_kernel_is_written_for_fits() -> None:
     assert not ops.fits(x, drawn(heads=8)[1], caches)  # 16 heads attend together
     assert not ops.fits(x, layers, [caches[0], caches[1]._replace(pages=caches[1].pages[:5])])
     assert not ops.fits(x, drawn(heads=560, layers=1)[1], caches[:1])  # more rows than threads of all blocks
+    monkeypatch.setattr(ops, "multiprocessors", lambda: 132)
+    assert ops.fits(x, drawn(heads=32)[1], caches)
+    assert not ops.fits(x, drawn(("o",), heads=32)[1], caches)  # a warp's codes are of one group of heads alone
 
 
 def test_the_sizes_of_a_decoder_of_a_billion_weights_leave_room_for_the_ring() -> None:

@@ -1,10 +1,10 @@
 // All layers of a dense decoder for one token, in one launch: weights are on their way before what they meet is there.
 //
-// A block lives on each multiprocessor and does its share of each phase. One of its warps does nothing but copy the
-// block's weights of all phases and layers, in their order, into a ring of shared memory, so that memory is busy while
-// blocks wait for each other, which single launches cannot be. A layer has seven phases: queries and latent; queries
-// into the latent space; attention to a part of the cache; the parts joined, and out of the latent space; o_proj; gate
-// and up; down_proj.
+// A block lives on each multiprocessor and does its share of each phase. Some of its warps do nothing but copy the block's
+// weights of all phases and layers, in their order, into a ring of shared memory, so that memory is busy while blocks
+// wait for each other, which single launches cannot be. A layer has seven phases: queries and latent; queries into the
+// latent space; attention to a part of the cache; the parts joined, and out of the latent space; o_proj; gate and up;
+// down_proj.
 //
 // No barrier stands between phases. A number passes from block to block as a word that says of which phase it is: 20
 // bits of fp32 and 12 of the phase, which is never 0. Who needs it reads it until the phase is right, so that a phase
@@ -12,10 +12,12 @@
 // through others, everything for which it was read. All blocks must run at once: if other work keeps some of them from
 // multiprocessors for long, the kernel fails rather than wait for ever.
 //
-// A product has tiles of 16 rows, which blocks take in turn. Warps take 64 bytes each of what a slot of the ring has of
-// a tile's rows, and multiply them with tensor cores: the other operand has one column of bf16, or three of codes,
-// which together are one number to 22 bits below the largest. Any order of the columns is right that both operands
-// share, so each lane takes 16 bytes in a row of both.
+// A product has tiles of 16 rows, which blocks take in turn. Of each KiB of a row a warp takes 64 bytes, and multiplies
+// them with tensor cores: the other operand has one column of bf16, or three of codes, which together are one number to
+// 22 bits below the largest of the warp. Any order of the columns is right that both operands share, so each lane takes
+// 16 bytes in a row of both. A warp reads those words itself that it multiplies, so that a block's warps wait for each
+// other once in a product: when they add up what they have. Who is ahead of others of its block meets what these still
+// read in no other place: it has words that were given when all of the product before the last had been read.
 //
 // Sizes are macros, and the kernel itself, which knows how many addresses there are, is written by decode_layers.py.
 
@@ -69,7 +71,7 @@ DEVICE void down(int layer, Cursor& cursor) {
   });
 }
 
-// What every block begins with; then one warp brings weights, and the others run the layers.
+// What every block begins with; then some warps bring weights, and the others run the layers.
 DEVICE void prepare() {
   const int thread = thread_index();
   if (thread == 0) {
@@ -102,14 +104,12 @@ DEVICE void run_layers() {
   note_time(-1, PASSED);
 #pragma unroll 1
   for (int layer = 0; layer < LAYERS; layer++) {
-    sync_block();  // nobody reads sums or squares of the layer before, whatever a block had to do in it
     make_queries(layer, cursor);
     note_time(layer, QUERIED);
     absorb(layer, cursor);
     note_time(layer, ABSORBED);
     if (block_index() == BLOCKS - 1) attend_to_new(layer);
     attend(layer);
-    sync_block();  // nor what products share shared memory with
     note_time(layer, ATTENDED);
     expand(layer, cursor);
     note_time(layer, EXPANDED);

@@ -246,6 +246,8 @@ struct Product {
   }
 };
 
+static_assert(HEADS == FEW || FEW * VALUE >= (O_CODES ? 64 : 32) * WARPS,
+              "what a warp reads of the heads is of all groups that attend together, so that all have ended");
 using Queries = Product<Q_KV_CODES, QUERIES + ENTRY, DIM, SUMS_OF_GATES>;
 using Values = Product<false, MIXED, RANK, SUMS_OF_GATES + SUMS_OF_QUERIES>;
 using Output = Product<O_CODES, DIM, MIXED, SUMS_OF_GATES>;
