@@ -309,8 +309,12 @@ def launch(
         aliases[len(arrays) - 1] = 1 + i
     alike = (x[0], *(cache.pages for cache in caches), arrays[5])
     results = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in alike]
-    ptx, shared = cuda_source.compiled(source(sizes)), int(sizes["SHARED_BYTES"] + sizes["SLOTS"] * slot_bytes(sizes))
-    kernel = cuda_source.Launch("decode_layers", ptx, int(sizes["BLOCKS"]), 32 * int(sizes["WARPS"] + sizes["BRINGERS"]), shared)
+    threads, shared = (
+        32 * (sizes["WARPS"] + sizes["BRINGERS"]),
+        sizes["SHARED_BYTES"] + sizes["SLOTS"] * slot_bytes(sizes),
+    )
+    ptx = cuda_source.compiled(source(sizes))
+    kernel = cuda_source.Launch("decode_layers", ptx, int(sizes["BLOCKS"]), int(threads), int(shared))
     out, *pools, words = cuda_source.launch(kernel, results, arrays, aliases)
     return out[None], pools, words
 
