@@ -52,16 +52,34 @@ def decode(
       States before the final norm, which `next_logits` and `decode_second` apply, and the cache with x in it.
     """
     rows, pools, turn = x.reshape(-1, x.shape[-1]), list(cache.pages), turns(config, positions)
-    dense = [dense_layer(layer) for layer in served.layers]
-    caches = [PagedLatents(pages, cache.table) for pages in pools[: len(dense)]]
-    if None not in dense and takes_layers(rows, dense, caches, norms_of(config)):
+    if together := layers_together(config, served, x, cache):
         limit = jnp.where(valid, positions, -1)[0, 0]
-        rows, caches = decode_layers(rows, dense, caches, limit, turn, norms_of(config))
+        rows, caches = decode_layers(rows, *together, limit, turn, norms_of(config))
         after = tuple(each.pages for each in caches)
-        return rows.reshape(x.shape), cache._replace(pages=after + tuple(pools[len(dense) :]))
+        return rows.reshape(x.shape), cache._replace(pages=after + tuple(pools[len(after) :]))
     for i, layer in enumerate(served.layers):
         rows, pools[i] = _step(config, layer, rows, positions, valid, pools[i], cache.table, turn)
     return rows.reshape(x.shape), cache._replace(pages=tuple(pools))
+
+
+def layers_together(
+    config: DecoderConfig, served: Served, x: Float[Array, "B T D"], cache: LatentCache
+) -> tuple[list[DenseLayer], list[PagedLatents]] | None:
+    """What `decode` gives to one launch; where it does, a pass over a token that does not exist costs next to nothing.
+
+    Args:
+      config: The decoder.
+      served: Its weights.
+      x: Embeddings, whose shape and dtype count.
+      cache: What came before.
+
+    Returns:
+      All layers and their caches; None where they are run one by one.
+    """
+    dense = [dense_layer(layer) for layer in served.layers]
+    caches = [PagedLatents(pages, cache.table) for pages in cache.pages[: len(dense)]]
+    rows = x.reshape(-1, x.shape[-1])
+    return (dense, caches) if None not in dense and takes_layers(rows, dense, caches, norms_of(config)) else None
 
 
 def decode_second(

@@ -158,7 +158,7 @@ class Generator:
           attention_mask: As in `generate`.
           seed: As in `generate`.
           rows: As in `generate`.
-          rounds: Rounds between two pieces.
+          rounds: Rounds between two pieces; each number of them is compiled anew.
 
         Yields:
           What each row got since the last piece; nothing for rows that have ended.
@@ -257,15 +257,15 @@ def _start(
         return read_prompt(model, settings, pages, params, batch, key)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
+@partial(jax.jit, static_argnums=(0, 1, 2, 5), donate_argnums=4)
 def _advance(
     model: Decoder,
     quant: tuple[str, ...],
     settings: GenerationSettings,
     params: Params,
     state: State,
-    rounds: int | Int[Array, ""],
+    rounds: int,
 ) -> State:
-    """A few rounds, in the state's own memory."""
+    """A few rounds, in the state's own memory; a program is for their number, which a stride must not exceed."""
     with rounding_by(quant, WITHIN):
         return run_rounds(model, settings, params, state, rounds)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from r1jax.arguments import GenerationSettings
 from r1jax.models.decoder import Decoder, LatentCache
-from r1jax.models.decoding import decode, decode_second, next_logits
+from r1jax.models.decoding import decode, decode_second, layers_together, next_logits
 from r1jax.models.served import Served, unfused
 from r1jax.ops.latent_attention import empty_pages
 from r1jax.ops.quantize import Quantized
@@ -23,6 +23,9 @@ from r1jax.serve.prompts import Batch
 from r1jax.serve.sampling import draw, process_logits
 
 Params = Any
+
+STRIDE = 8
+"""Rounds between two looks at whether to go on, where a round that nobody needs is cheap: it reads the head alone."""
 
 
 class State(NamedTuple):
@@ -51,6 +54,10 @@ def run_rounds(
 ) -> State:
     """Runs rounds until every row has ended, or so many.
 
+    Whether to go on is known on the device: a GPU tells the host and idles until the host has answered. A loop whose
+    length is known when it is compiled runs without that. So rounds come in strides of a fixed length where those
+    beyond the end, which change nothing, are cheap.
+
     Args:
       model: The decoder.
       settings: How tokens are chosen, and when a row ends.
@@ -61,14 +68,39 @@ def run_rounds(
     Returns:
       The state after them.
     """
+    stride = stride_of(model, params, state, most)
 
     def goes_on(carry: tuple[Int[Array, ""], State]) -> Bool[Array, ""]:
         return (carry[0] < most) & ~jnp.all(carry[1].done)
 
+    def one(_: int | Int[Array, ""], carry: tuple[Int[Array, ""], State]) -> tuple[Int[Array, ""], State]:
+        now, state = carry
+        return now + 1, _round(model, settings, narrow_until(now, params), state, ~state.done & (now < most))
+
     def body(carry: tuple[Int[Array, ""], State]) -> tuple[Int[Array, ""], State]:
-        return carry[0] + 1, _round(model, settings, narrow_until(carry[0], params), carry[1])
+        return one(0, carry) if stride == 1 else jax.lax.fori_loop(0, stride, one, carry)
 
     return jax.lax.while_loop(goes_on, body, (jnp.int32(0), state))[1]
+
+
+def stride_of(model: Decoder, params: Params, state: State, most: int | Int[Array, ""]) -> int:
+    """Rounds of a stride: several where a pass without a token is cheap, never more than are asked for.
+
+    Args:
+      model: The decoder.
+      params: Its weights.
+      state: Whose cache and rows will be read.
+      most: Rounds at most; a number that is not known when this is compiled does not shorten a stride.
+
+    Returns:
+      1 where every pass reads all weights.
+    """
+    if not isinstance(params, Served):
+        return 1
+    x = model.apply({"params": params.rest}, state.feed, method="embed")  # its shape is asked for, not its numbers
+    if layers_together(model.config, params, x, state.cache) is None:
+        return 1
+    return min(STRIDE, most) if isinstance(most, int) else STRIDE
 
 
 def narrow_until(now: Int[Array, ""], params: Params) -> Params:
@@ -145,27 +177,34 @@ def read_prompt(
     return state._replace(cache=cache, feed=jnp.stack(feed, axis=1))
 
 
-def _round(model: Decoder, settings: GenerationSettings, params: Params, state: State) -> State:
-    """One pass of the decoder over what each living row feeds: one token, or two with speculation."""
+def _round(
+    model: Decoder, settings: GenerationSettings, params: Params, state: State, alive: Bool[Array, " B"]
+) -> State:
+    """One pass of the decoder over what each living row feeds: one token, or two with speculation.
+
+    Nothing of the other rows changes.
+    """
     read = _read_fused if isinstance(params, Served) else _read
-    alive, feed = ~state.done, state.feed
+    feed = state.feed
     positions = state.length[:, None] + jnp.arange(feed.shape[1])[None]
     # A guess beyond the last token that a row may get has no page, and nobody will ask for what follows it.
     valid = alive[:, None] & (state.count[:, None] + jnp.arange(feed.shape[1])[None] <= settings.max_new_tokens)
     logits, cache, guess = read(model, params, feed, positions, valid, state.cache)
     first, state = _choose(settings, logits[:, 0], state, alive)
     if not settings.speculate:
-        return state._replace(cache=cache, length=_add(state.length, alive), feed=first[:, None])
+        feed = jnp.where(alive[:, None], first[:, None], feed)
+        return state._replace(cache=cache, length=_add(state.length, alive), feed=feed)
 
     right = alive & (first == feed[:, 1])
     second, state = _choose(settings, logits[:, 1], state, right & ~state.done)
     following = jnp.stack([first, second], axis=1)
     last = right.astype(jnp.int32)  # the place that the next guess follows from; its logits are all that is needed
     guessed, cache = guess(following, valid & jnp.stack([alive, right], axis=1), last)
+    new = jnp.stack([jnp.where(right, second, first), _greedy(guessed)], axis=1)
     return state._replace(
         cache=cache,
         length=_add(state.length, alive, right),
-        feed=jnp.stack([jnp.where(right, second, first), _greedy(guessed)], axis=1),
+        feed=jnp.where(alive[:, None], new, feed),
         drafted=_add(state.drafted, alive),
         accepted=_add(state.accepted, right),
     )
