@@ -6,7 +6,8 @@
 The decoder is that of decode_step.py's case `one`. A token is the mean of --tokens in one program, each of which reads
 what the one before gave. Times of phases are of a launch that notes the clocks of its multiprocessors: the median over
 blocks of what lies between the end of one phase and of the next, in the middle layer; it holds the waiting for others.
-Times of layers show what the first takes more, while the kernel itself is read.
+Times of layers show what the first takes more, while the kernel itself is read. Clocks are taken for --megahertz; under
+load they may be slower, and layers together then take less than the launch by them.
 """
 
 import argparse
@@ -84,11 +85,25 @@ class Case:
 
 
 def phases_of(words: np.ndarray, layers: int, blocks: int, megahertz: float) -> dict[str, Any]:
-    """Microseconds of each phase of the middle layer and of each layer, by the clocks that are the last of the words."""
+    """Microseconds of the middle layer's phases and of each layer, by the clocks that are the last of the words."""
     clocks = words[-(layers * len(PHASES) + 1) * blocks :].reshape(-1, blocks)
     between = np.diff(clocks, axis=0).reshape(layers, len(PHASES), blocks) / megahertz  # modulo 2^32, as clocks are
     middle = dict(zip(PHASES, np.median(between[layers // 2], axis=1).tolist(), strict=True))
     return {"phases_us": middle, "layers_us": np.median(between.sum(axis=1), axis=1).tolist()}
+
+
+def markdown(report: dict) -> str:
+    """The table of benchmarks/README.md."""
+    lines = [
+        f"| weights | macros | us | {' | '.join(PHASES)} | a layer |",
+        "|---|---|---|" + "---|" * (len(PHASES) + 1),
+    ]
+    for row in report["results"]:
+        macros = ", ".join(f"{name} {number}" for name, number in row["macros"].items())
+        phases = " | ".join(f"{row['phases_us'][name]:.1f}" for name in PHASES)
+        layer = f"{np.median(row['layers_us']):.1f}"
+        lines.append(f"| {row['name']} | {macros} | {row['us']:.0f} ± {row['iqr_us'] / 2:.0f} | {phases} | {layer} |")
+    return "\n".join(lines)
 
 
 def main() -> None:

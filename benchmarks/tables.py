@@ -20,6 +20,7 @@ from benchmarks import (  # noqa: E402
     cache,
     data,
     decode,
+    decode_phases,
     decode_step,
     edge,
     edge_exports,
@@ -84,7 +85,9 @@ SECTIONS = (
     Section("Hit rates of the cache", {"cache": cache.table}),
     Section("Reading shuffled cases", {"data": data.table}),
     Section("Decoding with the DeepSeek-V3 decoder", {"decode": decode.table}),
-    Section("A step of decoding on one H200", {"decode_step": decode_step.markdown}),
+    Section(
+        "A step of decoding on one H200", {"decode_step": decode_step.markdown, "decode_phases": decode_phases.markdown}
+    ),
     Section("Kernels on one Hopper GPU", {"h100": h100.markdown}),
     Section("Few bits on one GPU", {"low_bits": low_bits.markdown}),
     Section("What rounding costs", {"quantization": lambda report: quantization.summary(report["rows"])}),

@@ -26,14 +26,15 @@ Sizes = dict[str, int | float | bool]
 
 FILES = ("decode_memory.cu", "decode_products.cu", "decode_attention.cu", "decode_layers.cu")
 """Of the source, behind the one that knows the GPU."""
-WARPS = 16
+WARPS, BRINGERS = 16, 4
+"""Of a block, that compute, and that bring weights; with four a thread has as many registers as with one."""
 TILE = 16
 """Rows of a weight that a warp multiplies together."""
 PARTS, SPAN, LEAST_SPAN = 32, 272, 64
 """Parts of a cache at most, the new token among them; tokens of a part, at most and where there are few."""
-SLOTS = 10
-"""Of the ring at most, each of a KiB of 16 rows and what lies between them."""
-LEAST_SLOTS = 4
+STRIDES, SLOTS = 2, 10
+"""KiB of 16 rows in a slot of the ring, and slots at most."""
+LEAST_SLOTS = 2
 PHASES = 7
 """Of a layer, as decode_memory.cu counts them."""
 PATIENCE = 2**24
@@ -102,8 +103,9 @@ def fits(x: Float[Array, "T D"], layers: Sequence[DenseLayer], caches: Sequence[
     sizes = sizes_of(layer, caches[0], Norms(0, 0, 0), len(layers))
     heads, value, rank, rope = (sizes[name] for name in ("HEADS", "VALUE", "RANK", "ROPE"))
     widths = heads % TILE == value % TILE == rank % 64 == rope % 32 == 0
-    widths = widths and sizes["NOPE"] * 128 <= slot_bytes(WARPS)
+    widths = widths and sizes["NOPE"] % BRINGERS == 0 and sizes["NOPE"] * 128 <= slot_bytes(sizes)
     widths = widths and rank <= 64 * WARPS and rank & (rank - 1) == 0
+    widths = widths and (heads == TILE or TILE * value >= (64 if sizes["O_CODES"] else 32) * WARPS)
     rows = max(layer.o.shape[1], *(w.shape[0] for w in weights))  # a thread of some block ends each
     widths = widths and rows <= 32 * WARPS * sizes["BLOCKS"]
     widths = widths and (len(_ORDER) + 1) * len(layers) + len(_FIRST) + 2 <= ADDRESSES
@@ -127,16 +129,18 @@ def shared_bytes(sizes: Sizes) -> int:
     entry = 2 * (sizes["RANK"] + sizes["ROPE"])
     x = max(*width.values(), TILE * (entry + (192 - entry % 128) % 128), 512 * sizes["WARPS"])
     addresses = len(_FIRST) + len(_ORDER) * sizes["LAYERS"] + 2 + 2 * SLOTS
-    rows = sizes["HEADS"] * (sizes["NOPE"] + sizes["ROPE"] + sizes["VALUE"]) + sizes["RANK"] + sizes["ROPE"]
-    tiles = max(2 * sizes["WIDE"], sizes["DIM"], rows) // (TILE * sizes["BLOCKS"]) + 2
-    words = 3 + sizes["PAGES"] + sizes["ROPE"] + (16 * tiles + 2) * sizes["WARPS"]
+    heads, rank = sizes["HEADS"], sizes["RANK"] + sizes["ROPE"]
+    queries, mixed = heads * (sizes["NOPE"] + sizes["ROPE"]) + rank, heads * sizes["VALUE"]
+    together = (2 * sizes["WIDE"], max(queries, sizes["DIM"]), max(mixed, sizes["DIM"]))
+    tiles = sum(rows // (TILE * sizes["BLOCKS"]) + 2 for rows in together)
+    words = 3 + sizes["PAGES"] + sizes["ROPE"] + (16 * tiles + 3) * sizes["WARPS"]
     words += sizes["PARTS"] + TILE * (sizes["SPAN"] + 4) + entry // 4
     return -(-int(8 * addresses + x + 4 * words + 128) // 128) * 128
 
 
-def slot_bytes(warps: int) -> int:
+def slot_bytes(sizes: Sizes) -> int:
     """A slot of the ring."""
-    return TILE * (64 * warps + 64)
+    return TILE * int(64 * sizes["WARPS"] * sizes["STRIDES"] + 64)
 
 
 def _depths(sizes: Sizes) -> dict[str, int]:
@@ -173,7 +177,9 @@ def sizes_of(layer: DenseLayer, cache: PagedLatents, norms: Norms, count: int) -
         **{f"{name}_CODES": isinstance(w, Quantized) for name, w in weights.items()},
         "SCALES_OF_HALF": not codes or codes[0].scale.dtype == jnp.bfloat16,
         "BLOCKS": multiprocessors(),
+        "STRIDES": STRIDES,
         "WARPS": WARPS,
+        "BRINGERS": BRINGERS,
         "PARTS": min(PARTS, 1 - (-table.shape[1] * pages.shape[1] // LEAST_SPAN)),
         "SPAN": SPAN,
         "LEAST_SPAN": LEAST_SPAN,
@@ -190,7 +196,7 @@ def sizes_of(layer: DenseLayer, cache: PagedLatents, norms: Norms, count: int) -
 def with_ring(sizes: Sizes) -> Sizes:
     """The macros with what follows from them for shared memory: where the ring begins, and its slots."""
     held = shared_bytes(sizes)
-    return sizes | {"SHARED_BYTES": held, "SLOTS": min(SLOTS, (SHARED - held) // slot_bytes(int(sizes["WARPS"])))}
+    return sizes | {"SHARED_BYTES": held, "SLOTS": min(SLOTS, (SHARED - held) // slot_bytes(sizes))}
 
 
 _FIRST = ("x", "limit", "table", "cos", "sin", "scratch")
@@ -303,8 +309,12 @@ def launch(
         aliases[len(arrays) - 1] = 1 + i
     alike = (x[0], *(cache.pages for cache in caches), arrays[5])
     results = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in alike]
-    ptx, shared = cuda_source.compiled(source(sizes)), int(sizes["SHARED_BYTES"] + sizes["SLOTS"] * slot_bytes(WARPS))
-    kernel = cuda_source.Launch("decode_layers", ptx, int(sizes["BLOCKS"]), 32 * WARPS + 32, shared)
+    threads, shared = (
+        32 * (sizes["WARPS"] + sizes["BRINGERS"]),
+        sizes["SHARED_BYTES"] + sizes["SLOTS"] * slot_bytes(sizes),
+    )
+    ptx = cuda_source.compiled(source(sizes))
+    kernel = cuda_source.Launch("decode_layers", ptx, int(sizes["BLOCKS"]), int(threads), int(shared))
     out, *pools, words = cuda_source.launch(kernel, results, arrays, aliases)
     return out[None], pools, words
 

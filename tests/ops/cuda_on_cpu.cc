@@ -9,6 +9,7 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <random>
 #include <vector>
 
 using Half = unsigned short;
@@ -40,7 +41,7 @@ struct Warp {
   unsigned a[32][4], b[32][2];
 };
 struct Block {
-  explicit Block(int warps) : meet{32 * warps}, everybody{32 * warps + 32}, warp(warps + 1) {}
+  Block(int warps, int others) : meet{32 * warps}, everybody{32 * (warps + others)}, warp(warps + others) {}
   Meeting meet, everybody;
   std::vector<Warp> warp;
   void* memory = nullptr;
@@ -71,13 +72,14 @@ DEVICE float from_lane(float value, int lane) {
   return found;
 }
 DEVICE float across_lanes(float value, int mask) { return from_lane(value, running->thread % 32 ^ mask); }
-DEVICE float highest_of_lanes(float value) {
-  for (int mask = 16; mask; mask /= 2) value = std::max(value, across_lanes(value, mask));
-  return value;
-}
 DEVICE float rsqrtf(float x) { return 1 / std::sqrt(x); }
 DEVICE unsigned as_bits(float value) { unsigned bits; std::memcpy(&bits, &value, 4); return bits; }
 DEVICE float as_float(unsigned bits) { float f; std::memcpy(&f, &bits, 4); return f; }
+DEVICE float highest_of_lanes(float value) {
+  for (int mask = 16; mask; mask /= 2)
+    value = as_float(std::max(as_bits(value), as_bits(across_lanes(value, mask))));
+  return value;
+}
 DEVICE Half narrowed(float value) {
   unsigned bits;
   std::memcpy(&bits, &value, 4);
@@ -151,19 +153,21 @@ void run_thread() {
 // Runs a kernel, with so much shared memory and so large a ring; what is in them at first are no numbers. Returns
 // whether all threads came to their end.
 template <typename Kernel>
-bool run_blocks(int blocks, int warps, size_t bytes, size_t ring, Kernel kernel) {
+bool run_blocks(int blocks, int warps, int others, size_t bytes, size_t ring, Kernel kernel) {
   constexpr size_t STACK = 1 << 16;
+  constexpr int EPOCH = 200;
+  const int size = 32 * (warps + others);
   std::vector<std::unique_ptr<Block>> all;
   std::vector<std::vector<Words>> memory;
-  std::vector<Thread> threads(blocks * (32 * warps + 32));
+  std::vector<Thread> threads(blocks * size);
   kernel_of_all = kernel;
   for (int b = 0; b < blocks; b++) {
     for (size_t size : {bytes, ring}) memory.emplace_back(size / 16 + 1, Words{~0u, ~0u, ~0u, ~0u});
-    all.push_back(std::make_unique<Block>(warps));
+    all.push_back(std::make_unique<Block>(warps, others));
     all[b]->memory = memory[2 * b].data();
     all[b]->ring = reinterpret_cast<unsigned char*>(memory[2 * b + 1].data());
-    for (int t = 0; t < 32 * warps + 32; t++) {
-      Thread& thread = threads[b * (32 * warps + 32) + t];
+    for (int t = 0; t < size; t++) {
+      Thread& thread = threads[b * size + t];
       thread.block = all[b].get(), thread.block_index = b, thread.thread = t;
       thread.stack = std::make_unique<char[]>(STACK);
       getcontext(&thread.context);
@@ -171,10 +175,19 @@ bool run_blocks(int blocks, int warps, size_t bytes, size_t ring, Kernel kernel)
       makecontext(&thread.context, run_thread, 0);
     }
   }
-  for (long before = -1; before != moves;) {
+  // For a while at a time half of the warps, drawn anew, only go on when no other can: what the others may not overrun
+  // is then still to be read.
+  std::vector<bool> slow(threads.size() / 32);
+  std::minstd_rand random;
+  for (long sweep = 0, before = -1;; sweep++) {
+    const bool everyone = before == moves;
+    if (sweep % EPOCH == 0)
+      for (size_t warp = 0; warp < slow.size(); warp++) slow[warp] = random() >> 16 & 1;
     before = moves;
-    for (Thread& thread : threads)
-      if (!thread.done) running = &thread, swapcontext(&everything, &thread.context);
+    for (size_t i = 0; i < threads.size(); i++)
+      if (!threads[i].done && (everyone || !slow[i / 32]))
+        running = &threads[i], swapcontext(&everything, &threads[i].context);
+    if (everyone && before == moves) break;
   }
   return std::all_of(threads.begin(), threads.end(), [](const Thread& thread) { return thread.done; });
 }

@@ -94,14 +94,14 @@ def small(tmp_path_factory: pytest.TempPathFactory):
         x, layers, caches, limit: int, *, blocks: int, **changed: int
     ) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
         sizes = ops.sizes_of(layers[0], caches[0], NORMS, len(layers))
-        sizes |= {"WARPS": WARPS, "PARTS": 8, "SPAN": 16, "LEAST_SPAN": 8, "BLOCKS": blocks} | changed
+        sizes |= {"WARPS": WARPS, "BRINGERS": 2, "PARTS": 8, "SPAN": 16, "LEAST_SPAN": 8, "BLOCKS": blocks} | changed
         sizes = ops.with_ring(sizes) | {"SLOTS": 5}
         text = ops.source(sizes, ops.FILES)
         many = 6 + sum(map(len, map(_arrays, layers, caches))) + len(layers) + 2
         start = f"""
         extern "C" long sizes(int what) {{ return what ? sizeof(Scratch) : sizeof(Shared); }}
         extern "C" bool start(void** p, int blocks) {{
-          return run_blocks(blocks, WARPS, sizeof(Shared), SLOTS * SLOT, [=] {{
+          return run_blocks(blocks, WARPS, BRINGERS, sizeof(Shared), SLOTS * SLOT, [=] {{
             decode_layers({", ".join(f"p[{i}]" for i in range(many))}); }});
         }}"""
         macros, rest = text[: text.index("//")], text[text.index("//") :]
@@ -194,11 +194,11 @@ def test_what_is_no_number_stays_none(small) -> None:
 def test_a_traced_launch_tells_when_each_block_was_through_with_each_phase(small) -> None:
     x, layers, caches = drawn()
     words = small(x, layers, caches, 3, blocks=6, TRACED=1)[2]
-    clocks = words[-len(layers) * 7 * 6 :].reshape(-1, 6)
+    clocks = words[-(len(layers) * 7 + 1) * 6 :].reshape(-1, 6)
     assert np.all(clocks > 0) and np.all(np.diff(clocks.astype(int), axis=0) > 0)
 
 
-def test_only_what_the_kernel_is_written_for_fits() -> None:
+def test_only_what_the_kernel_is_written_for_fits(monkeypatch) -> None:
     x, layers, caches = drawn()
     assert ops.fits(x, layers, caches)
     assert not ops.fits(jnp.concatenate([x, x]), layers, caches)
@@ -215,6 +215,9 @@ def test_only_what_the_kernel_is_written_for_fits() -> None:
     assert not ops.fits(x, drawn(heads=8)[1], caches)  # 16 heads attend together
     assert not ops.fits(x, layers, [caches[0], caches[1]._replace(pages=caches[1].pages[:5])])
     assert not ops.fits(x, drawn(heads=560, layers=1)[1], caches[:1])  # more rows than threads of all blocks
+    monkeypatch.setattr(ops, "multiprocessors", lambda: 132)
+    assert ops.fits(x, drawn(heads=32)[1], caches)
+    assert not ops.fits(x, drawn(("o",), heads=32)[1], caches)  # a warp's codes are of one group of heads alone
 
 
 def test_the_sizes_of_a_decoder_of_a_billion_weights_leave_room_for_the_ring() -> None:
@@ -230,8 +233,8 @@ def test_the_sizes_of_a_decoder_of_a_billion_weights_leave_room_for_the_ring() -
     layer = ops.DenseLayer(norm, q_kv, latent, o, norm, codes(2 * wide, deep), codes(deep, wide))
     cache = PagedLatents(half((128, 64, rank + rope), number), half((1, 128), jnp.int32))
     sizes = ops.with_ring(ops.sizes_of(layer, cache, NORMS, 16) | {"BLOCKS": 132})
-    assert sizes["SLOTS"] == ops.SLOTS
-    assert sizes["SHARED_BYTES"] + sizes["SLOTS"] * ops.slot_bytes(ops.WARPS) <= ops.SHARED
+    assert sizes["SLOTS"] * sizes["STRIDES"] == 10
+    assert sizes["SHARED_BYTES"] + sizes["SLOTS"] * ops.slot_bytes(sizes) <= ops.SHARED
 
 
 def test_what_nvrtc_refuses_takes_the_launches_of_before_with_a_warning(monkeypatch) -> None:

@@ -10,7 +10,7 @@ DEVICE void make_entry(int layer) {
   const int thread = thread_index();
   const unsigned* latent = scratch().both + QUERIES;
   const unsigned* place[EACH + 2];
-  float value[EACH + 2], gain[EACH], sum = 0, none = 0;
+  float value[EACH + 2], gain[EACH], sum = 0;
 #pragma unroll
   for (int i = 0; i < EACH; i++) {
     int at = i * THREADS + thread;
@@ -22,8 +22,7 @@ DEVICE void make_entry(int layer) {
   take_each(value, place, mark(layer, QUERIED));
 #pragma unroll
   for (int i = 0; i < EACH; i++) sum += thread + i * THREADS < RANK ? value[i] * value[i] : 0;
-  reduce_block(sum, none);
-  float shrink = rsqrtf(sum / RANK + LATENT_EPS);
+  const float shrink = rsqrtf(sum_of_block(sum) / RANK + LATENT_EPS);
 #pragma unroll
   for (int i = 0; i < EACH; i++) {
     int at = i * THREADS + thread;
@@ -101,12 +100,40 @@ DEVICE void put_queries(int layer, int head) {
   sync_block();
 }
 
+// Adds shares of the tokens that are in shared memory times 8 numbers of their latents, for FEW heads. A share is two
+// numbers of bf16, which together are it to 16 bits.
+template <int WIDTH>
+DEVICE void add_latents(float* sum, int first, int tokens, int column) {
+  const int lane = thread_index() % 32, group = lane / 4, own = lane % 4 * 4;  // tokens of a lane, in any order for all
+  const Half* latents = (const Half*)shared().x + column + group;
+#pragma unroll 1
+  for (int start = 0; start < tokens; start += 16) {
+    const bool there = start + own < tokens;
+    unsigned share[2][2], rest[2][2], two[2];
+#pragma unroll
+    for (int below = 0; below < 2; below++) {
+      const float* scores = &shared().scores[group + 8 * below][first + start + own];
+      const Words four = there ? *(const Words*)scores : Words{};
+      const float a = as_float(four.a), b = as_float(four.b), c = as_float(four.c), d = as_float(four.d);
+      share[below][0] = paired(a, b), share[below][1] = paired(c, d);
+      rest[below][0] = paired(a - rounded(a), b - rounded(b)), rest[below][1] = paired(c - rounded(c), d - rounded(d));
+    }
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const Half* at = latents + (start + own + 2 * i) * WIDTH;
+      two[i] = there ? at[0] | (unsigned)at[WIDTH] << 16 : 0;
+    }
+    multiply(sum, share[0][0], share[1][0], share[0][1], share[1][1], two[0], two[1]);
+    multiply(sum, rest[0][0], rest[1][0], rest[0][1], rest[1][1], two[0], two[1]);
+  }
+}
+
 // Attention of FEW heads to a span of the cache's tokens, which are asked for before anything is waited for: softmax
 // within it, and a part of the sum of latents.
 DEVICE void attend(int layer) {
   constexpr int STEPS = (ENTRY / 32 + 1) / 2, WIDTH = RANK / WAYS, PASS = THREADS * 8 / WIDTH;  // tokens that have room
-  constexpr int PAIRS = WIDTH / 2, HELD = larger(1, FEW * PAIRS / THREADS);                     // heads of a thread
-  static_assert(THREADS % PAIRS == 0 && PASS % 4 == 0, "each pair has as many threads");
+  constexpr int TILES = (WIDTH / 8 + WARPS - 1) / WARPS;  // of 8 numbers of a latent, of a warp
+  static_assert(WIDTH % 8 == 0 && PASS % 4 == 0 && SPAN % 16 == 0, "whole tiles, tokens of a lane, and steps");
   const int thread = thread_index(), lane = thread % 32, warp = thread / 32, group = lane / 4;
   const int parts = shared().parts, span = shared().span, tokens = shared().limit;
   for (int unit = block_index(); unit < parts * WAYS * (HEADS / FEW); unit += BLOCKS) {
@@ -162,7 +189,7 @@ DEVICE void attend(int layer) {
       for (int i = lane; i < count; i += 32) most = fmaxf(most, shared().scores[own][i]);
       for (int mask = 16; mask; mask /= 2) most = fmaxf(most, across_lanes(most, mask));
       most = unmarked(marked(most, 0));  // as it is given
-      for (int i = lane; i < (count + 3) / 4 * 4; i += 32) {
+      for (int i = lane; i < (count + 15) / 16 * 16; i += 32) {  // what lies beyond has no share
         const float share = i < count ? expf(shared().scores[own][i] - most) : 0;
         shared().scores[own][i] = share, sum += share;
       }
@@ -172,36 +199,26 @@ DEVICE void attend(int layer) {
         give(&scratch().total[head + own][part], sum, mark(layer, ATTENDED));
       }
     }
-    const int pair = thread % PAIRS, own = thread / PAIRS * HELD;
-    float sum[HELD][2] = {};
+    float sum[TILES][4] = {};
     for (int first = 0; first < count; first += PASS) {
       if (first) sync_block();
       *(Words*)(shared().x + 16 * thread) = latent;
       sync_block();
       ask_for_latent(first + PASS);
       const int tokens = count - first < PASS ? count - first : PASS;
-      if (own < FEW)
-#pragma unroll 4
-        for (int i = 0; i < tokens; i += 4) {  // what lies beyond has no share
-          unsigned two[4];
 #pragma unroll
-          for (int k = 0; k < 4; k++) two[k] = *(const unsigned*)(shared().x + ((i + k) * WIDTH + 2 * pair) * 2);
-#pragma unroll
-          for (int j = 0; j < HELD; j++) {
-            const Words four = *(const Words*)&shared().scores[own + j][first + i];
-            const float share[4] = {as_float(four.a), as_float(four.b), as_float(four.c), as_float(four.d)};
-#pragma unroll
-            for (int k = 0; k < 4; k++)
-              sum[j][0] += share[k] * lower(two[k]), sum[j][1] += share[k] * upper(two[k]);
-          }
-        }
+      for (int tile = 0; tile < TILES; tile++)
+        if (tile * WARPS + warp < WIDTH / 8) add_latents<WIDTH>(sum[tile], first, tokens, (tile * WARPS + warp) * 8);
     }
-    if (own < FEW)
 #pragma unroll
-      for (int j = 0; j < HELD; j++) {
-        unsigned* to = &scratch().part[part][head + own + j][way * WIDTH + 2 * pair];
-        give(to, sum[j][0], mark(layer, ATTENDED)), give(to + 1, sum[j][1], mark(layer, ATTENDED));
-      }
+    for (int tile = 0; tile < TILES; tile++) {
+      const int place = (tile * WARPS + warp) * 8 + lane % 4 * 2;
+      if (place >= WIDTH) break;
+#pragma unroll
+      for (int i = 0; i < 4; i++)
+        give(&scratch().part[part][head + group + i / 2 * 8][way * WIDTH + place + i % 2], sum[tile][i],
+             mark(layer, ATTENDED));
+    }
   }
 }
 
@@ -288,9 +305,9 @@ DEVICE void expand(int layer, Cursor& cursor) {
   for (int tile = block_index(); tile < Values::TILES; tile += BLOCKS) {
     sync_block();
     put_joined(layer, tile * 16 / VALUE);
-    product.multiply_tile(cursor, index++);
+    product.multiply_tile(cursor, index++, 1);
   }
-  product.end_rows(1, [&](int row, float* y) {
+  product.end_rows(nullptr, [&](int row, float* y) {
     give(&scratch().mixed[row], rounded(y[0]), mark(layer, EXPANDED));
   });
 }

@@ -1,11 +1,12 @@
 // What the blocks of decode_layers.cu have in shared and in global memory, and how numbers pass between blocks.
 
-constexpr int THREADS = 32 * WARPS, HALF_ROPE = ROPE / 2, ENTRY = RANK + ROPE;
+constexpr int THREADS = 32 * WARPS, EVERYBODY = THREADS + 32 * BRINGERS, HALF_ROPE = ROPE / 2, ENTRY = RANK + ROPE;
 constexpr int QUERIES = HEADS * (NOPE + ROPE), MIXED = HEADS * VALUE;
 constexpr int FEW = 16;            // heads that attend together, the rows of a tile
 constexpr int SLICE = 64;          // numbers of a latent that a block makes of a head's query at a time
 constexpr int BESIDE = 64;         // bytes between rows in shared memory, so that lanes meet in no bank
-constexpr int CHUNK = 64 * WARPS;  // bytes of a row in a slot of the ring
+constexpr int STRIDE = 64 * WARPS;       // bytes of a row that all warps take together
+constexpr int CHUNK = STRIDES * STRIDE;  // bytes of a row in a slot of the ring, which one copy brings
 constexpr int SLOT = 16 * (CHUNK + BESIDE);
 constexpr float FINEST = 4194304;  // 2^22, the largest number as codes
 
@@ -13,8 +14,9 @@ constexpr int larger(int a, int b) { return a > b ? a : b; }
 constexpr int bytes_of(bool codes, int numbers) { return codes ? 3 * (numbers + BESIDE) : 2 * numbers; }
 constexpr int QUERY_ROW = 2 * ENTRY + (128 + BESIDE - 2 * ENTRY % 128) % 128;
 constexpr int tiles_of(int rows) { return (rows / 16 + BLOCKS - 1) / BLOCKS; }  // of a block, at most
-constexpr int MOST_TILES =
-    larger(larger(tiles_of(QUERIES + ENTRY), tiles_of(MIXED)), larger(tiles_of(DIM), 2 * tiles_of(WIDE)));
+constexpr int SUMS_OF_GATES = 2 * tiles_of(WIDE);                                // also above them,
+constexpr int SUMS_OF_QUERIES = larger(tiles_of(QUERIES + ENTRY), tiles_of(DIM));  // and of o_proj,
+constexpr int SUMS_OF_VALUES = larger(tiles_of(MIXED), tiles_of(DIM));             // and of down_proj
 constexpr int PARTED = BLOCKS / ((PARTS - 1) * (HEADS / FEW));  // blocks that there are for a part of the cache
 constexpr int WAYS =
     PARTED >= 8 && RANK >= 512 ? 8 : PARTED >= 4 && RANK >= 256 ? 4 : PARTED >= 2 && RANK >= 128 ? 2 : 1;
@@ -65,8 +67,8 @@ struct Shared {
   int limit, span, parts, table[PAGES];  // parts of the cache without the new token, and tokens of each
   float cos[HALF_ROPE], sin[HALF_ROPE];
   alignas(16) unsigned char x[X_BYTES];  // what this phase's weights meet
-  float sums[MOST_TILES][WARPS][16];
-  alignas(16) float reduced[WARPS][2];
+  float sums[SUMS_OF_GATES + SUMS_OF_QUERIES + SUMS_OF_VALUES][WARPS][16];
+  alignas(16) float reduced[WARPS], squares[2][WARPS];
   alignas(16) float shares[PARTS];
   alignas(16) Half entry[ENTRY];  // of the new token
   alignas(16) float scores[FEW][SPAN + 4];

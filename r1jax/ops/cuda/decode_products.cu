@@ -4,91 +4,99 @@ DEVICE float scale_of(const void* scale, int row) {
   return SCALES_OF_HALF ? widened(((const Half*)scale)[row]) : ((const float*)scale)[row];
 }
 
-// Sum of the first and highest of the second over all threads, the same in each.
-DEVICE void reduce_block(float& sum, float& most) {
+// Sum over all threads, the same in each.
+DEVICE float sum_of_block(float sum) {
+  const int thread = thread_index();
   for (int mask = 16; mask; mask /= 2) sum += across_lanes(sum, mask);
-  most = highest_of_lanes(most);
-  const int thread = thread_index(), warp = thread / 32;
   sync_block();
-  if (thread % 32 == 0) shared().reduced[warp][0] = sum, shared().reduced[warp][1] = most;
+  if (thread % 32 == 0) shared().reduced[thread / 32] = sum;
   sync_block();
-  sum = most = 0;
+  sum = 0;
 #pragma unroll
-  for (int i = 0; i < WARPS; i++) sum += shared().reduced[i][0], most = fmaxf(most, shared().reduced[i][1]);
+  for (int i = 0; i < WARPS; i++) sum += shared().reduced[i];
+  return sum;
 }
 
-// The gains of a norm, four numbers of a thread at a time; they are asked for before the row is there.
-template <int WIDTH>
-struct Gains {
-  static constexpr int EACH = (WIDTH / 4 + THREADS - 1) / THREADS;
-  float of[EACH][4];
+// Which numbers of a row a thread has, four at a time: those that its own warp multiplies, 64 bytes of each STRIDE.
+template <bool CODES, int WIDTH>
+struct Columns {
+  static constexpr int RUN = CODES ? 64 : 32, LANES = RUN / 4, EACH = (WIDTH + 128 * WARPS - 1) / (128 * WARPS);
 
-  DEVICE void ask_for(const float* gain) {
-    int thread = thread_index();
-#pragma unroll
-    for (int i = 0; i < EACH; i++) {
-      int at = 4 * (i * THREADS + thread);
-      Words four = at < WIDTH ? ask(gain + at) : Words{};
-      of[i][0] = as_float(four.a), of[i][1] = as_float(four.b);
-      of[i][2] = as_float(four.c), of[i][3] = as_float(four.d);
-    }
+  DEVICE static int at(int i) {
+    const int thread = thread_index(), lane = thread % 32, warp = thread / 32;
+    return (i * (32 / LANES) + lane / LANES) * (RUN * WARPS) + warp * RUN + lane % LANES * 4;
   }
 };
 
-// Puts a row into shared memory, normed where there are gains, as bf16 or as three codes a number; returns the unit of
-// the last code, which is no number where one of the row is none. The first layer's row is `plain`.
+// The norm of a row. Its gains are asked for before the row is there, and what it divides by is known and used when the
+// product is: a warp need not wait for numbers that others multiply.
 template <bool CODES, int WIDTH>
-DEVICE float put_row(const unsigned* row, unsigned mark, const Gains<WIDTH>* gains, const Half* plain = nullptr) {
-  constexpr int EACH = Gains<WIDTH>::EACH;
-  const int thread = thread_index();
-  const unsigned* place[EACH];
-  float x[EACH][4], sum = 0, most = 0;
+struct Norm {
+  using Own = Columns<CODES, WIDTH>;
+  float gain[Own::EACH][4], square = 0;
+  float* squares;  // of all warps
+
+  DEVICE Norm(const float* gains, float* squares) : squares(squares) {
+#pragma unroll
+    for (int i = 0; i < Own::EACH; i++) {
+      const Words four = Own::at(i) < WIDTH ? ask(gains + Own::at(i)) : Words{};
+      gain[i][0] = as_float(four.a), gain[i][1] = as_float(four.b);
+      gain[i][2] = as_float(four.c), gain[i][3] = as_float(four.d);
+    }
+  }
+  DEVICE void note() {  // before all meet
+    for (int mask = 16; mask; mask /= 2) square += across_lanes(square, mask);
+    if (thread_index() % 32 == 0) squares[thread_index() / 32] = square;
+  }
+  DEVICE float shrink() const {  // behind that
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < WARPS; i++) sum += squares[i];
+    return rsqrtf(sum / WIDTH + EPS);
+  }
+};
+
+// Puts a warp's columns of a row into shared memory, times the gains of a norm if there is one, as bf16 or as three codes
+// a number; returns the unit of their last code, which is no number where one of them is none. The first layer's row is
+// `plain`.
+template <bool CODES, int WIDTH>
+DEVICE float put_row(const unsigned* row, unsigned mark, Norm<CODES, WIDTH>* norm, const Half* plain = nullptr) {
+  using Own = Columns<CODES, WIDTH>;
+  const unsigned* place[Own::EACH];
+  float x[Own::EACH][4], most = 0;
   if (plain) {
 #pragma unroll
-    for (int i = 0; i < EACH; i++) {
-      int at = 4 * (i * THREADS + thread);
-      for (int j = 0; j < 4; j++) x[i][j] = at < WIDTH ? widened(plain[at + j]) : 0;
-    }
+    for (int i = 0; i < Own::EACH; i++)
+      for (int j = 0; j < 4; j++) x[i][j] = Own::at(i) < WIDTH ? widened(plain[Own::at(i) + j]) : 0;
   } else {
 #pragma unroll
-    for (int i = 0; i < EACH; i++) {
-      int at = 4 * (i * THREADS + thread);
-      place[i] = at < WIDTH ? row + at : nullptr;
-    }
+    for (int i = 0; i < Own::EACH; i++) place[i] = Own::at(i) < WIDTH ? row + Own::at(i) : nullptr;
     take_fours(x, place, mark);
   }
 #pragma unroll
-  for (int i = 0; i < EACH; i++)
+  for (int i = 0; i < Own::EACH; i++)
 #pragma unroll
     for (int j = 0; j < 4; j++) {
-      sum += x[i][j] * x[i][j];
-      most = fmaxf(most, fabsf(gains ? x[i][j] * gains->of[i][j] : x[i][j]));
+      if (norm) norm->square += x[i][j] * x[i][j], x[i][j] *= norm->gain[i][j];
+      // Of numbers that are none the bits are higher than all.
+      if (CODES) most = x[i][j] == x[i][j] && most == most ? fmaxf(most, fabsf(x[i][j])) : as_float(0x7fc00000u);
     }
-  float shrink = 1;
-  if (gains || CODES)
-    reduce_block(sum, most);
-  else
-    sync_block();  // what is in shared memory has been read
-  if (gains) shrink = rsqrtf(sum / WIDTH + EPS);
-  most *= shrink;
-  float unit = sum == sum ? most / FINEST : sum, inverse = most > 0 ? FINEST / most : 0;
+  if (CODES) most = highest_of_lanes(most);
+  const float unit = CODES ? most / FINEST : 1, inverse = most > 0 ? FINEST / most : 0;
 #pragma unroll
-  for (int i = 0; i < EACH; i++) {
-    int at = 4 * (i * THREADS + thread);
+  for (int i = 0; i < Own::EACH; i++) {
+    const int at = Own::at(i);
     if (at >= WIDTH) break;
-    if (gains)
-#pragma unroll
-      for (int j = 0; j < 4; j++) x[i][j] *= shrink * gains->of[i][j];
     const Pair pair = {paired(x[i][0], x[i][1]), paired(x[i][2], x[i][3])};
     if (!CODES) {
       *(Pair*)(shared().x + 2 * at) = pair;
       continue;
     }
-    float y[4] = {lower(pair.a), upper(pair.a), lower(pair.b), upper(pair.b)};
+    const float y[4] = {lower(pair.a), upper(pair.a), lower(pair.b), upper(pair.b)};
     unsigned codes[3] = {};
 #pragma unroll
     for (int j = 0; j < 4; j++) {
-      int left = (int)rintf(y[j] * inverse), second = (left + 128) >> 8, first = (second + 128) >> 8;
+      const int left = (int)rintf(y[j] * inverse), second = (left + 128) >> 8, first = (second + 128) >> 8;
       codes[0] |= (first & 255) << 8 * j;
       codes[1] |= (second & 255) << 8 * j;  // less 256 times the first, which these bits do not hold
       codes[2] |= (left & 255) << 8 * j;
@@ -97,7 +105,7 @@ DEVICE float put_row(const unsigned* row, unsigned mark, const Gains<WIDTH>* gai
     for (int digit = 0; digit < 3; digit++)
       *(unsigned*)(shared().x + digit * (WIDTH + BESIDE) + at) = codes[digit];
   }
-  sync_block();
+  sync_warp();
   return unit;
 }
 
@@ -110,15 +118,33 @@ struct Cursor {
   DEVICE unsigned char* place() const { return ring() + slot * SLOT; }
 };
 
+// Copies rows of so many bytes, so far apart in memory and in the ring, into the slot that comes next. The lanes of a warp
+// start their copies one after another, so each of the warps that bring weights has a share of the rows.
+template <int ROWS>
+DEVICE void bring_rows(Cursor& cursor, const void* from, int bytes, int apart, int pitch) {
+  constexpr int EACH = ROWS / BRINGERS;
+  static_assert(ROWS % BRINGERS == 0, "as many rows for each");
+  const int lane = thread_index() % 32, first = (thread_index() - THREADS) / 32 * EACH;
+  if (cursor.round) wait_for(&shared().emptied[cursor.slot], cursor.round - 1);
+  if (lane == 0) expect(&shared().filled[cursor.slot], EACH * bytes);
+  sync_warp();
+#pragma unroll 1
+  for (int row = first + lane; row < first + EACH; row += 32)
+    copy(cursor.place() + row * pitch, (const unsigned char*)from + (long long)row * apart, bytes,
+         &shared().filled[cursor.slot]);
+  cursor.next();
+}
+
 template <bool CODES> struct Sum { using type = float; };
 template <> struct Sum<true> { using type = int; };
 
-// A matrix of ROWS x WIDTH times a row in shared memory; PAIRED: with another as many rows below, of a SwiGLU.
-template <bool CODES, int ROWS, int WIDTH, bool PAIRED>
+// A matrix of ROWS x WIDTH times a row in shared memory; PAIRED: with another as many rows below, of a SwiGLU. Its sums
+// begin at FIRST, where those of the product before it are not: a thread may still read them.
+template <bool CODES, int ROWS, int WIDTH, int FIRST, bool PAIRED = false>
 struct Product {
   static constexpr int ROW = WIDTH * (CODES ? 1 : 2), STREAMS = PAIRED ? 2 : 1, TILES = ROWS / 16;
   static constexpr int CHUNKS = (ROW + CHUNK - 1) / CHUNK, PIECES = STREAMS * CHUNKS;
-  static constexpr int TOGETHER = PIECES % 4 == 0 ? 4 : PIECES % 2 == 0 ? 2 : 1;
+  static constexpr int MOST = 4 / STRIDES, TOGETHER = PIECES % MOST == 0 ? MOST : PIECES % 2 == 0 && MOST > 2 ? 2 : 1;
   static_assert(TOGETHER <= SLOTS, "what is taken together fits into the ring");
   static_assert(ROW % 64 == 0 && ROWS % 16 == 0, "whole steps and tiles");
   static_assert(tiles_of(ROWS) * 16 <= THREADS, "a thread ends a row");
@@ -126,18 +152,16 @@ struct Product {
   float scale[STREAMS];  // of the row that this thread ends
   int row;
 
-  // Copies this block's tiles into the ring, by the lanes of one warp.
+  // Brings this block's tiles.
   DEVICE static void bring(Cursor& cursor, const void* weight) {
-    const int lane = thread_index() % 32;
+#pragma unroll 1
     for (int tile = block_index(); tile < TILES; tile += BLOCKS)
+#pragma unroll 1
       for (int s = 0; s < STREAMS; s++)
-        for (int start = 0; start < ROW; start += CHUNK, cursor.next()) {
-          const int bytes = ROW - start < CHUNK ? ROW - start : CHUNK;
-          if (cursor.round) wait_for(&shared().emptied[cursor.slot], cursor.round - 1);
-          if (lane == 0) expect(&shared().filled[cursor.slot], 16 * bytes);
-          sync_warp();
-          const auto* from = (const unsigned char*)weight + (long long)(s * ROWS + tile * 16 + lane) * ROW + start;
-          if (lane < 16) copy(cursor.place() + lane * (CHUNK + BESIDE), from, bytes, &shared().filled[cursor.slot]);
+#pragma unroll 1
+        for (int start = 0; start < ROW; start += CHUNK) {
+          const auto* from = (const unsigned char*)weight + (long long)(s * ROWS + tile * 16) * ROW + start;
+          bring_rows<16>(cursor, from, ROW - start < CHUNK ? ROW - start : CHUNK, ROW, CHUNK + BESIDE);
         }
   }
 
@@ -151,31 +175,35 @@ struct Product {
   }
 
   // Multiplies one tile, `index` of this block, whose rows are in the ring next, with the tile that it is paired with.
-  DEVICE void multiply_tile(Cursor& cursor, int index) {
+  DEVICE void multiply_tile(Cursor& cursor, int index, float unit) {
     const int thread = thread_index(), lane = thread % 32, warp = thread / 32, group = lane / 4;
     const int column = CODES ? (group < 2 ? group : 2) * (WIDTH + BESIDE) : 0;  // its three codes, or all alike
     const unsigned char* x = shared().x + column + warp * 64 + lane % 4 * 16;
     typename Sum<CODES>::type sum[STREAMS][4] = {};
 #pragma unroll
     for (int base = 0; base < PIECES; base += TOGETHER) {
-      Words up[TOGETHER], low[TOGETHER], own[TOGETHER];
+      constexpr int HELD = TOGETHER * STRIDES;
+      Words up[HELD], low[HELD], own[HELD];
       Cursor now = cursor;
 #pragma unroll
-      for (int i = 0; i < TOGETHER; i++, now.next()) {
-        const int start = (base + i) % CHUNKS * CHUNK;
-        wait_for(&shared().filled[now.slot], now.round);
+      for (int i = 0; i < HELD; i++) {
+        const int start = (base + i / STRIDES) % CHUNKS * CHUNK + i % STRIDES * STRIDE;
+        if (i % STRIDES == 0) wait_for(&shared().filled[now.slot], now.round);
         const bool there = start + warp * 64 < ROW;
-        const unsigned char* at = now.place() + group * (CHUNK + BESIDE) + warp * 64 + lane % 4 * 16;
+        const unsigned char* at = now.place() + group * (CHUNK + BESIDE) + i % STRIDES * STRIDE + warp * 64;
+        at += lane % 4 * 16;
         up[i] = there ? *(const Words*)at : Words{};
         low[i] = there ? *(const Words*)(at + 8 * (CHUNK + BESIDE)) : Words{};
         own[i] = there ? *(const Words*)(x + start) : Words{};
+        if (i % STRIDES == STRIDES - 1) now.next();
       }
       sync_warp();
 #pragma unroll
-      for (int i = 0; i < TOGETHER; i++, cursor.next()) {
-        if (lane == 0) arrive(&shared().emptied[cursor.slot]);
-        multiply(sum[(base + i) / CHUNKS], up[i].a, low[i].a, up[i].b, low[i].b, own[i].a, own[i].b);
-        multiply(sum[(base + i) / CHUNKS], up[i].c, low[i].c, up[i].d, low[i].d, own[i].c, own[i].d);
+      for (int i = 0; i < HELD; i++) {
+        if (i % STRIDES == 0 && lane == 0) arrive(&shared().emptied[cursor.slot]);
+        multiply(sum[(base + i / STRIDES) / CHUNKS], up[i].a, low[i].a, up[i].b, low[i].b, own[i].a, own[i].b);
+        multiply(sum[(base + i / STRIDES) / CHUNKS], up[i].c, low[i].c, up[i].d, low[i].d, own[i].c, own[i].d);
+        if (i % STRIDES == STRIDES - 1) cursor.next();
       }
     }
 #pragma unroll
@@ -185,42 +213,46 @@ struct Product {
         float value = sum[s][2 * below];
         if (CODES) {  // columns 0 and 1 are of a lane, column 2 is of the next
           float last = across_lanes(value, 1);
-          value = (value * 256 + sum[s][2 * below + 1]) * 256 + last;
+          value = ((value * 256 + sum[s][2 * below + 1]) * 256 + last) * unit;
         }
-        if (lane % 4 == 0) shared().sums[index * STREAMS + s][warp][group + 8 * below] = value;
+        if (lane % 4 == 0) shared().sums[FIRST + index * STREAMS + s][warp][group + 8 * below] = value;
       }
   }
 
   // Gives the results of a row to `end(row, results)` of its thread.
   template <typename End>
-  DEVICE void end_rows(float unit, End end) {
+  DEVICE void end_rows(Norm<CODES, WIDTH>* norm, End end) {
+    if (norm) norm->note();
     sync_block();
     if (row < 0) return;
+    const float shrink = norm ? norm->shrink() : 1;
     const int thread = thread_index();
     float result[STREAMS] = {};
 #pragma unroll
     for (int s = 0; s < STREAMS; s++) {
 #pragma unroll
       for (int warp = 0; warp < WARPS; warp++)
-        result[s] += shared().sums[thread / 16 * STREAMS + s][warp][thread % 16];
-      if (CODES) result[s] *= unit * scale[s];
+        result[s] += shared().sums[FIRST + thread / 16 * STREAMS + s][warp][thread % 16];
+      result[s] *= shrink * scale[s];
     }
     end(row, result);
   }
 
   template <typename End>
-  DEVICE void finish(Cursor& cursor, float unit, End end) {
+  DEVICE void finish(Cursor& cursor, float unit, Norm<CODES, WIDTH>* norm, End end) {
     int index = 0;
-    for (int tile = block_index(); tile < TILES; tile += BLOCKS) multiply_tile(cursor, index++);
-    end_rows(unit, end);
+    for (int tile = block_index(); tile < TILES; tile += BLOCKS) multiply_tile(cursor, index++, unit);
+    end_rows(norm, end);
   }
 };
 
-using Queries = Product<Q_KV_CODES, QUERIES + ENTRY, DIM, false>;
-using Values = Product<false, MIXED, RANK, false>;
-using Output = Product<O_CODES, DIM, MIXED, false>;
-using GateUp = Product<GATE_UP_CODES, WIDE, DIM, true>;
-using Down = Product<DOWN_CODES, DIM, WIDE, false>;
+static_assert(HEADS == FEW || FEW * VALUE >= (O_CODES ? 64 : 32) * WARPS,
+              "what a warp reads of the heads is of all groups that attend together, so that all have ended");
+using Queries = Product<Q_KV_CODES, QUERIES + ENTRY, DIM, SUMS_OF_GATES>;
+using Values = Product<false, MIXED, RANK, SUMS_OF_GATES + SUMS_OF_QUERIES>;
+using Output = Product<O_CODES, DIM, MIXED, SUMS_OF_GATES>;
+using GateUp = Product<GATE_UP_CODES, WIDE, DIM, 0, true>;
+using Down = Product<DOWN_CODES, DIM, WIDE, SUMS_OF_GATES + SUMS_OF_QUERIES>;
 
 // The place of a token in the pool.
 DEVICE Half* entry(int layer, int token) {
@@ -231,25 +263,21 @@ DEVICE Half* entry(int layer, int token) {
 constexpr int ABSORBING = HEADS * RANK / SLICE;  // units of the second phase
 static_assert(NOPE * SLICE * 2 <= SLOT, "a slot holds the keys' weight of a unit");
 
-// Copies what `absorb` takes of the keys' weight into the ring.
+// Brings what `absorb` takes of the keys' weight.
 DEVICE void bring_keys(Cursor& cursor, const Half* keys) {
-  const int lane = thread_index() % 32;
-  for (int unit = block_index(); unit < ABSORBING; unit += BLOCKS, cursor.next()) {
+#pragma unroll 1
+  for (int unit = block_index(); unit < ABSORBING; unit += BLOCKS) {
     const Half* from = keys + (long long)(unit / (RANK / SLICE)) * NOPE * RANK + unit % (RANK / SLICE) * SLICE;
-    if (cursor.round) wait_for(&shared().emptied[cursor.slot], cursor.round - 1);
-    if (lane == 0) expect(&shared().filled[cursor.slot], NOPE * SLICE * 2);
-    sync_warp();
-    for (int row = lane; row < NOPE; row += 32)
-      copy(cursor.place() + row * SLICE * 2, from + row * RANK, SLICE * 2, &shared().filled[cursor.slot]);
+    bring_rows<NOPE>(cursor, from, SLICE * 2, RANK * 2, SLICE * 2);
   }
 }
 
-DEVICE void bring_weights() {  // by one warp, in the order in which the others take them
+DEVICE void bring_weights() {  // in the order in which they are taken
   Cursor cursor;
 #pragma unroll 1
   for (int layer = 0; layer < LAYERS; layer++) {
-    for (int token = block_index() + thread_index() % 32 * BLOCKS; token < shared().limit; token += 32 * BLOCKS)
-      bring_near(entry(layer, token), 2 * ENTRY);
+    for (int i = thread_index() - THREADS; block_index() + i * BLOCKS < shared().limit; i += 32 * BRINGERS)
+      bring_near(entry(layer, block_index() + i * BLOCKS), 2 * ENTRY);
     Queries::bring(cursor, weights_of(layer).q_kv);
     bring_keys(cursor, weights_of(layer).keys);
     Values::bring(cursor, weights_of(layer).values);

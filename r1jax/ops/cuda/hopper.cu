@@ -4,7 +4,7 @@ using Half = unsigned short;  // bf16
 struct alignas(16) Words { unsigned a, b, c, d; };
 struct alignas(8) Pair { unsigned a, b; };
 
-#define KERNEL extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
+#define KERNEL extern "C" __global__ void __launch_bounds__(EVERYBODY, 1)
 #define DEVICE __device__ __forceinline__
 #define SHARED(type) DEVICE type& shared() { return *(type*)shared_memory; }
 
