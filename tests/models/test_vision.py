@@ -9,6 +9,8 @@ from r1jax.config import VisionConfig
 from r1jax.models.vision import PlaneConv, ResidualBlock, ThroughConv, VisionEncoder, space_to_depth
 
 SIZES = {2: (32, 16), 3: (8, 16, 8)}
+VOLUMES = pytest.mark.once
+"""JAX 0.11 compiles an encoder of volumes for 12 seconds; .ci/run trains one with it as well."""
 
 
 @pytest.mark.parametrize(("shape", "stride"), [((2, 4, 6, 3), 2), ((2, 4, 6, 8, 1), 2), ((1, 8, 4, 1), 4)])
@@ -122,7 +124,13 @@ def change(a, b):
 
 
 @pytest.mark.parametrize(
-    ("rank", "merge", "norm"), [(2, 1, "cell"), (2, 1, "picture"), (3, 2, "cell"), (3, 2, "picture")]
+    ("rank", "merge", "norm"),
+    [
+        (2, 1, "cell"),
+        (2, 1, "picture"),
+        pytest.param(3, 2, "cell", marks=VOLUMES),
+        pytest.param(3, 2, "picture", marks=VOLUMES),
+    ],
 )
 def test_tokens_of_images_and_volumes(rank, merge, norm):
     apply, x, spacing = encoder(rank, merge=merge, norm=norm)
@@ -136,7 +144,7 @@ def test_tokens_of_images_and_volumes(rank, merge, norm):
         assert change(out, again).max(axis=1).min() > 1e-3
 
 
-@pytest.mark.parametrize("rank", [2, 3])
+@pytest.mark.parametrize("rank", [2, pytest.param(3, marks=VOLUMES)])
 def test_transformer_layers_see_everything_convolutions_their_surroundings(rank):
     far = (slice(None), *[-1] * rank)
     apply, x, spacing = encoder(rank, layers=0)

@@ -149,6 +149,7 @@ def far(a: np.ndarray | jax.Array, b: jax.Array) -> float:
 ALL = ("q_kv", "o", "gate_up", "down")
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("codes", "limit", "blocks", "sizes"),
     [
@@ -170,6 +171,7 @@ def test_the_source_gives_what_one_step_after_another_gives(small, codes, limit,
         assert changed.sum() == 1
 
 
+@pytest.mark.once
 def test_where_there_is_no_token_nothing_changes(small) -> None:
     x, layers, caches = drawn()
     found, pools, _ = small(x, layers, caches, -1, blocks=6)
@@ -178,6 +180,7 @@ def test_where_there_is_no_token_nothing_changes(small) -> None:
         np.testing.assert_array_equal(pool, cache.pages)
 
 
+@pytest.mark.once
 def test_what_is_no_number_stays_none(small) -> None:
     x, layers, caches = drawn(ALL)
     layers[0] = layers[0]._replace(
@@ -187,6 +190,7 @@ def test_what_is_no_number_stays_none(small) -> None:
     assert np.isnan(found.astype(np.float32)).all()
 
 
+@pytest.mark.once
 def test_a_traced_launch_tells_when_each_block_was_through_with_each_phase(small) -> None:
     x, layers, caches = drawn()
     words = small(x, layers, caches, 3, blocks=6, TRACED=1)[2]

@@ -64,6 +64,7 @@ NAMES = [
 plan_of = jax.jit(plan_dispatch, static_argnums=1, static_argnames="block")
 
 
+@pytest.mark.once
 @settings(max_examples=150)
 @given(routings())
 def test_every_choice_has_its_row_and_every_block_its_expert(case):
@@ -87,6 +88,7 @@ def test_every_choice_has_its_row_and_every_block_its_expert(case):
     assert (plan.block_expert[:used] < count).all() and (plan.block_expert[used:] == count).all()
 
 
+@pytest.mark.once
 @settings(max_examples=60)
 @given(routings(), st.integers(0, 2**32 - 1))
 def test_product_equals_loop_over_tokens(case, seed):

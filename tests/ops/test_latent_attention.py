@@ -66,6 +66,7 @@ def softmax64(q_nope, q_rope, kv_b, entries):
     return np.stack(out)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("step", [4, 8, 1024])
 @pytest.mark.parametrize("queries", [1, 2])
 def test_absorbed_equals_expanded(monkeypatch, queries, step):
@@ -80,6 +81,7 @@ def test_absorbed_equals_expanded(monkeypatch, queries, step):
         np.testing.assert_allclose(fast[row, t], want, rtol=0, atol=1e-5)
 
 
+@pytest.mark.once
 @given(
     lengths=st.lists(st.integers(2, 13), min_size=3, max_size=3), page=st.sampled_from([1, 4]), seed=st.integers(0, 99)
 )

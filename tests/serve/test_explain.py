@@ -55,7 +55,7 @@ def explained():
     rng = np.random.default_rng(0)
     for part, name in (("head_fraud", "weight"), ("ngrams", "embed_tokens")):  # which begin at 0
         params[part][name] = jax.numpy.asarray(rng.standard_normal(params[part][name].shape), jax.numpy.float32)
-    mesh, typical = make_mesh(CONFIG.mesh), np.arange(8, 48)
+    mesh, typical = make_mesh(CONFIG.mesh), np.arange(8, 46)
     made = {}
 
     def compiled(model, task, weights, steps):
@@ -64,7 +64,7 @@ def explained():
         return made[steps]
 
     def again(chosen, weights=params):
-        with mock.patch.object(module, "Explainer", compiled):
+        with mock.patch.object(module, "Explainer", compiled), mock.patch.object(module, "BATCH", 8):
             return explain(model, task, mesh, weights, source, chosen, typical)
 
     return source, again, task, model, params

@@ -1,5 +1,6 @@
 """What a compiler makes of the loop of rounds, and that strides of rounds are the rounds one by one."""
 
+import functools
 import re
 from dataclasses import replace
 
@@ -48,10 +49,14 @@ def begin(served, settings, prompts=PROMPTS[:1]):
 
 
 def advance(settings, served, state, most):
-    """`run_rounds`, compiled anew; an array is a number that only the program's caller knows."""
-    if isinstance(most, int):
-        return jax.jit(lambda served, state: run_rounds(MODEL, settings, served, state, most))(served, state)
-    return jax.jit(lambda *given: run_rounds(MODEL, settings, *given))(served, state, most)
+    """`run_rounds`, compiled anew for this number."""
+    return jax.jit(lambda served, state: run_rounds(MODEL, settings, served, state, most))(served, state)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def advance_any(on, settings, served, state, most):
+    """`run_rounds`, compiled once for all numbers, which only the caller knows; `on` is what `strides` has chosen."""
+    return run_rounds(MODEL, settings, served, state, most)
 
 
 def same(a, b):
@@ -124,9 +129,9 @@ def test_strides_are_the_rounds_that_are_asked_for(served, strides, most, traced
     settings = replace(LONG, temperature=1.0)
     state = begin(served, settings)
     strides(False)
-    plain = advance(settings, served, state, most)
+    plain = advance_any(False, settings, served, state, most)
     strides(True)
-    found = advance(settings, served, state, jnp.int32(most) if traced else most)
+    found = advance_any(True, settings, served, state, most) if traced else advance(settings, served, state, most)
     same(found, plain)
     assert found.count[0] == min(1 + most, LONG.max_new_tokens)
 
@@ -148,8 +153,8 @@ def test_rounds_go_on_from_where_strides_end(served, strides, size, change):
     settings, ends = replace(LONG, **change), []
     for on in (False, True):
         strides(on)
-        half = advance(settings, served, begin(served, settings, PROMPTS[:size]), STRIDE + 2)
-        ends.append((half, advance(settings, served, half, LONG.max_new_tokens)))
+        half = advance_any(on, settings, served, begin(served, settings, PROMPTS[:size]), STRIDE + 2)
+        ends.append((half, advance_any(on, settings, served, half, LONG.max_new_tokens)))
     for plain, found in zip(*ends, strict=True):
         same(found, plain)
     assert found.done.all()
