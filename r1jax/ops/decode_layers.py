@@ -77,6 +77,7 @@ def takes_layers(
     return _compiles(source(sizes_of(layers[0], caches[0], norms, len(layers))))
 
 
+@functools.cache
 def _compiles(text: str) -> bool:
     """Whether NVRTC takes the source with these sizes; warns where it does not."""
     try:
@@ -105,7 +106,6 @@ def fits(x: Float[Array, "T D"], layers: Sequence[DenseLayer], caches: Sequence[
     widths = heads % TILE == value % TILE == rank % 64 == rope % 32 == 0
     widths = widths and sizes["NOPE"] % BRINGERS == 0 and sizes["NOPE"] * 128 <= slot_bytes(sizes)
     widths = widths and rank <= 64 * WARPS and rank & (rank - 1) == 0
-    widths = widths and (heads == TILE or TILE * value >= (64 if sizes["O_CODES"] else 32) * WARPS)
     rows = max(layer.o.shape[1], *(w.shape[0] for w in weights))  # a thread of some block ends each
     widths = widths and rows <= 32 * WARPS * sizes["BLOCKS"]
     widths = widths and (len(_ORDER) + 1) * len(layers) + len(_FIRST) + 2 <= ADDRESSES
@@ -127,7 +127,7 @@ def shared_bytes(sizes: Sizes) -> int:
     """Shared memory that a block takes beside the ring: at least what `Shared` in decode_memory.cu has."""
     width = {name: 3 * (n + 64) if sizes[f"{name}_CODES"] else 2 * n for name, n in _depths(sizes).items()}
     entry = 2 * (sizes["RANK"] + sizes["ROPE"])
-    x = max(*width.values(), TILE * (entry + (192 - entry % 128) % 128), 512 * sizes["WARPS"])
+    x = max(*width.values(), TILE * (entry + (192 - entry % 128) % 128), 576 * sizes["WARPS"])
     addresses = len(_FIRST) + len(_ORDER) * sizes["LAYERS"] + 2 + 2 * SLOTS
     heads, rank = sizes["HEADS"], sizes["RANK"] + sizes["ROPE"]
     queries, mixed = heads * (sizes["NOPE"] + sizes["ROPE"]) + rank, heads * sizes["VALUE"]
@@ -309,10 +309,8 @@ def launch(
         aliases[len(arrays) - 1] = 1 + i
     alike = (x[0], *(cache.pages for cache in caches), arrays[5])
     results = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in alike]
-    threads, shared = (
-        32 * (sizes["WARPS"] + sizes["BRINGERS"]),
-        sizes["SHARED_BYTES"] + sizes["SLOTS"] * slot_bytes(sizes),
-    )
+    threads = 32 * (sizes["WARPS"] + sizes["BRINGERS"])
+    shared = sizes["SHARED_BYTES"] + sizes["SLOTS"] * slot_bytes(sizes)
     ptx = cuda_source.compiled(source(sizes))
     kernel = cuda_source.Launch("decode_layers", ptx, int(sizes["BLOCKS"]), int(threads), int(shared))
     out, *pools, words = cuda_source.launch(kernel, results, arrays, aliases)

@@ -100,7 +100,7 @@ def stride_of(model: Decoder, params: Params, state: State, most: int | Int[Arra
     x = model.apply({"params": params.rest}, state.feed, method="embed")  # its shape is asked for, not its numbers
     if layers_together(model.config, params, x, state.cache) is None:
         return 1
-    return min(STRIDE, most) if isinstance(most, int) else STRIDE
+    return STRIDE if isinstance(most, jax.Array) else min(STRIDE, int(most))
 
 
 def narrow_until(now: Int[Array, ""], params: Params) -> Params:

@@ -35,6 +35,12 @@ def test_processes_at_once_meet(tmp_path):
     assert dict(run_at_once(commands, jobs=2, timeout=LONG)) == {"a": {"met": True}, "b": {"met": True}}
 
 
+def test_more_devices_than_there_are_to_take_are_refused(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    with pytest.raises(ValueError, match=r"devices is 3, but CUDA_VISIBLE_DEVICES names 2: 4,5\."):
+        next(run_at_once({"a": words("")}, jobs=1, timeout=LONG, devices=3))
+
+
 SEEN = "import os; began = time.time(); time.sleep(0.5)\n"
 SEEN += "tell({'device': os.environ.get('CUDA_VISIBLE_DEVICES'), 'began': began, 'ended': time.time()})"
 

@@ -120,8 +120,8 @@ DEVICE void add_latents(float* sum, int first, int tokens, int column) {
     }
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-      const Half* at = latents + (start + own + 2 * i) * WIDTH;
-      two[i] = there ? at[0] | (unsigned)at[WIDTH] << 16 : 0;
+      const Half* at = latents + (start + own + 2 * i) * (WIDTH + 8);
+      two[i] = there ? at[0] | (unsigned)at[WIDTH + 8] << 16 : 0;
     }
     multiply(sum, share[0][0], share[1][0], share[0][1], share[1][1], two[0], two[1]);
     multiply(sum, rest[0][0], rest[1][0], rest[0][1], rest[1][1], two[0], two[1]);
@@ -133,7 +133,7 @@ DEVICE void add_latents(float* sum, int first, int tokens, int column) {
 DEVICE void attend(int layer) {
   constexpr int STEPS = (ENTRY / 32 + 1) / 2, WIDTH = RANK / WAYS, PASS = THREADS * 8 / WIDTH;  // tokens that have room
   constexpr int TILES = (WIDTH / 8 + WARPS - 1) / WARPS;  // of 8 numbers of a latent, of a warp
-  static_assert(WIDTH % 8 == 0 && PASS % 4 == 0 && SPAN % 16 == 0, "whole tiles, tokens of a lane, and steps");
+  static_assert(THREADS * 8 % WIDTH == 0 && PASS % 4 == 0 && SPAN % 16 == 0, "whole passes, tokens of a lane, and steps");
   const int thread = thread_index(), lane = thread % 32, warp = thread / 32, group = lane / 4;
   const int parts = shared().parts, span = shared().span, tokens = shared().limit;
   for (int unit = block_index(); unit < parts * WAYS * (HEADS / FEW); unit += BLOCKS) {
@@ -202,7 +202,7 @@ DEVICE void attend(int layer) {
     float sum[TILES][4] = {};
     for (int first = 0; first < count; first += PASS) {
       if (first) sync_block();
-      *(Words*)(shared().x + 16 * thread) = latent;
+      *(Words*)(shared().x + 16 * (thread + first_latent)) = latent;  // 16 bytes between tokens, so that lanes meet less
       sync_block();
       ask_for_latent(first + PASS);
       const int tokens = count - first < PASS ? count - first : PASS;

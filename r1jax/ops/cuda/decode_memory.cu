@@ -2,9 +2,9 @@
 
 constexpr int THREADS = 32 * WARPS, EVERYBODY = THREADS + 32 * BRINGERS, HALF_ROPE = ROPE / 2, ENTRY = RANK + ROPE;
 constexpr int QUERIES = HEADS * (NOPE + ROPE), MIXED = HEADS * VALUE;
-constexpr int FEW = 16;            // heads that attend together, the rows of a tile
-constexpr int SLICE = 64;          // numbers of a latent that a block makes of a head's query at a time
-constexpr int BESIDE = 64;         // bytes between rows in shared memory, so that lanes meet in no bank
+constexpr int FEW = 16;                  // heads that attend together, the rows of a tile
+constexpr int SLICE = 64;                // numbers of a latent that a block makes of a head's query at a time
+constexpr int BESIDE = 64;               // bytes between rows in shared memory, so that lanes meet in no bank
 constexpr int STRIDE = 64 * WARPS;       // bytes of a row that all warps take together
 constexpr int CHUNK = STRIDES * STRIDE;  // bytes of a row in a slot of the ring, which one copy brings
 constexpr int SLOT = 16 * (CHUNK + BESIDE);
@@ -23,7 +23,7 @@ constexpr int WAYS =
 constexpr int X_BYTES = larger(
     larger(larger(bytes_of(Q_KV_CODES, DIM), bytes_of(GATE_UP_CODES, DIM)),
            larger(bytes_of(O_CODES, MIXED), bytes_of(DOWN_CODES, WIDE))),
-    larger(larger(FEW * QUERY_ROW, 16 * THREADS), 4 * WARPS * SLICE));
+    larger(larger(FEW * QUERY_ROW, 18 * THREADS), 4 * WARPS * SLICE));
 
 enum Phase { QUERIED = 1, ABSORBED, ATTENDED, EXPANDED, PROJECTED, GATED, PASSED };  // as words say it
 

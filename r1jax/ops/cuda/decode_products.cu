@@ -73,6 +73,7 @@ DEVICE float put_row(const unsigned* row, unsigned mark, Norm<CODES, WIDTH>* nor
     for (int i = 0; i < Own::EACH; i++) place[i] = Own::at(i) < WIDTH ? row + Own::at(i) : nullptr;
     take_fours(x, place, mark);
   }
+  sync_warp();  // lanes have waited for different words
 #pragma unroll
   for (int i = 0; i < Own::EACH; i++)
 #pragma unroll
@@ -246,8 +247,6 @@ struct Product {
   }
 };
 
-static_assert(HEADS == FEW || FEW * VALUE >= (O_CODES ? 64 : 32) * WARPS,
-              "what a warp reads of the heads is of all groups that attend together, so that all have ended");
 using Queries = Product<Q_KV_CODES, QUERIES + ENTRY, DIM, SUMS_OF_GATES>;
 using Values = Product<false, MIXED, RANK, SUMS_OF_GATES + SUMS_OF_QUERIES>;
 using Output = Product<O_CODES, DIM, MIXED, SUMS_OF_GATES>;
