@@ -13,19 +13,25 @@ Point = tuple[float, float, float]
 """(z, y, x) in mm from the centre of the sub-volume."""
 
 
+SPECK = np.float32(1e-30)
+"""Weights below count for nothing in a sum of HU, and below 1e-38 a processor takes many times as long for each."""
+
+
 @functools.lru_cache(maxsize=64)
 def _interpolation(fine: int, coarse: int) -> Float32[np.ndarray, "fine coarse"]:
     """Rows that spread `coarse` samples smoothly (Gaussian weights, unit variance kept) over `fine` voxels."""
     position = np.linspace(0.5, coarse - 1.5, fine)[:, None]
     weight = np.exp(-0.5 * ((position - np.arange(coarse)) / 0.6) ** 2)
-    return (weight / np.linalg.norm(weight, axis=1, keepdims=True)).astype(np.float32)
+    rows = (weight / np.linalg.norm(weight, axis=1, keepdims=True)).astype(np.float32)
+    return np.where(rows < SPECK, 0, rows)
 
 
 def point_spread(voxels: int, sigma: float) -> Float32[np.ndarray, "voxels voxels"]:
     """Rows of a one-dimensional Gaussian blur of `sigma` voxels; what would leave at the border is renormalised."""
     offset = np.arange(voxels, dtype=np.float32)
     weight = np.exp(-0.5 * ((offset[:, None] - offset) / np.float32(sigma)) ** 2)
-    return weight / weight.sum(axis=1, keepdims=True)
+    rows = weight / weight.sum(axis=1, keepdims=True)
+    return np.where(rows < SPECK, 0, rows)
 
 
 def separable(

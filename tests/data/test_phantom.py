@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from r1jax.data.canvas import point_spread, separable
+from r1jax.data.canvas import _interpolation, point_spread, separable
 from r1jax.data.phantom import Nodule, Scene, draw_scene, nodule_center_mm, render
 
 SHAPE = (32, 32, 32)
@@ -52,6 +52,14 @@ def test_point_spread_is_a_gaussian():
     offset = np.arange(31) - 15
     np.testing.assert_allclose(rows.sum(axis=1), 1, rtol=1e-5)
     assert np.sqrt((rows[15] * offset**2).sum()) == pytest.approx(1.5, rel=0.01)
+
+
+@pytest.mark.parametrize("sigma", [0.3, 0.5, 0.9])
+def test_no_weight_is_so_small_that_it_is_slow_and_rows_still_add_up(sigma):
+    for rows in (point_spread(32, sigma), _interpolation(32, 13)):
+        assert rows.dtype == np.float32 and np.all((rows == 0) | (rows >= 1e-30)) and (rows == 0).any()
+    np.testing.assert_allclose(point_spread(32, sigma).sum(axis=1), 1, rtol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(_interpolation(32, 13), axis=1), 1, rtol=1e-6)
 
 
 def test_lung_alone_is_lung():
