@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from r1jax.errors import UserError
+
 QUOTED = 600
 """Characters of a crashed process's last words that are kept."""
 SETTINGS = {
@@ -58,15 +60,15 @@ def run_at_once(
       Name and what the process told, or {"error": why it told nothing}, as they end.
 
     Raises:
-      ValueError: There are fewer GPUs to take than `devices`.
+      UserError: There are fewer GPUs to take than `devices`.
     """
     with tempfile.TemporaryDirectory() as folder:
         waiting, running = dict(commands), dict[str, Child]()
         began: dict[str, float] = {}
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(devices)))).split(",")
         if len(visible) < devices > 1:
-            raise ValueError(
-                f"devices is {devices}, but CUDA_VISIBLE_DEVICES names {len(visible)}: {','.join(visible)}."
+            raise UserError(
+                f"--devices is {devices}, but CUDA_VISIBLE_DEVICES names {len(visible)}: {','.join(visible)}"
             )
         places, taken = visible[:devices] * jobs, dict[str, str]()
         while waiting or running:

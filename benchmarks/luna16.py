@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.children import run_at_once, tell  # noqa: E402
 from benchmarks.common import jax_environment, predict, train_run  # noqa: E402
 from benchmarks.luna16_peers import figures, summarise, table  # noqa: E402
+from r1jax.errors import run_main  # noqa: E402
 
 
 def run_seed(seed: int, args: argparse.Namespace) -> dict:
@@ -82,4 +83,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(lambda _: main())

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.children import run_at_once, tell  # noqa: E402
 from benchmarks.luna16_peers import FIGURES, NETWORKS, figures  # noqa: E402
 from benchmarks.luna16_peers import main as train_peer  # noqa: E402
+from r1jax.errors import UserError, run_main  # noqa: E402
 
 BLOCKS, BATCH = 4, 128
 PEER = ["--learning-rates", "1e-3", "--stems", "stride4", "--seeds", "1", "--views", "8"]
@@ -122,6 +123,8 @@ def main() -> None:
             told = train_variant(child[0], int(child[1]), args)
         tell(told)
         return
+    if not any(Path(args.data).glob("*.npz")):
+        raise UserError(f"--data is {args.data}, but no .npz lies there; name the folder luna16_fpr_2d")
     began, runs, failed = time.perf_counter(), [], []
     names = {f"{name}, block {block}": (name, block) for block in args.blocks for name in args.variants}
     commands = {key: [__file__, "--child", name, str(block), *sys.argv[1:]] for key, (name, block) in names.items()}
@@ -146,4 +149,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(lambda _: main())

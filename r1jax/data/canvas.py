@@ -23,6 +23,10 @@ def _interpolation(fine: int, coarse: int) -> Float32[np.ndarray, "fine coarse"]
     position = np.linspace(0.5, coarse - 1.5, fine)[:, None]
     weight = np.exp(-0.5 * ((position - np.arange(coarse)) / 0.6) ** 2)
     rows = (weight / np.linalg.norm(weight, axis=1, keepdims=True)).astype(np.float32)
+    return _without_specks(rows)
+
+
+def _without_specks(rows: Float32[np.ndarray, "a b"]) -> Float32[np.ndarray, "a b"]:
     return np.where(rows < SPECK, 0, rows)
 
 
@@ -31,7 +35,7 @@ def point_spread(voxels: int, sigma: float) -> Float32[np.ndarray, "voxels voxel
     offset = np.arange(voxels, dtype=np.float32)
     weight = np.exp(-0.5 * ((offset[:, None] - offset) / np.float32(sigma)) ** 2)
     rows = weight / weight.sum(axis=1, keepdims=True)
-    return np.where(rows < SPECK, 0, rows)
+    return _without_specks(rows)
 
 
 def separable(

@@ -222,14 +222,13 @@ def source(sizes: Sizes, files: Sequence[str] = ("hopper.cu", *FILES)) -> str:
     places = [*_FIRST, *(f"{name}_{i}" for i in layers for name in _ORDER), "out"]
     given = [name for name in places[:-1] if name.rsplit("_", 1)[0] not in absent]
     results = ["out", *(f"same_pool_{i}" for i in layers), "same_scratch"]
-    noted = [f"to[{i}] = {name if name in (*given, *results) else 'nullptr'};" for i, name in enumerate(places)]
-    each = -(-len(noted) // int(sizes["WARPS"] + 1))  # a warp waits for what it reads of them, but not for the others
-    shares = [" ".join(noted[i : i + each]) for i in range(0, len(noted), each)]
-    noting = "\n".join(f"  if (thread_index() == {32 * warp}) {{ {share} }}" for warp, share in enumerate(shares))
+    noted = " ".join(f"to[{i}] = {name if name in (*given, *results) else 'nullptr'};" for i, name in enumerate(places))
     kernel = f"""
 KERNEL decode_layers({", ".join(f"void* {name}" for name in (*given, *results))}) {{
-  void** to = shared().address;
-{noting}
+  if (thread_index() == 0) {{
+    void** to = shared().address;
+    {noted}
+  }}
   sync_everything();
   prepare();
   if (shared().limit < 0)

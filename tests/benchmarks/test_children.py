@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.children import follow, run_at_once, run_in_turn
+from r1jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 LONG = 240.0
@@ -37,7 +38,7 @@ def test_processes_at_once_meet(tmp_path):
 
 def test_more_devices_than_there_are_to_take_are_refused(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
-    with pytest.raises(ValueError, match=r"devices is 3, but CUDA_VISIBLE_DEVICES names 2: 4,5\."):
+    with pytest.raises(UserError, match="--devices is 3, but CUDA_VISIBLE_DEVICES names 2: 4,5"):
         next(run_at_once({"a": words("")}, jobs=1, timeout=LONG, devices=3))
 
 

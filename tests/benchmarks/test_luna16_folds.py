@@ -11,6 +11,7 @@ import pytest
 from benchmarks import common, luna16_folds
 from benchmarks.luna16_peers import FIGURES, figures
 from r1jax.data.folder import FolderCases
+from r1jax.errors import UserError
 
 
 @pytest.fixture
@@ -99,7 +100,14 @@ def test_gains_are_differences_over_the_blocks_that_both_have():
     ]
 
 
-def test_what_variants_tell_is_joined_in_their_order_and_one_that_fails_is_named(tmp_path, monkeypatch, capsys):
+def test_a_folder_without_the_data_is_told_before_anything_is_trained(tmp_path, monkeypatch):
+    words = ["--data", str(tmp_path / "none"), "--output", str(tmp_path / "x.json"), "--variants", "a=1"]
+    monkeypatch.setattr(sys, "argv", ["luna16_folds.py", *words])
+    with pytest.raises(UserError, match="none, but no .npz lies there"):
+        luna16_folds.main()
+
+
+def test_what_variants_tell_is_joined_in_their_order_and_one_that_fails_is_named(folder, tmp_path, monkeypatch, capsys):
     def children(commands, *, jobs, timeout, devices):
         assert (jobs, devices) == (3, 4) and len(commands) == 4
         for name, words in reversed(commands.items()):
@@ -110,7 +118,7 @@ def test_what_variants_tell_is_joined_in_their_order_and_one_that_fails_is_named
             yield name, {"error": "exit code 1"} if name == "x=1 y=2, block 3" else told
 
     output = tmp_path / "new" / "folds.json"
-    words = ["luna16_folds.py", "--data", "set", "--output", str(output), "--jobs", "3", "--devices", "4"]
+    words = ["luna16_folds.py", "--data", str(folder), "--output", str(output), "--jobs", "3", "--devices", "4"]
     monkeypatch.setattr(luna16_folds, "run_at_once", children)
     monkeypatch.setattr(sys, "argv", [*words, "--blocks", "1", "3", "--variants", "x=1 y=2", "densenet121"])
     with pytest.raises(SystemExit, match=r"^without x=1 y=2, block 3 \(above\)$"):

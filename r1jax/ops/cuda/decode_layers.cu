@@ -16,8 +16,8 @@
 // them with tensor cores: the other operand has one column of bf16, or three of codes, which together are one number to
 // 22 bits below the largest of the warp. Any order of the columns is right that both operands share, so each lane takes
 // 16 bytes in a row of both. A warp reads those words itself that it multiplies, so that a block's warps wait for each
-// other once in a product: when they add up what they have. A warp that has no columns waits for no words: between the reading
-// of a place in shared memory and its being written again by another product, a block's warps have met.
+// other once in a product: when they add up what they have. A warp that has no columns waits for no words: between the
+// reading of a place in shared memory and its being written again by another product, a block's warps have met.
 //
 // Sizes are macros, and the kernel itself, which knows how many addresses there are, is written by decode_layers.py.
 

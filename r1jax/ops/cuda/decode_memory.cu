@@ -14,8 +14,8 @@ constexpr int larger(int a, int b) { return a > b ? a : b; }
 constexpr int bytes_of(bool codes, int numbers) { return codes ? 3 * (numbers + BESIDE) : 2 * numbers; }
 constexpr int QUERY_ROW = 2 * ENTRY + (128 + BESIDE - 2 * ENTRY % 128) % 128;
 constexpr int tiles_of(int rows) { return (rows / 16 + BLOCKS - 1) / BLOCKS; }  // of a block, at most
-constexpr int SUMS_OF_GATES = 2 * tiles_of(WIDE);                                // also above them,
-constexpr int SUMS_OF_QUERIES = larger(tiles_of(QUERIES + ENTRY), tiles_of(DIM));  // and of o_proj,
+constexpr int SUMS_OF_GATES = 2 * tiles_of(WIDE);                                  // and of up_proj
+constexpr int SUMS_OF_QUERIES = larger(tiles_of(QUERIES + ENTRY), tiles_of(DIM));  // and of o_proj
 constexpr int SUMS_OF_VALUES = larger(tiles_of(MIXED), tiles_of(DIM));             // and of down_proj
 constexpr int PARTED = BLOCKS / ((PARTS - 1) * (HEADS / FEW));  // blocks that there are for a part of the cache
 constexpr int WAYS =
