@@ -1,5 +1,10 @@
 """Scores a checkpoint: `python eval.py --checkpoint runs/medical` (`--help` lists every argument)."""
 
+from r1jax.huge_pages import start_with_huge_pages
+
+if __name__ == "__main__":
+    start_with_huge_pages()  # before JAX is imported, which takes seconds
+
 import sys
 import time
 from pathlib import Path

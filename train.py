@@ -1,5 +1,10 @@
 """Trains an experiment: `python train.py --config configs/medical.py` (`--help` lists every field)."""
 
+from r1jax.huge_pages import start_with_huge_pages
+
+if __name__ == "__main__":
+    start_with_huge_pages()  # before JAX is imported, which takes seconds
+
 from dataclasses import replace
 
 from r1jax.cli import Invocation, load_config

@@ -4,6 +4,7 @@ import importlib
 from typing import NamedTuple
 
 from r1jax.errors import UserError, nearest, run_main
+from r1jax.huge_pages import start_with_huge_pages
 
 
 class Command(NamedTuple):
@@ -77,6 +78,7 @@ def listing(group: str | None) -> str:
 
 def main() -> None:
     """Entry point of the console script."""
+    start_with_huge_pages()
     run_main(dispatch)
 
 
