@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int16
 
-from r1jax.data.canvas import Canvas, Point, Shape, point_spread, separable, texture
+from r1jax.data.canvas import Canvas, Capsule, Point, Shape, point_spread, separable, texture
 
 Wall = Literal["none", "chest", "mediastinum"]
 
@@ -124,8 +124,8 @@ def _turned(way: Point, by: Sequence[float], strength: float) -> Point:
     return z / norm, y / norm, x / norm
 
 
-def _grow_tree(canvas: Canvas, rng: np.random.Generator, cover: Float32[np.ndarray, "z y x"]) -> None:
-    """Draws one vessel tree that enters through a face, bends, tapers and forks; a few branches end inside."""
+def _tree(canvas: Canvas, rng: np.random.Generator) -> list[Capsule]:
+    """One vessel tree that enters through a face, bends, tapers and forks; a few branches end inside."""
     half = canvas.half.tolist()
     first = (rng.uniform(-1, 1, 3) * canvas.half).tolist()
     face = int(rng.integers(3))
@@ -133,14 +133,15 @@ def _grow_tree(canvas: Canvas, rng: np.random.Generator, cover: Float32[np.ndarr
     toward = _unit(rng.uniform(-0.6, 0.6, 3) * canvas.half - first).tolist()
     thickest = min(max(rng.lognormal(0.0, 0.55), 0.5), 3.6)
     branches: list[tuple[Point, Point, float]] = [(tuple(first), tuple(toward), thickest)]
+    drawn: list[Capsule] = []
     # Numbers for up to 12 segments: single draws would cost more than the drawing.
     for chance, normal in zip(rng.random((12, 5)).tolist(), rng.standard_normal((12, 6)).tolist(), strict=True):
         if not branches:
-            return
+            break
         point, way, radius = branches.pop(0)
         stop = _step(point, way, 5 + 5 * chance[0])
         ends = radius < 0.5 or chance[1] < 0.04
-        canvas.capsule(cover, point, stop, (radius, 0.3 if ends else 0.94 * radius))
+        drawn.append((point, stop, (radius, 0.3 if ends else 0.94 * radius)))
         if ends or any(abs(s) > h + radius for s, h in zip(stop, half, strict=True)):
             continue
         radius *= 0.94
@@ -150,12 +151,13 @@ def _grow_tree(canvas: Canvas, rng: np.random.Generator, cover: Float32[np.ndarr
             side = normal[3:]
             if chance[4] < 0.5:
                 bulge = radius * (1.1 + chance[4])
-                canvas.capsule(cover, stop, stop, (bulge, bulge))
+                drawn.append((stop, stop, (bulge, bulge)))
             bent = _turned(way, normal[:3], 0.15)
             branches.append((stop, _turned(bent, side, 0.7 * (1 - share)), radius * share ** (1 / 3)))
             branches.append((stop, _turned(bent, side, -0.7 * share), radius * (1 - share) ** (1 / 3)))
         else:
             branches.append((stop, _turned(way, normal[:3], 0.22), radius))
+    return drawn
 
 
 def _calcified(
@@ -256,7 +258,7 @@ def _add_spikes(
     hu: Float32[np.ndarray, "z y x"],
 ) -> None:
     """Draws thin tapering radial spikes from the surface; `scaled` maps mm to where the nodule is a unit sphere."""
-    cover = np.zeros(canvas.shape, np.float32)
+    drawn: list[Capsule] = []
     # In a solid nodule they start below the surface, so that no gap shows.
     root = 0.6 if nodule.core == 1 else 0.95
     for _ in range(nodule.spikes):
@@ -265,9 +267,10 @@ def _add_spikes(
         surface = 1 / math.sqrt(((scaled @ direction) ** 2).sum())
         length = surface + rng.uniform(2.5, 4.5) + rng.uniform(0.1, 0.5) * surface
         thickness = rng.uniform(0.8, 1.2) + 0.05 * surface
-        canvas.capsule(
-            cover, _step(center, (z, y, x), root * surface), _step(center, (z, y, x), length), (thickness, 0.15)
-        )
+        ends = _step(center, (z, y, x), root * surface), _step(center, (z, y, x), length)
+        drawn.append((*ends, (thickness, 0.15)))
+    cover = np.zeros(canvas.shape, np.float32)
+    canvas.capsules(cover, drawn)
     density = np.float32(-20 if nodule.core > 0 else -420)
     hu += cover * np.maximum(density - hu, 0)
 
@@ -329,8 +332,7 @@ def render(
         hu -= np.float32(scene.emphysema) * (30 + 90 * holes)
     hu = hu.astype(np.float32)
     cover = np.zeros(shape, np.float32)
-    for _ in range(scene.trees):
-        _grow_tree(canvas, rng, cover)
+    canvas.capsules(cover, [capsule for _ in range(scene.trees) for capsule in _tree(canvas, rng)])
     hu += cover * (np.float32(scene.vessel_hu) - hu)
     mask = np.zeros(shape, bool)
     room = nodule or spare

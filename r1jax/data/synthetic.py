@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float64, Int, Int16
 
 from r1jax.data.canvas import Point, Shape
 from r1jax.data.patients import FACTORS, INTERCEPT, MISSING, PRESENCE, Patient, attainable_probability, draw_patient
-from r1jax.data.phantom import draw_scene, nodule_center_mm, render
+from r1jax.data.phantom import Scene, draw_scene, nodule_center_mm, render
 from r1jax.errors import UserError, nearest
 from r1jax.tasks.medical.schema import FINDINGS, case_schema
 
@@ -98,9 +98,14 @@ class SyntheticCases:
             raise IndexError(f"case {index} of {self.size}")
         return draw_patient(self._rng(index, _RECORD))
 
-    def _picture(self, index: int, patient: Patient) -> tuple[Int16[np.ndarray, "Z Y X"], Bool[np.ndarray, "Z Y X"]]:
+    def _scene(self, index: int) -> Scene:
+        """Draws what is around the nodule."""
+        return draw_scene(self._rng(index, _SCENE))
+
+    def _picture(
+        self, index: int, patient: Patient, scene: Scene
+    ) -> tuple[Int16[np.ndarray, "Z Y X"], Bool[np.ndarray, "Z Y X"]]:
         """Renders volume and mask."""
-        scene = draw_scene(self._rng(index, _SCENE))
         return render(scene, patient.nodule, self.shape, self._rng(index, _PICTURE), spare=patient.spare)
 
     def _case(self, index: int) -> _Case:
@@ -108,10 +113,10 @@ class SyntheticCases:
         if index in self._drawn:
             return self._drawn[index]
         patient = self.patient(index)
-        scene = draw_scene(self._rng(index, _SCENE))
+        scene = self._scene(index)
         nodule = patient.nodule
         center = nodule_center_mm(scene, nodule, self.shape) if nodule else (math.nan,) * 3
-        case = _Case(patient, scene.spacing, center, self._picture(index, patient)[0])
+        case = _Case(patient, scene.spacing, center, self._picture(index, patient, scene)[0])
         if index < KEPT:
             # Two threads may draw the same case: both get the same numbers, so no lock is needed.
             self._drawn[index] = case
@@ -151,7 +156,8 @@ class SyntheticCases:
         Returns:
           The nodules' bodies, without spikes and without what the chest wall hides.
         """
-        return np.stack([self._picture(int(index), self.patient(int(index)))[1] for index in indices])
+        rows = [int(index) for index in indices]
+        return np.stack([self._picture(row, self.patient(row), self._scene(row))[1] for row in rows])
 
     def true_probability(self, indices: Int[np.ndarray, " B"]) -> Float64[np.ndarray, " B"]:
         """Gives the probability from which malignancy was drawn, missing numbers included.

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from r1jax.data.canvas import _interpolation, point_spread, separable
+from r1jax.data.canvas import Canvas, _interpolation, point_spread, separable
 from r1jax.data.phantom import Nodule, Scene, draw_scene, nodule_center_mm, render
 
 SHAPE = (32, 32, 32)
@@ -60,6 +60,40 @@ def test_no_weight_is_so_small_that_it_is_slow_and_rows_still_add_up(sigma):
         assert rows.dtype == np.float32 and np.all((rows == 0) | (rows >= 1e-30)) and (rows == 0).any()
     np.testing.assert_allclose(point_spread(32, sigma).sum(axis=1), 1, rtol=1e-6)
     np.testing.assert_allclose(np.linalg.norm(_interpolation(32, 13), axis=1), 1, rtol=1e-6)
+
+
+def covered(canvas, capsules):
+    cover = np.zeros(canvas.shape, np.float32)
+    canvas.capsules(cover, capsules)
+    return cover
+
+
+POINTS = st.tuples(*[st.floats(-25, 25)] * 3)
+CAPSULES = st.lists(st.tuples(POINTS, POINTS, st.tuples(*[st.floats(0.15, 4)] * 2)), max_size=4)
+
+
+@settings(max_examples=30, deadline=None)
+@given(capsules=CAPSULES)
+def test_capsules_cover_what_is_near_their_axis(capsules):
+    canvas = Canvas((12, 14, 16), (1.5, 0.9, 0.9))
+    z, y, x = np.meshgrid(*(axis.ravel().astype(float) for axis in canvas.axes), indexing="ij")
+    place, expected = np.stack([z, y, x], axis=-1), np.zeros(canvas.shape)
+    for start, stop, (first, last) in capsules:
+        start, way = np.array(start), np.array(stop) - start
+        share = np.clip((place - start) @ way / (way @ way + 1e-6), 0, 1)
+        distance = np.linalg.norm(place - start - share[..., None] * way, axis=-1)
+        inside = np.clip(0.5 + (first + share * (last - first) - distance) / canvas.edge, 0, 1)
+        expected = np.maximum(expected, min(1, (first + last) / canvas.edge) * inside)
+    np.testing.assert_allclose(covered(canvas, capsules), expected, atol=2e-3)
+
+
+@settings(max_examples=30, deadline=None)
+@given(capsules=CAPSULES)
+def test_capsules_drawn_together_are_those_drawn_alone_bit_for_bit(capsules):
+    canvas, alone = Canvas((12, 14, 16), (1.5, 0.9, 0.9)), np.zeros((12, 14, 16), np.float32)
+    for capsule in capsules:
+        canvas.capsules(alone, [capsule])
+    np.testing.assert_array_equal(covered(canvas, capsules), alone)
 
 
 def test_lung_alone_is_lung():
