@@ -75,16 +75,25 @@ DEVICE float across_lanes(float value, int mask) { return from_lane(value, runni
 DEVICE float rsqrtf(float x) { return 1 / std::sqrt(x); }
 DEVICE unsigned as_bits(float value) { unsigned bits; std::memcpy(&bits, &value, 4); return bits; }
 DEVICE float as_float(unsigned bits) { float f; std::memcpy(&f, &bits, 4); return f; }
-DEVICE float highest_of_lanes(float value) {
-  for (int mask = 16; mask; mask /= 2)
-    value = as_float(std::max(as_bits(value), as_bits(across_lanes(value, mask))));
+DEVICE unsigned highest_of_lanes(unsigned value) {
+  for (int mask = 16; mask; mask /= 2) value = std::max(value, as_bits(across_lanes(as_float(value), mask)));
   return value;
+}
+DEVICE unsigned pick(unsigned a, unsigned b, unsigned bytes) {
+  unsigned word = 0;
+  for (int i = 0; i < 4; i++) {
+    const unsigned which = bytes >> 4 * i & 15;
+    if (which > 7) std::abort();  // a sign, on the GPU
+    word |= ((which < 4 ? a : b) >> which % 4 * 8 & 255) << 8 * i;
+  }
+  return word;
 }
 DEVICE Half narrowed(float value) {
   unsigned bits;
   std::memcpy(&bits, &value, 4);
   return std::isnan(value) ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
+DEVICE unsigned paired(float a, float b) { return narrowed(a) | (unsigned)narrowed(b) << 16; }
 DEVICE Words ask(const void* address) { return *static_cast<const Words*>(address); }
 DEVICE void fail() { std::abort(); }
 DEVICE unsigned clock_now() { return ++moves; }

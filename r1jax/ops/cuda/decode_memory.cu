@@ -8,7 +8,8 @@ constexpr int BESIDE = 64;               // bytes between rows in shared memory,
 constexpr int STRIDE = 64 * WARPS;       // bytes of a row that all warps take together
 constexpr int CHUNK = STRIDES * STRIDE;  // bytes of a row in a slot of the ring, which one copy brings
 constexpr int SLOT = 16 * (CHUNK + BESIDE);
-constexpr float FINEST = 4194304;  // 2^22, the largest number as codes
+constexpr float FINEST = 4194304;      // 2^22, the largest number as codes
+constexpr float WHOLE = 3 * FINEST;    // to which a number is added to be rounded: the last bits are the whole one
 
 constexpr int larger(int a, int b) { return a > b ? a : b; }
 constexpr int bytes_of(bool codes, int numbers) { return codes ? 3 * (numbers + BESIDE) : 2 * numbers; }
@@ -83,11 +84,11 @@ DEVICE Scratch& scratch() { return *shared().given.scratch; }
 DEVICE unsigned mark(int layer, Phase phase) { return layer * PASSED + phase; }
 static_assert(LAYERS * PASSED < 4096, "a mark has 12 bits");
 
+DEVICE unsigned highest(unsigned a, unsigned b) { return a > b ? a : b; }
 DEVICE float widened(Half half) { return as_float((unsigned)half << 16); }
 DEVICE float lower(unsigned pair) { return as_float(pair << 16); }
 DEVICE float upper(unsigned pair) { return as_float(pair & 0xffff0000u); }
 DEVICE float rounded(float value) { return widened(narrowed(value)); }
-DEVICE unsigned paired(float a, float b) { return narrowed(a) | (unsigned)narrowed(b) << 16; }
 
 DEVICE unsigned marked(float value, unsigned mark) {
   const unsigned bits = as_bits(value);

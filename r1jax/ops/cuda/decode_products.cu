@@ -57,13 +57,14 @@ struct Norm {
 };
 
 // Puts a warp's columns of a row into shared memory, times the gains of a norm if there is one, as bf16 or as three codes
-// a number; returns the unit of their last code, which is no number where one of them is none. The first layer's row is
+// a number; returns the unit of their last code (of bf16 nothing), which is no number where one of them is none. The first layer's row is
 // `plain`.
 template <bool CODES, int WIDTH>
 DEVICE float put_row(const unsigned* row, unsigned mark, Norm<CODES, WIDTH>* norm, const Half* plain = nullptr) {
   using Own = Columns<CODES, WIDTH>;
   const unsigned* place[Own::EACH];
-  float x[Own::EACH][4], most = 0;
+  float x[Own::EACH][4];
+  unsigned high = 0;
   if (plain) {
 #pragma unroll
     for (int i = 0; i < Own::EACH; i++)
@@ -79,35 +80,32 @@ DEVICE float put_row(const unsigned* row, unsigned mark, Norm<CODES, WIDTH>* nor
 #pragma unroll
     for (int j = 0; j < 4; j++) {
       if (norm) norm->square += x[i][j] * x[i][j], x[i][j] *= norm->gain[i][j];
-      // Of numbers that are none the bits are higher than all.
-      if (CODES) most = x[i][j] == x[i][j] && most == most ? fmaxf(most, fabsf(x[i][j])) : as_float(0x7fc00000u);
+      if (CODES) high = highest(high, as_bits(x[i][j]) & 0x7fffffff);  // of numbers that are none the highest
     }
-  if (CODES) most = highest_of_lanes(most);
-  const float unit = CODES ? most / FINEST : 1, inverse = most > 0 ? FINEST / most : 0;
+  const float most = CODES ? as_float(highest_of_lanes(high)) : 1, inverse = most > 0 ? FINEST / most : 0;
 #pragma unroll
   for (int i = 0; i < Own::EACH; i++) {
     const int at = Own::at(i);
     if (at >= WIDTH) break;
-    const Pair pair = {paired(x[i][0], x[i][1]), paired(x[i][2], x[i][3])};
     if (!CODES) {
-      *(Pair*)(shared().x + 2 * at) = pair;
+      *(Pair*)(shared().x + 2 * at) = {paired(x[i][0], x[i][1]), paired(x[i][2], x[i][3])};
       continue;
     }
-    const float y[4] = {lower(pair.a), upper(pair.a), lower(pair.b), upper(pair.b)};
-    unsigned codes[3] = {};
+    // A number is ((first 256) + second) 256 + last, each code the nearest to what is left of it: the last is its last
+    // byte, and what rounds the others carries into theirs.
+    unsigned left[4];
 #pragma unroll
-    for (int j = 0; j < 4; j++) {
-      const int left = (int)rintf(y[j] * inverse), second = (left + 128) >> 8, first = (second + 128) >> 8;
-      codes[0] |= (first & 255) << 8 * j;
-      codes[1] |= (second & 255) << 8 * j;  // less 256 times the first, which these bits do not hold
-      codes[2] |= (left & 255) << 8 * j;
+    for (int j = 0; j < 4; j++) left[j] = as_bits(x[i][j] * inverse + WHOLE) - as_bits(WHOLE);
+    const unsigned carried[3] = {0x8080, 0x80, 0};
+#pragma unroll
+    for (int digit = 0; digit < 3; digit++) {
+      const unsigned of_two = 0x40 + 0x11 * (2 - digit), more = carried[digit];
+      const unsigned low = pick(left[0] + more, left[1] + more, of_two), up = pick(left[2] + more, left[3] + more, of_two);
+      *(unsigned*)(shared().x + digit * (WIDTH + BESIDE) + at) = pick(low, up, 0x5410);
     }
-#pragma unroll
-    for (int digit = 0; digit < 3; digit++)
-      *(unsigned*)(shared().x + digit * (WIDTH + BESIDE) + at) = codes[digit];
   }
   sync_warp();
-  return unit;
+  return most / FINEST;
 }
 
 // Where a thread is in the ring.

@@ -29,13 +29,19 @@ DEVICE float across_lanes(float value, int mask) { return __shfl_xor_sync(~0u, v
 
 DEVICE float as_float(unsigned bits) { return __uint_as_float(bits); }
 DEVICE unsigned as_bits(float value) { return __float_as_uint(value); }
-DEVICE float highest_of_lanes(float value) {  // of numbers that are not negative, which compare as their bits
-  return __uint_as_float(__reduce_max_sync(~0u, __float_as_uint(value)));
+DEVICE unsigned highest_of_lanes(unsigned value) { return __reduce_max_sync(~0u, value); }
+DEVICE unsigned pick(unsigned a, unsigned b, unsigned bytes) {  // bytes of a, 0 to 3, and b, 4 to 7: a digit for each
+  return __byte_perm(a, b, bytes);
 }
 DEVICE Half narrowed(float value) {
   Half half;
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(half) : "f"(value));
   return half;
+}
+DEVICE unsigned paired(float a, float b) {
+  unsigned pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(b), "f"(a));
+  return pair;
 }
 
 // What is read once, and written by no thread. Volatile: it is asked for where the source says so, which is before a
