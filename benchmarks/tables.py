@@ -28,6 +28,7 @@ from benchmarks import (  # noqa: E402
     fusion,
     h100,
     hf_loading,
+    huge_pages,
     latency,
     lidc,
     lidc_baselines,
@@ -95,6 +96,7 @@ SECTIONS = (
     Section("Memory and time of a training step", {"memory": memory.table}),
     Section("One compiled program instead of many operations", {"fusion": fusion.table, "fusion_cpu": fusion.table}),
     Section("The loop around the step", {"overhead": overhead.table, "overhead_cpu": overhead.table}),
+    Section("Memory in huge pages", {"huge_pages": huge_pages.table}),
     Section("A medical checkpoint on one CPU core", {"edge": edge.table}),
     Section(
         "Size and agreement of edge exports",
