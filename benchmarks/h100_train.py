@@ -59,15 +59,25 @@ TINY = {"vocab_size": 512, "hidden_size": 128, "num_attention_heads": 2, "interm
 TINY |= {"num_hidden_layers": 2, "moe_intermediate_size": 64, "kv_lora_rank": 64, "n_routed_experts": 8}
 
 
-def language_config(decoder: DecoderConfig, scale: str, **train: Any) -> Config:
-    """64 k tokens a step in sequences of 4096, fp32 weights and moments, bf16 products; the next token's loss alone."""
+def language_config(decoder: DecoderConfig, scale: str, quant: tuple[str, ...] = (), **train: Any) -> Config:
+    """64 k tokens a step in sequences of 4096, fp32 weights and moments, products in bf16 or by rules for fewer bits.
+
+    The loss is the next token's alone.
+    """
     if scale == "tiny":
         dense = decoder.first_k_dense_replace > 1
         decoder = replace(decoder, **TINY, first_k_dense_replace=2 if dense else 1)
     config, (batch, length) = language.get_config(), (16, 4096) if scale == "full" else (4, 128)
     return replace(
         config,
-        model=replace(config.model, decoder=decoder, text_tokens=length, precision="bf16", remat=train.pop("remat")),
+        model=replace(
+            config.model,
+            decoder=decoder,
+            text_tokens=length,
+            precision="bf16",
+            quant=quant,
+            remat=train.pop("remat"),
+        ),
         task=replace(config.task, z_loss=0.0, balance_weight=0.0),
         train=replace(
             config.train,
@@ -93,12 +103,15 @@ def random_tokens(config: Config) -> dict[str, np.ndarray]:
 def cases(scale: str) -> dict[str, Callable[[], Config]]:
     """Configs by name. A step of the language models takes its batch in four parts, for memory."""
 
-    def of(decoder: DecoderConfig) -> Callable[[], Config]:
-        return lambda: language_config(decoder, scale, accumulation=4, remat="none")
+    def of(decoder: DecoderConfig, *quant: str) -> Callable[[], Config]:
+        return lambda: language_config(decoder, scale, quant, accumulation=4, remat="none")
 
     return {
         "train V2-Lite-4L, ours": of(V2_LITE),
         "train dense 1B, ours": of(DENSE),
+        "train dense 1B, int8 forward": of(DENSE, "int8"),
+        "train dense 1B, fp8 forward": of(DENSE, "fp8"),
+        "train dense 1B, int8 forward and backward": of(DENSE, "lm_head=int8:int8", ".*=int8:int8:int8"),
         "train medical default": medical.get_config,
     }
 

@@ -49,7 +49,7 @@ def measure(tunable: int, steps: int, variant: str) -> dict[str, Any]:
         )
         seconds, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
         if done.returncode:
-            raise UserError(f"training failed: {done.stderr.strip().splitlines()[-1]}")
+            raise UserError(f"training ended with code {done.returncode}: {done.stderr.strip()[-200:]}")
         rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     steady = [row["examples_per_second"] for row in rows if "examples_per_second" in row][2:]
     return {

@@ -6,8 +6,10 @@ huge pages where its tunable says so, which it reads once, when a process starts
 Tunables; Linux, admin-guide/mm/transhuge).
 """
 
+import contextlib
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 VARIABLE = "GLIBC_TUNABLES"
@@ -15,21 +17,50 @@ TUNABLE = "glibc.malloc.hugetlb"
 KERNEL = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 SINCE = (2, 35)
 """The first glibc that knows the tunable."""
+AGAIN = "R1JAX_STARTED_AGAIN"
+"""Environment variable with the id of a process that was started again, whatever became of the tunable."""
 
 
 def start_with_huge_pages() -> None:
     """Replaces this process by the same command with huge pages, where that gives them and was not decided already.
 
-    Where the C library or the kernel has none, or gives them unasked, nothing happens. A `GLIBC_TUNABLES` that names
-    the tunable is left as it is: with `glibc.malloc.hugetlb=0` memory stays in small pages. Process id, files and
-    signals stay. Call it before what takes long to import.
+    Where the C library or the kernel has none, or gives them unasked, or Python was not started for this command alone
+    (a debugger, a notebook), nothing happens. A `GLIBC_TUNABLES` that names the tunable is left as it is: with
+    `glibc.malloc.hugetlb=0` memory stays in small pages. Process id, inherited files and signals stay. Call it before
+    what takes long to import.
     """
-    tunables = with_huge_pages(os.environ.get(VARIABLE, ""))
-    if tunables is None or not sys.executable:
+    tunables, again = with_huge_pages(os.environ.get(VARIABLE, "")), str(os.getpid())
+    if tunables is None or os.environ.get(AGAIN) == again or not is_the_command(sys.orig_argv, sys.argv):
         return
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {VARIABLE: tunables})
+    environment = os.environ | {VARIABLE: tunables, AGAIN: again}
+    with contextlib.suppress(OSError):  # where a sandbox forbids it, this process goes on
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+
+
+def is_the_command(started: Sequence[str], arguments: Sequence[str]) -> bool:
+    """Whether Python was started for these arguments: a script or `-m r1jax`, and neither within another program.
+
+    Args:
+      started: How Python was started, `sys.orig_argv`.
+      arguments: What the program was given, `sys.argv`, its own name first.
+
+    Returns:
+      False also where the program came from standard input, which cannot be read twice.
+    """
+    count = len(arguments)
+    options, (name, *words) = list(started[1:-count]), started[-count:] or [""]
+    if options[-1:] == ["-m"] and name == "r1jax":
+        del options[-1]
+    elif name != arguments[0] or not Path(name).is_file():
+        return False
+    values = [i + 1 for i, option in enumerate(options) if option in ("-X", "-W")]
+    plain = all(i in values or option[:2] in ("-X", "-W") or _is_switch(option) for i, option in enumerate(options))
+    return plain and words == list(arguments[1:])
+
+
+def _is_switch(option: str) -> bool:
+    """Whether it is letters behind a dash, of which none names another program."""
+    return option[:1] == "-" and option[1:].isalpha() and not set(option) & set("cm")
 
 
 def with_huge_pages(tunables: str, kernel: Path = KERNEL) -> str | None:

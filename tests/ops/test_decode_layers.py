@@ -91,12 +91,37 @@ def small(tmp_path_factory: pytest.TempPathFactory):
         subprocess.run([*words, str(path), "-o", str(path.with_suffix(".so"))], check=True)
         return ctypes.CDLL(str(path.with_suffix(".so")))
 
+    def split(x: np.ndarray) -> np.ndarray:
+        """The codes of numbers of which 2^22 is the largest, [n, 3]."""
+        _, layers, caches = drawn()
+        text = ops.source(sizes_of(layers, caches, blocks=6), ops.FILES)
+        start = """
+        extern "C" void split_all(const float* x, int count, signed char* codes) {
+          for (int i = 0; i < count; i += 4) {
+            unsigned four[3];
+            split({x[i], x[i + 1], x[i + 2], x[i + 3]}, 1, four);
+            for (int j = 0; j < 12; j++) codes[3 * (i + j % 4) + j / 4] = (signed char)(four[j / 4] >> 8 * (j % 4));
+          }
+        }"""
+        codes = np.empty((len(x), 3), np.int8)
+        held = np.ascontiguousarray(x, np.float32)
+        pointers = (ctypes.c_void_p(a.ctypes.data) for a in (held, codes))
+        library(on_cpu(text, start)).split_all(next(pointers), len(x), next(pointers))
+        return codes
+
+    def sizes_of(layers, caches, *, blocks: int, **changed: int) -> ops.Sizes:
+        sizes = ops.sizes_of(layers[0], caches[0], NORMS, len(layers))
+        sizes |= {"WARPS": WARPS, "BRINGERS": 2, "PARTS": 8, "SPAN": 16, "LEAST_SPAN": 8, "BLOCKS": blocks} | changed
+        return ops.with_ring(sizes) | {"SLOTS": 5}
+
+    def on_cpu(text: str, start: str) -> str:
+        macros, rest = text[: text.index("//")], text[text.index("//") :]
+        return f'{macros}\n#include "cuda_on_cpu.cc"\n{rest}\n{start}'
+
     def run(
         x, layers, caches, limit: int, *, blocks: int, **changed: int
     ) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
-        sizes = ops.sizes_of(layers[0], caches[0], NORMS, len(layers))
-        sizes |= {"WARPS": WARPS, "BRINGERS": 2, "PARTS": 8, "SPAN": 16, "LEAST_SPAN": 8, "BLOCKS": blocks} | changed
-        sizes = ops.with_ring(sizes) | {"SLOTS": 5}
+        sizes = sizes_of(layers, caches, blocks=blocks, **changed)
         text = ops.source(sizes, ops.FILES)
         many = 6 + sum(map(len, map(_arrays, layers, caches))) + len(layers) + 2
         start = f"""
@@ -105,8 +130,7 @@ def small(tmp_path_factory: pytest.TempPathFactory):
           return run_blocks(blocks, WARPS, BRINGERS, sizeof(Shared), SLOTS * SLOT, [=] {{
             decode_layers({", ".join(f"p[{i}]" for i in range(many))}); }});
         }}"""
-        macros, rest = text[: text.index("//")], text[text.index("//") :]
-        compiled = library(f'{macros}\n#include "cuda_on_cpu.cc"\n{rest}\n{start}')
+        compiled = library(on_cpu(text, start))
         turn = turn_at(limit)
         first = [x[0], jnp.int32([limit]), caches[0].table[0], turn.cos[0], turn.sin[0]]
         first.append(jnp.zeros(ops.scratch_words(sizes), jnp.uint32))
@@ -120,6 +144,7 @@ def small(tmp_path_factory: pytest.TempPathFactory):
         assert compiled.start((ctypes.c_void_p * many)(*(a.ctypes.data for a in every)), blocks), "the kernel hangs"
         return out, pools, held[5]
 
+    run.split = split
     return run
 
 
@@ -148,6 +173,19 @@ def far(a: np.ndarray | jax.Array, b: jax.Array) -> float:
 
 
 ALL = ("q_kv", "o", "gate_up", "down")
+
+
+@pytest.mark.once
+def test_codes_of_a_row_are_the_nearest_to_what_is_left_of_each_number(small) -> None:
+    edges = [0, 0.49, 127.5, 128, 128.5, 32639, 32640, 32767.5, 32768, 98304, 2**22 - 1, 2**22]
+    numbers = np.float32([*edges, *np.random.default_rng(0).uniform(0, 2**22, 500)])
+    numbers = np.concatenate([numbers, -numbers])
+    whole = np.rint(numbers).astype(int)
+    second = (whole + 128) >> 8
+    first = (second + 128) >> 8
+    expected = np.stack([first, second - 256 * first, whole - 256 * second], axis=1)
+    assert np.abs(expected).max() == 128 and np.abs(expected[:, 0]).max() == 64
+    np.testing.assert_array_equal(small.split(numbers), expected)
 
 
 @pytest.mark.once

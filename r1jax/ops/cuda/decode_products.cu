@@ -56,9 +56,24 @@ struct Norm {
   }
 };
 
+// Three codes of each of four numbers: a number is, in units, ((first 256) + second) 256 + last, each code the nearest to
+// what the ones before it leave. The last is the last byte of the whole number, and what rounds the others carries into
+// theirs.
+DEVICE void split(const float (&x)[4], float inverse, unsigned (&codes)[3]) {
+  constexpr unsigned HALVES[3] = {0x8080, 0x80, 0}, BYTES[3] = {0x62, 0x51, 0x40};
+  unsigned whole[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++) whole[i] = as_bits(x[i] * inverse + WHOLE) - as_bits(WHOLE);
+#pragma unroll
+  for (int code = 0; code < 3; code++) {
+    const unsigned low = pick(whole[0] + HALVES[code], whole[1] + HALVES[code], BYTES[code]);
+    codes[code] = pick(low, pick(whole[2] + HALVES[code], whole[3] + HALVES[code], BYTES[code]), 0x5410);
+  }
+}
+
 // Puts a warp's columns of a row into shared memory, times the gains of a norm if there is one, as bf16 or as three codes
-// a number; returns the unit of their last code (of bf16 nothing), which is no number where one of them is none. The first layer's row is
-// `plain`.
+// a number; returns the unit of their last code, which is no number where one of them is none or infinite, and for bf16
+// 1. The first layer's row is `plain`.
 template <bool CODES, int WIDTH>
 DEVICE float put_row(const unsigned* row, unsigned mark, Norm<CODES, WIDTH>* norm, const Half* plain = nullptr) {
   using Own = Columns<CODES, WIDTH>;
@@ -91,21 +106,13 @@ DEVICE float put_row(const unsigned* row, unsigned mark, Norm<CODES, WIDTH>* nor
       *(Pair*)(shared().x + 2 * at) = {paired(x[i][0], x[i][1]), paired(x[i][2], x[i][3])};
       continue;
     }
-    // A number is ((first 256) + second) 256 + last, each code the nearest to what is left of it: the last is its last
-    // byte, and what rounds the others carries into theirs.
-    unsigned left[4];
+    unsigned codes[3];
+    split(x[i], inverse, codes);
 #pragma unroll
-    for (int j = 0; j < 4; j++) left[j] = as_bits(x[i][j] * inverse + WHOLE) - as_bits(WHOLE);
-    const unsigned carried[3] = {0x8080, 0x80, 0};
-#pragma unroll
-    for (int digit = 0; digit < 3; digit++) {
-      const unsigned of_two = 0x40 + 0x11 * (2 - digit), more = carried[digit];
-      const unsigned low = pick(left[0] + more, left[1] + more, of_two), up = pick(left[2] + more, left[3] + more, of_two);
-      *(unsigned*)(shared().x + digit * (WIDTH + BESIDE) + at) = pick(low, up, 0x5410);
-    }
+    for (int code = 0; code < 3; code++) *(unsigned*)(shared().x + code * (WIDTH + BESIDE) + at) = codes[code];
   }
   sync_warp();
-  return most / FINEST;
+  return CODES ? most / FINEST + (most - most) : 1;
 }
 
 // Where a thread is in the ring.
