@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # A module imports from its own storey and from those below it.
 STOREYS = (
-    ("errors", "fields", "config", "arguments", "validation", "cli", "disk", "edge"),
+    ("errors", "fields", "config", "arguments", "validation", "cli", "disk", "edge", "huge_pages"),
     ("ops",),
     ("models",),
     ("parallel",),
