@@ -30,14 +30,22 @@ ROOT = Path(__file__).resolve().parents[1]
 WAYS = {"small pages": 0, "huge pages": 1}
 
 
-def measure(tunable: int, steps: int, variant: str) -> dict[str, Any]:
+def measure(tunable: int, steps: int) -> dict[str, Any]:
     """Trains for some steps in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         words = ["--train.steps", steps, "--train.warmup_steps", 10, "--train.eval_every", steps]
         words += ["--train.log_every", 5, "--data.train_cases", 32 * steps]
         words += ["--data.val_cases", 32, "--data.test_cases", 32]
-        config = f"configs/medical.py{variant}"
-        command = [sys.executable, "train.py", "--config", config, "--platform", "cpu", "--workdir", folder]
+        command = [
+            sys.executable,
+            "train.py",
+            "--config",
+            "configs/medical.py",
+            "--platform",
+            "cpu",
+            "--workdir",
+            folder,
+        ]
         before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
         done = subprocess.run(
             [*command, *map(str, words)],
@@ -85,11 +93,10 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--output", type=Path, required=True, help="JSON to write")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each way, in turn")
     parser.add_argument("--steps", type=int, default=100, help="of a run, of 32 cases each")
-    parser.add_argument("--variant", default="", help="of configs/medical.py, such as :smoke")
     args = parser.parse_args(arguments)
     if with_huge_pages("") is None:
         raise UserError("huge pages: this C library or kernel gives none, or gives them unasked; nothing to compare")
-    measure(1, args.steps, args.variant)  # compiles
+    measure(1, args.steps)  # compiles
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in WAYS}
     told = environment()
     of_gpus = ("jax-cuda13-plugin", "nvidia-cudnn-cu13", "torch", "transformers")
@@ -101,7 +108,7 @@ def main(arguments: list[str]) -> None:
     }
     for _ in range(args.rounds):
         for name, tunable in WAYS.items():
-            results[name].append(measure(tunable, args.steps, args.variant))
+            results[name].append(measure(tunable, args.steps))
             print(name, {k: v for k, v in results[name][-1].items() if k != "losses"}, file=sys.stderr, flush=True)
             args.output.write_text(json.dumps(report, indent=1) + "\n")
     losses = [run["losses"] for runs in results.values() for run in runs]

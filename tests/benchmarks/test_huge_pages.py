@@ -18,8 +18,8 @@ def measured(monkeypatch):
     def runs(change=lambda tunable: {}):
         seen = []
 
-        def measure(tunable, steps, variant):
-            seen.append((tunable, steps, variant))
+        def measure(tunable, steps):
+            seen.append((tunable, steps))
             return RUN | {"examples_per_second": 50 + 10 * len(seen)} | change(tunable)
 
         monkeypatch.setattr(huge_pages, "with_huge_pages", lambda tunables: "given")
@@ -36,8 +36,8 @@ def test_table_shows_medians_and_spread():
 
 def test_ways_take_turns_behind_a_run_that_does_not_count(measured, tmp_path):
     seen = measured()
-    main(["--output", str(tmp_path / "x.json"), "--rounds", "2", "--steps", "20", "--variant", ":smoke"])
-    assert seen == [(tunable, 20, ":smoke") for tunable in (1, 0, 1, 0, 1)]
+    main(["--output", str(tmp_path / "x.json"), "--rounds", "2", "--steps", "20"])
+    assert seen == [(tunable, 20) for tunable in (1, 0, 1, 0, 1)]
     results = json.loads((tmp_path / "x.json").read_text())["results"]
     assert {name: [run["examples_per_second"] for run in runs] for name, runs in results.items()} == dict(
         zip(WAYS, ([70, 90], [80, 100]), strict=True)
