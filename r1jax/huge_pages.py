@@ -1,9 +1,9 @@
 """Memory in pages of 2 MiB for what computes on a CPU; a program is started again to have them.
 
 A step of training asks for its temporaries anew, and each page of them is a fault of its own: of 250 MiB, which is what
-a step of the default run takes, 64,000 in pages of 4 KiB. Each is looked up in tables, under a hypervisor twice. The C library asks the kernel for
-huge pages where its tunable says so, which it reads once, when a process starts (glibc manual, Memory Allocation
-Tunables; Linux, admin-guide/mm/transhuge).
+a step of the default run takes, 64,000 in pages of 4 KiB. Each is looked up in tables, under a hypervisor twice. The C
+library asks the kernel for huge pages where its tunable says so, which it reads once, when a process starts (glibc
+manual, Memory Allocation Tunables; Linux, admin-guide/mm/transhuge).
 """
 
 import contextlib
