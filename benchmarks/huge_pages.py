@@ -33,22 +33,12 @@ WAYS = {"small pages": 0, "huge pages": 1}
 def measure(tunable: int, steps: int) -> dict[str, Any]:
     """Trains for some steps in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
-        words = ["--train.steps", steps, "--train.warmup_steps", 10, "--train.eval_every", steps]
-        words += ["--train.log_every", 5, "--data.train_cases", 32 * steps]
-        words += ["--data.val_cases", 32, "--data.test_cases", 32]
-        command = [
-            sys.executable,
-            "train.py",
-            "--config",
-            "configs/medical.py",
-            "--platform",
-            "cpu",
-            "--workdir",
-            folder,
-        ]
+        words = ["--config", "configs/medical.py", "--platform", "cpu", "--workdir", folder, "--train.steps", steps]
+        words += ["--train.warmup_steps", 10, "--train.eval_every", steps, "--train.log_every", 5]
+        words += ["--data.train_cases", 32 * steps, "--data.val_cases", 32, "--data.test_cases", 32]
         before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
         done = subprocess.run(
-            [*command, *map(str, words)],
+            [sys.executable, "train.py", *map(str, words)],
             cwd=ROOT,
             env=os.environ | {VARIABLE: f"{TUNABLE}={tunable}"},
             capture_output=True,
