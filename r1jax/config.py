@@ -126,6 +126,9 @@ class ModelConfig:
     series: SeriesConfig = field(default_factory=SeriesConfig)
     text_tokens: Count = 96
     """Longest text in tokens; longer text is cut."""
+    text_merge: Count = 1
+    """Bytes of text that the decoder reads as one token, by the wordings that are found in them; above 1 no text is
+    learned to be written."""
     text_ngrams: Natural = 0
     """Buckets of hashed words, pairs and pieces of words, whose scores are added to those of the heads; 0 leaves them
     out."""
@@ -322,6 +325,9 @@ class TrainConfig:
     sgd: tuple[str, ...] = ()
     """Regular expressions on paths, as in rules: these weights are moved by SGD with momentum b1 instead of AdamW, and
     their decay is added to the gradient. Rates of SGD are larger: give one by rules (docs/training.md)."""
+    muon: tuple[str, ...] = ()
+    """Regular expressions on paths, as in rules: the matrices and convolution kernels among these weights are moved by
+    Muon with momentum b1 instead of AdamW, at rates and decay of the same size (docs/training.md)."""
     warmup_steps: Natural = 50
     weight_decay: Weight = 0.05
     b1: Share = 0.9

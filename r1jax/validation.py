@@ -69,7 +69,8 @@ def _relations(config: Config) -> Iterator[tuple[bool, str, str]]:
     rule = f"after the warmup ({train.warmup_steps} of {train.steps} steps)"
     yield train.schedule != "step" or late, "train.milestones", rule
     yield all(map(_is_rule, train.rules)), "train.rules", "a list of PATTERN=RATE or PATTERN=RATE:DECAY"
-    yield all(map(_is_pattern, train.sgd)), "train.sgd", "a list of regular expressions on the paths of weights"
+    for name, patterns in (("train.sgd", train.sgd), ("train.muon", train.muon)):
+        yield all(map(_is_pattern, patterns)), name, "a list of regular expressions on the paths of weights"
     kept = train.moments_on == "device" or (config.mesh.pipe == 1 and not config.debug.eager)
     yield kept, "train.moments_on", "device with mesh.pipe or debug.eager"
     quant, presets = config.model.quant, ", ".join(QUANT_PRESETS)
@@ -318,7 +319,10 @@ def decoder_relations(decoder: DecoderConfig) -> Iterator[tuple[bool, str, str]]
 
 def _task_relations(config: Config) -> Iterator[tuple[bool, str, str]]:
     """Yields what each task asks of the model."""
-    kinds = config.model.modalities
+    kinds, merge = config.model.modalities, config.model.text_merge
+    written = config.task.name == "language" or (config.task.name == "medical" and config.task.text_weight > 0)
+    rule = "1 where text is learned byte by byte: by the language task, or with a task.text_weight above 0"
+    yield merge == 1 or "text" not in kinds or not written, "model.text_merge", rule
     known = config.task.name == "records" or config.task.loss == "cross_entropy"
     yield known, "task.loss", f"cross_entropy: the {config.task.name} task has no other"
     rule = "0 with task.loss squared_hinge, whose labels are of one class"
@@ -357,7 +361,8 @@ def _task_relations(config: Config) -> Iterator[tuple[bool, str, str]]:
 
 def _encoder_relations(model: ModelConfig) -> Iterator[tuple[bool, str, str]]:
     """Yields the encoders' rules."""
-    kinds = model.modalities
+    kinds, merge = model.modalities, model.text_merge
+    yield model.text_tokens % merge == 0, "model.text_tokens", f"a multiple of model.text_merge ({merge})"
     yield len(kinds) == len(set(kinds)), "model.modalities", "a list that names each modality once"
     for name, rank, axes in (("volume", 3, "(z, y, x)"), ("image", 2, "(y, x)")):
         group, vision = f"model.{name}", getattr(model, name)

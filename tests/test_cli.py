@@ -322,6 +322,7 @@ def test_tuples_are_lists_of_words_only_where_the_field_is_a_list():
         "train.milestones",
         "train.rules",
         "train.sgd",
+        "train.muon",
         "data.plugins",
         "data.mix",
         "data.weights",

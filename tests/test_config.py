@@ -229,6 +229,14 @@ def decoder(**changes) -> Config:
         (Config(model=ModelConfig(volume=VisionConfig(blocks=(), widths=()))), "model.volume.widths is ()"),
         (Config(model=ModelConfig(table=TableConfig(num_attention_heads=5))), "model.table.num_attention_heads is 5"),
         (Config(model=ModelConfig(dropout=1.0)), "model.dropout is 1.0"),
+        (
+            Config(model=ModelConfig(text_merge=5), task=TaskConfig(text_weight=0.0)),
+            "model.text_tokens is 96, but it must be a multiple of model.text_merge (5)",
+        ),
+        (
+            Config(model=ModelConfig(text_merge=8)),
+            "model.text_merge is 8, but it must be 1 where text is learned byte by byte",
+        ),
         (Config(task=TaskConfig(views=9)), "task.views is 9, but it must be a whole number from 1 to 8"),
         (Config(task=TaskConfig(modality_dropout=0.6)), "task.modality_dropout is 0.6"),
         (Config(data=DataConfig(fold=5)), "data.fold is 5, but it must be below data.folds (5)"),

@@ -18,7 +18,7 @@ from r1jax.models.precision import PRECISIONS
 from r1jax.models.quantized import added, parameter, rounding_by
 from r1jax.models.series import SeriesEncoder
 from r1jax.models.table import TableEncoder
-from r1jax.models.text import TextSummary
+from r1jax.models.text import TextSummary, grouped
 from r1jax.models.vision import VisionEncoder
 from r1jax.ops.axes import constrain
 from r1jax.ops.quantized_dot import Ruled
@@ -99,7 +99,7 @@ class R1(nn.Module):
         if not self.heads:
             return
         if "text" in c.modalities:
-            self.text = TextSummary(width, self.dtype, c.dropout)
+            self.text = TextSummary(width, self.dtype, c.dropout, merge=c.text_merge)
             if c.text_ngrams:
                 self.ngrams = NgramScores(c.text_ngrams, sum(size for _, size in self.heads), self.dtype, c.dropout)
         self.queries = parameter(self, "queries", normal(0.02), (len(self.heads), width))
@@ -154,11 +154,13 @@ class R1(nn.Module):
         tokens, exist, summary, where = self.encode(inputs, cases=cases)
         first = sum(part.shape[1] for part in tokens)
         if inputs.text is not None:
-            text = self.decoder.embed(inputs.text)
-            tokens, exist = [*tokens, text], [*exist, inputs.text_valid]
+            text, there = self.decoder.embed(inputs.text), inputs.text_valid
             if self.heads:
-                read = self.text(text, inputs.text_valid, cases=cases)
-                summary = summary + jnp.where(jnp.any(inputs.text_valid, axis=1)[:, None], read, 0)
+                read = self.text(text, there, cases=cases)
+                summary = summary + jnp.where(jnp.any(there, axis=1)[:, None], read.summary, 0)
+                if read.tokens is not None:
+                    text, there = read.tokens, jnp.any(grouped(there, self.config.text_merge), axis=2)
+            tokens, exist = [*tokens, text], [*exist, there]
         if self.heads:
             # Queries start from the summaries: a direct way for gradients, which attention over many tokens dilutes.
             asked = added(self, "queries", self.queries, tokens[0].dtype)[None]

@@ -82,7 +82,7 @@ def work_of(config: ModelConfig, task: Task, batch: dict[str, Any]) -> Work:
     encoders += _text(config, inputs, bool(heads))
     if adapted:  # gradients end at the decoder's first adapter
         encoders = [term._replace(passes=UNREACHED) for term in encoders]
-    length = text + len(heads) + _modality_tokens(config, inputs)
+    length = text // config.text_merge + len(heads) + _modality_tokens(config, inputs)
     decoder = list(_decoder(config.decoder, cases, length, "", config.decoder.num_hidden_layers))
     if heads:
         outputs = {"cases": cases, "D": width, "outputs": sum(size for _, size in heads)}
@@ -229,7 +229,10 @@ def _text(config: ModelConfig, inputs: Inputs, summarised: bool) -> Iterator[Ter
     if inputs.text is not None and summarised:
         (cases, length), width = inputs.text.shape, config.decoder.hidden_size
         convolutions = {"tokens": cases * length, "2 x 8 taps": 16, "D": width, "D'": width}
-        yield Term("text: summary", (convolutions, {"cases": cases, "2 D": 2 * width, "D": width}))
+        ends = [{"cases": cases, "2 D": 2 * width, "D": width}]
+        if config.text_merge > 1:
+            ends.append({"groups": cases * length // config.text_merge, "2 D": 2 * width, "D": width})
+        yield Term("text: summary", (convolutions, *ends))
 
 
 def _modality_tokens(config: ModelConfig, inputs: Inputs) -> int:

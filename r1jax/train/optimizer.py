@@ -1,4 +1,4 @@
-"""AdamW with warmup and one of five ways to decay, and SGD for chosen weights; decay on matrices, or by rules."""
+"""AdamW with warmup and one of five ways to decay, SGD or Muon for chosen weights; decay on matrices, or by rules."""
 
 import re
 from typing import Any
@@ -12,6 +12,7 @@ from r1jax.config import TrainConfig
 from r1jax.errors import UserError
 from r1jax.models.ngrams import RARITY
 from r1jax.ops.pipeline import STACKED
+from r1jax.train.muon import scale_by_matched_muon
 from r1jax.validation import Rule, read_rule
 
 BALANCE_BIAS = "e_score_correction_bias"
@@ -58,7 +59,7 @@ def schedule(config: TrainConfig) -> optax.Schedule:
 
 
 def make_optimizer(config: TrainConfig, order: tuple[int, ...] = ()) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW or SGD, slower for the decoder; the routers' biases are left to their own rule.
+    """Clip by global norm, then AdamW, SGD or Muon, slower for the decoder; the routers' biases have their own rule.
 
     Args:
       config: Rates, decay, clipping and rules for single weights.
@@ -66,15 +67,16 @@ def make_optimizer(config: TrainConfig, order: tuple[int, ...] = ()) -> optax.Gr
 
     Returns:
       An optax transformation over the parameter tree; its `init` raises UserError where a rule or a pattern of
-      `train.sgd` matches no weight, or some layers of a pipeline.
+      `train.sgd` or `train.muon` matches no weight, some layers of a pipeline, or what the other has chosen.
     """
     rules, rate = tuple(map(read_rule, config.rules)), schedule(config)
 
-    def label(path: tuple[Any, ...], _: Any) -> str:
+    def label(path: tuple[Any, ...], x: Any) -> str:
         if _name(path) in (BALANCE_BIAS, RARITY):
             return "balance"
         part = "decoder" if path[0].key == "decoder" else "encoders"
-        return f"{part} by sgd" if _by_sgd(path, config.sgd, order) else part
+        found = _chosen_by(path, x, config, order)
+        return f"{part} by {found[0]}" if found else part
 
     def adamw(factor: float) -> optax.GradientTransformation:
         return optax.chain(
@@ -90,15 +92,23 @@ def make_optimizer(config: TrainConfig, order: tuple[int, ...] = ()) -> optax.Gr
             optax.scale_by_learning_rate(lambda step: factor * rate(step)),
         )
 
+    def muon(factor: float) -> optax.GradientTransformation:
+        return optax.chain(
+            scale_by_matched_muon(config.b1),
+            _add_decay(config.weight_decay, rules, order),
+            optax.scale_by_learning_rate(lambda step: factor * rate(step)),
+        )
+
     groups = {"encoders": adamw(1.0), "decoder": adamw(config.decoder_rate), "balance": optax.set_to_zero()}
-    if config.sgd:
-        groups |= {"encoders by sgd": sgd(1.0), "decoder by sgd": sgd(config.decoder_rate)}
+    for name, method in (("sgd", sgd), ("muon", muon)):
+        if getattr(config, name):
+            groups |= {f"encoders by {name}": method(1.0), f"decoder by {name}": method(config.decoder_rate)}
     labels = lambda params: jax.tree_util.tree_map_with_path(label, params)  # noqa: E731
     inner = optax.chain(optax.clip_by_global_norm(config.clip_norm), optax.multi_transform(groups, labels))
 
     def init(params: Any) -> Any:
         _check_rules(params, rules, order)
-        _check_sgd(params, config.sgd, order)
+        _check_chosen(params, config, order)
         return inner.init(params)
 
     def update(gradients: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
@@ -150,19 +160,39 @@ def _check_rules(params: Any, rules: tuple[Rule, ...], order: tuple[int, ...]) -
             )
 
 
-def _by_sgd(path: tuple[Any, ...], patterns: tuple[str, ...], order: tuple[int, ...]) -> bool:
-    """Whether a pattern occurs in the weight's name, or in that of any layer that is stacked in it."""
-    return any(re.search(pattern, name) for pattern in patterns for name in _names(path, order))
+def _chosen_by(path: tuple[Any, ...], x: Any, config: TrainConfig, order: tuple[int, ...]) -> list[str]:
+    """Which of `sgd` and `muon` choose a weight, or any of the layers that are stacked in it; Muon takes matrices."""
+    names = _names(path, order)
+    found = lambda patterns: any(re.search(pattern, name) for pattern in patterns for name in names)  # noqa: E731
+    return [
+        *(["sgd"] if found(config.sgd) else []),
+        *(["muon"] if _decays(path, x) and found(config.muon) else []),
+    ]
 
 
-def _check_sgd(params: Any, patterns: tuple[str, ...], order: tuple[int, ...]) -> None:
-    """Refuses a pattern that no weight has in its name, and some of the layers that are stacked, or will be."""
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    names = [name for path in paths for name in _names(path, order)]
+def _check_chosen(params: Any, config: TrainConfig, order: tuple[int, ...]) -> None:
+    """Refuses patterns that choose nothing, some of the layers that are or will be stacked, or what is chosen already.
+
+    Raises:
+      UserError: Names the field, the pattern and a weight.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    for path, x in leaves:
+        if len(_chosen_by(path, x, config, order)) > 1:
+            raise UserError(f"train.sgd and train.muon both choose {_names(path, order)[0]}: leave it to one of them")
+    every = [name for path, _ in leaves for name in _names(path, order)]
+    matrices = [name for path, x in leaves if _decays(path, x) for name in _names(path, order)]
+    _check_patterns("train.sgd", config.sgd, every, "weight", order)
+    _check_patterns("train.muon", config.muon, matrices, "matrix", order)
+
+
+def _check_patterns(field: str, patterns: tuple[str, ...], names: list[str], kind: str, order: tuple[int, ...]) -> None:
+    """Refuses a pattern that is in no name, and some of the layers that are stacked, or will be."""
+    plural = {"weight": "weights", "matrix": "matrices"}[kind]
     for pattern in patterns:
         if not any(re.search(pattern, name) for name in names):
             raise UserError(
-                f"train.sgd: no trained weight follows the pattern {pattern!r}; weights are called "
+                f"{field}: no trained {kind} follows the pattern {pattern!r}; {plural} are called "
                 f"{', '.join(names[:3])}, ..."
             )
     layers = [f"decoder/layers_{i}/" for i in order]
@@ -174,7 +204,7 @@ def _check_sgd(params: Any, patterns: tuple[str, ...], order: tuple[int, ...]) -
         for other in (name.replace(layer, one, 1) for one in layers):
             if not any(re.search(pattern, other) for pattern in patterns):
                 raise UserError(
-                    f"train.sgd: the pattern {chosen!r} chooses {name} and not {other}: layers of a pipeline "
+                    f"{field}: the pattern {chosen!r} chooses {name} and not {other}: layers of a pipeline "
                     "(mesh.pipe) have one optimizer, so choose all or none"
                 )
 

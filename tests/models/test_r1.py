@@ -125,6 +125,23 @@ def test_padding_of_the_text_leaves_no_trace(model):
     np.testing.assert_allclose(out.mtp_logits[:, :3], alone.mtp_logits, rtol=0, atol=2e-6)
 
 
+def test_bytes_that_are_merged_are_read_and_padding_leaves_no_trace():
+    inputs, module = draw_inputs(), R1(replace(CONFIG, text_merge=3), HEADS)
+    params = module.init(jax.random.key(0), inputs)["params"]
+    apply = jax.jit(lambda inputs: module.apply({"params": params}, inputs))
+    out = apply(inputs)
+    for place in range(6):
+        text = inputs.text.at[:, place].set((inputs.text[:, place] + 1) % 16)
+        assert difference(apply(inputs._replace(text=text)), out).min() > 1e-5, place
+    short = inputs._replace(text_valid=inputs.text_valid.at[:, 2:].set(False))  # of the second token nothing exists
+    cut = short._replace(text=short.text[:, :3], text_valid=short.text_valid[:, :3])
+    wider = lambda x: jnp.pad(x, ((0, 0), (0, 3)))  # noqa: E731
+    longer = short._replace(text=wider(short.text), text_valid=wider(short.text_valid))
+    for other in (cut, longer, short._replace(text=short.text.at[:, 2:].set(7))):
+        assert difference(apply(short), apply(other)).max() < 2e-6
+    assert out.text_states is None
+
+
 def test_every_query_sees_every_modality(model):
     """The gradient of each head reaches every number that was read, and each token of the text moves it."""
     inputs, params, apply = model

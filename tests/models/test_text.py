@@ -10,8 +10,8 @@ from r1jax.models.text import TextSummary
 WIDTH, WINDOW = 6, 4
 
 
-def make(length=9):
-    module = TextSummary(5, window=WINDOW)
+def make(length=9, merge=1):
+    module = TextSummary(5, window=WINDOW, merge=merge)
     x = jax.random.normal(jax.random.key(1), (2, length, WIDTH))
     valid = jnp.arange(length)[None] < jnp.asarray([[length], [length - 3]])
     params = module.init(jax.random.key(0), x, valid)["params"]
@@ -37,14 +37,29 @@ def test_equals_a_plain_loop_over_places():
         rows = rows / np.sqrt((rows**2).mean(axis=1, keepdims=True) + 1e-6)
         words = conv(rows, 1, "words")
         found = np.concatenate([words, conv(words, WINDOW // 2, "phrases")], axis=1).max(axis=0)
-        np.testing.assert_allclose(out[case], np.asarray(params["summary"]["weight"], float) @ found, atol=1e-5)
+        weight = np.asarray(params["summary"]["weight"], float)
+        np.testing.assert_allclose(out.summary[case], weight @ found, atol=1e-5)
+    assert out.tokens is None
+
+
+def test_a_token_of_several_bytes_is_the_summary_of_what_is_found_in_them():
+    params, apply, x, valid = make(merge=3)
+    out = apply(params, x, valid)
+    assert out.tokens.shape == (2, 3, 5)
+    signs = params | {"summary": params["tokens"]}  # the strongest of the whole text, read as a token is
+    for last in (3, 6, 9):
+        upto = valid & (jnp.arange(9)[None] < last)
+        alone = apply(signs, x, upto)
+        # No token sees what comes after it; the first ones see what a text that ends with them would show.
+        np.testing.assert_allclose(alone.tokens[:, : last // 3], out.tokens[:, : last // 3], atol=1e-6)
+    np.testing.assert_allclose(out.tokens[:, 0], apply(signs, x, valid & (jnp.arange(9)[None] < 3)).summary, atol=1e-6)
 
 
 def test_padding_leaves_no_trace():
     params, apply, x, valid = make()
     longer = jnp.concatenate([x, 5 * jnp.ones((2, 7, WIDTH))], axis=1)
     out = apply(params, longer, jnp.concatenate([valid, jnp.zeros((2, 7), bool)], axis=1))
-    np.testing.assert_allclose(out, apply(params, x, valid), atol=1e-6)
+    np.testing.assert_allclose(out.summary, apply(params, x, valid).summary, atol=1e-6)
 
 
 def test_a_few_steps_tell_a_symptom_from_its_denial_in_both_languages():
@@ -61,7 +76,7 @@ def test_a_few_steps_tell_a_symptom_from_its_denial_in_both_languages():
     @jax.jit
     def step(params):
         def loss(p):
-            logit = module.apply({"params": p}, x, valid)[:, 0]
+            logit = module.apply({"params": p}, x, valid).summary[:, 0]
             return jnp.mean(jnp.logaddexp(0, -(2 * label - 1) * logit))
 
         value, gradient = jax.value_and_grad(loss)(params)

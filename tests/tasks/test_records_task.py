@@ -71,6 +71,8 @@ def test_what_the_records_lack_is_refused(tmp_path):
         validate(Config(model=ModelConfig(modalities=("table",)), task=TaskConfig(name="records")))
     with pytest.raises(UserError, match="model.text_ngrams is 8, but it must be 0 for the language task"):
         validate(Config(model=ModelConfig(modalities=("text",), text_ngrams=8), task=TaskConfig(name="language")))
+    with pytest.raises(UserError, match="model.text_merge is 8, but it must be 1 where text is learned byte by byte"):
+        validate(Config(model=ModelConfig(modalities=("text",), text_merge=8), task=TaskConfig(name="language")))
     with pytest.raises(UserError, match="data.mix"):
         mixed = DataConfig(path="a", mix=("b",), weights=(1, 1))
         validate(Config(model=ModelConfig(modalities=("table",)), task=TaskConfig(name="records"), data=mixed))

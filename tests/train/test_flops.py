@@ -64,11 +64,11 @@ def medical(**model):
     )
 
 
-def finance():
+def finance(**model):
     kinds, series = ("series", "table", "text"), SeriesConfig(layers=2, bins=12, tokens=3)
     few = FinanceConfig(events=24, simulated_customers=60, simulated_days=60)
     return Config(
-        model=ModelConfig(kinds, DECODER, series=series, text_tokens=40, text_ngrams=64, dropout=0.0),
+        model=ModelConfig(kinds, DECODER, series=series, text_tokens=40, text_ngrams=64, dropout=0.0, **model),
         task=TaskConfig(name="finance", finance=few),
     )
 
@@ -142,6 +142,7 @@ CASES = {
     "experts and MTP": (language(DECODER), (40, 39)),
     "adapters": (language(DECODER, lora_rank=4), (40, 39)),
     "streams of payments": (finance(), (2 * 4 + len(FEATURES) + 40 + 1,)),
+    "text in fours": (finance(text_merge=4), (2 * 4 + len(FEATURES) + 10 + 1,)),
     "every modality": (medical(), (16 + 8 + len(RECORD_FIELDS) + 40 + 2, 39)),
 }
 
