@@ -35,6 +35,7 @@ from benchmarks import (  # noqa: E402
     low_bits,
     luna16_folds,
     luna16_peers,
+    medical_settings,
     memory,
     one_device,
     overhead,
@@ -62,6 +63,7 @@ def luna16(report: dict) -> str:
 
 
 SECTIONS = (
+    Section("Settings of the default run", {"medical_settings": medical_settings.table}),
     Section(
         "luna16_fpr_2d: nodule or not, one slice of a candidate",
         {
