@@ -165,9 +165,10 @@ def with_backward(rows: list[dict]) -> list[dict]:
 
 
 def losses_apart(row: dict, rows: list[dict]) -> float | None:
-    """Largest relative distance of a peer's first 20 losses, or of as many as both have, from those of ours."""
+    """Largest relative distance of a peer's first 20 losses, or as many as both have, from ours, of its run if any."""
     model = row["name"].split(",")[0]
     ours = [r for r in rows if r["name"] == f"{model}, ours" and "losses" in r]
+    ours.sort(key=lambda r: not same_run(r, row))
     if not ours or row["name"].endswith(", ours"):
         return None
     return max(abs(a / b - 1) for a, b in zip(row["losses"][:20], ours[0]["losses"][:20], strict=False))

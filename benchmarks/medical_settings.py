@@ -3,11 +3,12 @@
     python benchmarks/medical_settings.py --output benchmarks/results/medical_settings.json --seeds 0 1 2 --jobs 6 \\
         --variants "" "model.text_merge=1" "train.muon= train.rules="
 
-A variant is named by the overrides of train.py that make it, and "" is the default run itself; the first is what the
-others are held against. Each is trained by each seed, in a process of its own, and its averaged weights after the last
-step are judged on `--cases` cases of the validation part: AUC of presence, and of malignancy from picture and record
-and from each alone; `way` is how far malignancy has come from chance to what is attainable. The cases are those of
-`data.seed` for all: cores draw them once, into the folder of the runs. Each result is written as soon as it is there.
+A variant is named by the overrides of train.py that make it, with "," between the words of a list, and "" is the
+default run itself; the first is what the others are held against. Each is trained by each seed, in a process of its
+own, and its averaged weights after the last step are judged on `--cases` cases of the validation part: AUC of presence,
+and of malignancy from picture and record and from each alone; `way` is how far malignancy has come from chance to what
+is attainable. The cases are those of `data.seed` for all: cores draw them once, into the folder of the runs. Each
+result is written as soon as it is there.
 """
 
 import argparse
@@ -92,7 +93,7 @@ def train_variant(variant: str, seed: int, args: argparse.Namespace) -> dict:
     figures = (auc("both", "nodule_present"), malignancy, (malignancy - 0.5) / (best - 0.5))
     figures += tuple(auc(mode, "malignancy") for mode in ("image_only", "record_only"))
     told = {"variant": variant, "seed": seed, "steps": config.train.steps, "cases": config.data.train_cases}
-    told |= {"seconds": run.seconds, "figures": dict(zip(FIGURES, figures, strict=True))}
+    told |= {"seconds": run.seconds, "attainable": best, "figures": dict(zip(FIGURES, figures, strict=True))}
     return {"run": told, "environment": jax_environment(args)}
 
 
@@ -115,7 +116,7 @@ def table(report: dict) -> str:
         told = seeds is not first and len(gains) > 1
         cells.append(f"{np.mean(gains):+.4f} ± {np.std(gains, ddof=1) / len(gains) ** 0.5:.4f}" if told else "")
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, *(["", report["note"]] if "note" in report else [])])
 
 
 def main() -> None:

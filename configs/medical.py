@@ -5,8 +5,12 @@
 
 On 2048 generated test cases (seed 0, one training, 95 % bootstrap intervals): presence AUC .987 (.983 to .990);
 malignancy AUC .889 (.873 to .907) from image and record, .768 from the image and .763 from the record alone, where
-.932, .801 and .780 are attainable: 90.1 % (86.2 to 94.2) of the way from chance to the ceiling. On 8192 validation
-cases it is 91.7 % (three trainings, standard deviation .3; benchmarks/medical_settings.py).
+.932, .801 and .780 are attainable: 90.1 % (86.2 to 94.2) of the way from chance to the ceiling. On the 8192 validation
+cases by which settings were chosen it is 91.7 % (three trainings, standard deviation .3): see
+benchmarks/medical_settings.py.
+
+Without a volume, with --model.lora_rank, or to learn the text (--task.text_weight): add --train.muon and --train.rules
+without a value, and --model.text_merge 1 for the text.
 
 Real data, by path (docs/data.md says how a folder looks):
 
@@ -46,7 +50,7 @@ def get_config(*, smoke: bool = False, luna16_fpr_2d: bool = False, lidc_3d: boo
             steps=810,
             learning_rate=3e-3,
             decoder_rate=0.3,
-            muon=("^volume/",),  # AdamW needs half as many steps again
+            muon=("^volume/",),
             rules=("^volume/=3",),
             weight_decay=0.3,
             eval_every=405,

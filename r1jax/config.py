@@ -334,9 +334,9 @@ class TrainConfig:
     b2: Share = 0.95
     clip_norm: Positive = 1.0
     moments: Literal["float32", "bfloat16"] = "float32"
-    """In what AdamW's moments are kept; bfloat16 is rounded stochastically and saves 4 bytes a weight."""
+    """In what the optimizer's moments are kept; bfloat16 is rounded stochastically and saves 4 bytes a weight."""
     moments_on: Literal["device", "host"] = "device"
-    """Where AdamW's moments wait between their uses: `host` is the host's memory, for GPUs (docs/training.md)."""
+    """Where the optimizer's moments wait between uses: `host` is the host's memory, for GPUs (docs/training.md)."""
     ema: Share = 0.99
     """Decay of the weight average that is evaluated and served; 0 keeps none, and evaluates the raw weights."""
     quant_start: Fraction = 0.0

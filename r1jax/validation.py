@@ -362,7 +362,8 @@ def _task_relations(config: Config) -> Iterator[tuple[bool, str, str]]:
 def _encoder_relations(model: ModelConfig) -> Iterator[tuple[bool, str, str]]:
     """Yields the encoders' rules."""
     kinds, merge = model.modalities, model.text_merge
-    yield model.text_tokens % merge == 0, "model.text_tokens", f"a multiple of model.text_merge ({merge})"
+    whole = "text" not in kinds or model.text_tokens % merge == 0
+    yield whole, "model.text_tokens", f"a multiple of model.text_merge ({merge})"
     yield len(kinds) == len(set(kinds)), "model.modalities", "a list that names each modality once"
     for name, rank, axes in (("volume", 3, "(z, y, x)"), ("image", 2, "(y, x)")):
         group, vision = f"model.{name}", getattr(model, name)

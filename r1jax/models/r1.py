@@ -145,7 +145,14 @@ class R1(nn.Module):
 
         Returns:
           Heads, router statistics and, if asked for, what a language loss needs.
+
+        Raises:
+          ValueError: States of the text are asked for, whose bytes are merged.
         """
+        if language and self.config.text_merge > 1:
+            raise ValueError(
+                f"model.text_merge is {self.config.text_merge}: no byte of the text has a state of its own"
+            )
         with rounding_by(self.config.quant):
             return self._read(inputs, cases, language)
 

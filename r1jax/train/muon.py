@@ -21,7 +21,7 @@ def scale_by_matched_muon(momentum: float) -> optax.GradientTransformation:
     """Orthogonalises the momentum of each matrix, and gives it the size of a step of AdamW.
 
     The last two axes of a weight are (out, in), those before them count matrices, such as experts; a convolution
-    kernel of [y, x, in, out] is the matrix from all that it sees to `out`. An fp32 number a weight is kept.
+    kernel of [y, x, in, out] is the matrix from all that it sees to `out`. One number a weight is kept.
 
     Args:
       momentum: Decay of the mean gradient, which is applied ahead (Nesterov).

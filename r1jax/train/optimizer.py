@@ -156,7 +156,7 @@ def _check_rules(params: Any, rules: tuple[Rule, ...], order: tuple[int, ...]) -
             some = ", ".join([name for path in paths[:3] for name in _names(path, order)][:3])
             raise UserError(
                 f"train.rules: no trained weight follows the pattern {rule.pattern!r}, or earlier rules take all that "
-                f"it matches; weights are called {some}, ..."
+                f"it matches; weights are called {some}, ... (--train.rules without a value clears the config's)"
             )
 
 
@@ -174,7 +174,7 @@ def _check_chosen(params: Any, config: TrainConfig, order: tuple[int, ...]) -> N
     """Refuses patterns that choose nothing, some of the layers that are or will be stacked, or what is chosen already.
 
     Raises:
-      UserError: Names the field, the pattern and a weight.
+      UserError: Names the field and a weight.
     """
     leaves = jax.tree_util.tree_leaves_with_path(params)
     for path, x in leaves:
@@ -193,7 +193,7 @@ def _check_patterns(field: str, patterns: tuple[str, ...], names: list[str], kin
         if not any(re.search(pattern, name) for name in names):
             raise UserError(
                 f"{field}: no trained {kind} follows the pattern {pattern!r}; {plural} are called "
-                f"{', '.join(names[:3])}, ..."
+                f"{', '.join(names[:3])}, ... (--{field} without a value clears the config's)"
             )
     layers = [f"decoder/layers_{i}/" for i in order]
     for name in names:

@@ -45,3 +45,5 @@ def test_a_peers_losses_are_compared_with_those_of_ours_on_the_same_model():
 
     rows = [row("a, ours", [4.0, 2.0, 1.0]), row("a, torch", [4.0, 2.1, 1.0]), row("b, torch", [9.0])]
     assert [losses_apart(r, rows) for r in rows] == [None, pytest.approx(0.05), None]
+    later = [row("a, ours", [4.2, 2.1, 1.0]) | {"run": 2}, row("a, int8", [4.2, 2.31, 1.0]) | {"run": 2}]
+    assert losses_apart(later[1], [*rows, *later]) == pytest.approx(0.1)  # beside its own run

@@ -139,7 +139,8 @@ def test_bytes_that_are_merged_are_read_and_padding_leaves_no_trace():
     longer = short._replace(text=wider(short.text), text_valid=wider(short.text_valid))
     for other in (cut, longer, short._replace(text=short.text.at[:, 2:].set(7))):
         assert difference(apply(short), apply(other)).max() < 2e-6
-    assert out.text_states is None
+    with pytest.raises(ValueError, match="model.text_merge is 3: no byte of the text has a state of its own"):
+        module.apply({"params": params}, inputs, language=True)
 
 
 def test_every_query_sees_every_modality(model):

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from r1jax.data import tokenizer
 from r1jax.models.text import TextSummary
@@ -18,8 +19,9 @@ def make(length=9, merge=1):
     return params, jax.jit(lambda p, x, valid: module.apply({"params": p}, x, valid)), x, valid
 
 
-def test_equals_a_plain_loop_over_places():
-    params, apply, x, valid = make()
+@pytest.mark.parametrize("merge", [1, 3])
+def test_equals_a_plain_loop_over_places(merge):
+    params, apply, x, valid = make(merge=merge)
     out = apply(params, x, valid)
 
     def conv(rows, step, name):
@@ -36,23 +38,14 @@ def test_equals_a_plain_loop_over_places():
         rows = np.asarray(x[case, :length], float)
         rows = rows / np.sqrt((rows**2).mean(axis=1, keepdims=True) + 1e-6)
         words = conv(rows, 1, "words")
-        found = np.concatenate([words, conv(words, WINDOW // 2, "phrases")], axis=1).max(axis=0)
+        found = np.concatenate([words, conv(words, WINDOW // 2, "phrases")], axis=1)
         weight = np.asarray(params["summary"]["weight"], float)
-        np.testing.assert_allclose(out.summary[case], weight @ found, atol=1e-5)
-    assert out.tokens is None
-
-
-def test_a_token_of_several_bytes_is_the_summary_of_what_is_found_in_them():
-    params, apply, x, valid = make(merge=3)
-    out = apply(params, x, valid)
-    assert out.tokens.shape == (2, 3, 5)
-    signs = params | {"summary": params["tokens"]}  # the strongest of the whole text, read as a token is
-    for last in (3, 6, 9):
-        upto = valid & (jnp.arange(9)[None] < last)
-        alone = apply(signs, x, upto)
-        # No token sees what comes after it; the first ones see what a text that ends with them would show.
-        np.testing.assert_allclose(alone.tokens[:, : last // 3], out.tokens[:, : last // 3], atol=1e-6)
-    np.testing.assert_allclose(out.tokens[:, 0], apply(signs, x, valid & (jnp.arange(9)[None] < 3)).summary, atol=1e-6)
+        np.testing.assert_allclose(out.summary[case], weight @ found.max(axis=0), atol=1e-5)
+        for group in range(length // merge if merge > 1 else 0):
+            strongest = found[group * merge : (group + 1) * merge].max(axis=0)
+            weight = np.asarray(params["tokens"]["weight"], float)
+            np.testing.assert_allclose(out.tokens[case, group], weight @ strongest, atol=1e-5)
+    assert (out.tokens is None) == (merge == 1)
 
 
 def test_padding_leaves_no_trace():

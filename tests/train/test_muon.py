@@ -1,20 +1,25 @@
 """Steps of Muon: against the iteration in float64, whole or divided among devices, and what is refused."""
 
+import functools
+import signal
 from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType
 
 from r1jax.config import Config, TrainConfig
 from r1jax.errors import UserError
 from r1jax.ops.pipeline import STACKED
+from r1jax.parallel import mesh as mesh_module
+from r1jax.parallel.mesh import shard_tree
 from r1jax.train.muon import COEFFICIENTS, RMS
 from r1jax.train.optimizer import make_optimizer, schedule
 from r1jax.validation import validate
-from tests.train.experiment import optax_promotes
+from tests.train.experiment import Interrupted, make_experiment, optax_promotes
 
 CONFIG = TrainConfig(
     steps=100, warmup_steps=2, learning_rate=2e-3, weight_decay=0.1, clip_norm=1e3, decoder_rate=0.5, muon=(".",)
@@ -32,11 +37,12 @@ def draw(seed, shapes=SHAPES):
     )
 
 
-def run(config, params, gradients, order=()):
+def run(config, params, gradients, order=(), place=lambda tree: None):
     optimizer = make_optimizer(config, order)
     with optax_promotes():
-        state = jax.jit(optimizer.init)(params)
-        update = jax.jit(optimizer.update)
+        held = place(jax.eval_shape(optimizer.init, params))
+        state = jax.jit(optimizer.init, out_shardings=held)(params)
+        update = jax.jit(optimizer.update, out_shardings=(place(params), held))
         for gradient in gradients:
             updates, state = update(gradient, state, params)
             params = jax.tree.map(jnp.add, params, updates)
@@ -116,14 +122,41 @@ def test_layers_that_are_stacked_move_as_they_do_alone():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), together, stack(apart))
 
 
-def test_divided_among_devices_nothing_changes():
-    mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
-    shapes = {"decoder": {"a": {"weight": (16, 24)}, "b": {"weight": (40, 8)}}}
+def test_divided_among_devices_nothing_changes_and_the_momentum_stays_divided(monkeypatch):
+    monkeypatch.setattr(mesh_module, "SMALLEST_SHARDED", 1)
+    axes = {"data": 1, "fsdp": 4, "expert": 2}
+    mesh = jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
+    shapes = {
+        "decoder": {
+            "layers_0": {
+                "mlp": {"experts": {"gate_up_proj": (4, 32, 16)}},
+                "self_attn": {"o_proj": {"weight": (64, 32)}},
+            }
+        },
+        "volume": {"stage_0_block_0": {"first": {"weight": (3, 3, 8, 64)}}},
+    }
     params, gradients = draw(0, shapes), [draw(1, shapes), draw(2, shapes)]
     whole, _ = run(CONFIG, params, gradients)
-    place = NamedSharding(mesh, PartitionSpec("fsdp"))
-    divided, _ = run(CONFIG, *jax.device_put((params, gradients), place))
+    place = functools.partial(shard_tree, mesh)
+    put = lambda tree: jax.device_put(tree, place(tree))  # noqa: E731
+    divided, state = run(CONFIG, put(params), [put(gradient) for gradient in gradients], place=place)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), divided, whole)
+    kept = {leaf.shape: leaf.sharding.spec for leaf in jax.tree.leaves(state) if leaf.ndim > 1}
+    assert kept == {leaf.shape: leaf.sharding.spec for leaf in jax.tree.leaves(divided)}
+    assert sum(any(spec) for spec in kept.values()) >= 2
+
+
+def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tmp_path):
+    """With moments in bf16, which are rounded by chance, and a checkpoint between."""
+    flags = ("--train.muon", "^volume/", "o_proj", "--train.moments", "bfloat16", "--train.steps", "10")
+    tiny = make_experiment(*flags, "--train.eval_every", "10")
+    straight, *_ = tiny.train(tmp_path / "straight")
+    _, _, stopped = tiny.train(tmp_path / "stopped", step=Interrupted(tiny.step, 5, signal.SIGTERM))
+    resumed, said, _ = tiny.train(tmp_path / "stopped")
+    assert stopped and said == [f"goes on from {tmp_path / 'stopped' / 'checkpoints' / '00000005'}"]
+    jax.tree.map(np.testing.assert_array_equal, resumed, straight)
+    momentum = optax.tree.get_all_with_path(straight.optimizer, "mu")
+    assert any(leaf.dtype == jnp.bfloat16 for _, tree in momentum for leaf in jax.tree.leaves(tree))
 
 
 @pytest.mark.parametrize(
