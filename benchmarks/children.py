@@ -4,6 +4,8 @@ First all compile, several at once, into JAX's cache of compiled programs. Then 
 computes; the next ones start meanwhile, find their programs in the cache, and wait for their turn.
 """
 
+import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -185,3 +187,64 @@ def follow(
         note({"name": current, "refused": f"process ended with {process.returncode}: {last}"})
         left.remove(current)
     return left
+
+
+def compare(
+    args: argparse.Namespace,
+    script: str,
+    part: str,
+    numbers: Sequence[int],
+    train_variant: Callable[[str, int, argparse.Namespace], dict[str, Any]],
+    table: Callable[[dict[str, Any]], str],
+    prepare: Callable[[argparse.Namespace], None],
+) -> None:
+    """Trains every variant once for each number, in processes of their own, and writes each result as it comes.
+
+    Args:
+      args: With the options of `variant_options` and `output`.
+      script: The command, which these processes start again.
+      part: What the numbers count; the key of a run.
+      numbers: Of which there is a run of each variant.
+      train_variant: Variant, number and `args`, to {"run": ..., "environment": ...}.
+      table: Of a report.
+      prepare: Called before the first process starts.
+    """
+    if child := vars(args).pop("child"):
+        del sys.argv[1:4]  # the command that is told is the parent's
+        with contextlib.redirect_stdout(sys.stderr):  # a pipe that is read at the end holds no long run's words
+            told = train_variant(child[0], int(child[1]), args)
+        tell(told)
+        return
+    prepare(args)
+    began, runs, failed = time.perf_counter(), [], []
+    names = {f"{name or 'as it is'}, {part} {number}": (name, number) for number in numbers for name in args.variants}
+    commands = {key: [script, "--child", name, str(number), *sys.argv[1:]] for key, (name, number) in names.items()}
+    environment: dict[str, Any] = {}
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    for key, told in run_at_once(commands, jobs=args.jobs, timeout=args.timeout, devices=args.devices):
+        if "error" in told:
+            print(f"{key}: {told['error']}", flush=True)
+            failed.append(key)
+            continue
+        runs.append(told["run"])
+        runs.sort(key=lambda run: (args.variants.index(run["variant"]), run[part]))
+        versions = environment.get("versions", {}) | told["environment"]["versions"]
+        environment |= told["environment"] | {"versions": versions}
+        report = environment | {"seconds": time.perf_counter() - began, "runs": runs}
+        args.output.write_text(json.dumps(report, indent=1) + "\n")
+        print(f"{key}: {told['run']['figures']} after {report['seconds']:.0f} s", flush=True)
+    if runs:
+        print(table({"runs": runs}))
+    if failed:
+        sys.exit(f"without {', '.join(failed)} (above)")
+
+
+def variant_options(parser: argparse.ArgumentParser, variants: str) -> None:
+    """Adds what `compare` reads, but for the numbers; `variants` is the help on them."""
+    parser.add_argument("--output", required=True, type=Path, help="JSON to write")
+    parser.add_argument("--variants", nargs="+", required=True, help=variants)
+    parser.add_argument("--jobs", type=int, default=1, help="processes side by side on each device")
+    parser.add_argument("--devices", type=int, default=1, help="GPUs over which they are spread")
+    parser.add_argument("--timeout", type=float, default=3600, help="seconds that each may take")
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("overrides", nargs="*", help="overrides of train.py for all variants, after --")

@@ -11,17 +11,15 @@ against. Each result is written as soon as it is there.
 """
 
 import argparse
-import contextlib
 import json
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.children import run_at_once, tell  # noqa: E402
+from benchmarks.children import compare, variant_options  # noqa: E402
 from benchmarks.luna16_peers import FIGURES, NETWORKS, figures  # noqa: E402
 from benchmarks.luna16_peers import main as train_peer  # noqa: E402
 from r1jax.errors import UserError, run_main  # noqa: E402
@@ -103,49 +101,21 @@ def table(runs: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def check(args: argparse.Namespace) -> None:
+    """Refuses a folder without the set."""
+    if not any(Path(args.data).glob("*.npz")):
+        raise UserError(f"--data is {args.data}, but no .npz lies there; name the folder luna16_fpr_2d")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="folder luna16_fpr_2d")
-    parser.add_argument("--output", required=True, type=Path, help="JSON to write")
-    parser.add_argument("--variants", nargs="+", required=True, help="overrides, as 'a.b=1 c=2', or a network's name")
+    variant_options(parser, "overrides, as 'a.b=1 c=2', or a network's name")
     parser.add_argument("--blocks", type=int, nargs="+", choices=range(BLOCKS), default=list(range(BLOCKS)))
     parser.add_argument("--epochs", type=int, default=120)
-    parser.add_argument("--jobs", type=int, default=1, help="processes side by side on each device")
-    parser.add_argument("--devices", type=int, default=1, help="GPUs over which they are spread")
-    parser.add_argument("--timeout", type=float, default=3600, help="seconds that each may take")
     parser.add_argument("--workdir", default="runs/benchmark-luna16-folds")
-    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
-    parser.add_argument("overrides", nargs="*", help="overrides of train.py for all variants, after --")
     args = parser.parse_args()
-    if child := vars(args).pop("child"):
-        del sys.argv[1:4]  # the command that is told is the parent's
-        with contextlib.redirect_stdout(sys.stderr):  # a pipe that is read at the end holds no long run's words
-            told = train_variant(child[0], int(child[1]), args)
-        tell(told)
-        return
-    if not any(Path(args.data).glob("*.npz")):
-        raise UserError(f"--data is {args.data}, but no .npz lies there; name the folder luna16_fpr_2d")
-    began, runs, failed = time.perf_counter(), [], []
-    names = {f"{name}, block {block}": (name, block) for block in args.blocks for name in args.variants}
-    commands = {key: [__file__, "--child", name, str(block), *sys.argv[1:]] for key, (name, block) in names.items()}
-    environment: dict = {}
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    for key, told in run_at_once(commands, jobs=args.jobs, timeout=args.timeout, devices=args.devices):
-        if "error" in told:
-            print(f"{key}: {told['error']}", flush=True)
-            failed.append(key)
-            continue
-        runs.append(told["run"])
-        runs.sort(key=lambda run: (args.variants.index(run["variant"]), run["block"]))
-        versions = environment.get("versions", {}) | told["environment"]["versions"]
-        environment |= told["environment"] | {"versions": versions}
-        report = environment | {"seconds": time.perf_counter() - began, "runs": runs}
-        args.output.write_text(json.dumps(report, indent=1))
-        print(f"{key}: {told['run']['figures']} after {report['seconds']:.0f} s", flush=True)
-    if runs:
-        print(table(runs))
-    if failed:
-        sys.exit(f"without {', '.join(failed)} (above)")
+    compare(args, __file__, "block", args.blocks, train_variant, lambda report: table(report["runs"]), check)
 
 
 if __name__ == "__main__":

@@ -12,11 +12,8 @@ result is written as soon as it is there.
 """
 
 import argparse
-import contextlib
-import json
 import os
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +21,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.children import run_at_once, tell  # noqa: E402
+from benchmarks.children import compare, variant_options  # noqa: E402
 from r1jax.config import Config  # noqa: E402
 from r1jax.data.source import Source  # noqa: E402
 from r1jax.errors import run_main  # noqa: E402
@@ -121,42 +118,12 @@ def table(report: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", required=True, type=Path, help="JSON to write")
-    parser.add_argument("--variants", nargs="+", required=True, help="overrides, as 'a.b=1 c=2'; '' changes nothing")
+    variant_options(parser, "overrides, as 'a.b=1 c=2'; '' changes nothing")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--cases", type=int, default=8192, help="validation cases that judge")
-    parser.add_argument("--jobs", type=int, default=1, help="processes side by side on each device")
-    parser.add_argument("--devices", type=int, default=1, help="GPUs over which they are spread")
-    parser.add_argument("--timeout", type=float, default=3600, help="seconds that each may take")
     parser.add_argument("--workdir", default="runs/benchmark-medical-settings")
-    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
-    parser.add_argument("overrides", nargs="*", help="overrides of train.py for all variants, after --")
     args = parser.parse_args()
-    if child := vars(args).pop("child"):
-        del sys.argv[1:4]  # the command that is told is the parent's
-        with contextlib.redirect_stdout(sys.stderr):  # a pipe that is read at the end holds no long run's words
-            told = train_variant(child[0], int(child[1]), args)
-        tell(told)
-        return
-    draw_cases(args)
-    began, runs, failed = time.perf_counter(), [], []
-    names = {f"{name or 'as it is'}, seed {seed}": (name, seed) for seed in args.seeds for name in args.variants}
-    commands = {key: [__file__, "--child", name, str(seed), *sys.argv[1:]] for key, (name, seed) in names.items()}
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    for key, told in run_at_once(commands, jobs=args.jobs, timeout=args.timeout, devices=args.devices):
-        if "error" in told:
-            print(f"{key}: {told['error']}", flush=True)
-            failed.append(key)
-            continue
-        runs.append(told["run"])
-        runs.sort(key=lambda run: (args.variants.index(run["variant"]), run["seed"]))
-        report = told["environment"] | {"seconds": time.perf_counter() - began, "runs": runs}
-        args.output.write_text(json.dumps(report, indent=1))
-        print(f"{key}: {told['run']['figures']} after {report['seconds']:.0f} s", flush=True)
-    if runs:
-        print(table({"runs": runs}))
-    if failed:
-        sys.exit(f"without {', '.join(failed)} (above)")
+    compare(args, __file__, "seed", args.seeds, train_variant, table, draw_cases)
 
 
 if __name__ == "__main__":

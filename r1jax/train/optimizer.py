@@ -78,24 +78,23 @@ def make_optimizer(config: TrainConfig, order: tuple[int, ...] = ()) -> optax.Gr
         found = _chosen_by(path, x, config, order)
         return f"{part} by {found[0]}" if found else part
 
-    def adamw(factor: float) -> optax.GradientTransformation:
+    def decoupled(direction: optax.GradientTransformation, factor: float) -> optax.GradientTransformation:
         return optax.chain(
-            optax.scale_by_adam(config.b1, config.b2),
+            direction,
             _add_decay(config.weight_decay, rules, order),
             optax.scale_by_learning_rate(lambda step: factor * rate(step)),
         )
+
+    def adamw(factor: float) -> optax.GradientTransformation:
+        return decoupled(optax.scale_by_adam(config.b1, config.b2), factor)
+
+    def muon(factor: float) -> optax.GradientTransformation:
+        return decoupled(scale_by_matched_muon(config.b1), factor)
 
     def sgd(factor: float) -> optax.GradientTransformation:
         return optax.chain(
             _add_decay(config.weight_decay, rules, order),  # L2: within the momentum, as a part of the loss
             optax.trace(config.b1),
-            optax.scale_by_learning_rate(lambda step: factor * rate(step)),
-        )
-
-    def muon(factor: float) -> optax.GradientTransformation:
-        return optax.chain(
-            scale_by_matched_muon(config.b1),
-            _add_decay(config.weight_decay, rules, order),
             optax.scale_by_learning_rate(lambda step: factor * rate(step)),
         )
 

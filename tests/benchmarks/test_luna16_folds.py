@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks import children as children_module
 from benchmarks import common, luna16_folds
 from benchmarks.luna16_peers import FIGURES, figures
 from r1jax.data.folder import FolderCases
@@ -119,7 +120,7 @@ def test_what_variants_tell_is_joined_in_their_order_and_one_that_fails_is_named
 
     output = tmp_path / "new" / "folds.json"
     words = ["luna16_folds.py", "--data", str(folder), "--output", str(output), "--jobs", "3", "--devices", "4"]
-    monkeypatch.setattr(luna16_folds, "run_at_once", children)
+    monkeypatch.setattr(children_module, "run_at_once", children)
     monkeypatch.setattr(sys, "argv", [*words, "--blocks", "1", "3", "--variants", "x=1 y=2", "densenet121"])
     with pytest.raises(SystemExit, match=r"^without x=1 y=2, block 3 \(above\)$"):
         luna16_folds.main()

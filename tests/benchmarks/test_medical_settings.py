@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from benchmarks import common, medical_settings
+from benchmarks import children, common, medical_settings
 from benchmarks.drawn import DONE, place_of
 from r1jax.cli import load_config
 from r1jax.config import Config
@@ -92,7 +92,7 @@ def test_all_are_held_against_the_first_seed_by_seed(tmp_path, monkeypatch, caps
             run = {"variant": name, "seed": int(seed), "steps": 1200, "cases": 9, "seconds": 1.0, "figures": figures}
             yield key, {"run": run, "environment": {"versions": {}}}
 
-    monkeypatch.setattr(medical_settings, "run_at_once", run_at_once)
+    monkeypatch.setattr(children, "run_at_once", run_at_once)
     with pytest.raises(SystemExit, match="without b=2, seed 1"):
         medical_settings.main()
     runs = json.loads(output.read_text())["runs"]
