@@ -46,13 +46,14 @@ class Trained(NamedTuple):
     """Median over the logged stretches of training."""
 
 
-def train_run(words: Sequence[str], workdir: Path, resume: bool = False) -> Trained:
+def train_run(words: Sequence[str], workdir: Path, resume: bool = False, start: Checkpoint | None = None) -> Trained:
     """Trains one run through train.py.
 
     Args:
       words: Command line of train.py, without `--workdir`.
       workdir: Folder of the run; emptied first.
       resume: Takes a run that has finished in this folder as it is; it must have had the same config.
+      start: Goes on from a copy of this checkpoint of another run.
     """
     words = [*words, "--workdir", str(workdir)]
     note = workdir / FINISHED
@@ -63,6 +64,8 @@ def train_run(words: Sequence[str], workdir: Path, resume: bool = False) -> Trai
         start_platform(config.platform)
         return Trained(checkpoint, **json.loads(note.read_text()))
     shutil.rmtree(workdir, ignore_errors=True)
+    if start is not None:
+        shutil.copytree(start.path, workdir / "checkpoints" / start.path.name)
     began = time.perf_counter()
     if code := train.main(words):
         raise SystemExit(code)

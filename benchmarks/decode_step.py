@@ -3,9 +3,10 @@
     python benchmarks/decode_step.py --output decode_step.json --limit 140
     python benchmarks/decode_step.py --output decode_step.json --scale tiny --samples 2 --cases one profile
 
-`one` is a token at batch 1 of a dense decoder of 1 B weights behind a short context, `mixture` the same of V2-Lite cut
-to four layers, `many` 64 rows behind 8,192 tokens, beside transformers. Both sides take the same weights and the same
-cache, and their logits are compared first.
+`one` is a token at batch 1 of a dense decoder of 1 B weights behind a short context, `large` the same of 7.7 B (width,
+depth, feed-forward and vocabulary of Llama 3's 8 B), `mixture` the same of V2-Lite cut to four layers, `many` 64 rows
+behind 8,192 tokens, beside transformers. Both sides take the same weights and the same cache, and their logits are
+compared first.
 `profile` names the ten costliest kernels of a token and the pauses between kernels. `agree` holds both sides of the
 mixture against fp32, for 8 rows. Results are written after each case; decode_tiles.py has single kernels.
 """
@@ -59,6 +60,8 @@ class Scale(NamedTuple):
     """Its context."""
     answer: int
     """Its tokens."""
+    large: DecoderConfig
+    """Of the case of one row and more weights."""
     mixture: dict[str, Any]
     """What differs in the case of a mixture."""
     layers: int
@@ -70,11 +73,13 @@ class Scale(NamedTuple):
 
 
 FULL, TINY = LOW_BITS["full"], LOW_BITS["tiny"]._replace(hidden=256, heads=16)
+LARGE = FULL._replace(hidden=4096, wide=14336, layers=32, heads=32, vocabulary=128256)
 SCALES = {
     "full": Scale(
         decoder_config(FULL),
         FULL.context,
         FULL.tokens,
+        replace(decoder_config(LARGE), kv_lora_rank=512),
         {
             "vocab_size": 102400,
             "num_hidden_layers": 4,
@@ -86,7 +91,10 @@ SCALES = {
         },
         *(3, 64, 8192, 8, 2**31),
     ),
-    "tiny": Scale(decoder_config(TINY), TINY.context, TINY.tokens, {"moe_intermediate_size": 64}, 1, 2, 128, 4, 2**20),
+    "tiny": Scale(
+        *(decoder_config(TINY), TINY.context, TINY.tokens, decoder_config(TINY._replace(layers=3))),
+        *({"moe_intermediate_size": 64}, 1, 2, 128, 4, 2**20),
+    ),
 }
 
 
@@ -376,6 +384,9 @@ def cases(scale: Scale, samples: int) -> Iterator[tuple[str, Callable[[], dict[s
     for name in sides:
         run = functools.partial(step_case, one, ("int8_weights",), name, 1, scale.behind, scale.answer, few)
         yield f"one int8_weights, {name}", run
+    for quant in ((), ("int8_weights",)):  # last: the weights of both are kept
+        run = functools.partial(step_case, scale.large, quant, "fused", 1, scale.behind, scale.answer, few)
+        yield f"large {quant[0] if quant else 'bf16'}, fused", run
 
 
 def table(rows: list[dict]) -> str:

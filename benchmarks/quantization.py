@@ -5,12 +5,13 @@
 
 Every seed (of weights and dropout; all see the same cases in the same order) trains five runs of equal length: one of
 floats, the control, and four whose second half has rounded products (int8: with a scale a token, with running ranges,
-and with these for down_proj too; and int4 weights). The first is quantized to each of the `AFTER` forms by `r1jax
-quantize`, the others by their own rules. All are scored on the same generated test cases, none of which was trained on;
-each change is that against the run of floats of its seed, its interval from resampling cases in pairs. Some cases are
-asked again in another place of their batch, which must change nothing: a compiled program may be wrong. A model that
-was trained with rounding is another model, not the same one rounded: its change holds the noise of training too. Sizes
-are those of whole checkpoint folders.
+and with these for down_proj too; and int4 weights). All but those with running ranges share the control's first half:
+on a GPU two runs of one seed part before anything is rounded. The control is quantized to each of the `AFTER` forms by
+`r1jax quantize`, the others by their own rules. All are scored on the same generated test cases, none of which was
+trained on; each change is that against the run of floats of its seed, its interval from resampling cases in pairs. Some
+cases are asked again in another place of their batch, which must change nothing: a compiled program may be wrong. A
+model that was trained with rounding is another model, not the same one rounded: its change holds the noise of training
+too. Sizes are those of whole checkpoint folders.
 
 Cases are drawn once, by all cores, into the folder of the runs. Every form is a process, `--jobs` of them at once, on
 the GPUs in turn; the first seed goes ahead, so that the others find its compiled training step. The file is written
@@ -42,6 +43,7 @@ from benchmarks.drawn import draw  # noqa: E402
 from benchmarks.lanes import run_lanes  # noqa: E402
 from benchmarks.quantization_child import (  # noqa: E402
     AFTER,
+    BRANCHES,
     FLOAT,
     FORMS,
     TINY,
@@ -210,8 +212,10 @@ class Measurement:
         """Whether a form may start: what it is made of is there, or the step that another seed compiles."""
         if time.monotonic() - self.began > 60 * self.asked.minutes:
             return False
+        if unit.form in (*AFTER, *BRANCHES) and not unit.answered(FLOAT):
+            return False
         if unit.form in AFTER:  # which weights are balanced differs by seed, and so do their programs
-            return unit.answered(FLOAT)
+            return True
         ahead = self.first[unit.model.config, unit.form]
         return unit == ahead or ahead.name in self.ended or ahead.compiled()
 

@@ -11,6 +11,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 
@@ -27,8 +28,9 @@ from r1jax.parallel.mesh import make_mesh  # noqa: E402
 from r1jax.serve.evaluate import restore_served  # noqa: E402
 from r1jax.tasks.catalog import TASKS  # noqa: E402
 from r1jax.tasks.medical import task as medical  # noqa: E402
+from r1jax.train import checkpoints  # noqa: E402
 from r1jax.train.checkpoint import Checkpoint  # noqa: E402
-from r1jax.train.checkpoints import find_checkpoint  # noqa: E402
+from r1jax.train.checkpoints import CheckpointFolder, find_checkpoint  # noqa: E402
 from r1jax.train.evaluation import Evaluator  # noqa: E402
 
 FLOAT = "float"
@@ -47,6 +49,8 @@ TRAINED = {
     "int4 weights, trained": ("int4",),
 }
 """Forms that were trained, with their `--quant`."""
+BRANCHES = tuple(form for form, rules in TRAINED.items() if "running" not in rules[0])
+"""Trained forms that go on from the run of floats at half of it; a running range is in the state from the start."""
 FORMS = (FLOAT, *AFTER, *TRAINED)
 TINY = ["--train.steps", "4", "--train.warmup_steps", "1", "--train.eval_every", "4"]
 TINY += ["--data.train_cases", "128", "--data.val_cases", "64"]
@@ -93,8 +97,19 @@ class Model(NamedTuple):
 
     def trained(self, form: str) -> Checkpoint:
         """The last checkpoint of the run of floats, or of one that ends with rounding; trains where there is none."""
-        rules = ["--quant", *TRAINED[form], "--train.quant_start", "0.5"] if form in TRAINED else []
-        return train_run([*self.command(), *rules], self.run(form), resume=True).checkpoint
+        half = -(-load_config(self.command()).config.train.steps // 2)
+        words = [*self.command(), "--train.save_every", str(half), "--train.keep", "2"]
+        if form not in TRAINED:
+            return train_run(words, self.run(form), resume=True).checkpoint
+        words += ["--quant", *TRAINED[form], "--train.quant_start", "0.5"]
+        start = CheckpointFolder(self.run(FLOAT) / "checkpoints").at(half) if form in BRANCHES else None
+        changed = (
+            *checkpoints.FREE_TO_CHANGE,
+            "model.quant",
+            "train.quant_start",
+        )  # else another run is not gone on with
+        with mock.patch.object(checkpoints, "FREE_TO_CHANGE", changed):
+            return train_run(words, self.run(form), resume=True, start=start).checkpoint
 
     def checkpoint(self, form: str) -> Checkpoint:
         """The form itself; makes what is missing."""

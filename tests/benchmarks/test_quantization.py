@@ -1,5 +1,6 @@
 """What benchmarks/quantization.py compares, leaves undone and prints."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,7 +8,10 @@ import pytest
 
 from benchmarks.common import Reordered
 from benchmarks.quantization import FORMS, Measurement, agreement, summary, wanted
-from benchmarks.quantization_child import is_kept, keep, kept, moved
+from benchmarks.quantization_child import Model, is_kept, keep, kept, moved
+from r1jax.cli import load_config
+from r1jax.fields import to_json
+from r1jax.train.checkpoints import CheckpointFolder, check_same_run
 
 
 def test_calls_agree_at_the_thresholds_of_the_first_model():
@@ -101,21 +105,46 @@ def startable(found):
     return {unit.name for unit in found.units if found.ready(unit)}
 
 
-def test_the_first_seed_goes_ahead_and_what_is_made_after_training_waits_for_it(measurement):
+def test_the_first_seed_goes_ahead_and_what_is_made_of_a_run_of_floats_waits_for_it(measurement):
     found = measurement()
-    first = {"language0-float", "language0-int8-trained"}
+    first = {"language0-float"}
     assert startable(found) == first
     float_of = {unit.model.seed: unit for unit in found.units if unit.form == "float"}
     rows = float_of[0].model.run("float") / "metrics.jsonl"
     rows.parent.mkdir(parents=True)
     rows.write_text("{}")  # its step is compiled
-    assert startable(found) == first | {"language1-float"}
+    assert startable(found) == {"language0-float", "language1-float"}
     for unit in float_of.values():
         unit.model.folder.mkdir(exist_ok=True)
         keep(unit.model.outcomes("float"), {}, {}, unit.model.made("float", unit.cases), 0.0)
-    assert startable(found) == first | {"language1-float", "language0-int8", "language1-int8"}
+    first |= {"language1-float", "language0-int8", "language1-int8", "language0-int8-trained"}
+    assert startable(found) == first
     found.began -= 61  # the minute is over
     assert startable(found) == set()
+
+
+def test_a_run_that_ends_with_rounding_goes_on_from_the_run_of_floats_at_half_of_it(tmp_path, monkeypatch):
+    starts = []
+
+    def train(words):
+        config = load_config(words).config
+        folder = CheckpointFolder(Path(config.workdir) / "checkpoints", config.train.keep)
+        for one in folder.all():
+            check_same_run(one.config(), config, folder.path)
+        starts.append((config.model.quant, [one.step for one in folder.all()]))
+        for step in range(config.train.save_every, config.train.steps + 1, config.train.save_every):
+            place = folder.at(step).path
+            place.mkdir(parents=True, exist_ok=True)
+            (place / "config.json").write_text(to_json(config))
+        (Path(config.workdir) / "metrics.jsonl").write_text('{"examples_per_second": 1.0}\n')
+
+    monkeypatch.setattr("train.main", train)
+    monkeypatch.setattr("benchmarks.common.start_platform", lambda platform: None)
+    model = Model("language", 0, tmp_path, ("--train.steps", "5", "--train.warmup_steps", "1"))
+    assert model.trained("float").step == model.trained("float").step == 3
+    for form in ("int8, trained", "int4 weights, trained", "int8, running ranges, trained"):
+        model.trained(form)
+    assert starts == [((), []), (("int8",), [3]), (("int4",), [3]), (("int8_running",), [])]
 
 
 def test_rows_are_written_at_once_and_a_run_of_floats_that_is_gone_is_made_again(measurement, tmp_path):
