@@ -75,6 +75,7 @@ OUTSIDE = {
     "_average": "weight average",
     "_if_sound": "guard",
     "make_optimizer": "AdamW and clipping",
+    "prepare": "preparation of the batch",
     "batch_gradients": "loss",
 }
 """Parts of a step beside the model, by a function in which they are traced; the first that is found counts."""
@@ -97,12 +98,12 @@ def part_of(op_name: str, functions: Sequence[str] = ()) -> str | None:
         name = "heads" if module.startswith("head_") else ENCODERS.get(module, module)
         if name not in ("heads", "decoder", *ENCODERS.values()):
             name = "sequence of all modalities"
-    elif "jvp(" in op_name:
-        name = "loss"
+    elif len(path) == 1 and not functions:
+        return None
     else:
-        within = {function.split(".")[0] for function in functions}
-        other = "rest of the step" if functions or len(path) > 1 else None
-        return next((part for function, part in OUTSIDE.items() if function in within), other)
+        within = {word for function in functions for word in (function.split(".")[0], function.split(".")[-1])}
+        other = "loss" if "jvp(" in op_name else "rest of the step"
+        name = next((part for function, part in OUTSIDE.items() if function in within), other)
     return f"{name}, backward" if "transpose(jvp" in op_name else name
 
 

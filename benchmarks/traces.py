@@ -100,7 +100,7 @@ class Instruction(NamedTuple):
     frame: int
     """Where in Python it was traced; 0 where that is not told."""
     called: str
-    """Computation of a fusion."""
+    """Computation of a fusion or of a call, such as that of a CUDA graph."""
     text: str
 
 
@@ -157,13 +157,17 @@ class Program:
 
     def launches(self) -> int:
         """Instructions of the program that launch a kernel, where it has no loops."""
-        return sum(one.opcode not in IDLE for one in self.entry)
+        return self._launches(self.entry)
+
+    def _launches(self, instructions: list[Instruction]) -> int:
+        calls = (self.computations.get(one.called, []) for one in instructions if one.opcode == "call")
+        return sum(one.opcode not in IDLE for one in instructions) + sum(map(self._launches, calls))
 
 
 _FIELDS = {
     "op_name": r'metadata=\{[^}]*?op_name="([^"]*)"',
     "frame": r"metadata=\{[^}]*?stack_frame_id=(\d+)",
-    "called": r" fusion\(.*calls=%?([\w.\-]+)",
+    "called": r" (?:fusion\(.*calls|call\(.*to_apply)=%?([\w.\-]+)",
 }
 
 
