@@ -30,12 +30,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
-from jax.profiler import ProfileData  # noqa: E402
 
 from benchmarks.h100 import environment  # noqa: E402
 from benchmarks.h100_case import BF16, differ, normal, seconds  # noqa: E402
 from benchmarks.low_bits import SCALES as LOW_BITS  # noqa: E402
 from benchmarks.low_bits import decoder_config, reads  # noqa: E402
+from benchmarks.traces import device_events, kernels  # noqa: E402
 from r1jax.arguments import GenerationSettings  # noqa: E402
 from r1jax.config import DecoderConfig  # noqa: E402
 from r1jax.models.decoder import Decoder, LatentCache  # noqa: E402
@@ -283,58 +283,7 @@ def profile_case(config: DecoderConfig, name: str, context: int, tokens: int) ->
         with jax.profiler.trace(folder):
             jax.block_until_ready(loop())
         newest = max(Path(folder).rglob("*.xplane.pb"), key=os.path.getmtime)
-        return kernels(newest, tokens)
-
-
-def kernels(path: Path, tokens: int) -> dict[str, Any]:
-    """Reads a trace.
-
-    Args:
-      path: The `.xplane.pb`.
-      tokens: How many it holds.
-
-    Returns:
-      Microseconds a token of the ten costliest kernels, of all together, and between the end of one and the start of
-      the next; and after which kernels the longest pauses come.
-    """
-    planes = list(ProfileData.from_file(str(path)).planes)
-    devices = [plane for plane in planes if plane.name.startswith("/device:")]
-    lines = [
-        line
-        for plane in devices or [plane for plane in planes if plane.name.startswith("/host:CPU")]
-        for line in plane.lines
-        if not devices or line.name.startswith("Stream")
-    ]
-    events = sorted(
-        (e.start_ns, e.start_ns + e.duration_ns, re.sub(r"[._]\d+$", "", e.name))
-        for line in lines
-        for e in line.events
-        if devices or re.search(r"fusion|dot|copy", e.name)  # a CPU's lines hold Python too
-    )
-    spent: dict[str, list[float]] = {}
-    pauses: dict[str, float] = {}
-    reached = events[0][0] if events else 0.0
-    last, between, busy = "", 0.0, 0.0
-    for began, ended, name in events:
-        spent.setdefault(name, []).append(ended - began)
-        if began > reached:
-            between += began - reached
-            pauses[last] = pauses.get(last, 0.0) + began - reached
-        busy += max(0.0, ended - max(began, reached))
-        if ended > reached:
-            reached, last = ended, name
-    a_token = 1e3 * tokens
-    costliest = sorted(spent, key=lambda name: -sum(spent[name]))[:10]
-    return {
-        "us": busy / a_token,
-        "between_us": between / a_token,
-        "kernels": len(events) / tokens,
-        "costliest": [
-            {"kernel": name[:80], "us": sum(spent[name]) / a_token, "calls": len(spent[name]) / tokens}
-            for name in costliest
-        ],
-        "pauses_after": {k[:80]: pauses[k] / a_token for k in sorted(pauses, key=pauses.get, reverse=True)[:5]},
-    }
+        return kernels(device_events(newest), tokens)
 
 
 def copy_case(copied: int, samples: int) -> dict[str, Any]:

@@ -204,11 +204,17 @@ def idle_step(setting: Setting) -> Any:
     config, task, model, mesh, _, batch = setting
     state = jax.eval_shape(lambda: init_state(config, model, task, batch))
     _, metrics = jax.eval_shape(make_step(config, model, task), state, batch, NO_LIMIT)
+    return idle_program(mesh, state, batch, metrics)
+
+
+def idle_program(mesh: Mesh, state: Any, batch: Any, metrics: Any) -> Any:
+    """The same, of a step by its arguments and metrics, or by their shapes."""
     where, whole = shard_tree(mesh, state), NamedSharding(mesh, PartitionSpec())
+    zeros = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), metrics)
 
     def step(state: Any, batch: Any, limit: Any) -> Any:
         del batch, limit
-        return state._replace(step=state.step + 1), {k: jnp.zeros(x.shape, x.dtype) for k, x in metrics.items()}
+        return state._replace(step=state.step + 1), jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), zeros)
 
     jitted = jax.jit(
         step, in_shardings=(where, batch_sharding(mesh), whole), out_shardings=(where, whole), donate_argnums=0

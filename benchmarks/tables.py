@@ -36,6 +36,7 @@ from benchmarks import (  # noqa: E402
     luna16_folds,
     luna16_peers,
     medical_settings,
+    medical_step,
     memory,
     one_device,
     overhead,
@@ -98,6 +99,7 @@ SECTIONS = (
     Section("Memory and time of a training step", {"memory": memory.table}),
     Section("One compiled program instead of many operations", {"fusion": fusion.table, "fusion_cpu": fusion.table}),
     Section("The loop around the step", {"overhead": overhead.table, "overhead_cpu": overhead.table}),
+    Section("Where a step of the default run spends its time", {"medical_step": medical_step.markdown}),
     Section("Memory in huge pages", {"huge_pages": huge_pages.table}),
     Section("A medical checkpoint on one CPU core", {"edge": edge.table}),
     Section(

@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import pytest
 from jax.profiler import ProfileData
 
-from benchmarks.decode_step import SCALES, bytes_read, cases, kernels, launches
+from benchmarks.decode_step import SCALES, bytes_read, cases, launches
+from benchmarks.traces import device_events, kernels
 
 PROGRAM = """
 %small (a: f32[]) -> f32[] {
@@ -43,7 +44,7 @@ def test_launches_are_those_of_the_largest_loop():
 def test_kernels_of_one_kind_and_the_pauses_between_them_are_summed(tmp_path):
     path = tmp_path / "host.xplane.pb"
     path.write_bytes(ProfileData.text_proto_to_serialized_xspace(TRACE))
-    found = kernels(path, tokens=2)
+    found = kernels(device_events(path), 2)
     assert (found["us"], found["between_us"], found["kernels"]) == (6.0, 2.0, 1.5)
     costliest = [(k["kernel"], k["us"], k["calls"]) for k in found["costliest"]]
     assert costliest == [("loop_fusion", 3.0, 1.0), ("rows_times_16384x2048", 3.0, 0.5)]
