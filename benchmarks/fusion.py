@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.children import SETTINGS, run_in_turn, tell, wait_for_turn  # noqa: E402
 from benchmarks.common import jax_environment  # noqa: E402
 from configs import medical as medical_config  # noqa: E402
-from r1jax.config import DecoderConfig  # noqa: E402
+from r1jax.config import Config, DecoderConfig  # noqa: E402
 from r1jax.models import moe, remat  # noqa: E402
 from r1jax.models.decoder import DecoderLayer  # noqa: E402
 from r1jax.models.r1 import R1  # noqa: E402
@@ -45,6 +45,8 @@ from r1jax.parallel.platform import start_platform  # noqa: E402
 from r1jax.tasks.catalog import TASKS  # noqa: E402
 from r1jax.tasks.language import loss as language_loss  # noqa: E402
 from r1jax.train import eager  # noqa: E402
+from r1jax.train.flops import work_of  # noqa: E402
+from r1jax.train.plan import example_batch  # noqa: E402
 from r1jax.train.step import NO_LIMIT, init_state, make_step  # noqa: E402
 
 CASES = ("block, forward", "block, forward and backward", "training step")
@@ -123,11 +125,19 @@ def operations(jaxpr: Any) -> int:
     return sum(1 + sum(map(operations, core.jaxprs_in_params(op.params))) for op in jaxpr.eqns)
 
 
+def decoder_shape(config: Config) -> tuple[int, int]:
+    """Cases of a training step, and tokens of each in the decoder's sequence."""
+    task, cases = TASKS[config.task.name](config), config.train.batch_size
+    work = work_of(config.model, task, example_batch(task.source("train"), task, cases))
+    return cases, work.tokens // cases
+
+
 def block_case(tiny: bool, backward: bool) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """A mixture layer of the decoder, and its arguments: in bf16 on a GPU, and that of configs/medical.py on a CPU."""
     config, (batch, length), dtype = DecoderConfig(), (2, 32), jnp.float32
     if not tiny and jax.default_backend() == "cpu":
-        config, (batch, length) = medical_config.get_config().model.decoder, (32, 184)
+        medical = medical_config.get_config()
+        config, (batch, length) = medical.model.decoder, decoder_shape(medical)
     elif not tiny:
         (batch, length), dtype = (4, 1024), jnp.bfloat16
         config = replace(

@@ -65,6 +65,8 @@ def generate(words: list[str]) -> int:
     """
     asked = load_arguments(GenerateArguments, words, "r1jax generate", HELP, ("folder",))
     source = open_pretrained(Path(asked.folder))
+    if source.remark:
+        print(source.remark, file=sys.stderr)
     tokenizer = source.tokenizer()
     values = {item.name: getattr(asked, item.name) for item in fields(GenerationSettings)}
     values["stop_tokens"] = tuple(dict.fromkeys([*values["stop_tokens"], *source.stop_tokens(tokenizer)]))

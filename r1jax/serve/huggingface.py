@@ -169,6 +169,8 @@ def export_folder(words: list[str]) -> int:
     asked = load_arguments(ExportArguments, words, "r1jax hf export", EXPORT_HELP, ("checkpoint", "output"))
     _refuse_taken(Path(asked.output))
     source = _choose_mtp(from_checkpoint(Path(asked.checkpoint)), asked.mtp)
+    if source.remark:
+        print(source.remark, file=sys.stderr)
     files, base = source.tokenizer_files(), source.published.get("config")
     if base is None:
         base, files = _own_text(source, files)

@@ -40,6 +40,18 @@ class Pretrained:
     checkpoint: Checkpoint | None
     """None is a Hugging Face folder."""
 
+    @property
+    def remark(self) -> str | None:
+        """Why it cannot continue a text, where its config says so."""
+        model = None if self.checkpoint is None else self.checkpoint.config().model
+        if model is None or "text" not in model.modalities or model.text_merge == 1:
+            return None
+        return (
+            f"note: model.text_merge of {self.path} is {model.text_merge}: its decoder has read that many bytes as one "
+            "token, made of them by TextSummary, and never a token of one byte, so it cannot continue a text before it "
+            "is trained to"
+        )
+
     def load(self, platform: Platform, dtype: DTypeLike | None = None) -> dict[str, Any]:
         """Loads the weights onto all devices, adapters of floats merged; says which devices, and how far it is.
 

@@ -2,13 +2,19 @@
 
 from unittest import mock
 
+import flax.linen as nn
 import jax
 import jax.extend
 import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.fusion import REFERENCES, WAYS, _distinct, block_case, dispatch, op_by_op, operations, references, table
+from configs import medical
+from r1jax.models.decoder import DecoderLayer
+from r1jax.models.r1 import R1
+from r1jax.tasks.catalog import TASKS
 from r1jax.train import eager
+from r1jax.train.plan import example_batch
 
 
 def mixed(x, n):
@@ -48,6 +54,22 @@ def test_fast_paths_are_found_where_they_are_called():
     with references():
         plain = jax.make_jaxpr(lambda *x: function(*x))(*arguments)
     assert operations(plain.jaxpr) != operations(fast.jaxpr)
+
+
+def test_the_block_of_a_cpu_reads_what_a_training_step_gives_it():
+    config, shapes = medical.get_config(), set()
+    task = TASKS[config.task.name](config)
+    inputs, _ = task.prepare(example_batch(task.source("train"), task, config.train.batch_size))
+
+    def note(call, args, kwargs, context):
+        if isinstance(context.module, DecoderLayer):
+            shapes.add(args[0].shape)
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(note):
+        jax.eval_shape(R1(config.model, task.heads).init, jax.random.key(0), inputs)
+    _, (_, x) = block_case(tiny=False, backward=False)
+    assert shapes == {x.shape}
 
 
 def test_table_tells_how_much_less_time():

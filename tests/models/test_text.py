@@ -1,12 +1,14 @@
 """The summary of a text: against a plain loop, blind to padding, and able to tell a wording from its denial."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from r1jax.data import tokenizer
-from r1jax.models.text import TextSummary
+from r1jax.models.text import TextSummary, grouped
 
 WIDTH, WINDOW = 6, 4
 
@@ -46,6 +48,32 @@ def test_equals_a_plain_loop_over_places(merge):
             weight = np.asarray(params["tokens"]["weight"], float)
             np.testing.assert_allclose(out.tokens[case, group], weight @ strongest, atol=1e-5)
     assert (out.tokens is None) == (merge == 1)
+
+
+@pytest.mark.parametrize("merge", [1, 8])
+def test_gradients_are_finite_where_signs_tie_or_nothing_is_written(merge):
+    """Of all places the strongest is asked, of those that are equal and of those that do not exist."""
+    params, _, x, valid = make(length=16, merge=merge)
+    module, same = TextSummary(5, window=WINDOW, merge=merge), jnp.ones_like(x)
+    nothing, whole = jnp.zeros_like(valid), jnp.ones_like(valid)
+    one = nothing.at[:, 0].set(True)
+    mixed = jnp.concatenate([whole[:1], nothing[:1]])
+
+    @jax.jit
+    @functools.partial(jax.grad, argnums=(0, 1))
+    def gradient(params, x, valid):
+        read = module.apply({"params": params}, x, valid)
+        total = jnp.sum(jnp.where(jnp.any(valid, axis=1)[:, None], read.summary, 0) ** 2)  # as its caller hides it
+        if read.tokens is None:
+            return total
+        there = jnp.any(grouped(valid, merge), axis=2)
+        return total + jnp.sum(jnp.where(there[..., None], read.tokens, 0) ** 2)
+
+    for read, there in ((same, whole), (jnp.zeros_like(x), whole), (x, one), (x, mixed), (same, nothing)):
+        found = gradient(params, read, there)
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
+        np.testing.assert_array_equal(np.asarray(found[1])[~np.asarray(there)], 0)  # no byte, no gradient
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves(found))  # a batch without text teaches nothing
 
 
 def test_padding_leaves_no_trace():

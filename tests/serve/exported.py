@@ -30,6 +30,15 @@ POINTS = {
 }
 
 
+def merged() -> dict[str, Any]:
+    """Changes by which `write_checkpoint` makes a model that reads its text eight bytes a token, and learns none."""
+    tiny = get_config()
+    return {
+        "model": dataclasses.replace(tiny.model, text_merge=8),
+        "task": dataclasses.replace(tiny.task, text_weight=0.0),
+    }
+
+
 def write_checkpoint(folder: Path, **changes: Any) -> Checkpoint:
     """A medical checkpoint of random weights."""
     tiny = get_config()

@@ -25,7 +25,7 @@ from r1jax.serve.export_graph import Port, tokenize
 from r1jax.serve.export_medical import at_least, raw_inputs, standardise
 from r1jax.tasks.medical.batch import collate
 from r1jax.train.checkpoint import Checkpoint
-from tests.serve.exported import export_to_jax, write_checkpoint
+from tests.serve.exported import export_to_jax, merged, write_checkpoint
 from tests.train.tiny import get_config
 
 WITHOUT_R1JAX = """
@@ -48,7 +48,7 @@ np.savez(sys.argv[3], **{name: np.asarray(x) for name, x in found.items()})
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Checkpoint:
-    return write_checkpoint(tmp_path_factory.mktemp("run") / "00000024")
+    return write_checkpoint(tmp_path_factory.mktemp("run") / "00000024", **merged())
 
 
 @pytest.fixture(scope="module")

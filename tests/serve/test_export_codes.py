@@ -25,17 +25,18 @@ from r1jax.tasks.finance.operating import operating_points
 from r1jax.tasks.finance.task import Finance
 from r1jax.train.checkpoints import write_sealed
 from r1jax.train.quantized import FOLDER, is_codes, write_codes
-from tests.serve.exported import export_to_jax, write_checkpoint, write_random
+from tests.serve.exported import export_to_jax, merged, write_checkpoint, write_random
 from tests.serve.exported_finance import get_config as get_finance_config
-from tests.train.tiny import get_config
 
 RULES = ("head_=float", "embed_tokens=int4", "table=int4/4", ".=int8:int8/running")
 """All kinds at once: floats, weights alone, blocks, and products of int8 with ranges."""
 
 
 def opened_with(folder: Path, quant: tuple[str, ...], **asked) -> Opened:
-    """A checkpoint that was trained with rules."""
-    checkpoint = write_checkpoint(folder / "00000024", model=dataclasses.replace(get_config().model, quant=quant))
+    """A checkpoint that was trained with rules, and reads several bytes as one token."""
+    changes = merged()
+    changes["model"] = dataclasses.replace(changes["model"], quant=quant)
+    checkpoint = write_checkpoint(folder / "00000024", **changes)
     return open_checkpoint(checkpoint, ExportArguments(checkpoint=str(checkpoint.path), output="", cases=12, **asked))
 
 

@@ -106,6 +106,14 @@ def test_weights_that_are_fused_are_in_memory_once(folder, monkeypatch):
     assert found == [(True, None)]
 
 
+def test_a_decoder_that_cannot_continue_a_text_says_so(folder, monkeypatch, capsys):
+    monkeypatch.setattr(Pretrained, "remark", "note: it has read no byte")
+    monkeypatch.setattr(generate_command, "_generator", lambda *_: None)
+    monkeypatch.setattr(generate_command, "_answer", lambda *_: None)
+    assert dispatch(["generate", str(folder), "--prompt", "abc", *FEW]) == 0
+    assert capsys.readouterr().err == "note: it has read no byte\n"
+
+
 def test_own_tokenizer_chat_and_stop_tokens(folder, tmp_path, capsys):
     for file in folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())

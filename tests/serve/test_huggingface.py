@@ -107,6 +107,21 @@ def test_training_checkpoints_are_exported(tmp_path, sources, averaged):
     assert (told["bos_token_id"], told["eos_token_id"], told["pad_token_id"]) == (1, 2, 0)
 
 
+@pytest.mark.parametrize(("merge", "kinds", "told"), [(8, ("text", "table"), 1), (1, ("text",), 0), (8, ("table",), 0)])
+def test_a_decoder_that_never_read_a_byte_as_a_token_is_said(tmp_path, sources, capsys, merge, kinds, told):
+    decoder = read_config(sources["v2"])
+    config = Config(model=ModelConfig(decoder=decoder, modalities=kinds, text_merge=merge))
+    state = {"params": {"decoder": load_params(sources["v2"], decoder)}}
+    saved = CheckpointFolder(tmp_path / "run" / "checkpoints").save(5, state, config, RUN)
+    assert call("hf export", tmp_path / "run", tmp_path / "out") == 0
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    assert len(notes) == told
+    assert all(
+        note.startswith(f"note: model.text_merge of {saved.path} is 8: its decoder has read that many")
+        for note in notes
+    )
+
+
 def test_adapters_are_merged_into_what_is_exported(tmp_path, sources):
     decoder = read_config(sources["v2"])
     params = load_params(sources["v2"], decoder)

@@ -29,6 +29,7 @@ from r1jax.train.quantized import is_codes, path_of
 from r1jax.train.ranges import is_range, split_ranges
 from r1jax.train.run import describe
 from r1jax.train.step import init_state
+from tests.serve.exported import merged, write_checkpoint
 from tests.train.experiment import one_device
 from tests.train.tiny_language import get_config
 
@@ -266,3 +267,24 @@ def test_a_flipped_bit_is_found(quantized, tmp_path):
     file.write_bytes(content)
     with pytest.raises(UserError, match=r"weights\.bin is not what was written"):
         Checkpoint(copy).verify()
+
+
+def test_a_model_that_reads_several_bytes_as_one_token_answers_from_codes(tmp_path):
+    changes = merged()
+    changes["model"] = replace(changes["model"], modalities=("table", "text"))  # quick to compile
+    changes["task"] = replace(changes["task"], fields=("nodule_present", "texture"))
+    checkpoint = write_checkpoint(tmp_path / "00000024", **changes)
+    words = ["--to", "int8_weights", "--output", str(tmp_path / "codes"), "--calibration", "2", "--resamples", "2"]
+    with (
+        mock.patch.object(quantize_command, "make_mesh", lambda _: one_device()),
+        mock.patch.object(quantize_command, "effect", wraps=quantize_command.effect) as measured,
+    ):
+        assert dispatch(["quantize", str(checkpoint.path), *words]) == 0
+    config = Checkpoint(tmp_path / "codes").config()
+    assert config.model.text_merge == 8 and config.model.quant == ("int8_weights",)
+    layers = json.loads((tmp_path / "codes" / "report" / "report.json").read_text())["layers"]
+    assert {layer["name"]: layer["scheme"] for layer in layers}["text/tokens/weight"] == "int8"
+    _, floats, codes, *_ = measured.call_args.args
+    for name, exact in floats.items():
+        change = np.abs(codes[name] - exact).mean() / exact.std()  # of the mean: a token may go to another expert
+        assert 0 < change < 0.1, (name, change)
