@@ -8,6 +8,8 @@ import argparse
 import contextlib
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -187,6 +189,12 @@ def follow(
         note({"name": current, "refused": f"process ended with {process.returncode}: {last}"})
         left.remove(current)
     return left
+
+
+def told_command() -> str:
+    """How this script was called, as a shell takes it, with files and folders by their last name."""
+    words = (word if " " in word else re.sub(r"^(--[^=]*=)?.*/", r"\1", word) for word in sys.argv[1:])
+    return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
 
 
 def compare(

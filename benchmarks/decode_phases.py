@@ -119,7 +119,7 @@ def main() -> None:
         sys.exit("benchmarks/decode_phases.py: the kernel is for a Hopper GPU, which JAX does not find here.")
     tried = [{}] + [{name: int(n) for name, n in (pair.split("=") for pair in word.split())} for word in args.macros]
     result, rows, began = environment(), [], time.monotonic()
-    result |= {"command": " ".join(["python benchmarks/decode_phases.py", *sys.argv[1:]]), "results": rows}
+    result |= {"results": rows}
     for kind in args.kinds:
         case = Case(() if kind == "bf16" else (kind,), args.tokens)
         for changed in tried:

@@ -408,7 +408,6 @@ def main() -> None:
         jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp())
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     result = environment() | {"results": rows}
-    result["command"] = " ".join(["python benchmarks/decode_step.py", *sys.argv[1:]])
     result["kernels"] = row_products.takes_triton()
     for name, measure in cases(SCALES[args.scale], args.samples):
         if args.cases and not name.startswith(tuple(args.cases)):

@@ -172,7 +172,6 @@ def main() -> None:
     args = parser.parse_args()
     began, rows, scale = time.monotonic(), [], SCALES[args.scale]
     result = environment() | {"results": rows}
-    result["command"] = " ".join(["python benchmarks/decode_tiles.py", *sys.argv[1:]])
     rows.append({"name": "ceiling copy"} | copy_case(scale.copied, args.samples))
     cases = [case for case in all_cases(scale) if not args.cases or case.name.startswith(tuple(args.cases))]
     for case, program in zip(cases, compiled(cases), strict=True):

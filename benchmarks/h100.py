@@ -25,7 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.children import follow  # noqa: E402
+from benchmarks.children import follow, told_command  # noqa: E402
 
 LIMIT, LIMIT_TRAIN = 60.0, 300.0
 """Seconds without a word after which a child is given up."""
@@ -113,7 +113,7 @@ def run_child(kind: str, names: list[str], args: argparse.Namespace, note) -> li
 
 
 def environment() -> dict:
-    """Versions and the card."""
+    """The command, versions and the card."""
     versions = {"python": platform.python_version()}
     for package in ("jax", "jaxlib", "jax-cuda13-plugin", "nvidia-cudnn-cu13", "torch", "transformers"):
         try:
@@ -125,7 +125,7 @@ def environment() -> dict:
         card = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         card = f"{os.cpu_count()} CPU cores, {platform.machine()}"
-    return {"command": " ".join(["python benchmarks/h100.py", *sys.argv[1:]]), "hardware": card, "versions": versions}
+    return {"command": told_command(), "hardware": card, "versions": versions}
 
 
 def table(rows: list[dict]) -> str:

@@ -17,7 +17,6 @@ import argparse
 import functools
 import json
 import os
-import re
 import subprocess
 import sys
 import time
@@ -319,9 +318,7 @@ def main() -> None:
 
     began, rows = time.monotonic(), []
     args.end = began + args.limit
-    words = [re.sub(r".*/", "", word) for word in sys.argv[1:]]  # without the paths of this machine
-    result = environment() | {"command": " ".join(["python benchmarks/low_bits.py", *words])}
-    result |= {"sizes": SCALES[args.scale]._asdict(), "goals": GOALS, "results": rows}
+    result = environment() | {"sizes": SCALES[args.scale]._asdict(), "goals": GOALS, "results": rows}
 
     def note(row: dict) -> None:
         rows.append(row)

@@ -23,6 +23,7 @@ import scipy.fft
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.children import told_command  # noqa: E402
 from r1jax.data.folder import FolderCases  # noqa: E402
 from r1jax.tasks import metrics  # noqa: E402
 
@@ -342,7 +343,7 @@ def environment(args: argparse.Namespace) -> dict:
         return Path(word).name if isinstance(word, str | Path) and "/" in str(word) else word
 
     return {
-        "command": " ".join([f"python benchmarks/{Path(sys.argv[0]).name}", *map(bare, sys.argv[1:])]),
+        "command": told_command(),
         "hardware": hardware,
         "versions": versions,
         "arguments": {k: str(bare(v)) if isinstance(v, Path) else bare(v) for k, v in vars(args).items()},

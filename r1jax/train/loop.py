@@ -5,6 +5,7 @@ steps that is depends on their numbers alone.
 """
 
 import math
+import os
 import signal
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,6 +43,8 @@ from r1jax.train.step import TrainState
 from r1jax.train.wandb_run import WandbRun
 
 NORM = jax.jit(lambda params: optax.tree.norm(without_codes(params)))
+STARVED = 0.5
+"""Share of the time in which the step waited for data, from which on the run says so when it ends."""
 
 
 class Unread(NamedTuple):
@@ -334,6 +337,9 @@ class Loop:
             self.telemetry.say(f"no trace: the run ended before step {self.profiler.first} {flags}")
         if self.config.data.cache.url is not None and self.cached().lookups:
             self.telemetry.say(line(self.cached()))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        if told := slow_data(self.telemetry.data_wait, self.config.data.workers, cores):
+            self.telemetry.say(told)
 
     def close(self) -> None:
         """Ends the data's threads and processes, a trace that is being made, and the telemetry."""
@@ -341,6 +347,23 @@ class Loop:
         if self.profiler.running:
             self.telemetry.say(self.profiler.stop())
         self.telemetry.close()
+
+
+def slow_data(share: float, workers: int, cores: int) -> str | None:
+    """What to say where the devices starved while cores had nothing to read.
+
+    Args:
+      share: Of the time, in which the loop waited for batches.
+      workers: Processes that read; 0 does it in the training process.
+      cores: That this process may use.
+
+    Returns:
+      A line; None where data was quick enough, or where more than half of the cores read.
+    """
+    if share < STARVED or 2 * max(1, workers) >= cores:
+        return None
+    who = f"{workers} of {cores} cores read" if workers else f"one process of {cores} cores read and trained"
+    return f"the step waited for data {share:.0%} of the time, and {who}: --data.workers {cores} reads in more processes"
 
 
 def step_load(config: Config, task: Task, mesh: Mesh, source: Source) -> Load:

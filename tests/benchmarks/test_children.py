@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.children import follow, run_at_once, run_in_turn
+from benchmarks.children import follow, run_at_once, run_in_turn, told_command
 from r1jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -19,6 +19,13 @@ TURN = START + "wait_for_turn(); began = time.time(); time.sleep(0.2); tell({'be
 
 def words(code):
     return ["-c", code]
+
+
+def test_a_command_is_told_as_a_shell_takes_it_without_the_folders_of_this_machine(monkeypatch):
+    words = ["--output", "/a/b/found.json", "--data=/c/set", "--variants", "", "x=1 y=2", "--cases", "causal 128/128"]
+    monkeypatch.setattr(sys, "argv", ["/r/benchmarks/one.py", *words])
+    rest = "--output found.json --data=set --variants '' 'x=1 y=2' --cases 'causal 128/128'"
+    assert told_command() == f"python benchmarks/one.py {rest}"
 
 
 def test_turns_follow_their_order_and_do_not_overlap():

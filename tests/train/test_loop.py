@@ -12,8 +12,9 @@ import pytest
 from r1jax.config import Config
 from r1jax.errors import UserError
 from r1jax.telemetry import Telemetry
+from r1jax.train import loop
 from r1jax.train.checkpoints import CheckpointFolder
-from r1jax.train.loop import NORM, check_finite, served
+from r1jax.train.loop import NORM, check_finite, served, slow_data
 from r1jax.train.plan import device_need
 from r1jax.train.run import open_run
 from tests.train.experiment import CLOCK, Interrupted, make_experiment
@@ -64,6 +65,28 @@ def test_a_row_is_read_once_the_next_step_is_on_its_way(tiny, tmp_path, monkeypa
     monkeypatch.setattr(Telemetry, "log", row)
     tiny.train(tmp_path, step=step)
     assert read == {done: done if done % 3 == 0 else done + 1 for done in range(1, 25)}
+
+
+@pytest.mark.parametrize(
+    ("share", "workers", "cores", "said"),
+    [
+        (0.94, 0, 16, "waited for data 94% of the time, and one process of 16 cores read and trained: --data.workers 16"),
+        (0.6, 4, 16, "waited for data 60% of the time, and 4 of 16 cores read: --data.workers 16"),
+        (0.49, 0, 16, None),
+        (0.94, 8, 16, None),
+        (0.94, 0, 2, None),
+    ],
+)
+def test_a_step_that_starves_beside_idle_cores_is_told(share, workers, cores, said):
+    told = slow_data(share, workers, cores)
+    assert told is None if said is None else said in told
+
+
+def test_a_run_says_at_its_end_that_its_step_has_starved(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(loop, "STARVED", 0.0)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(64))
+    tiny.train(tmp_path)
+    assert "one process of 64 cores read and trained: --data.workers 64" in capsys.readouterr().err
 
 
 def test_average_is_served(tiny):
