@@ -6,7 +6,7 @@
 On 2048 generated test cases (seed 0, one training, 95 % bootstrap intervals): presence AUC .987 (.983 to .990);
 malignancy AUC .889 (.873 to .907) from image and record, .768 from the image and .763 from the record alone, where
 .932, .801 and .780 are attainable: 90.1 % (86.2 to 94.2) of the way from chance to the ceiling. On the 8192 validation
-cases by which settings were chosen it is 91.7 % (three trainings, standard deviation .3): see
+cases by which settings were chosen it is 91.4 % (three trainings, standard deviation .4): see
 benchmarks/medical_settings.py.
 
 Without a volume, with --model.lora_rank, or to learn the text (--task.text_weight): add --train.muon and --train.rules
