@@ -362,8 +362,10 @@ def slow_data(share: float, workers: int, cores: int) -> str | None:
     """
     if share < STARVED or 2 * max(1, workers) >= cores:
         return None
-    who = f"{workers} of {cores} cores read" if workers else f"one process of {cores} cores read and trained"
-    return f"the step waited for data {share:.0%} of the time, and {who}: --data.workers {cores} reads in more processes"
+    who = f"{workers} of {cores} cores read" if workers else f"one process on {cores} cores read and trained"
+    return (
+        f"the step waited for data {share:.0%} of the time, and {who}: --data.workers {cores} reads in more processes"
+    )
 
 
 def step_load(config: Config, task: Task, mesh: Mesh, source: Source) -> Load:

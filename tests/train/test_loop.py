@@ -70,8 +70,13 @@ def test_a_row_is_read_once_the_next_step_is_on_its_way(tiny, tmp_path, monkeypa
 @pytest.mark.parametrize(
     ("share", "workers", "cores", "said"),
     [
-        (0.94, 0, 16, "waited for data 94% of the time, and one process of 16 cores read and trained: --data.workers 16"),
-        (0.6, 4, 16, "waited for data 60% of the time, and 4 of 16 cores read: --data.workers 16"),
+        (
+            0.94,
+            0,
+            16,
+            "data 94% of the time, and one process on 16 cores read and trained: --data.workers 16",
+        ),
+        (0.6, 4, 16, "data 60% of the time, and 4 of 16 cores read: --data.workers 16"),
         (0.49, 0, 16, None),
         (0.94, 8, 16, None),
         (0.94, 0, 2, None),
@@ -86,7 +91,7 @@ def test_a_run_says_at_its_end_that_its_step_has_starved(tiny, tmp_path, monkeyp
     monkeypatch.setattr(loop, "STARVED", 0.0)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: range(64))
     tiny.train(tmp_path)
-    assert "one process of 64 cores read and trained: --data.workers 64" in capsys.readouterr().err
+    assert "one process on 64 cores read and trained: --data.workers 64" in capsys.readouterr().err
 
 
 def test_average_is_served(tiny):
