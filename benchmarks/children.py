@@ -192,9 +192,15 @@ def follow(
 
 
 def told_command() -> str:
-    """How this script was called, as a shell takes it, with files and folders by their last name."""
-    words = (word if " " in word else re.sub(r"^(--[^=]*=)?.*/", r"\1", word) for word in sys.argv[1:])
-    return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
+    """How this script was called, as a shell takes it; paths of this machine are told by their last name."""
+    return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *map(_without_folders, sys.argv[1:])])
+
+
+def _without_folders(word: str) -> str:
+    """A word of a command with whatever begins like a path cut down to its name: the word, or a value within it."""
+    if word.startswith("/"):
+        return Path(word).name
+    return re.sub(r"(?<=[\s=,])/[^\s=,]*|(?<![^\s=,])(?:~|\.{1,2})/[^\s=,]*", lambda path: Path(path[0]).name, word)
 
 
 def compare(

@@ -380,7 +380,9 @@ def markdown(report: dict[str, Any]) -> str:
     rows = [row for row in report["results"] if "refused" not in row]
     steps = [row for row in rows if row["name"].startswith("step")]
     titles = [f"`{variant}`" if (variant := row["name"][5:]) else "as it is" for row in steps]
-    lines = ["| variant | batch | ms a step | batch from the host, ms | examples/s | kernels | us in them | idle, us |"]
+    lines = [
+        "| variant | batch | ms a step | ms, batch in host memory | examples/s | kernels | us in them | idle, us |"
+    ]
     lines.append("|" + "---|" * 8)
     for title, row in zip(titles, steps, strict=True):
         lines.append(

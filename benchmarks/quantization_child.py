@@ -81,7 +81,7 @@ class Model(NamedTuple):
 
     def made(self, form: str, cases: int) -> str:
         """What the outcomes of a form are made by."""
-        return " ".join([*self.command(), form, str(cases)])
+        return " ".join([*self.command(), form, *(["from half"] if form in BRANCHES else []), str(cases)])
 
     def run(self, form: str) -> Path:
         """Run folder of floats, or of a form that was trained."""
@@ -98,16 +98,15 @@ class Model(NamedTuple):
     def trained(self, form: str) -> Checkpoint:
         """The last checkpoint of the run of floats, or of one that ends with rounding; trains where there is none."""
         half = -(-load_config(self.command()).config.train.steps // 2)
-        words = [*self.command(), "--train.save_every", str(half), "--train.keep", "2"]
-        if form not in TRAINED:
-            return train_run(words, self.run(form), resume=True).checkpoint
+        words = [*self.command(), "--train.save_every", str(half), "--train.eval_every", str(half), "--train.keep", "2"]
+        start = CheckpointFolder(self.run(FLOAT) / "checkpoints").at(half)
+        if form not in TRAINED:  # a run that has ended, but without what others go on from, is made again
+            return train_run(words, self.run(form), resume=start.path.is_dir()).checkpoint
         words += ["--quant", *TRAINED[form], "--train.quant_start", "0.5"]
-        start = CheckpointFolder(self.run(FLOAT) / "checkpoints").at(half) if form in BRANCHES else None
-        changed = (
-            *checkpoints.FREE_TO_CHANGE,
-            "model.quant",
-            "train.quant_start",
-        )  # else another run is not gone on with
+        if form not in BRANCHES:
+            return train_run(words, self.run(form), resume=True).checkpoint
+        # A run goes on under its own rules alone; this one is a copy of another up to here.
+        changed = (*checkpoints.FREE_TO_CHANGE, "model.quant", "train.quant_start")
         with mock.patch.object(checkpoints, "FREE_TO_CHANGE", changed):
             return train_run(words, self.run(form), resume=True, start=start).checkpoint
 

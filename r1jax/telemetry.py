@@ -74,7 +74,10 @@ class Telemetry:
         self.console = Console(stderr=True)
         self.began = self.spoke = self.measured = self.settled = time.perf_counter()
         self.measured_at = start
-        self.waited = self.unsettled_wait = self.rated = self.starved = 0.0
+        self.waited = self.unsettled_wait = 0.0
+        self.rated = self.starved = (
+            0.0  # seconds that `rates` has told of in all, and those of them that went into waiting
+        )
         self.speed = ""
         self.progress = Progress(
             TextColumn("step"),
@@ -153,11 +156,6 @@ class Telemetry:
         self.rated, self.starved = self.rated + seconds, self.starved + self.waited
         self.measured, self.measured_at, self.waited = now, step, 0.0
         return found | {"goodput": self.clock.goodput} | memory_peaks()
-
-    @property
-    def data_wait(self) -> float:
-        """Share of all the time that `rates` has told of which went into waiting for batches."""
-        return self.starved / self.rated if self.rated else 0.0
 
     @contextmanager
     def aside(self, step: int) -> Iterator[None]:

@@ -114,7 +114,7 @@ def test_rates_count_examples_and_waiting_since_the_last_row(tmp_path, monkeypat
     now[0] += 3  # another step has begun meanwhile, and counts once it is logged
     telemetry.advance(16, "")
     assert speeds(telemetry, 16) == pytest.approx({"examples_per_second": 1 * 4 / 3, "data_wait": 0.0})
-    assert telemetry.data_wait == pytest.approx(2 / (8 + 4 + 3))  # of the whole run, evaluation apart
+    assert (telemetry.starved, telemetry.rated) == (2, 8 + 4 + 3)  # of the whole run, evaluation apart
     telemetry.close()
 
 

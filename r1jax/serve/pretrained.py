@@ -42,14 +42,14 @@ class Pretrained:
 
     @property
     def remark(self) -> str | None:
-        """Why it cannot continue a text, where its config says so."""
+        """Why it may not continue a text, where its run has shown it none byte by byte."""
         model = None if self.checkpoint is None else self.checkpoint.config().model
-        if model is None or "text" not in model.modalities or model.text_merge == 1:
+        if model is None or "text" not in model.modalities or model.text_merge == 1 or self.published:
             return None
         return (
-            f"note: model.text_merge of {self.path} is {model.text_merge}: its decoder has read that many bytes as one "
-            "token, made of them by TextSummary, and never a token of one byte, so it cannot continue a text before it "
-            "is trained to"
+            f"note: model.text_merge of {self.path} is {model.text_merge}: in this run its decoder has read that many "
+            "bytes as one token, made of them by TextSummary, and never a token of one byte, so it cannot continue a "
+            "text unless it had learned to before"
         )
 
     def load(self, platform: Platform, dtype: DTypeLike | None = None) -> dict[str, Any]:

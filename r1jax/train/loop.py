@@ -43,8 +43,10 @@ from r1jax.train.step import TrainState
 from r1jax.train.wandb_run import WandbRun
 
 NORM = jax.jit(lambda params: optax.tree.norm(without_codes(params)))
-STARVED = 0.5
-"""Share of the time in which the step waited for data, from which on the run says so when it ends."""
+SHORT = 20.0
+"""Seconds of training of which it is not said that they waited for data."""
+MANY = 16
+"""Processes that read, beyond which none are advised."""
 
 
 class Unread(NamedTuple):
@@ -337,9 +339,10 @@ class Loop:
             self.telemetry.say(f"no trace: the run ended before step {self.profiler.first} {flags}")
         if self.config.data.cache.url is not None and self.cached().lookups:
             self.telemetry.say(line(self.cached()))
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        if told := slow_data(self.telemetry.data_wait, self.config.data.workers, cores):
-            self.telemetry.say(told)
+        if jax.default_backend() != "cpu" and jax.process_count() == 1:  # on a CPU, the step has the cores
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            if told := slow_data(self.telemetry.starved, self.telemetry.rated, self.config.data.workers, cores):
+                self.telemetry.say(told)
 
     def close(self) -> None:
         """Ends the data's threads and processes, a trace that is being made, and the telemetry."""
@@ -349,22 +352,24 @@ class Loop:
         self.telemetry.close()
 
 
-def slow_data(share: float, workers: int, cores: int) -> str | None:
-    """What to say where the devices starved while cores had nothing to read.
+def slow_data(waited: float, seconds: float, workers: int, cores: int) -> str | None:
+    """What to say where the loop mostly waited for batches, and more processes could read them.
 
     Args:
-      share: Of the time, in which the loop waited for batches.
+      waited: Seconds in which it did.
+      seconds: In which it trained.
       workers: Processes that read; 0 does it in the training process.
       cores: That this process may use.
 
     Returns:
-      A line; None where data was quick enough, or where more than half of the cores read.
+      A line; None after a short run, where data was quick enough, or where half of the cores or `MANY` read already.
     """
-    if share < STARVED or 2 * max(1, workers) >= cores:
+    readers, more = max(1, workers), min(cores, MANY)
+    if seconds < SHORT or waited < seconds / 2 or 2 * readers >= more:
         return None
-    who = f"{workers} of {cores} cores read" if workers else f"one process on {cores} cores read and trained"
     return (
-        f"the step waited for data {share:.0%} of the time, and {who}: --data.workers {cores} reads in more processes"
+        f"the loop waited for data {waited / seconds:.0%} of the time, with {readers} of {cores} cores to read it: "
+        f"--data.workers {more} may be faster (docs/data.md)"
     )
 
 

@@ -22,9 +22,11 @@ def words(code):
 
 
 def test_a_command_is_told_as_a_shell_takes_it_without_the_folders_of_this_machine(monkeypatch):
-    words = ["--output", "/a/b/found.json", "--data=/c/set", "--variants", "", "x=1 y=2", "--cases", "causal 128/128"]
+    words = ["--output", "/a/some one/found.json", "--data=/c/set/", "--workdir", "../w", "--variants", ""]
+    words += ["x=1 data.path=/d/lidc", "train.rules=^volume/=3", "--quant", ".=int8:int8/running", "causal 128/128"]
     monkeypatch.setattr(sys, "argv", ["/r/benchmarks/one.py", *words])
-    rest = "--output found.json --data=set --variants '' 'x=1 y=2' --cases 'causal 128/128'"
+    rest = "--output found.json --data=set --workdir w --variants '' 'x=1 data.path=lidc'"
+    rest += " 'train.rules=^volume/=3' --quant .=int8:int8/running 'causal 128/128'"
     assert told_command() == f"python benchmarks/one.py {rest}"
 
 

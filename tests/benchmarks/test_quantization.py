@@ -1,5 +1,6 @@
 """What benchmarks/quantization.py compares, leaves undone and prints."""
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -128,23 +129,29 @@ def test_a_run_that_ends_with_rounding_goes_on_from_the_run_of_floats_at_half_of
 
     def train(words):
         config = load_config(words).config
-        folder = CheckpointFolder(Path(config.workdir) / "checkpoints", config.train.keep)
+        folder, t = CheckpointFolder(Path(config.workdir) / "checkpoints"), config.train
         for one in folder.all():
             check_same_run(one.config(), config, folder.path)
         starts.append((config.model.quant, [one.step for one in folder.all()]))
-        for step in range(config.train.save_every, config.train.steps + 1, config.train.save_every):
-            place = folder.at(step).path
-            place.mkdir(parents=True, exist_ok=True)
-            (place / "config.json").write_text(to_json(config))
+        for step in range(1, t.steps + 1):
+            if step % t.save_every == 0 or step % t.eval_every == 0 or step == t.steps:
+                folder.at(step).path.mkdir(parents=True, exist_ok=True)
+                (folder.at(step).path / "config.json").write_text(to_json(config))
+                for old in folder.all()[: -t.keep]:
+                    shutil.rmtree(old.path)
         (Path(config.workdir) / "metrics.jsonl").write_text('{"examples_per_second": 1.0}\n')
 
     monkeypatch.setattr("train.main", train)
     monkeypatch.setattr("benchmarks.common.start_platform", lambda platform: None)
-    model = Model("language", 0, tmp_path, ("--train.steps", "5", "--train.warmup_steps", "1"))
-    assert model.trained("float").step == model.trained("float").step == 3
+    model = Model(
+        "language", 0, tmp_path, ("--train.steps", "5", "--train.warmup_steps", "1", "--train.eval_every", "1")
+    )
+    assert model.trained("float").step == model.trained("float").step == 5
     for form in ("int8, trained", "int4 weights, trained", "int8, running ranges, trained"):
-        model.trained(form)
+        assert model.trained(form).step == 5
     assert starts == [((), []), (("int8",), [3]), (("int4",), [3]), (("int8_running",), [])]
+    shutil.rmtree(model.run("float") / "checkpoints" / "00000003")  # as a run of an earlier form of the benchmark
+    assert model.trained("float").step == 5 and starts[4:] == [((), [])]
 
 
 def test_rows_are_written_at_once_and_a_run_of_floats_that_is_gone_is_made_again(measurement, tmp_path):

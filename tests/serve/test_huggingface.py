@@ -117,7 +117,7 @@ def test_a_decoder_that_never_read_a_byte_as_a_token_is_said(tmp_path, sources, 
     notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
     assert len(notes) == told
     assert all(
-        note.startswith(f"note: model.text_merge of {saved.path} is 8: its decoder has read that many")
+        note.startswith(f"note: model.text_merge of {saved.path} is 8: in this run its decoder has read")
         for note in notes
     )
 

@@ -68,30 +68,30 @@ def test_a_row_is_read_once_the_next_step_is_on_its_way(tiny, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("share", "workers", "cores", "said"),
+    ("waited", "seconds", "workers", "cores", "said"),
     [
-        (
-            0.94,
-            0,
-            16,
-            "data 94% of the time, and one process on 16 cores read and trained: --data.workers 16",
-        ),
-        (0.6, 4, 16, "data 60% of the time, and 4 of 16 cores read: --data.workers 16"),
-        (0.49, 0, 16, None),
-        (0.94, 8, 16, None),
-        (0.94, 0, 2, None),
+        (94.0, 100.0, 0, 16, "waited for data 94% of the time, with 1 of 16 cores to read it: --data.workers 16 may"),
+        (60.0, 100.0, 4, 128, "waited for data 60% of the time, with 4 of 128 cores to read it: --data.workers 16 may"),
+        (49.0, 100.0, 0, 16, None),
+        (94.0, 100.0, 8, 16, None),
+        (94.0, 100.0, 8, 128, None),
+        (94.0, 100.0, 0, 2, None),
+        (9.0, 10.0, 0, 16, None),
     ],
 )
-def test_a_step_that_starves_beside_idle_cores_is_told(share, workers, cores, said):
-    told = slow_data(share, workers, cores)
+def test_a_loop_that_waits_for_data_beside_cores_that_could_read_is_told(waited, seconds, workers, cores, said):
+    told = slow_data(waited, seconds, workers, cores)
     assert told is None if said is None else said in told
 
 
-def test_a_run_says_at_its_end_that_its_step_has_starved(tiny, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(loop, "STARVED", 0.0)
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(64))
+@pytest.mark.parametrize(("backend", "says"), [("gpu", True), ("cpu", False)])
+def test_a_run_says_at_its_end_that_it_waited_for_data_but_on_a_cpu(tiny, tmp_path, monkeypatch, capsys, backend, says):
+    given = []
+    monkeypatch.setattr(loop, "slow_data", lambda *told: given.append(told) or "more could read")
+    monkeypatch.setattr("jax.default_backend", lambda: backend)
     tiny.train(tmp_path)
-    assert "one process on 64 cores read and trained: --data.workers 64" in capsys.readouterr().err
+    assert ("more could read" in capsys.readouterr().err) == says
+    assert all(0 < waited < seconds and workers == 0 and cores > 0 for waited, seconds, workers, cores in given)
 
 
 def test_average_is_served(tiny):
