@@ -28,6 +28,7 @@ import pyarrow as pa
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.children import told_command  # noqa: E402
 from r1jax.config import CacheConfig  # noqa: E402
 from r1jax.data.cache_memory import ServeMemory  # noqa: E402
 from r1jax.data.schema import Field, Schema  # noqa: E402
@@ -207,7 +208,7 @@ def main() -> None:
         runs.append(measure(seed, args.scale))
         print(f"seed {seed}: {time.monotonic() - start:.0f} s", file=sys.stderr)
     report = {
-        "command": " ".join(["python benchmarks/cache.py", *(Path(word).name for word in sys.argv[1:])]),
+        "command": told_command(),
         "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}",
         "versions": {
             "python": platform.python_version(),

@@ -39,6 +39,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import data_readers as readers  # noqa: E402
+from benchmarks.children import told_command  # noqa: E402
 from benchmarks.data_readers import BATCH, NUMBERS, Batch, Cases, Passes  # noqa: E402
 from r1jax.config import CacheConfig  # noqa: E402
 from r1jax.data.filesystem import open_filesystem  # noqa: E402
@@ -313,7 +314,7 @@ def main() -> None:
     names = ("numpy", "pyarrow", "grain", "jax", "torch", "datasets", "webdataset", "redis", "hdfs-native")
     versions = {name: _version(name) for name in names}
     report = {
-        "command": " ".join(["python benchmarks/data.py", *(Path(word).name for word in sys.argv[1:])]),
+        "command": told_command(),
         "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}",
         "versions": {"python": platform.python_version(), **versions},
         "arguments": {name: value for name, value in vars(args).items() if name != "output"},

@@ -261,9 +261,8 @@ def main() -> None:
     told = argparse.Namespace(size=args.size, repeats=args.repeats, output=args.output, overrides=[])
     environment = jax_environment(told)
     del environment["arguments"]["overrides"]  # there are none
-    environment["command"] = re.sub(
-        r" --workdir[ =]('[^']*'|\S+)", "", environment["command"]
-    )  # a folder of this machine
+    folder = r" --workdir[ =]('[^']*'|\S+)"  # of this machine
+    environment["command"] = re.sub(folder, "", environment["command"])
     peer = [package for package in ("torch", "transformers") if "transformers" in jobs]
     environment["versions"] |= {name: importlib.metadata.version(name) for name in ("orbax-checkpoint", *peer)}
     report = environment | {"seconds": time.perf_counter() - began, "result": result}

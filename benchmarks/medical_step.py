@@ -443,6 +443,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--tiny", action="store_true", help="a small model, to try the script on a CPU")
     parser.add_argument("--limit", type=float, default=600, help="seconds after which no other case begins")
     args = parser.parse_args(arguments)
+    if not args.output.absolute().parent.is_dir():
+        parser.error(f"--output {args.output}: there is no folder {args.output.absolute().parent}; make it first")
     if args.workers is None:
         args.workers = 0 if args.tiny else len(os.sched_getaffinity(0))
     began, rows = time.monotonic(), []

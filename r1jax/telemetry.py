@@ -75,9 +75,7 @@ class Telemetry:
         self.began = self.spoke = self.measured = self.settled = time.perf_counter()
         self.measured_at = start
         self.waited = self.unsettled_wait = 0.0
-        self.rated = self.starved = (
-            0.0  # seconds that `rates` has told of in all, and those of them that went into waiting
-        )
+        self.rated = self.starved = 0.0  # seconds of all rows of `rates`, and of waiting in them
         self.speed = ""
         self.progress = Progress(
             TextColumn("step"),
